@@ -1,0 +1,73 @@
+# `make demo` and `make test` start from a bare clone: they make .venv, install into it, and go.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help demo demo-from-scratch test check format coverage bench browser clean
+
+help:
+	@echo "make demo               on-policy distillation on a toy world, with the shipped models"
+	@echo "make demo-from-scratch  the same after training those models from nothing"
+	@echo "make test               lint and all tests"
+	@echo "make check              lint and types"
+	@echo "make format             write files the way check wants them"
+	@echo "make coverage           tests, and the lines that none of them runs"
+	@echo "make bench              speed of the embedded engine"
+	@echo "make clean              remove .venv and caches; runs/ stays"
+
+demo: $(VENV)/.installed
+	$(BIN)/kibitz demo
+
+demo-from-scratch: $(VENV)/.installed
+	$(BIN)/kibitz worlds make arithmetic --output runs/worlds/arithmetic
+	$(BIN)/kibitz demo --models runs/worlds/arithmetic --output runs/demo-from-scratch
+
+test: $(VENV)/.installed-dev browser
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --quiet --check .
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+coverage: $(VENV)/.installed-dev browser
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/engine.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .coverage
+
+# Stamps: installing again only when what is asked for has changed.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[dev,lora]'
+	@touch $@ $(VENV)/.installed
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "kibitz needs Python 3.11 or newer: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The browser tests open the report in Chromium; without one they skip and say so.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			echo "installing chromium for the browser tests"; \
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null \
+				|| echo "chromium did not install: the browser tests will skip"; \
+		else \
+			echo "no chromium here: the browser tests will skip"; \
+		fi; }

@@ -1,0 +1,54 @@
+"""Rollouts and what is known about them, as micro-batches of bounded size.
+
+Rows of similar length go together, so little is padded. Student and teacher group the same rollouts in the same way:
+their forward passes then have equal shapes, and a student that equals its teacher gets bit-equal log-probabilities.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kibitz.types import Batch, Rollout, Scored, Tokens, cat_signals
+
+
+def group(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[int]]:
+    """Indices of the rollouts in each micro-batch: longest first, at most `max_tokens` positions with the padding
+    (a single longer rollout stands alone)."""
+    lengths = [len(r.prompt.ids) + r.num_tokens for r in rollouts]
+    groups: list[list[int]] = []
+    for index in sorted(range(len(rollouts)), key=lambda i: (-lengths[i], i)):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def pack(scored: Sequence[Scored], device: torch.device | str = "cpu") -> Batch:
+    """One micro-batch of these rollouts."""
+    rollouts = [s.rollout for s in scored]
+    ids_BL, position_T = _rows(rollouts)
+    signals = [s.signal for s in scored if s.signal is not None]
+    advantages = [s.advantage_T for s in scored if s.advantage_T is not None]
+    assert len(signals) in (0, len(scored)) and len(advantages) in (0, len(scored)), "a micro-batch mixes kinds"
+    tokens = Tokens(
+        token_T=torch.tensor([t for r in rollouts for t in r.response_ids], device=device),
+        weight_T=torch.cat([s.weight_T for s in scored]).to(device),
+        logp_T=torch.cat([r.logp_T for r in rollouts]).to(device),
+        signal=cat_signals(signals) if signals else None,
+        advantage_T=torch.cat(advantages).to(device) if advantages else None,
+    )
+    return Batch(ids_BL.to(device), position_T.to(device), tokens)
+
+
+def _rows(rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
+    """Right-padded ids `[B, L]`, and where in `[B*L]` the logits of each response token stand: one to its left."""
+    length = max(len(r.prompt.ids) + r.num_tokens for r in rollouts)
+    ids_BL = torch.zeros(len(rollouts), length, dtype=torch.long)
+    positions = []
+    for row, rollout in enumerate(rollouts):
+        num_prompt, num_tokens = len(rollout.prompt.ids), rollout.num_tokens
+        ids_BL[row, : num_prompt + num_tokens] = torch.tensor([*rollout.prompt.ids, *rollout.response_ids])
+        positions.append(torch.arange(num_prompt - 1, num_prompt + num_tokens - 1) + row * length)
+    return ids_BL, torch.cat(positions)

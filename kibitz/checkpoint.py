@@ -1,0 +1,77 @@
+"""Checkpoints: a plain Hugging Face folder, and beside the weights what training needs to go on.
+
+    checkpoints/step-000050/            loads with AutoModelForCausalLM.from_pretrained
+    checkpoints/step-000050/training/   optimizer.safetensors, state.json
+
+A folder appears under its name only when it is whole. Sampling is seeded by prompt and step, and dropout is off, so
+the step, the position in the data and the optimizer's moments are the whole state of a run.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kibitz.models import LanguageModel
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run folder, oldest first."""
+    found = (folder / "checkpoints").glob("step-*")
+    return sorted(path for path in found if (path / "training" / "state.json").is_file())
+
+
+def save(folder: Path, step: int, student: LanguageModel, moments: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+    """Write the checkpoint of a step, then delete all but the last `keep`. If that fails, the older ones stay whole."""
+    final = folder / "checkpoints" / f"step-{step:06d}"
+
+    def write(temporary: Path) -> None:
+        student.model.save_pretrained(temporary)
+        student.tokenizer.save_pretrained(temporary)
+        (temporary / "training").mkdir()
+        save_file(moments, temporary / "training" / "optimizer.safetensors")
+        (temporary / "training" / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+
+    write_folder(final, write)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_state(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The state and the optimizer's moments of a checkpoint."""
+    state = json.loads((checkpoint / "training" / "state.json").read_text(encoding="utf-8"))
+    return state, load_file(checkpoint / "training" / "optimizer.safetensors")
+
+
+def write_folder(final: Path, write: Callable[[Path], None]) -> None:
+    """`write(temporary)` fills a folder that then takes its final name in one step, or leaves nothing behind."""
+    temporary = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(final.parent)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"could not save {final}: {error}; older checkpoints are untouched") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,110 @@
+"""`kibitz report`, `kibitz worlds` and `kibitz schema`: what needs no model, or makes one."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from kibitz.cli.output import Output, harmless
+
+
+def report(
+    ctx: typer.Context,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are shown side by side.")],
+    output: Annotated[Path | None, typer.Option(help="The HTML file; without it report.html beside the runs.")] = None,
+) -> None:
+    """Write one self-contained HTML page about runs: before and after, token heat-map, curves, costs."""
+    from kibitz import report as pages
+
+    path = pages.build(runs, output)
+    ctx.obj.result({"report": path}, lambda console: console.print(Text(harmless(str(path))), soft_wrap=True))
+
+
+def schema(
+    ctx: typer.Context,
+    output: Annotated[Path | None, typer.Option(help="Write it here instead of printing it.")] = None,
+) -> None:
+    """The JSON schema of recipes: editors complete and check YAML with it."""
+    from kibitz import config
+
+    text = json.dumps(config.json_schema(), indent=2, ensure_ascii=False) + "\n"
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text, encoding="utf-8")
+    head = f"# yaml-language-server: $schema={output}"
+    ctx.obj.result(
+        {"schema": output},
+        lambda console: console.print(f"{output}; put at the head of a recipe: {head}", markup=False, soft_wrap=True),
+    )
+
+
+worlds = typer.Typer(invoke_without_command=True, help="Toy worlds that a CPU can learn: list, show, make.")
+
+
+@worlds.callback()
+def list_worlds(ctx: typer.Context) -> None:
+    if ctx.invoked_subcommand is not None:
+        return
+    from kibitz.worlds import WORLDS
+
+    def for_a_person(console) -> None:
+        table = Table(box=None, header_style="dim")
+        table.add_column("world")
+        table.add_column("what it is")
+        for world in WORLDS.values():
+            table.add_row(Text(world.name), Text(world.description))
+        console.print(table)
+
+    rows = [{"name": world.name, "description": world.description} for world in WORLDS.values()]
+    ctx.obj.result({"worlds": rows}, for_a_person)
+
+
+@worlds.command(name="show")
+def show_world(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(help="Such as arithmetic.")],
+    count: Annotated[int, typer.Option(min=1, help="How many problems.")] = 5,
+    split: Annotated[str, typer.Option(help="train, dev or test.")] = "train",
+    seed: Annotated[int, typer.Option(help="Which problems.")] = 0,
+) -> None:
+    """Print a few problems of a world, each with a right solution."""
+    from kibitz.worlds import get
+
+    rows = get(name).demonstrations(split, count, seed)
+
+    def for_a_person(console) -> None:
+        table = Table(box=None, header_style="dim")
+        for column in ("prompt", "response", "answer"):
+            table.add_column(column)
+        for row in rows:
+            table.add_row(*(Text(harmless(str(row.get(key, "")))) for key in ("prompt", "response", "answer")))
+        console.print(table)
+
+    ctx.obj.result({"world": name, "rows": rows}, for_a_person)
+
+
+@worlds.command(name="make")
+def make_world(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(help="Such as arithmetic.")],
+    output: Annotated[Path | None, typer.Option(help="Folder for teacher/ and student/; default runs/worlds/NAME.")] = None,
+    seed: Annotated[int, typer.Option(help="The shipped models are those of seed 0.")] = 0,
+) -> None:
+    """Train a world's models from nothing: the teacher, and the student before on-policy distillation."""
+    from contextlib import nullcontext
+
+    from kibitz import worlds as all_worlds
+    from kibitz.cli.progress import Bar
+    from kibitz.worlds.make import make
+
+    all_worlds.get(name)
+    out: Output = ctx.obj
+    folder = output or Path("runs/worlds") / name
+    with Bar(out.errors) if out.live else nullcontext() as bar:
+        make(name, folder, seed, bar)
+    out.result({"world": name, "folder": folder}, lambda console: console.print(Text(f"models     {folder}"), soft_wrap=True))

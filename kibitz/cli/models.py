@@ -1,0 +1,103 @@
+"""`kibitz eval` and `kibitz score`: what a model can do, and what a teacher says about one text."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kibitz.cli.output import Output
+
+
+def evaluate(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder or hub name, such as a run's checkpoint.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[A.B=VALUE]...", help="Such as eval.samples=8 rollout.max_tokens=64.")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="Measure the reverse KL to this model.")] = None,
+    world: Annotated[str | None, typer.Option(help="A toy world; see `kibitz worlds`.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="JSONL, parquet, or a dataset name.")] = None,
+) -> None:
+    """Measure a model: accuracy at temperature 1 and greedy, pass@k, reverse KL to a teacher, response length."""
+    from kibitz import config
+
+    if (world is None) == (prompts is None):
+        raise ValueError("write what to evaluate on: either --world NAME or --prompts FILE")
+    recipe = config.load(
+        {
+            "student": {"model": model},
+            "data": {"world": world, "split": "dev"} if world else {"prompts": prompts},
+            "method": {"type": "grpo"},  # of the methods the one that needs neither teacher nor demonstrations
+        },
+        overrides or [],
+    )
+    limit = recipe.data.limit or recipe.eval.num_prompts
+    data = recipe.data.model_copy(update={"limit": min(limit, recipe.eval.num_prompts)})
+
+    from kibitz.evaluate import evaluate_model
+
+    out: Output = ctx.obj
+    out.say(f"evaluating {model} on {world or prompts} ...")
+    row = evaluate_model(
+        model, teacher=teacher, data=data, eval=recipe.eval, rollout=recipe.rollout, device=recipe.device
+    )
+
+    def for_a_person(console) -> None:
+        from kibitz.cli import show
+
+        show.evaluation(console, row)
+
+    out.result({"model": model, **row}, for_a_person)
+
+
+def score(
+    ctx: typer.Context,
+    prompt: Annotated[list[str], typer.Option(help="What the student is asked. May be given several times.")],
+    response: Annotated[
+        list[str] | None, typer.Option(help="The text to grade, one per prompt; without it the student writes.")
+    ] = None,
+    student: Annotated[str | None, typer.Option(help="Folder or hub name; without it the toy world's.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Folder or hub name; without it the toy world's.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the token heat-map to this file.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Where the student's own response is cut off.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of the student's own response; 0 is greedy.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the student's own response.")] = 0,
+) -> None:
+    """Let a teacher comment on every token of a response, and mark where it went wrong."""
+    from kibitz.annotate import score_texts
+    from kibitz.report.terminal import print_rollout
+
+    responses: list[str | None] = list(response or []) or [None] * len(prompt)
+    if len(responses) != len(prompt):
+        raise ValueError(f"there are {len(prompt)} prompts and {len(responses)} responses: give each prompt its --response")
+    rows = score_texts(
+        student or _shipped("student"),
+        teacher or _shipped("teacher"),
+        list(zip(prompt, responses, strict=True)),
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
+    if html is not None:
+        _write_page(html, rows)
+
+    def for_a_person(console) -> None:
+        for row in rows:
+            print_rollout(row, console)
+
+    ctx.obj.result({"rollouts": rows, "html": html}, for_a_person)
+    if html is not None:
+        ctx.obj.say(f"heat-map   {html}")
+
+
+def _shipped(name: str) -> str:
+    from kibitz import worlds
+
+    return str(worlds.get("arithmetic").checkpoint(name))
+
+
+def _write_page(path: Path, rows: list[dict]) -> None:
+    from kibitz.report import rollout_page
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(rollout_page(rows), encoding="utf-8")

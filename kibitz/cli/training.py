@@ -1,0 +1,88 @@
+"""`kibitz demo` and `kibitz train`."""
+
+import shlex
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kibitz.cli.output import Output
+from kibitz.cli.progress import Bar
+
+if TYPE_CHECKING:
+    from kibitz.config import Recipe
+    from kibitz.trainer import Run
+
+
+def train(
+    ctx: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="A YAML file; `kibitz schema` describes what it may say.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[A.B=VALUE]...", help="Such as optim.lr=1e-4.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that the output folder holds.")] = False,
+) -> None:
+    """Train a student as a recipe says. Ctrl-C keeps what is done."""
+    from kibitz import config
+
+    again = ["kibitz", "train", recipe, *(overrides or []), "--resume"]
+    if resume and overwrite:
+        raise ValueError("write either --resume, to go on with the run, or --overwrite, to delete it")
+    run = run_training(ctx.obj, config.load(recipe, overrides or []), again, resume=resume, overwrite=overwrite)
+    finish(ctx.obj, run)
+
+
+def demo(
+    ctx: typer.Context,
+    output: Annotated[str, typer.Option(help="Folder of the run; the last demo there is replaced.")] = "runs/demo",
+    seed: Annotated[int, typer.Option(help="Another seed, other problems and other luck.")] = 0,
+    models: Annotated[str | None, typer.Option(help="Folder with teacher/ and student/, as `kibitz worlds make` writes.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[A.B=VALUE]...", help="Such as steps=20.")] = None,
+) -> None:
+    """See on-policy distillation work: minutes on a laptop, with the models that kibitz ships."""
+    from kibitz import config
+    from kibitz import demo as story
+
+    out: Output = ctx.obj
+    recipe = config.load(story.recipe(output, seed, models), overrides or [])
+    if out.live:
+        story.introduce(out.console, recipe)
+    again = ["kibitz", "demo", "--output", output]
+    run = run_training(out, recipe, again, resume=False, overwrite=story.may_replace(Path(recipe.output)))
+    finish(out, run, story.show_mistake)
+
+
+def run_training(out: Output, recipe: "Recipe", again: list[str], *, resume: bool, overwrite: bool) -> "Run":
+    """Train with a bar; on Ctrl-C say where the run is and how to go on."""
+    from kibitz import trainer
+
+    try:
+        with Bar(out.errors) if out.live else nullcontext() as bar:
+            return trainer.train(recipe, resume=resume, overwrite=overwrite, progress=bar)
+    except KeyboardInterrupt:
+        out.errors.print(f"stopped; the run is in {recipe.output}, go on with: {shlex.join(again)}", markup=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+
+
+def finish(out: Output, run: "Run", show_more: Any = None) -> None:
+    """The tables of a finished run, and where its files are."""
+    from kibitz.cli import show
+
+    tree = {
+        "folder": run.folder,
+        "checkpoint": run.checkpoint,
+        "report": run.folder / "report.html",
+        "steps": len(run.metrics),
+        "before": run.evals[0] if run.evals else None,
+        "after": run.evals[-1] if run.evals else None,
+        "last_step": run.metrics[-1] if run.metrics else None,
+    }
+
+    def for_a_person(console) -> None:
+        show.before_and_after(console, run.folder)
+        show.costs(console, run.folder)
+        if show_more is not None:
+            show_more(console, run.folder)
+        show.files(console, {"run": run.folder, "checkpoint": run.checkpoint, "report": run.folder / "report.html"})
+
+    out.result(tree, for_a_person)

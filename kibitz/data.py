@@ -1,0 +1,185 @@
+"""Prompts from a file, a dataset or a toy world; rendered, tokenized and checked before any weights load."""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from kibitz import graders, worlds
+from kibitz.config import DataConfig
+from kibitz.graders import Grader
+from kibitz.types import Prompt
+
+WORLD_ROWS = 20_000
+
+
+def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0, demonstrations: bool = False) -> list[Prompt]:
+    """All prompts of a `data` section, as the student will read them. `demonstrations`: rows need a response."""
+    rows = _rows(config, seed, demonstrations)
+    prompts = [_prompt(number, row, config, tokenizer, demonstrations) for number, row in rows]
+    if not prompts:
+        raise ValueError(f"{config.prompts or config.world} holds no prompts")
+    return prompts
+
+
+def load_grader(config: DataConfig, prompts: Sequence[Prompt]) -> Grader | None:
+    """What `data.grader` names; a world brings its own."""
+    if config.world is None:
+        return graders.pick(config.grader, prompts)
+    world = worlds.get(config.world)
+    return graders.pick(config.grader, prompts, lambda prompt, text: world.grade(dict(prompt.columns), text))
+
+
+# ------------------------------------------------------------------ rows
+
+
+def _rows(config: DataConfig, seed: int, demonstrations: bool) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Rows with the name that an error calls each by."""
+    if config.world is not None:
+        world, count = worlds.get(config.world), config.limit or WORLD_ROWS
+        make = world.demonstrations if demonstrations else world.rows
+        try:
+            rows = make(config.split, count, seed, **config.options)
+        except TypeError as error:
+            raise ValueError(f"data.options: the world {config.world} does not take these: {error}") from None
+        return [(f"{config.world} row {i + 1}", row) for i, row in enumerate(rows)]
+    assert config.prompts is not None
+    path = Path(config.prompts)
+    if path.suffix in (".jsonl", ".json", ".ndjson"):
+        rows = _read_jsonl(path)
+    else:
+        rows = _read_dataset(config, path)
+    return rows[: config.limit]
+
+
+def _read_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    if not path.is_file():
+        raise ValueError(f"data.prompts: there is no file {path}")
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} is not an object such as {{\"prompt\": ..., \"answer\": ...}}")
+        rows.append((f"{path}, line {number}", row))
+    return rows
+
+
+def _read_dataset(config: DataConfig, path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Parquet files and hub datasets, by the library that knows them."""
+    import datasets
+
+    try:
+        if path.suffix == ".parquet":
+            if not path.is_file():
+                raise FileNotFoundError("there is no such file")
+            table = datasets.load_dataset("parquet", data_files=str(path), split="train")
+        else:
+            table = datasets.load_dataset(config.prompts, split=config.split)
+    except Exception as error:  # the library raises a dozen kinds
+        raise ValueError(f"data.prompts: cannot read {config.prompts}: {' '.join(str(error).split())[:300]}") from error
+    return [(f"{config.prompts} row {i + 1}", dict(row)) for i, row in enumerate(table)]
+
+
+# ------------------------------------------------------------------ from a row to a prompt
+
+
+def _prompt(place: str, row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase, demonstrations: bool) -> Prompt:
+    messages, response = _messages(place, row, config)
+    if demonstrations and response is None:
+        raise ValueError(
+            f"{place} has no response to learn from: sft needs a column {config.columns.response!r}, or messages that end "
+            "with the assistant's; or write method.source=teacher"
+        )
+    ids = encode_prompt(tokenizer, messages, config.template)
+    if not ids:
+        raise ValueError(f"{place} is empty: the tokenizer makes no token of its prompt")
+    if len(ids) > config.max_prompt_tokens:
+        raise ValueError(
+            f"{place}: the prompt has {len(ids)} tokens, the limit is {config.max_prompt_tokens}: "
+            "shorten it or raise data.max_prompt_tokens"
+        )
+    answer = row.get(config.columns.answer)
+    identity = json.dumps(messages, ensure_ascii=False, sort_keys=True)
+    return Prompt(
+        ids=tuple(ids),
+        text=messages[-1]["content"],
+        key=hashlib.blake2b(identity.encode(), digest_size=8).hexdigest(),
+        task=str(row.get(config.columns.task, "default")),
+        answer=None if answer is None else str(answer),
+        response=response,
+        columns=row,
+    )
+
+
+def _messages(place: str, row: dict[str, Any], config: DataConfig) -> tuple[list[dict[str, str]], str | None]:
+    """The conversation up to where the student speaks, and the demonstrated response if there is one."""
+    response = row.get(config.columns.response)
+    if "messages" in row:
+        messages = row["messages"]
+        whole = isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+        if not whole or not messages:
+            raise ValueError(f"{place}: messages must be a list of {{role, content}}")
+        if messages[-1]["role"] == "assistant":
+            messages, response = messages[:-1], messages[-1]["content"]
+        if not messages:
+            raise ValueError(f"{place}: messages hold nothing before the assistant's")
+    else:
+        text = row.get(config.columns.prompt)
+        if text is None:
+            raise ValueError(
+                f"{place} has no column {config.columns.prompt!r}; it has {', '.join(map(repr, row))}: "
+                f"write data.columns.prompt=NAME"
+            )
+        messages = [{"role": "user", "content": str(text)}]
+    if not str(messages[-1]["content"]).strip():
+        raise ValueError(f"{place} has an empty prompt")
+    if config.system is not None:
+        messages = [{"role": "system", "content": config.system}, *messages]
+    return messages, None if response is None else str(response)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], template: dict[str, Any]) -> list[int]:
+    """By the chat template, which writes its own BOS; a tokenizer without one reads the plain text."""
+    if tokenizer.chat_template is None:
+        return tokenizer("\n\n".join(m["content"] for m in messages))["input_ids"]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **template)
+
+
+def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """A demonstration as the student should write it, with the EOS that it has to learn."""
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+class PromptStream:
+    """Prompts for one step after another, epoch by epoch, each epoch in its own order. `position` is its whole state."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool = True, position: int = 0):
+        self.prompts, self.seed, self.shuffle, self.position = prompts, seed, shuffle, position
+
+    def take(self, num: int) -> list[Prompt]:
+        taken = []
+        while len(taken) < num:
+            epoch, start = divmod(self.position, len(self.prompts))
+            part = self._order(epoch)[start : start + num - len(taken)]
+            taken += [self.prompts[i] for i in part]
+            self.position += len(part)
+        return taken
+
+    def _order(self, epoch: int) -> list[int]:
+        order = list(range(len(self.prompts)))
+        if self.shuffle:
+            random.Random(f"{self.seed}|{epoch}").shuffle(order)
+        return order

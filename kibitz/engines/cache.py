@@ -1,0 +1,191 @@
+"""How the embedded engine asks an HF model for the next logits: with a preallocated KV cache, or with none at all.
+
+A `Decoder` keeps rows of tokens; the row's slot of a token is its position. The engine decides which rows exist;
+rows 0..N-1 are the live ones. It first puts all but the last token of each prompt into rows (`prefill`), and then
+feeds every live row its pending token (`step`), so a fresh row needs no special case.
+"""
+
+import inspect
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+
+class Decoder(Protocol):
+    def start(self, num_rows: int, num_slots: int) -> None:
+        """Make room. Called at the beginning of a `generate`."""
+        ...
+
+    def prefill(self, ids_GP: Tensor, prompt_R: Tensor, row_R: Tensor) -> None:
+        """Put right-padded token ids into rows: row `row_R[i]` gets `ids_GP[prompt_R[i]]`, from position 0 on.
+
+        The padding is written too. It does no harm: a slot is written again before a query may look at it."""
+        ...
+
+    def step(self, token_N: Tensor, position_N: Tensor, num_slots: int) -> Tensor:
+        """Append a token to each of the rows 0..N-1; logits [N, V] of the next ones. Positions are < num_slots."""
+        ...
+
+    def move(self, source_M: Tensor, target_M: Tensor) -> None:
+        """Copy rows over others."""
+        ...
+
+    def stop(self) -> None:
+        """Let go of the memory."""
+        ...
+
+
+class SlotCache(Cache):
+    """A `transformers` cache in which every row has its own length: keys and values in [rows, heads, slots, dim].
+
+    It returns views, never copies. What a row may see is decided by the mask alone, so a caller must pass 4-D masks.
+    Buffers start as zeros because a masked slot still takes part in the sum, with weight 0, and 0 * NaN is NaN.
+    """
+
+    def __init__(self, num_rows: int, num_slots: int):
+        super().__init__(layers=[])
+        self.num_rows = num_rows
+        self.num_slots = num_slots
+        self.buffers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._prefill: tuple[Tensor, Tensor] | None = None
+        self._decode: tuple[Tensor, Tensor, int] | None = None
+
+    def will_prefill(self, prompt_R: Tensor, row_R: Tensor) -> None:
+        self._prefill, self._decode = (prompt_R, row_R), None
+
+    def will_decode(self, row_N: Tensor, position_N: Tensor, num_slots: int) -> None:
+        self._prefill, self._decode = None, (row_N, position_N, num_slots)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if layer_idx not in self.buffers:
+            self.buffers[layer_idx] = (self._room(key_states), self._room(value_states))
+        keys, values = self.buffers[layer_idx]
+        if self._prefill is not None:
+            prompt_R, row_R = self._prefill
+            length = key_states.shape[2]
+            keys[row_R, :, :length] = key_states[prompt_R]
+            values[row_R, :, :length] = value_states[prompt_R]
+            return key_states, value_states
+        assert self._decode is not None, "a SlotCache must be told what the next forward pass is"
+        row_N, position_N, num_slots = self._decode
+        keys[row_N, :, position_N] = key_states[:, :, 0]
+        values[row_N, :, position_N] = value_states[:, :, 0]
+        return keys[: len(row_N), :, :num_slots], values[: len(row_N), :, :num_slots]
+
+    def _room(self, states: Tensor) -> Tensor:
+        _, heads, _, dim = states.shape
+        return states.new_zeros(self.num_rows, heads, self.num_slots, dim)
+
+    def move(self, source_M: Tensor, target_M: Tensor) -> None:
+        for pair in self.buffers.values():
+            for buffer in pair:
+                buffer[target_M] = buffer[source_M]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        raise NotImplementedError("a SlotCache has rows of many lengths: pass a 4-D attention mask")
+
+
+class CachedDecoder:
+    """Drives any HF model whose attention takes a 4-D mask and a cache object. Full and sliding-window layers."""
+
+    def __init__(self, model: PreTrainedModel):
+        config = model.config.get_text_config()
+        self.model = model
+        self.window = getattr(config, "sliding_window", None)
+        self.layer_types = set(getattr(config, "layer_types", None) or ())
+        unknown = self.layer_types - {"full_attention", "sliding_attention"}
+        if unknown:
+            raise NotImplementedError(f"layers of type {', '.join(sorted(unknown))}")
+        self.keep_last = {"logits_to_keep": 1} if selects_logits(model) else {}
+        self.cache: SlotCache | None = None
+
+    def start(self, num_rows: int, num_slots: int) -> None:
+        self.cache = SlotCache(num_rows, num_slots)
+        self.row_R = torch.arange(num_rows, device=self.model.device)
+        self.slot_S = torch.arange(num_slots, device=self.model.device)
+
+    def prefill(self, ids_GP: Tensor, prompt_R: Tensor, row_R: Tensor) -> None:
+        self.cache.will_prefill(prompt_R, row_R)
+        self._forward(ids_GP, self.slot_S[None, : ids_GP.shape[1]], ids_GP.shape[1])
+
+    def step(self, token_N: Tensor, position_N: Tensor, num_slots: int) -> Tensor:
+        self.cache.will_decode(self.row_R[: len(token_N)], position_N, num_slots)
+        return self._forward(token_N[:, None], position_N[:, None], num_slots)[:, -1]
+
+    def _forward(self, ids_NQ: Tensor, position_NQ: Tensor, num_slots: int) -> Tensor:
+        outputs = self.model(
+            input_ids=ids_NQ,
+            attention_mask=self._masks(position_NQ, num_slots),
+            position_ids=position_NQ.expand(ids_NQ.shape),
+            past_key_values=self.cache,
+            use_cache=True,
+            **self.keep_last,
+        )
+        return outputs.logits
+
+    def _masks(self, position_NQ: Tensor, num_slots: int) -> Tensor | dict[str, Tensor]:
+        slot_S = self.slot_S[:num_slots]
+        seen = slot_S <= position_NQ[:, None, :, None]  # [N, 1, Q, S]
+        if self.window is None or (self.layer_types and "sliding_attention" not in self.layer_types):
+            return self._as_the_model_likes(seen)
+        near = self._as_the_model_likes(seen & (slot_S > position_NQ[:, None, :, None] - self.window))
+        if not self.layer_types:
+            return near
+        return {"full_attention": self._as_the_model_likes(seen), "sliding_attention": near}
+
+    def _as_the_model_likes(self, seen: Tensor) -> Tensor:
+        if self.model.config._attn_implementation == "sdpa":
+            return seen
+        dtype = self.model.dtype
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+    def move(self, source_M: Tensor, target_M: Tensor) -> None:
+        self.cache.move(source_M, target_M)
+
+    def stop(self) -> None:
+        self.cache = None
+
+
+class PlainDecoder:
+    """Recomputes the whole sequence for each token: slow, and right for every causal model, recurrent ones too.
+
+    Padding stands on the right, where a causal model cannot see it, and so needs no mask.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.select = selects_logits(model)
+
+    def start(self, num_rows: int, num_slots: int) -> None:
+        self.ids_RS = torch.zeros(num_rows, num_slots, dtype=torch.long, device=self.model.device)
+
+    def prefill(self, ids_GP: Tensor, prompt_R: Tensor, row_R: Tensor) -> None:
+        self.ids_RS[row_R, : ids_GP.shape[1]] = ids_GP[prompt_R]
+
+    def step(self, token_N: Tensor, position_N: Tensor, num_slots: int) -> Tensor:
+        row_N = torch.arange(len(token_N), device=token_N.device)
+        self.ids_RS[row_N, position_N] = token_N
+        ids_NS = self.ids_RS[: len(token_N), :num_slots]
+        if not self.select:
+            return self.model(input_ids=ids_NS, use_cache=False).logits[row_N, position_N]
+        last_U, which_N = position_N.unique(return_inverse=True)
+        return self.model(input_ids=ids_NS, use_cache=False, logits_to_keep=last_U).logits[row_N, which_N]
+
+    def move(self, source_M: Tensor, target_M: Tensor) -> None:
+        self.ids_RS[target_M] = self.ids_RS[source_M]
+
+    def stop(self) -> None:
+        del self.ids_RS
+
+
+def selects_logits(model: PreTrainedModel) -> bool:
+    """Whether the forward pass can be kept from computing logits that nobody reads. peft hides that it can."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters

@@ -1,0 +1,160 @@
+"""The fast path for small Llama, Qwen2 and Qwen3 models: the same mathematics over repacked weights.
+
+What is repacked, all of it exact up to rounding: query, key and value projections are one matrix, gate and up another;
+norm weights and the attention scale are folded into the matrices behind them; the two halves of a rotated head are
+interleaved, so that rotation is one complex product (a permutation that queries and keys share does not change their
+inner products). The matrices are repacked at the start of every `generate`, so they cannot be stale.
+
+`benchmarks/generate.py` says where this pays. Anything that the mathematics here does not cover is refused by
+`FusedDecoder.__init__`, and the engine checks the result against the model before it is used.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+SLOT_STEP = 16  # slots are attended to in multiples: kernels chosen per shape are chosen less often
+
+
+@dataclass
+class Layer:
+    qkv: Tensor  # [(Hq + 2 Hk) d, D]
+    qkv_bias: Tensor | None
+    qk_norm: Tensor | None  # [Hq + Hk, d]
+    out: nn.Linear
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: nn.Linear
+    keys: Tensor  # [rows, Hk, slots, d]
+    values: Tensor
+
+
+class FusedDecoder:
+    def __init__(self, model: PreTrainedModel):
+        refuse_unless_covered(model)
+        self.model, self.body, config = model, model.model, model.config
+        self.num_heads, self.num_kv = config.num_attention_heads, config.num_key_value_heads
+        self.dim = model.model.layers[0].self_attn.head_dim
+        self.eps = config.rms_norm_eps
+        self.qk_eps = getattr(getattr(model.model.layers[0].self_attn, "q_norm", None), "variance_epsilon", None)
+
+    def start(self, num_rows: int, num_slots: int) -> None:
+        self.num_slots = -(-num_slots // SLOT_STEP) * SLOT_STEP
+        device = self.model.device
+        self.slot_S = torch.arange(self.num_slots, device=device)
+        self.head_H1 = torch.arange(num_rows * self.num_kv, device=device).view(num_rows, self.num_kv) * self.num_slots
+        angle_SF = self.slot_S[:, None] * self.body.rotary_emb.inv_freq.float()
+        scale = torch.full_like(angle_SF, self.body.rotary_emb.attention_scaling)
+        self.turn_SF = torch.polar(scale, angle_SF)
+        self.layers = [self._pack(layer, num_rows) for layer in self.body.layers]
+        self.head = self.model.lm_head.weight * self.body.norm.weight
+
+    def _pack(self, layer: nn.Module, num_rows: int) -> Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
+        scale = self.dim**-0.5
+        norm = None
+        if self.qk_eps is not None:
+            parts = [attention.q_norm.weight.expand(self.num_heads, -1) * scale, attention.k_norm.weight.expand(self.num_kv, -1)]
+            norm = torch.cat([interleave(part.reshape(-1), self.dim) for part in parts]).view(-1, self.dim)
+            scale = 1.0
+        qkv = torch.cat([interleave(query.weight, self.dim) * scale, interleave(key.weight, self.dim), value.weight])
+        bias = None
+        if query.bias is not None:
+            bias = torch.cat([interleave(query.bias, self.dim) * scale, interleave(key.bias, self.dim), value.bias])
+        gate_up_bias = None if mlp.gate_proj.bias is None else torch.cat([mlp.gate_proj.bias, mlp.up_proj.bias])
+        return Layer(
+            qkv=qkv * layer.input_layernorm.weight,
+            qkv_bias=bias,
+            qk_norm=norm,
+            out=attention.o_proj,
+            gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * layer.post_attention_layernorm.weight,
+            gate_up_bias=gate_up_bias,
+            down=mlp.down_proj,
+            keys=qkv.new_zeros(num_rows, self.num_kv, self.num_slots, self.dim),
+            values=qkv.new_zeros(num_rows, self.num_kv, self.num_slots, self.dim),
+        )
+
+    def prefill(self, ids_GP: Tensor, prompt_R: Tensor, row_R: Tensor) -> None:
+        num_prompts, length = ids_GP.shape
+        x_ND = self.body.embed_tokens(ids_GP).flatten(0, 1)
+        turn = self.turn_SF[:length].repeat(num_prompts, 1)[:, None]
+        for index, layer in enumerate(self.layers):
+            query, key, value = self._qkv(layer, x_ND, turn)
+            query, key, value = (t.view(num_prompts, length, -1, self.dim).transpose(1, 2) for t in (query, key, value))
+            layer.keys[row_R, :, :length] = key[prompt_R]
+            layer.values[row_R, :, :length] = value[prompt_R]
+            if index + 1 < len(self.layers):  # of the last layer, nobody reads more than keys and values
+                mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0, enable_gqa=True)
+                x_ND = self._after_attention(layer, x_ND, mixed.transpose(1, 2).flatten(2).flatten(0, 1))
+
+    def step(self, token_N: Tensor, position_N: Tensor, num_slots: int) -> Tensor:
+        num_slots = -(-num_slots // SLOT_STEP) * SLOT_STEP
+        rows = len(token_N)
+        unseen = self.slot_S[:num_slots] > position_N[:, None]
+        mask = torch.zeros_like(unseen, dtype=self.head.dtype).masked_fill_(unseen, -torch.inf)[:, None, None]
+        target_N = (self.head_H1[:rows] + position_N[:, None]).flatten()
+        turn = self.turn_SF[position_N][:, None]
+        x_ND = self.body.embed_tokens(token_N)
+        for layer in self.layers:
+            query, key, value = self._qkv(layer, x_ND, turn)
+            layer.keys.view(-1, self.dim).index_copy_(0, target_N, key.reshape(-1, self.dim))
+            layer.values.view(-1, self.dim).index_copy_(0, target_N, value.reshape(-1, self.dim))
+            query = query.reshape(rows, self.num_kv, -1, self.dim)  # the heads that share keys are rows of one product
+            score = torch.matmul(query, layer.keys[:rows, :, :num_slots].transpose(2, 3)).add_(mask)
+            mixed = torch.matmul(score.softmax(-1), layer.values[:rows, :, :num_slots])
+            x_ND = self._after_attention(layer, x_ND, mixed.view(rows, -1))
+        return F.linear(self._normed(x_ND), self.head)
+
+    def _normed(self, x_ND: Tensor) -> Tensor:
+        return F.rms_norm(x_ND, x_ND.shape[-1:], None, self.eps)
+
+    def _qkv(self, layer: Layer, x_ND: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys (both normalised where the model does, and rotated) and values, [N, heads, dim]."""
+        joint = F.linear(self._normed(x_ND), layer.qkv, layer.qkv_bias).view(len(x_ND), -1, self.dim)
+        qk, value = joint.split([self.num_heads + self.num_kv, self.num_kv], dim=1)
+        if layer.qk_norm is not None:
+            qk = F.rms_norm(qk, (self.dim,), None, self.qk_eps) * layer.qk_norm
+        qk = torch.view_as_real(torch.view_as_complex(qk.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+        return qk[:, : self.num_heads], qk[:, self.num_heads :], value
+
+    def _after_attention(self, layer: Layer, x_ND: Tensor, mixed_ND: Tensor) -> Tensor:
+        x_ND = x_ND + layer.out(mixed_ND)
+        gate, up = F.linear(self._normed(x_ND), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+        return x_ND + layer.down(F.silu(gate) * up)
+
+    def move(self, source_M: Tensor, target_M: Tensor) -> None:
+        for layer in self.layers:
+            layer.keys[target_M] = layer.keys[source_M]
+            layer.values[target_M] = layer.values[source_M]
+
+    def stop(self) -> None:
+        del self.layers, self.head
+
+
+def interleave(weight: Tensor, dim: int) -> Tensor:
+    """Rows of each head from (first half, second half) to pairs, the layout of complex numbers."""
+    return weight.unflatten(0, (-1, 2, dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def refuse_unless_covered(model: PreTrainedModel) -> None:
+    """Raises NotImplementedError with the reason. By exact type: a subclass or an adapter may compute something else."""
+    config = model.config
+    if type(model).__name__ not in ARCHITECTURES or not type(model).__module__.startswith("transformers."):
+        raise NotImplementedError(f"{type(model).__name__} is not one of {', '.join(ARCHITECTURES)}")
+    if any(type(parameter) is not nn.Parameter or parameter.dtype != torch.float32 for parameter in model.parameters()):
+        raise NotImplementedError("weights that are sharded or not float32")
+    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        raise NotImplementedError("layers other than full attention")
+    if config.rope_parameters["rope_type"] not in ("default", "linear", "llama3", "yarn"):
+        raise NotImplementedError("rotation angles that depend on the length")
+    if config.hidden_act != "silu":
+        raise NotImplementedError(f"activation {config.hidden_act}")
+    for layer in model.model.layers:
+        for name, module in [*layer.self_attn.named_children(), *layer.mlp.named_children()]:
+            if name.endswith("_proj") and type(module) is not nn.Linear:
+                raise NotImplementedError(f"{name} is a {type(module).__name__}")

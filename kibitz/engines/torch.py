@@ -1,0 +1,309 @@
+"""The embedded engine: samples from the student itself, in the same process, with the same weights.
+
+Token ids in, token ids out; it knows no text. Rows have lengths of their own: a finished row leaves the batch at once
+and a waiting one takes its place. The model is driven by the first decoder that agrees with plain forward passes:
+fused, cached, or, loudly, one that recomputes everything for each token.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kibitz.engines.cache import CachedDecoder, Decoder, PlainDecoder
+from kibitz.engines.sampling import row_seed, sample, uniforms
+from kibitz.types import Prompt, Rollout, Sampling
+
+PREFILL_TOKENS = 16384  # the most tokens, padding included, in one forward pass over prompts: bounds its memory
+
+
+class Student(Protocol):
+    """What the engine needs to know. `vocab_size` is the tokenizer's: logits beyond it belong to padding."""
+
+    model: PreTrainedModel
+    vocab_size: int
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+class TorchEngine:
+    """Continuous batching over a Hugging Face causal model.
+
+    The memory for keys and values is `max_rows` times the longest prompt plus `max_tokens`: on a large model, lower
+    `max_rows`. Dropout is off while it writes. The weights are the student's own, so that nothing can be stale.
+    """
+
+    def __init__(self, student: Student, max_rows: int = 256):
+        if max_rows < 1:
+            raise ValueError(f"the engine needs room for at least one row, and max_rows is {max_rows}")
+        self.student = student
+        self.max_rows = max_rows
+        self._decoder: Decoder | None = None
+        self._checked: PreTrainedModel | None = None
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """The rollouts, prompt by prompt. `logp_T` is under the truncated, tempered distribution that was sampled
+        from; with temperature 0 it is that of the likeliest token at temperature 1."""
+        check_sampling(sampling)
+        check_prompts(prompts, sampling, self.student)
+        if not prompts:
+            return []
+        jobs = [(prompt, index) for prompt in prompts for index in range(sampling.num_samples)]
+        num_rows = min(self.max_rows, len(jobs))
+        with torch.no_grad(), evaluating(self.student.model):
+            decoder = self.decoder()
+            decoder.start(num_rows, max(len(prompt.ids) for prompt in prompts) + sampling.max_tokens)
+            try:
+                return _Flight(decoder, jobs, sampling, num_rows, self.student).run()
+            finally:
+                decoder.stop()
+
+    def sync(self, student: Student) -> None:
+        """Nothing to copy: the engine reads the student's weights. A student of another architecture is checked anew."""
+        self.student = student
+
+    def decoder(self) -> Decoder:
+        """The decoder for the student's model, chosen when the model object is first seen."""
+        if self.student.model is not self._checked:
+            with torch.no_grad(), evaluating(self.student.model):
+                self.use(choose_decoder(self.student.model, self.student.vocab_size))
+        return self._decoder
+
+    def use(self, decoder: Decoder) -> None:
+        """Take this decoder for the student's present model, unchecked."""
+        self._decoder, self._checked = decoder, self.student.model
+
+
+# ------------------------------------------------------------------ rows in flight
+
+
+class _Flight:
+    """The rows of one `generate`: 0..num_live-1 are live, and stay together at the front."""
+
+    def __init__(
+        self, decoder: Decoder, jobs: list[tuple[Prompt, int]], sampling: Sampling, num_rows: int, student: Student
+    ):
+        self.decoder, self.jobs, self.sampling, self.num_rows = decoder, jobs, sampling, num_rows
+        self.device, self.vocab_size = student.device, student.vocab_size
+        self.rollouts: list[Rollout | None] = [None] * len(jobs)
+        self.num_live = self.num_started = self.num_steps = 0
+        self.job_R = [0] * num_rows
+        self.shift_R = [0] * num_rows  # position of the pending token minus num_steps: constant while a row lives
+        num_tokens = sampling.max_tokens
+        self.row_R = torch.arange(num_rows, device=self.device)
+        self.token_R = torch.zeros_like(self.row_R)  # pending: written, and not yet seen by the model
+        self.position_R = torch.zeros_like(self.row_R)
+        self.count_R = torch.zeros_like(self.row_R)
+        self.uniform_RT = torch.zeros(num_rows, num_tokens, dtype=torch.float64, device=self.device)
+        self.id_RT = torch.zeros(num_rows, num_tokens, dtype=torch.long, device=self.device)
+        self.logp_RT = torch.zeros(num_rows, num_tokens, device=self.device)
+        self.stop_ids = frozenset(sampling.stop_ids)
+        self.stop_1K = torch.tensor(sorted(self.stop_ids), dtype=torch.long, device=self.device)[None]
+
+    def run(self) -> list[Rollout]:
+        while self.num_live or self.num_started < len(self.jobs):
+            self.admit()
+            done_N = self.step()
+            if done_N.any():
+                self.release(done_N.nonzero()[:, 0].tolist())
+        return self.rollouts
+
+    def admit(self) -> None:
+        """Start waiting jobs, several at once: a forward pass over one prompt costs nearly as much as over many."""
+        waiting = len(self.jobs) - self.num_started
+        num_new = min(self.num_rows - self.num_live, waiting)
+        if num_new == 0 or (self.num_live and num_new < min(waiting, self.num_rows // 8)):
+            return
+        first, rows = self.num_started, range(self.num_live, self.num_live + num_new)
+        jobs = self.jobs[first : first + num_new]
+        new = slice(rows.start, rows.stop)
+        for row, (prompt, _) in zip(rows, jobs, strict=True):
+            self.job_R[row] = first + row - rows.start
+            self.shift_R[row] = len(prompt.ids) - 1 - self.num_steps
+        self.token_R[new] = self._tensor([prompt.ids[-1] for prompt, _ in jobs])
+        self.position_R[new] = self._tensor([len(prompt.ids) - 1 for prompt, _ in jobs])
+        self.count_R[new] = 0
+        seed_N = self._tensor([row_seed(self.sampling.seed, prompt.key, index) for prompt, index in jobs])
+        self.uniform_RT[new] = uniforms(seed_N[:, None], torch.arange(self.sampling.max_tokens, device=self.device))
+        self._prefill([prompt.ids[:-1] for prompt, _ in jobs], rows.start)
+        self.num_started += num_new
+        self.num_live += num_new
+
+    def _prefill(self, prefixes: list[tuple[int, ...]], first_row: int) -> None:
+        """The prompts but for their last token, each once however many samples it gets, those of similar length
+        together."""
+        rows_of: dict[tuple[int, ...], list[int]] = {}
+        for row, prefix in enumerate(prefixes, first_row):
+            if prefix:
+                rows_of.setdefault(prefix, []).append(row)
+        left = sorted(rows_of, key=len, reverse=True)
+        while left:
+            group, left = _split(left, max(1, PREFILL_TOKENS // len(left[0])))
+            ids_GP = torch.zeros(len(group), len(group[0]), dtype=torch.long)
+            for index, prefix in enumerate(group):
+                ids_GP[index, : len(prefix)] = torch.tensor(prefix)
+            pairs = [(index, row) for index, prefix in enumerate(group) for row in rows_of[prefix]]
+            prompt_R, row_R = self._tensor(pairs).unbind(1)
+            self.decoder.prefill(ids_GP.to(self.device), prompt_R, row_R)
+
+    def step(self) -> Tensor:
+        """One more token for every live row; which rows are done with it."""
+        live = self.num_live
+        num_slots = max(self.shift_R[:live]) + self.num_steps + 1
+        logits_NV = self.decoder.step(self.token_R[:live], self.position_R[:live], num_slots)[:, : self.vocab_size]
+        row_N, count_N = self.row_R[:live], self.count_R[:live]
+        token_N, logp_N = sample(logits_NV, self.uniform_RT[row_N, count_N], self.sampling)
+        self.id_RT[row_N, count_N] = token_N
+        self.logp_RT[row_N, count_N] = logp_N
+        self.token_R[:live] = token_N
+        self.position_R[:live] += 1
+        count_N += 1
+        self.num_steps += 1
+        done_N = count_N == self.sampling.max_tokens
+        return done_N | (token_N[:, None] == self.stop_1K).any(1) if self.stop_ids else done_N
+
+    def release(self, done: list[int]) -> None:
+        """Hand out the rollouts of finished rows, and close the gaps with the last live rows."""
+        done_M = self._tensor(done)
+        counts, ids, logp_MT = self.count_R[done_M].tolist(), self.id_RT[done_M].tolist(), self.logp_RT[done_M].cpu()
+        for place, row in enumerate(done):
+            prompt, index = self.jobs[self.job_R[row]]
+            response, logp_T = ids[place][: counts[place]], logp_MT[place, : counts[place]].clone()
+            if not logp_T.isfinite().all():
+                raise ValueError(
+                    f"the student's logits were not finite while it answered prompt {prompt.key!r}: its weights have "
+                    "diverged or overflow their dtype; lower the learning rate, clip gradients, or use bfloat16 or float32"
+                )
+            finished = response[-1] in self.stop_ids
+            self.rollouts[self.job_R[row]] = Rollout(prompt, response, logp_T, finished, sample=index)
+        gone, kept = set(done), self.num_live - len(done)
+        targets = [row for row in done if row < kept]
+        sources = [row for row in range(kept, self.num_live) if row not in gone]
+        self.num_live = kept
+        if targets:
+            self._move(sources, targets)
+
+    def _move(self, sources: list[int], targets: list[int]) -> None:
+        for source, target in zip(sources, targets, strict=True):
+            self.job_R[target], self.shift_R[target] = self.job_R[source], self.shift_R[source]
+        source_M, target_M = self._tensor(sources), self._tensor(targets)
+        for state in (self.token_R, self.position_R, self.count_R, self.uniform_RT, self.id_RT, self.logp_RT):
+            state[target_M] = state[source_M]
+        self.decoder.move(source_M, target_M)
+
+    def _tensor(self, values: list) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.device)
+
+
+def _split(items: list, size: int) -> tuple[list, list]:
+    return items[:size], items[size:]
+
+
+# ------------------------------------------------------------------ which decoder
+
+
+def choose_decoder(model: PreTrainedModel, vocab_size: int) -> Decoder:
+    """The fastest decoder whose logits equal those of a plain forward pass."""
+    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
+    reason = ""
+    for build in (CachedDecoder,):
+        try:
+            decoder = build(model)
+            error = decoder_error(decoder, model, vocab_size)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as problem:  # a model may dislike the mask or the cache in any way; the warning tells
+            reason = f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"
+            continue
+        if error < tolerance:
+            return decoder
+        reason = f"its logits are off by {error:.1e} of their spread"
+    warnings.warn(
+        f"{type(model).__name__} cannot be driven with the engine's KV cache ({reason}); every token recomputes its "
+        "whole sequence, which is right but slow. For long responses use the vLLM engine",
+        stacklevel=4,
+    )
+    return PlainDecoder(model)
+
+
+def decoder_error(decoder: Decoder, model: PreTrainedModel, vocab_size: int) -> float:
+    """Root mean square error of a decoder's log-probs relative to their spread, on random rows of unequal progress.
+
+    Relative, because the log-probs of a freshly initialised model are nearly equal and would agree with anything.
+    A sliding window that fits is exceeded; a longer one is trusted.
+    """
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None) or 0
+    length = min(2 * window + 8 if window <= 64 else 12, getattr(config, "max_position_embeddings", None) or 12)
+    ids_GL = torch.randint(vocab_size, (3, length), generator=torch.Generator().manual_seed(0)).to(model.device)
+    want_GLV = model(input_ids=ids_GL, use_cache=False).logits[..., :vocab_size].float().log_softmax(-1)
+    prompt_N = torch.tensor([2, 0, 1], device=model.device)
+    position_N = torch.tensor([length // 2, length // 4, 0], device=model.device)
+    decoder.start(4, length)
+    decoder.prefill(ids_GL[:, : length // 2], prompt_N, torch.arange(3, device=model.device))
+    wrong, spread = [], []
+    for step in range(length - length // 2):
+        if step == 2:  # the first row leaves, the last one takes its place
+            decoder.move(torch.tensor([2], device=model.device), torch.tensor([0], device=model.device))
+            prompt_N, position_N = prompt_N[[2, 1]], position_N[[2, 1]]
+        num_slots = int(position_N.max()) + 1
+        logits_NV = decoder.step(ids_GL[prompt_N, position_N], position_N, num_slots)[:, :vocab_size]
+        want_NV = want_GLV[prompt_N, position_N]
+        wrong.append((logits_NV.float().log_softmax(-1) - want_NV).flatten())
+        spread.append((want_NV - want_NV.mean(-1, keepdim=True)).flatten())
+        position_N = position_N + 1
+    decoder.stop()
+    return (torch.cat(wrong).square().mean() / torch.cat(spread).square().mean()).sqrt().item()
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Dropout off, and every module's own mode given back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+# ------------------------------------------------------------------ what a user can get wrong
+
+
+def check_sampling(sampling: Sampling) -> None:
+    rules: list[tuple[str, Callable[[float], bool], str]] = [
+        ("max_tokens", lambda x: x >= 1, "at least 1"),
+        ("num_samples", lambda x: x >= 1, "at least 1"),
+        ("temperature", lambda x: 0.0 <= x < float("inf"), "0 (greedy) or greater"),
+        ("top_p", lambda x: 0.0 < x <= 1.0, "greater than 0 and at most 1 (1 switches it off)"),
+        ("top_k", lambda x: x >= 0, "0 (off) or greater"),
+    ]
+    for name, holds, what in rules:
+        value = getattr(sampling, name)
+        if not holds(value):
+            raise ValueError(f"{name} must be {what}, and is {value}")
+
+
+def check_prompts(prompts: Sequence[Prompt], sampling: Sampling, student: Student) -> None:
+    context = getattr(student.model.config.get_text_config(), "max_position_embeddings", None)
+    for prompt in prompts:
+        length = len(prompt.ids)
+        if length == 0:
+            raise ValueError(f"prompt {prompt.key!r} has no token ids: give it a text, or at least the BOS token")
+        if max(prompt.ids) >= student.model.get_input_embeddings().weight.shape[0] or min(prompt.ids) < 0:
+            raise ValueError(
+                f"prompt {prompt.key!r} has token ids that the student does not have: was it tokenized for another model?"
+            )
+        if context is not None and length + sampling.max_tokens > context:
+            raise ValueError(
+                f"prompt {prompt.key!r} has {length} tokens; with {sampling.max_tokens} new ones it exceeds the "
+                f"student's context of {context}: shorten the prompt to {max(context - sampling.max_tokens, 0)} tokens "
+                f"or set rollout.max_tokens to at most {max(context - length, 0)}"
+            )

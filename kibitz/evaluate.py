@@ -1,0 +1,130 @@
+"""How good the student is: accuracy at temperature 1 and greedy with 95% intervals, pass@k, reverse KL to the teacher.
+
+The evaluation has its own seed, so two evaluations of one run differ by the weights only.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from kibitz.batching import group, pack
+from kibitz.config import DataConfig, EvalConfig, ModelConfig, RolloutConfig
+from kibitz.data import load_grader, load_prompts
+from kibitz.engines import Engine
+from kibitz.engines.torch import TorchEngine
+from kibitz.graders import Grader
+from kibitz.losses.chunked import over_chunks
+from kibitz.losses.criteria import Divergence
+from kibitz.losses.divergences import reverse_kl
+from kibitz.metrics import pass_at_k, wilson
+from kibitz.models import LanguageModel, check_same_tokenizer, load_model, load_tokenizer, pick_device, stop_ids
+from kibitz.teachers.local import LocalTeacher
+from kibitz.types import Prompt, Rollout, Sampling, Scored
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Everything that one evaluation needs, so that a run can repeat it on the same prompts."""
+
+    student: LanguageModel
+    engine: Engine
+    teacher: LanguageModel | None
+    prompts: Sequence[Prompt]
+    grader: Grader | None
+    sampling: Sampling  # max_tokens, num_samples, stop_ids and seed; temperature and truncation are the evaluation's
+    split: str = "dev"
+
+    def run(self) -> tuple[dict[str, Any], list[Rollout]]:
+        """A row for `evals.jsonl`, and the rollouts at temperature 1 that it describes."""
+        sampling = replace(self.sampling, temperature=1.0, top_p=1.0, top_k=0)
+        sampled = self.engine.generate(self.prompts, sampling)
+        row: dict[str, Any] = {"split": self.split, "num_prompts": len(self.prompts)}
+        grade(self.grader, self.student, sampled)
+        if self.grader is not None:
+            greedy = self.engine.generate(self.prompts, replace(sampling, temperature=0.0, num_samples=1))
+            grade(self.grader, self.student, greedy)
+            row |= {"sampled": accuracy(sampled), "greedy": accuracy(greedy), "pass_at_k": _pass_at_k(sampled)}
+        if self.teacher is not None:
+            row["reverse_kl"] = mean_reverse_kl(self.student, self.teacher, sampled)
+        row["response_tokens"] = fmean(r.num_tokens for r in sampled)
+        row["cut_off"] = fmean(not r.finished for r in sampled)
+        return row, sampled
+
+
+def grade(grader: Grader | None, student: LanguageModel, rollouts: Sequence[Rollout]) -> None:
+    """Write text and reward into the rollouts. A grader that raises names the prompt and stops the run."""
+    for rollout in rollouts:
+        rollout.text = student.tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
+        if grader is None:
+            continue
+        try:
+            rollout.reward = float(grader(rollout.prompt, rollout.text))
+        except Exception as error:
+            raise RuntimeError(f"the grader failed on prompt {rollout.prompt.text[:200]!r}, response {rollout.text[:200]!r}") from error
+
+
+def accuracy(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Mean reward with a 95% Wilson interval; several samples of one prompt count as one observation."""
+    groups = _by_prompt(rollouts)
+    share = fmean(fmean(rewards) for rewards in groups)
+    low, high = wilson(share * len(groups), len(groups))
+    return {"accuracy": share, "low": low, "high": high, "num": len(groups)}
+
+
+def _pass_at_k(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    groups = _by_prompt(rollouts)
+    num = len(groups[0])
+    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= num]
+    return {str(k): fmean(pass_at_k(num, sum(reward >= 1.0 for reward in rewards), k) for rewards in groups) for k in ks}
+
+
+def _by_prompt(rollouts: Sequence[Rollout]) -> list[list[float]]:
+    groups = defaultdict(list)
+    for rollout in rollouts:
+        assert rollout.reward is not None
+        groups[rollout.prompt.key].append(rollout.reward)
+    return list(groups.values())
+
+
+@torch.no_grad()
+def mean_reverse_kl(student: LanguageModel, teacher: LanguageModel, rollouts: Sequence[Rollout], max_tokens: int = 16384) -> float:
+    """KL(student || teacher) in nats per token, exact over the vocabulary, mean over the student's own tokens."""
+    criterion, scorer = Divergence(reverse_kl), LocalTeacher(teacher, tokens_per_micro_batch=max_tokens)
+    total = 0.0
+    for indices in group(rollouts, max_tokens):
+        members = [rollouts[i] for i in indices]
+        scored = [Scored(r, r.weight_T(), s) for r, s in zip(members, scorer.score(members), strict=True)]
+        batch = pack(scored, student.device)
+        loss, _ = student(batch, lambda hidden_TD, head: over_chunks(criterion, hidden_TD, head, batch.tokens))
+        total += loss.item()
+    return total / sum(r.weight_T().sum().item() for r in rollouts)
+
+
+def evaluate_model(
+    model: str,
+    *,
+    teacher: str | None = None,
+    data: DataConfig,
+    eval: EvalConfig = EvalConfig(),
+    rollout: RolloutConfig = RolloutConfig(),
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Evaluate a checkpoint on the prompts of a `data` section."""
+    where, config = pick_device(device), ModelConfig(model=model)
+    tokenizer = load_tokenizer(config, "student")
+    if teacher is not None:
+        check_same_tokenizer(tokenizer, load_tokenizer(ModelConfig(model=teacher), "teacher"))
+    prompts = load_prompts(data, tokenizer, eval.seed)[: eval.num_prompts]
+    grader = load_grader(data, prompts)
+    student = load_model(config, "student", where, tokenizer)
+    scorer = None if teacher is None else load_model(ModelConfig(model=teacher), "teacher", where)
+    sampling = Sampling(
+        max_tokens=rollout.max_tokens, num_samples=eval.samples, stop_ids=stop_ids(student, rollout.stop), seed=eval.seed
+    )
+    engine = TorchEngine(student, rollout.max_rows)
+    row, _ = Evaluator(student, engine, scorer, prompts, grader, sampling, data.split).run()
+    return row

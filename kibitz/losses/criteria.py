@@ -1,0 +1,230 @@
+"""Criteria for `over_chunks`: logits and tokens in, the loss and the metrics of each token out.
+
+A criterion composes the parts: a support, a divergence or a policy loss, a temperature. Metrics are detached and at
+temperature 1, and bear the same name whatever the loss: a run is judged by `reverse_kl` even where it trains another.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kibitz.losses import policy_gradient
+from kibitz.losses.divergences import entropy, reverse_kl
+from kibitz.losses.supports import (
+    Buckets,
+    find_token,
+    gather_tokens,
+    log_probs,
+    signal_buckets,
+    teacher_logits,
+    top_k_buckets,
+)
+from kibitz.types import Dense, Sampled, Signal, Tokens, TopK
+
+PolicyLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(logp_C with gradient, sampled_logp_C, advantage_C) -> [C]"""
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """-log S(token): supervised fine-tuning on the text as it stands, whoever wrote it."""
+
+    def __call__(self, logits_CV: Tensor, tokens: Tokens) -> dict[str, Tensor]:
+        student_CV = log_probs(logits_CV)
+        logp_C = gather_tokens(student_CV, tokens.token_T)
+        return {"loss": -logp_C} | _student_metrics(student_CV.detach(), tokens)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """tau^2 fn(S, T), both at temperature tau, on the full vocabulary or on the top k of one of them with the tail.
+
+    `fn` is any function (student_CS, teacher_CS) -> [C] of log-probabilities: one of `DIVERGENCES`, with its options
+    bound by `functools.partial`, or your own; the teacher carries no gradient. tau is the loss temperature and has
+    nothing to do with the one that the rollouts were sampled at; tau^2 keeps the gradient's size (Hinton, 1503.02531).
+
+    The signal must be able to answer: `Dense` gives every support, `TopK` only "teacher" at the signal's own
+    temperature, `Sampled` none.
+    """
+
+    fn: Callable[[Tensor, Tensor], Tensor] = reverse_kl
+    support: Literal["full", "student", "teacher", "union"] = "full"
+    top_k: int = 32
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.support not in ("full", "student", "teacher", "union"):
+            raise ValueError(f"Unknown support {self.support!r}: write full, student, teacher or union.")
+        if self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}; it must be at least 1.")
+        if self.temperature <= 0:
+            raise ValueError(f"The loss temperature is {self.temperature}; it must be above 0.")
+
+    def __call__(self, logits_CV: Tensor, tokens: Tokens) -> dict[str, Tensor]:
+        student_CV = log_probs(logits_CV, self.temperature)
+        masses: dict[str, Tensor] = {}
+        match tokens.signal:
+            case Dense() as signal:
+                teacher_logits_CV = teacher_logits(signal, logits_CV)
+                teacher_CV = log_probs(teacher_logits_CV, self.temperature)
+                if self.support == "full":
+                    loss_C = self.fn(student_CV, teacher_CV)
+                else:
+                    buckets = top_k_buckets(student_CV, teacher_CV, tokens.token_T, self.support, self.top_k)
+                    loss_C, masses = self.fn(buckets.student_CS, buckets.teacher_CS), _masses(buckets)
+                plain_CV = self._at_one(student_CV, logits_CV), self._at_one(teacher_CV, teacher_logits_CV)
+                metrics = _dense_metrics(*plain_CV, tokens)
+            case TopK() as signal:
+                self._refuse(signal)
+                buckets = signal_buckets(student_CV, signal)
+                loss_C, masses = self.fn(buckets.student_CS, buckets.teacher_CS), _masses(buckets)
+                metrics = _student_metrics(self._at_one(student_CV, logits_CV), tokens) | _signal_metrics(
+                    student_CV.detach(), tokens, signal
+                )
+            case signal:
+                raise ValueError(
+                    f"A divergence needs the teacher's distribution, and the signal is {type(signal).__name__}. Use a "
+                    "local teacher, or one that sends its top k, or the policy gradient of the sampled token."
+                )
+        return {"loss": self.temperature**2 * loss_C} | metrics | masses
+
+    def _at_one(self, logp_CV: Tensor, logits_CV: Tensor) -> Tensor:
+        """The log-probabilities at temperature 1, detached; `logp_CV` are those at the loss temperature."""
+        return logp_CV.detach() if self.temperature == 1.0 else log_probs(logits_CV.detach())
+
+    def _refuse(self, signal: TopK) -> None:
+        if self.support != "teacher":
+            raise ValueError(
+                f"The teacher sends its own top {signal.ids_TK.shape[-1]} tokens, and the support is {self.support!r}: "
+                "write support: teacher, or use a teacher whose hidden states are at hand."
+            )
+        if signal.temperature != self.temperature:
+            raise ValueError(
+                f"The teacher's log-probabilities are at temperature {signal.temperature} and the loss is at "
+                f"{self.temperature}. Top-k log-probabilities cannot be changed to another: make the two equal."
+            )
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """loss(log S, log S_sampled, A) on the sampled token: rewards, distillation, or both at once.
+
+        A = A_given + clip(c (log T - log S_sampled) + c KL(S || T))
+
+    A_given is `tokens.advantage_T`, where there is one; the rest is there when the teacher's signal is and the
+    coefficient c is not 0. The KL is the vOPD baseline: it needs `Dense` or `TopK`. Only the distillation part is
+    clipped, with its baseline, because a mean cut off afterwards is no longer the mean.
+
+    `temperature` is the one that the rollouts were sampled at, so that the ratio compares like with like; a `Dense`
+    teacher is taken at it too. Credit over later tokens needs whole sequences: put it into `advantage_T` with
+    `discounted`, and set c to 0.
+    """
+
+    loss: PolicyLoss = policy_gradient.sampled_token
+    coefficient: float = 1.0
+    baseline: bool = False
+    advantage_clip: tuple[float, float] | None = None
+    temperature: float = 1.0
+
+    def __call__(self, logits_CV: Tensor, tokens: Tokens) -> dict[str, Tensor]:
+        student_CV = log_probs(logits_CV, self.temperature)
+        logp_C = gather_tokens(student_CV, tokens.token_T)
+        advantage_C, metrics = self._advantage(student_CV.detach(), logits_CV.detach(), tokens)
+        loss_C = self.loss(logp_C, tokens.logp_T, advantage_C)
+        with torch.no_grad():
+            metrics["ratio"] = policy_gradient.importance_ratio(logp_C, tokens.logp_T)
+            uncorrected_C = policy_gradient.sampled_token(logp_C, tokens.logp_T, advantage_C)
+            metrics["ratio_clipped"] = (loss_C != uncorrected_C).to(loss_C.dtype)
+        return {"loss": loss_C, "advantage": advantage_C} | metrics
+
+    def _advantage(self, student_CV: Tensor, logits_CV: Tensor, tokens: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
+        plain_CV = student_CV if self.temperature == 1.0 else log_probs(logits_CV)
+        signal, given_C = tokens.signal, tokens.advantage_T
+        if given_C is None and (signal is None or self.coefficient == 0.0):
+            raise ValueError("The policy gradient has neither an advantage nor a teacher's signal to learn from.")
+        if signal is None:
+            return given_C, _student_metrics(plain_CV, tokens)
+        teacher_C, kl_C, metrics = self._heard(student_CV, plain_CV, tokens, signal)
+        if self.coefficient == 0.0:
+            return given_C, metrics
+        distilled_C = policy_gradient.distillation_advantage(tokens.logp_T, teacher_C, self.coefficient)
+        if self.baseline:
+            if kl_C is None:
+                raise ValueError("The vOPD baseline needs the teacher's distribution; it sent the sampled token only.")
+            distilled_C = policy_gradient.with_baseline(distilled_C, kl_C, self.coefficient)
+        if self.advantage_clip is not None:
+            distilled_C, metrics["advantage_clipped"] = policy_gradient.clipped(distilled_C, *self.advantage_clip)
+        return (distilled_C if given_C is None else given_C + distilled_C), metrics
+
+    def _heard(
+        self, student_CV: Tensor, plain_CV: Tensor, tokens: Tokens, signal: Signal
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """The teacher's log-probability of each token, the reverse KL where it can be had, and the metrics."""
+        match signal:
+            case Dense():
+                logits_CV = teacher_logits(signal, plain_CV)
+                metrics = _dense_metrics(plain_CV, log_probs(logits_CV), tokens)
+                if self.temperature == 1.0:
+                    return metrics["teacher_logp"], metrics["reverse_kl"], metrics
+                teacher_CV = log_probs(logits_CV, self.temperature)
+                return gather_tokens(teacher_CV, tokens.token_T), reverse_kl(student_CV, teacher_CV), metrics
+            case TopK():
+                if signal.temperature != self.temperature:
+                    raise ValueError(
+                        f"The rollouts were sampled at temperature {self.temperature} and the teacher's "
+                        f"log-probabilities are at {signal.temperature}: make the two equal."
+                    )
+                metrics = _student_metrics(plain_CV, tokens) | _signal_metrics(student_CV, tokens, signal)
+                if self.coefficient != 0.0 and not find_token(signal, tokens.token_T)[1].all():
+                    raise ValueError(
+                        "The teacher's top k lacks tokens that were sampled. Ask it for the sampled token's "
+                        "log-probability as well (a server's prompt log-probabilities hold it)."
+                    )
+                return metrics["teacher_logp"], metrics["reverse_kl"], metrics
+            case Sampled():
+                metrics = _student_metrics(plain_CV, tokens) | _signal_metrics(student_CV, tokens, signal)
+                return metrics["teacher_logp"], None, metrics
+
+
+# -------------------------------------------------------------------------------------------------------- metrics
+
+
+@torch.no_grad()
+def _student_metrics(student_CV: Tensor, tokens: Tokens) -> dict[str, Tensor]:
+    return {"student_entropy": entropy(student_CV), "student_logp": gather_tokens(student_CV, tokens.token_T)}
+
+
+@torch.no_grad()
+def _dense_metrics(student_CV: Tensor, teacher_CV: Tensor, tokens: Tokens) -> dict[str, Tensor]:
+    return _student_metrics(student_CV, tokens) | {
+        "teacher_entropy": entropy(teacher_CV),
+        "teacher_logp": gather_tokens(teacher_CV, tokens.token_T),
+        "reverse_kl": reverse_kl(student_CV, teacher_CV),
+    }
+
+
+@torch.no_grad()
+def _signal_metrics(student_CV: Tensor, tokens: Tokens, signal: TopK | Sampled) -> dict[str, Tensor]:
+    """`reverse_kl` is a lower bound from K tokens and the tail, or the k3 estimate from the sampled token; both at the
+    temperature of the teacher's numbers."""
+    if isinstance(signal, TopK):
+        buckets = signal_buckets(student_CV, signal)
+        logp_C = find_token(signal, tokens.token_T)[0].to(student_CV.dtype)
+        return {"teacher_logp": logp_C, "reverse_kl": reverse_kl(buckets.student_CS, buckets.teacher_CS)}
+    teacher_C = signal.logp_T.to(student_CV.dtype)
+    if not torch.isfinite(teacher_C.sum()):
+        raise ValueError(
+            "The teacher's log-probabilities of the sampled tokens hold NaN or -inf: it gives one of them probability "
+            "zero. Score without top-p or top-k on the teacher's side, and check that both use the same tokenizer."
+        )
+    return {
+        "teacher_logp": teacher_C,
+        "reverse_kl": policy_gradient.k3(gather_tokens(student_CV, tokens.token_T), teacher_C),
+    }
+
+
+def _masses(buckets: Buckets) -> dict[str, Tensor]:
+    return {"student_mass": buckets.student_mass_C, "teacher_mass": buckets.teacher_mass_C}

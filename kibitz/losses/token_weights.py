@@ -1,0 +1,61 @@
+"""Which tokens count, and how much: functions over `[T]` that give weights for `over_chunks`.
+
+Weights are set before the loss runs. Those that need the student's entropy or divergence need a pass under
+`torch.no_grad` first; `over_chunks` gives both per token. A token of weight 0 keeps weight 0 everywhere.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def top_share(score_T: Tensor, weight_T: Tensor, share: float) -> Tensor:
+    """The weights, set to 0 for all but the `share` of the learnable tokens with the highest scores (rounded up).
+
+    With the student's entropy as score and share 0.2, the rule of Revisiting OPD (2603.25562)."""
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"The share of tokens to keep is {share}; it must be above 0 and at most 1.")
+    learnable_T = weight_T > 0
+    keep = math.ceil(share * int(learnable_T.sum()) - 1e-9)  # 0.1 * 30 is a little more than 3
+    best = score_T.masked_fill(~learnable_T, -torch.inf).topk(keep).indices
+    return weight_T * torch.zeros_like(weight_T).index_fill(0, best, 1.0)
+
+
+def tip_score(entropy_T: Tensor, divergence_T: Tensor, weight_T: Tensor) -> Tensor:
+    """h + d - h d, high where the student is uncertain or disagrees with the teacher (TIP, 2604.14084).
+
+    h and d are the student's entropy and the divergence, each scaled to [0, 1] by the least and the greatest of the
+    learnable tokens given, so that a confident mistake scores as high as an open choice."""
+    h_T, d_T = _scaled(entropy_T, weight_T), _scaled(divergence_T, weight_T)
+    return h_T + d_T - h_T * d_T
+
+
+def prefix_drift(advantage_T: Tensor, weight_T: Tensor, gamma: float = 0.5) -> Tensor:
+    """w_t (1 + gamma (1 - sum_{s<t} |A_s| / sum_s |A_s|)), over ONE sequence (IW-OPD, 2606.22600; gamma = 0.5).
+
+    Early tokens count up to 1 + gamma; tokens behind most of the disagreement, where the teacher judges a text that it
+    would never have written, count 1."""
+    size_T = advantage_T.detach().abs() * (weight_T > 0)
+    before_T = size_T.cumsum(0) - size_T
+    return weight_T * (1 + gamma * (1 - before_T / size_T.sum().clamp(min=torch.finfo(size_T.dtype).tiny)))
+
+
+def sequence_mean(weights: list[Tensor]) -> list[Tensor]:
+    """One weight tensor per sequence, rescaled so that every sequence counts alike and the total stays the same.
+
+    The sum of weight times loss, divided by the total weight, is then the mean over sequences of each one's weighted
+    mean; without it, it is the mean over tokens. Give it every sequence of the step, not those of one micro-batch. A
+    sequence with nothing to learn does not count."""
+    totals = [float(weight_T.sum()) for weight_T in weights]
+    num_sequences = sum(total > 0 for total in totals)
+    each = sum(totals) / max(num_sequences, 1)
+    return [weight_T * (each / total if total > 0 else 0.0) for weight_T, total in zip(weights, totals, strict=True)]
+
+
+def _scaled(value_T: Tensor, weight_T: Tensor) -> Tensor:
+    learnable = value_T[weight_T > 0]
+    if not len(learnable):
+        return torch.zeros_like(value_T)
+    low, high = learnable.min(), learnable.max()
+    return ((value_T - low) / (high - low).clamp(min=torch.finfo(value_T.dtype).eps)).clamp(0, 1)

@@ -1,0 +1,29 @@
+"""Methods: who writes the tokens, what each token is told, which loss. One small file each.
+
+| method | who writes | what a token is told | loss |
+|---|---|---|---|
+| sft | the data, or the teacher | the token | cross-entropy |
+| opd | the student | the teacher's distribution there | reverse KL, or another divergence |
+| grpo | the student, a group per prompt | reward minus the group's mean | clipped policy gradient |
+"""
+
+from collections.abc import Callable
+
+from kibitz.config import METHOD_CONFIGS, MethodConfig
+from kibitz.methods import grpo, opd, sft
+from kibitz.methods.parts import Method, Parts, token_loss
+
+__all__ = ["METHODS", "Method", "Parts", "build", "register", "token_loss"]
+
+METHODS: dict[str, Callable[[Parts], Method]] = {"sft": sft.build, "opd": opd.build, "grpo": grpo.build}
+
+
+def build(parts: Parts) -> Method:
+    """The method that a recipe names."""
+    return METHODS[parts.recipe.method.type](parts)
+
+
+def register(name: str, config: type[MethodConfig], build: Callable[[Parts], Method]) -> None:
+    """Add a method from outside the package: its name, its section of the recipe, and how to make it."""
+    METHOD_CONFIGS[name] = config
+    METHODS[name] = build

@@ -1,0 +1,43 @@
+"""RL from one reward per response: each token gets the response's reward minus the mean of its prompt's group."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from kibitz.config import GRPOConfig
+from kibitz.losses.criteria import PolicyGradient
+from kibitz.losses.policy_gradient import group_advantages, ppo_clip
+from kibitz.methods.parts import Parts, token_loss
+from kibitz.models import LanguageModel
+from kibitz.types import Batch, Prompt, Rollout, Scored
+
+
+@dataclass(frozen=True)
+class GRPO:
+    config: GRPOConfig
+    parts: Parts
+
+    def rollout(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
+        return self.parts.engine.generate(prompts, replace(self.parts.sampling, seed=seed))
+
+    def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+        """Every token of a rollout has the rollout's advantage; a group in which all did alike teaches nothing."""
+        rewards_GN = torch.tensor([r.reward for r in rollouts]).view(-1, self.parts.sampling.num_samples)
+        advantages = group_advantages(rewards_GN, self.config.normalize_std).flatten()
+        return [
+            Scored(rollout, rollout.weight_T(), advantage_T=advantage.expand(rollout.num_tokens))
+            for rollout, advantage in zip(rollouts, advantages, strict=True)
+        ]
+
+    def loss(self, student: LanguageModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        clip = partial(ppo_clip, low=self.config.clip_ratio, high=self.config.clip_ratio)
+        criterion = PolicyGradient(clip, temperature=self.parts.sampling.temperature)
+        return token_loss(student, batch, criterion, self.parts.recipe.optim.chunk_tokens)
+
+
+def build(parts: Parts) -> GRPO:
+    return GRPO(cast(GRPOConfig, parts.recipe.method), parts)

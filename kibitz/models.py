@@ -1,0 +1,190 @@
+"""Hugging Face models as students and teachers: one body, one output head, one vocabulary.
+
+The body gives hidden states, the head turns some of them into logits; the loss multiplies the head chunk by chunk.
+Logits are cut to the tokenizer's size, because models of one family pad their vocabularies differently.
+"""
+
+import os
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from kibitz.config import ModelConfig
+from kibitz.types import Batch
+
+transformers_logging.disable_progress_bar()  # kibitz draws its own
+
+
+class Head(nn.Module):
+    """The output layer with all that the architecture does behind it: hidden states `[C, D]` to logits `[C, V]`."""
+
+    def __init__(self, projection: nn.Module, vocab_size: int, scale: float = 1.0, softcap: float | None = None):
+        super().__init__()
+        self.projection, self.vocab_size, self.scale, self.softcap = projection, vocab_size, scale, softcap
+
+    def forward(self, hidden_CD: Tensor) -> Tensor:
+        logits_CV = self.projection(hidden_CD)[..., : self.vocab_size]
+        if self.scale != 1.0:
+            logits_CV = logits_CV * self.scale
+        if self.softcap is not None:
+            logits_CV = torch.tanh(logits_CV / self.softcap) * self.softcap
+        return logits_CV
+
+
+class LanguageModel(nn.Module):
+    """A causal language model and its tokenizer, in eval mode always: dropout would make the student disagree with
+    the log-probabilities that it sampled with."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model"):
+        super().__init__()
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        self.vocab_size = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
+        self.head, self.head_stands_alone = _build_head(model, self.vocab_size, name)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence that the model was made for, if it says so."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def hidden(self, ids_BL: Tensor) -> Tensor:
+        """The last hidden states `[B, L, D]` of right-padded rows. No attention mask: padding stands on the right."""
+        if not self.head_stands_alone:
+            return self.model(ids_BL, use_cache=False).logits
+        return self.model.base_model(ids_BL, use_cache=False).last_hidden_state
+
+    def forward(self, batch: Batch, use: Callable[[Tensor, nn.Module], tuple]) -> tuple:
+        """`use(hidden_TD, head)` on the positions that score response tokens. The loss runs in here, where a sharded
+        model has its output head whole."""
+        hidden_BLD = self.hidden(batch.ids_BL)
+        return use(hidden_BLD.flatten(0, 1)[batch.position_T], self.head)
+
+    def forward_flops(self, num_positions: int, num_squared: int, num_scored: int) -> float:
+        """Multiply-adds x 2 of one forward pass: body on all positions, causal attention (`num_squared` = the sum of
+        squared lengths), head on the scored positions. Backward costs twice this again."""
+        config = self.model.config.get_text_config()
+        head = self.model.get_output_embeddings().weight.numel()
+        embedding = self.model.get_input_embeddings().weight
+        tied = embedding is self.model.get_output_embeddings().weight
+        body = self.num_parameters - embedding.numel() - (0 if tied else head)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        attention = 2.0 * config.num_hidden_layers * config.num_attention_heads * head_dim * num_squared
+        return 2.0 * body * num_positions + attention + 2.0 * head * num_scored
+
+
+def _build_head(model: PreTrainedModel, vocab_size: int, name: str) -> tuple[Head, bool]:
+    """The head, and whether it can be called alone. That is checked on a few tokens, because what an architecture does
+    behind its output layer (soft-cap, scale) is known only by name."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    head = Head(model.get_output_embeddings(), vocab_size, scale, getattr(config, "final_logit_softcapping", None))
+    ids_BL = torch.arange(min(8, vocab_size), device=model.device)[None]
+    with torch.no_grad():
+        whole = model(ids_BL, use_cache=False).logits[..., :vocab_size].float()
+        alone = head(model.base_model(ids_BL, use_cache=False).last_hidden_state).float()
+    if torch.allclose(whole, alone, rtol=1e-3, atol=1e-3 * whole.abs().max().item() + 1e-6):
+        return head, True
+    warnings.warn(f"{name}: the output head of {type(model).__name__} cannot be called alone; whole logits are kept instead, "
+                  f"{vocab_size} numbers a token", stacklevel=2)  # fmt: skip
+    return Head(nn.Identity(), vocab_size), False
+
+
+# ------------------------------------------------------------------ loading
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, name)
+
+
+def check_folder(name: str, role: str) -> None:
+    """That `name` can be a model, before anything is loaded from it."""
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{role}.model: {name} is not a model: it has no config.json")
+        if not any(path.glob("*.safetensors")):
+            raise ValueError(f"{role}.model: {name} holds no *.safetensors; pickled weights are not loaded, convert them first")
+    elif path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise ValueError(f"{role}.model: there is no model folder at {name}")
+
+
+def load_tokenizer(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
+    check_folder(config.model, role)
+    try:
+        AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # whatever a broken folder makes transformers raise
+        raise ValueError(_unreadable(config.model, role, error)) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{role}.model: the tokenizer of {config.model} has no EOS token, so no response could ever end")
+    return tokenizer
+
+
+def load_model(config: ModelConfig, role: str, device: torch.device, tokenizer: PreTrainedTokenizerBase | None = None) -> LanguageModel:
+    """The model of a recipe's `student` or `teacher` section, on a device."""
+    tokenizer = tokenizer or load_tokenizer(config, role)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model,
+            dtype=_dtype(config.dtype, device),
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+        )
+    except Exception as error:
+        raise ValueError(_unreadable(config.model, role, error)) from error
+    return LanguageModel(model.to(device), tokenizer, name=role)
+
+
+def _unreadable(name: str, role: str, error: Exception) -> str:
+    if not os.path.isdir(name):
+        return f"{role}.model: {name} is neither a folder here nor a model that can be had from the hub"
+    return f"{role}.model: {name} is not a model that transformers can load: {' '.join(str(error).split())[:300]}"
+
+
+def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """The teacher scores the student's token ids, so both must mean the same text by them."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    token = min(ours.keys() ^ theirs.keys() or {t for t in ours if ours[t] != theirs[t]}, key=lambda t: ours.get(t, theirs.get(t, 0)))
+    raise ValueError(
+        f"student and teacher have different tokenizers ({len(ours)} and {len(theirs)} tokens; {token!r} is "
+        f"{ours.get(token, 'missing')} for the student and {theirs.get(token, 'missing')} for the teacher): "
+        "choose a teacher of the student's family"
+    )
+
+
+def stop_ids(model: LanguageModel, stop: list[str]) -> tuple[int, ...]:
+    """All tokens that end a response: the tokenizer's EOS, those of the generation settings, and the recipe's."""
+    ids = {model.tokenizer.eos_token_id}
+    configured = getattr(model.model.generation_config, "eos_token_id", None)
+    ids.update(configured if isinstance(configured, list) else [] if configured is None else [configured])
+    for text in stop:
+        encoded = model.tokenizer.encode(text, add_special_tokens=False)
+        if len(encoded) != 1:
+            raise ValueError(f"rollout.stop: {text!r} is {len(encoded)} tokens for this tokenizer; write a single token")
+        ids.update(encoded)
+    return tuple(sorted(ids))

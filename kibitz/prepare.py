@@ -1,0 +1,116 @@
+"""From a recipe to everything that a run needs, cheapest first: what can be refused is refused before weights load."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from kibitz import config
+from kibitz.config import DataConfig, Recipe, RecipeError, SFTConfig
+from kibitz.data import PromptStream, encode_response, load_grader, load_prompts
+from kibitz.engines import Engine
+from kibitz.engines.torch import TorchEngine
+from kibitz.evaluate import Evaluator
+from kibitz.graders import Grader
+from kibitz.methods import Parts
+from kibitz.models import LanguageModel, check_same_tokenizer, load_model, load_tokenizer, pick_device, stop_ids
+from kibitz.runs import RunFolder, open_folder
+from kibitz.types import Prompt, Sampling
+
+
+@dataclass
+class Setup:
+    recipe: Recipe
+    folder: RunFolder
+    resumed_from: Path | None
+    student: LanguageModel
+    teacher: LanguageModel | None
+    engine: Engine
+    stream: PromptStream
+    grader: Grader | None
+    evaluator: Evaluator | None
+    parts: Parts
+
+
+def prepare(
+    source: "str | Path | dict | Recipe",
+    overrides: Sequence[str] = (),
+    *,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    grader: Grader | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Setup:
+    """Check a recipe against the world, then load it."""
+    recipe = config.load(source, list(overrides))
+    tokenizer = _tokenizers(recipe)
+    demonstrations = isinstance(recipe.method, SFTConfig) and recipe.method.source == "dataset"
+    prompts = load_prompts(recipe.data, tokenizer, recipe.seed, demonstrations)
+    grader = grader or load_grader(recipe.data, prompts)
+    if recipe.method.needs_reward() and grader is None:
+        raise RecipeError(f"method {recipe.method.type} needs rewards: give rows an answer, name data.grader, or pass grader=")
+    held_out = _held_out(recipe, tokenizer)
+    folder, resumed_from = open_folder(recipe, resume, overwrite)
+
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    device = pick_device(recipe.device)
+    student_config = recipe.student if resumed_from is None else recipe.student.model_copy(update={"model": str(resumed_from)})
+    student = load_model(student_config, "student", device, tokenizer)
+    teacher = None if recipe.teacher is None else load_model(recipe.teacher, "teacher", device)
+    if teacher is not None:
+        teacher.requires_grad_(False)
+    _check_lengths(student, [*prompts, *held_out], recipe)
+    engine = TorchEngine(student, recipe.rollout.max_rows)
+    sampling = _sampling(recipe, student)
+    evaluator = None
+    if held_out:
+        eval_sampling = replace(sampling, num_samples=recipe.eval.samples, seed=recipe.eval.seed)
+        evaluator = Evaluator(student, engine, teacher, held_out, grader, eval_sampling, recipe.eval.split)
+    parts = Parts(recipe, engine, teacher, sampling, partial(encode_response, tokenizer), loss)
+    stream = PromptStream(prompts, recipe.seed, recipe.data.shuffle)
+    return Setup(recipe, folder, resumed_from, student, teacher, engine, stream, grader, evaluator, parts)
+
+
+def _tokenizers(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The student's, after a look at the teacher's."""
+    tokenizer = load_tokenizer(recipe.student, "student")
+    if recipe.teacher is not None:
+        check_same_tokenizer(tokenizer, load_tokenizer(recipe.teacher, "teacher"))
+    return tokenizer
+
+
+def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The evaluation's prompts: its own file, or the dev split of a world; none otherwise."""
+    if recipe.eval.prompts is None and recipe.data.world is None:
+        return []
+    options = {} if recipe.eval.prompts is None else {"prompts": recipe.eval.prompts, "world": None}
+    changes = {"split": recipe.eval.split, "limit": recipe.eval.num_prompts, "options": {}, **options}
+    data = DataConfig.model_validate({**recipe.data.model_dump(), **changes})
+    return load_prompts(data, tokenizer, recipe.eval.seed)
+
+
+def _sampling(recipe: Recipe, student: LanguageModel) -> Sampling:
+    rollout = recipe.rollout
+    return Sampling(
+        max_tokens=rollout.max_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        num_samples=rollout.samples_per_prompt,
+        stop_ids=stop_ids(student, rollout.stop),
+    )
+
+
+def _check_lengths(student: LanguageModel, prompts: Sequence[Prompt], recipe: Recipe) -> None:
+    longest, room = max(len(prompt.ids) for prompt in prompts), student.max_positions
+    if room is not None and longest + recipe.rollout.max_tokens > room:
+        raise RecipeError(
+            f"rollout.max_tokens: the longest prompt has {longest} tokens and the student has {room} positions: "
+            f"write rollout.max_tokens={room - longest} or less" if longest < room else
+            f"data: the longest prompt has {longest} tokens and the student has only {room} positions: shorten it"
+        )  # fmt: skip

@@ -1,0 +1,142 @@
+"""Puts the sections together into a page that needs nothing else: no network, no other file.
+
+Everything that models, recipes or folder names say is escaped by jinja2, reaches scripts only through JSON islands
+in which no tag can be closed, and could not run if it slipped through: the page's security policy allows the page's
+own scripts by their hashes and nothing else, and forbids every connection.
+"""
+
+import base64
+import hashlib
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from kibitz.report import costs, curves, formats, heatmap, summary
+from kibitz.report.folder import Row, Run, dig_number, read_run, unique_names
+
+HERE = Path(__file__).parent
+
+
+def build(run_folders: list[Path], output: Path | None = None) -> Path:
+    """Writes the report of one run, or of several side by side, and returns its path.
+
+    Without `output` it is `report.html` in the run's folder, or next to the first folder if there are several."""
+    if not run_folders:
+        raise ValueError("A report needs at least one run folder.")
+    folders = [Path(folder) for folder in run_folders]
+    runs = [read_run(folder) for folder in folders]
+    unique_names(runs)
+    place = folders[0] if len(folders) == 1 else folders[0].resolve().parent
+    return _write(Path(output) if output else place / "report.html", _report(runs))
+
+
+def rollout_page(rows: list[Row]) -> str:
+    """A page with the heat-map only, of annotated rollouts."""
+    run = Run(name="Scored rollouts", rollouts=rows)
+    return _render("rollouts.html.j2", ["page.js", "heatmap.js"], heatmap=_heatmap([run]))
+
+
+def _report(runs: list[Run]) -> str:
+    drawn = {"curves": curves.charts(runs), "costs": costs.charts(runs)}
+    return _render(
+        "report.html.j2",
+        ["plotly", "page.js", "heatmap.js", "charts.js"],
+        runs=[_run(run) for run in runs],
+        side_by_side=summary.side_by_side(runs),
+        title=formats.safe_lines(runs[0].name) if len(runs) == 1 else f"{len(runs)} runs compared",
+        heatmap=_heatmap(runs),
+        figures={chart["key"]: chart["figure"] for group in drawn.values() for chart in group},
+        **drawn,
+    )
+
+
+def _run(run: Run) -> dict[str, Any]:
+    """What the templates say about one run."""
+    return {
+        "name": formats.safe_lines(run.name),
+        "method": summary.title(run),
+        "sentences": summary.sentences(run),
+        "facts": summary.facts(run),
+        "comparisons": summary.comparisons(run),
+        "costs": costs.table(run),
+        "notices": [formats.safe_lines(notice) for notice in run.notices],
+        "details": _details(run),
+        "recipe": formats.safe_lines(run.recipe_text),
+        "status": _status(run),
+    }
+
+
+def _heatmap(runs: list[Run]) -> dict[str, Any] | None:
+    """What the heat-map's template says, and the island its script reads; None without any rollout."""
+    found = [pair for run in runs for pair in heatmap.pairs(run.rollouts)]
+    if not found:
+        return None
+    island = heatmap.island(runs)
+    return {
+        "island": island,
+        "levels": len(heatmap.LEVELS),
+        "left_out": len(found) - sum(len(run["pairs"]) for run in island["runs"]),
+        "facts": heatmap.fork_facts(found),
+        "paired": any(len(pair.sides) > 1 for pair in found),
+        "graded": any(heatmap.is_right(side) is not None for pair in found for side in pair.sides),
+    }
+
+
+def _status(run: Run) -> str:
+    """`finished 22 November 2026, 8.3 s on cpu`."""
+    parts = [str(run.info.get("status") or ""), _day(run.info.get("finished") or run.info.get("started"))]
+    wall = dig_number(run.info, "seconds")
+    device = run.info.get("device")
+    parts += [f"· {formats.seconds(wall)}" if wall else "", f"on {device}" if device else ""]
+    return formats.safe_lines(" ".join(part for part in parts if part).removeprefix("· "))
+
+
+def _day(moment: Any) -> str:
+    try:
+        return datetime.fromisoformat(str(moment)).strftime("%-d %B %Y")
+    except ValueError:
+        return ""
+
+
+def _details(run: Run) -> list[tuple[str, str]]:
+    """Versions and the like, in words; what is unknown is left out."""
+    entries = [("seed", run.recipe.get("seed"))] + [(key, value) for key, value in run.info.items()]
+    words = {"student_params": formats.count, "teacher_params": formats.count, "seconds": formats.seconds}
+    return [
+        (formats.safe_lines(key.replace("_", " ")), formats.safe_lines(words.get(key, str)(value)))
+        for key, value in entries
+        if value is not None and (key not in words or dig_number(run.info, key) is not None)
+    ]
+
+
+def _render(template: str, scripts: list[str], **values: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("kibitz.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    sources = [get_plotlyjs() if name == "plotly" else (HERE / name).read_text(encoding="utf-8") for name in scripts]
+    return environment.get_template(template).render(
+        styles=Markup("".join((HERE / name).read_text(encoding="utf-8") for name in ("style.css", "heatmap.css"))),
+        scripts=[Markup(source) for source in sources],
+        policy=_policy(sources),
+        **values,
+    )
+
+
+def _policy(sources: list[str]) -> str:
+    """Hashes are of the text between the script tags, byte for byte."""
+    digests = [base64.b64encode(hashlib.sha256(source.encode()).digest()).decode() for source in sources]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'"
+
+
+def _write(path: Path, page: str) -> Path:
+    """Whole or not at all: a reader never meets half a page."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(page, encoding="utf-8", errors="replace")
+    return unfinished.replace(path)

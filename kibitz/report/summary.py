@@ -1,0 +1,248 @@
+"""What was done, in two sentences made from the recipe, and what came of it: before against after."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from kibitz.report.curves import main_split
+from kibitz.report.costs import total_flops
+from kibitz.report.folder import Row, Run, dig, dig_number
+from kibitz.report.formats import DASH, change, count, flops, percent, plain, safe_lines, seconds
+
+DIVERGENCES = {
+    "reverse_kl": "reverse KL divergence",
+    "forward_kl": "forward KL divergence",
+    "jsd": "Jensen–Shannon divergence",
+    "tv": "total variation distance",
+}
+TITLES = {
+    "opd": "On-policy distillation",
+    "gkd": "Generalised knowledge distillation",
+    "skd": "Speculative knowledge distillation",
+    "sft": "Supervised fine-tuning",
+    "grpo": "Reinforcement learning with GRPO",
+}
+
+
+# ------------------------------------------------------------------ the two sentences
+
+
+def title(run: Run) -> str:
+    """The method's name for a reader: `On-policy distillation`, or its type in the recipe."""
+    kind = str(dig(run.recipe, "method", "type") or "")
+    return TITLES.get(kind, safe_lines(kind) if kind else "A run")
+
+
+def sentences(run: Run) -> list[Markup]:
+    """What was done and how much of it; for an unreadable recipe one sentence that says so."""
+    if not run.recipe:
+        return [Markup("The recipe of this run cannot be read, so the report cannot say what was done.")]
+    return [_what(run), *_how_much(run)]
+
+
+def _what(run: Run) -> Markup:
+    names = {
+        "student": _code(_model(run.recipe.get("student"))),
+        "teacher": _code(_model(run.recipe.get("teacher"))),
+        "prompts": _prompts(run.recipe.get("data")),
+        "divergence": _divergence(run.recipe.get("method")),
+        "method": title(run),
+    }
+    match dig(run.recipe, "method", "type"):
+        case "opd":
+            text = (
+                "The student {student} wrote its own responses to {prompts}, the teacher {teacher} scored every "
+                "token of them, and the student learnt from the {divergence}."
+            )
+        case "sft":
+            text = "The student {student} learnt to write the given responses to {prompts}, token by token."
+        case "grpo":
+            text = (
+                "The student {student} wrote its own responses to {prompts}, each was graded as a whole, and all "
+                "tokens of a response shared its reward (GRPO)."
+            )
+        case _ if run.recipe.get("teacher"):
+            text = "The student {student} learnt from the teacher {teacher} on {prompts} ({method})."
+        case _:
+            text = "The student {student} was trained on {prompts} ({method})."
+    return Markup(text).format(**names)
+
+
+def _how_much(run: Run) -> list[Markup]:
+    planned = dig_number(run.recipe, "steps")
+    done = run.last_step
+    if not planned and not done:
+        return []
+    rollout = run.recipe.get("rollout")
+    per_step = dig_number(rollout, "prompts_per_step")
+    samples = dig_number(rollout, "samples_per_prompt")
+    size = ""
+    if per_step:
+        size = f" of {count(per_step)} prompts" + (f" with {count(samples)} responses each" if (samples or 1) > 1 else "")
+    if planned and done < planned:
+        text = f"It was to take {count(planned)} steps{size}, and {count(done)} of them are on record."
+    else:
+        text = f"It took {count(done or planned)} steps{size}."
+    return [Markup("{}").format(text)]
+
+
+def _model(spec: Any) -> str:
+    """A model's name from a recipe: a dict with `model`, its URL, a bare name, or several teachers."""
+    if isinstance(spec, list):
+        return ", ".join(_model(entry) for entry in spec)
+    if isinstance(spec, dict):
+        spec = spec.get("model") or spec.get("url")
+    return str(spec) if spec else "without a name"
+
+
+def _prompts(data: Any) -> Markup:
+    world, prompts = dig(data, "world"), dig(data, "prompts")
+    if world:
+        return Markup("problems from the world {}").format(_code(str(world)))
+    return Markup("the prompts of {}").format(_code(str(prompts))) if prompts else Markup("prompts")
+
+
+def _divergence(method: Any) -> str:
+    kind, support = dig(method, "divergence") or "reverse_kl", dig(method, "support") or "full"
+    name = DIVERGENCES.get(str(kind), safe_lines(str(kind)))
+    match support:
+        case "full":
+            return f"{name} between the two at each token, over the whole vocabulary"
+        case "sampled":
+            return f"{name} between the two, estimated on the sampled tokens"
+    return f"{name} between the two at each token, over the support {safe_lines(str(support))}"
+
+
+def _code(name: str) -> Markup:
+    return Markup("<code>{}</code>").format(safe_lines(name))
+
+
+# ------------------------------------------------------------------ before and after
+
+
+@dataclass
+class Cell:
+    """One measure of one evaluation, in words; `low` and `high` place it on a line from 0 to 1 where it is a share."""
+
+    text: str = DASH
+    interval: str = ""
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass
+class Measure:
+    """A line of the table. `verdict` is `better`, `worse` or empty; `remark` says whether the intervals overlap."""
+
+    label: str
+    before: Cell
+    after: Cell
+    change: str
+    verdict: str = ""
+    remark: str = ""
+
+    @property
+    def empty(self) -> bool:
+        return self.before.value is None and self.after.value is None
+
+
+@dataclass
+class Comparison:
+    """Before and after on one split."""
+
+    split: str
+    num_prompts: str
+    first_step: int
+    last_step: int
+    measures: list[Measure]
+
+
+def comparisons(run: Run) -> list[Comparison]:
+    """One for each split, the one evaluated most often first. A split evaluated once has no before."""
+    found = []
+    main = main_split(run)
+    for split in sorted({str(row.get("split")) for row in run.evals}, key=lambda name: (name != str(main), name)):
+        rows = [row for row in run.evals if str(row.get("split")) == split]
+        measures = [measure for measure in _measures(rows[0], rows[-1]) if not measure.empty]
+        name = "" if split == "None" else safe_lines(split)
+        prompts = count(dig_number(rows[-1], "num_prompts"))
+        found.append(Comparison(name, prompts, int(rows[0]["step"]), int(rows[-1]["step"]), measures))
+    return found
+
+
+def _measures(before: Row, after: Row) -> list[Measure]:
+    powers = [k for k in (dig(after, "pass_at_k") or {}) if str(k) != "1"]
+    return [
+        _measure("Accuracy, sampled at T = 1", before, after, "sampled", "accuracy", share=True),
+        _measure("Accuracy, greedy", before, after, "greedy", "accuracy", share=True),
+        *(
+            _measure(f"Right in at least one of {safe_lines(str(k))} tries", before, after, "pass_at_k", k, share=True)
+            for k in powers
+        ),
+        _measure("Reverse KL to the teacher, nats per token", before, after, "reverse_kl", lower_is_better=True),
+        _measure("Response length, tokens", before, after, "response_tokens", neutral=True),
+        _measure("Responses cut off at the limit", before, after, "cut_off", share=True, lower_is_better=True),
+    ]
+
+
+def _measure(
+    label: str,
+    before: Row,
+    after: Row,
+    *path: str,
+    share: bool = False,
+    lower_is_better: bool = False,
+    neutral: bool = False,
+) -> Measure:
+    if before is after:
+        before = {}
+    first, last = _cell(before, path, share), _cell(after, path, share)
+    measure = Measure(label, first, last, change(first.value, last.value, points=share))
+    if first.value is not None and last.value is not None and first.value != last.value and not neutral:
+        measure.verdict = "worse" if (last.value > first.value) == lower_is_better else "better"
+    if None not in (first.low, first.high, last.low, last.high):
+        apart = first.high < last.low or last.high < first.low
+        measure.remark = "" if apart else "intervals overlap"
+    return measure
+
+
+def _cell(row: Row, path: tuple[str, ...], share: bool) -> Cell:
+    value = dig_number(row, *path)
+    low, high = (dig_number(row, *path[:-1], edge) if path[-1] == "accuracy" else None for edge in ("low", "high"))
+    interval = f"{percent(low)} to {percent(high)}" if low is not None and high is not None else ""
+    return Cell(percent(value) if share else plain(value), interval, value, low, high)
+
+
+# ------------------------------------------------------------------ the figures on top of the page
+
+
+def facts(run: Run) -> list[tuple[str, str, str]]:
+    """Up to four figures for the top of the page: what it is, the figure, a word on it."""
+    found = []
+    for comparison in comparisons(run)[:1]:
+        for measure in comparison.measures:
+            if measure.label.startswith(("Accuracy, sampled", "Reverse KL")):
+                label = measure.label.split(",")[0]
+                was = f"was {measure.before.text}" if measure.before.value is not None else ""
+                found.append((label, measure.after.text, was))
+    tokens = dig_number(run.metrics[-1], "num_tokens") if run.metrics else None
+    if tokens is not None:
+        found.append(("Tokens learnt from", count(tokens), f"in {count(run.last_step)} steps"))
+    if total_flops(run) is not None:
+        wall = dig_number(run.info, "seconds")
+        found.append(("Compute", flops(total_flops(run)), f"in {seconds(wall)}" if wall else ""))
+    return found
+
+
+def side_by_side(runs: list[Run]) -> list[tuple[str, list[tuple[str, list[Measure | None]]]]]:
+    """For several runs: for each split its measures, and of each measure one entry a run."""
+    per_run = [{comparison.split: comparison for comparison in comparisons(run)} for run in runs]
+    splits = dict.fromkeys(split for found in per_run for split in found)
+    tables = []
+    for split in splits:
+        columns = [{m.label: m for m in found[split].measures} if split in found else {} for found in per_run]
+        labels = dict.fromkeys(label for column in columns for label in column)
+        tables.append((split, [(label, [column.get(label) for column in columns]) for label in labels]))
+    return tables

@@ -1,0 +1,129 @@
+"""A run is a folder of plain files; everything that shows or compares runs reads them."""
+
+import json
+import platform
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kibitz import __version__, config
+from kibitz.checkpoint import checkpoints
+from kibitz.config import Recipe, RecipeError
+from kibitz.metrics import JSONL, write_atomically
+from kibitz.models import LanguageModel
+from kibitz.types import Rollout
+
+FREE_TO_CHANGE = {"steps", "eval", "save", "output", "threads", "device"}
+"""Sections of the recipe that may differ when a run goes on."""
+
+
+class RunFolder:
+    """The files of one run, opened for writing."""
+
+    def __init__(self, path: Path, recipe: Recipe):
+        self.path, self.recipe = path, recipe
+        self.metrics, self.evals, self.rollouts = (JSONL(path / f"{name}.jsonl") for name in ("metrics", "evals", "rollouts"))
+        self.started = time.time()
+        self.info: dict[str, Any] = {}
+
+    def begin(self, done: int, student: LanguageModel, teacher: LanguageModel | None) -> None:
+        """Write what is known at the start; on resuming, drop what was written after the checkpoint."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / "recipe.yaml", config.dump(self.recipe))
+        for file in (self.metrics, self.evals, self.rollouts):
+            file.keep(last_step=done)
+        self.info = {
+            "version": __version__,
+            "commit": _commit(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(self.started)),
+            "status": "running",
+            "device": str(student.device),
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+            "torch": torch.__version__,
+            "student_params": student.num_parameters,
+            "teacher_params": None if teacher is None else teacher.num_parameters,
+            "first_step": done,
+        }
+        self._write_info()
+
+    def finish(self, status: str) -> None:
+        self.info |= {"status": status, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": time.time() - self.started}
+        self._write_info()
+
+    def _write_info(self) -> None:
+        write_atomically(self.path / "run.json", json.dumps(self.info, indent=1))
+
+    def evaluated(self, step: int) -> bool:
+        return any(row["step"] == step for row in self.evals.read())
+
+    def choose_shown(self, rollouts: list[Rollout], num: int) -> list[Rollout]:
+        """The rollouts that the heat-map shows: of those before training two thirds wrong ones, and the same prompts
+        ever after."""
+        keys = list(dict.fromkeys(row["prompt_key"] for row in self.rollouts.read() if row["step"] == 0))
+        first = {rollout.prompt.key: rollout for rollout in reversed(rollouts)}
+        if not keys:
+            wrong = [key for key, rollout in first.items() if rollout.reward is not None and rollout.reward < 1]
+            keys = wrong[: -(-2 * num // 3)]
+            keys += [key for key in first if key not in keys][: num - len(keys)]
+        return [first[key] for key in keys if key in first]
+
+    def write_rollouts(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Keep the rows from before training and the newest: between them the report draws before and after."""
+        kept = [row for row in self.rollouts.read() if row["step"] == 0 and step > 0]
+        rows = kept + [{"step": step, **row} for row in rows]
+        write_atomically(self.rollouts.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def as_run(self, make):
+        last = checkpoints(self.path)
+        return make(self.path, self.recipe, self.metrics.read(), self.evals.read(), last[-1] if last else None)
+
+
+def open_folder(recipe: Recipe, resume: bool, overwrite: bool) -> tuple[RunFolder, Path | None]:
+    """The folder of a new run, or that of an old one and the checkpoint to go on from."""
+    path = Path(recipe.output)
+    folder = RunFolder(path, recipe)
+    if path.exists() and not path.is_dir():
+        raise RecipeError(f"output: {path} is a file; write the name of a folder")
+    held = (path / "recipe.yaml").exists() or (path / "metrics.jsonl").exists()
+    if overwrite:
+        _forget(path)
+    elif resume:
+        return folder, _to_resume(path, recipe, held)
+    elif held:
+        raise RecipeError(
+            f"output: {path} already holds a run: go on with it by --resume, replace it by --overwrite, or write output=ANOTHER"
+        )
+    return folder, None
+
+
+def _forget(path: Path) -> None:
+    """Only what a run writes; other files in the folder are not ours to delete."""
+    for name in ("recipe.yaml", "run.json", "metrics.jsonl", "evals.jsonl", "rollouts.jsonl", "report.html"):
+        (path / name).unlink(missing_ok=True)
+    shutil.rmtree(path / "checkpoints", ignore_errors=True)
+
+
+def _to_resume(path: Path, recipe: Recipe, held: bool) -> Path | None:
+    if not held:
+        raise RecipeError(f"output: there is no run at {path} to go on with: leave out --resume")
+    old = config.load(path / "recipe.yaml").model_dump(mode="json")
+    new = recipe.model_dump(mode="json")
+    changed = [key for key in new if key not in FREE_TO_CHANGE and new[key] != old.get(key)]
+    if changed:
+        raise RecipeError(f"output: the run at {path} was made with another {', '.join(changed)}: keep them as they were, or write output=ANOTHER")
+    found = checkpoints(path)
+    return found[-1] if found else None
+
+
+def _commit() -> str | None:
+    """The commit of the code that ran, where it is a git checkout."""
+    answer = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return answer.stdout.strip() or None

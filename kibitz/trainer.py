@@ -1,0 +1,216 @@
+"""The loop: prompts, rollouts, teacher, loss, step. It does not know which method runs.
+
+A run is a folder: recipe.yaml, run.json, metrics.jsonl, evals.jsonl, rollouts.jsonl, checkpoints/, report.html.
+"""
+
+import math
+import signal
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kibitz import checkpoint, methods
+from kibitz.annotate import annotate
+from kibitz.batching import group, pack
+from kibitz.config import Recipe
+from kibitz.evaluate import Evaluator, grade
+from kibitz.graders import Grader
+from kibitz.metrics import Ledger
+from kibitz.optim import Optimizer, lr_factor
+from kibitz.runs import RunFolder
+from kibitz.prepare import Setup, prepare
+from kibitz.types import Rollout, Scored, Writer
+
+
+class Progress:
+    """Who watches a run. Every method may be left as it is."""
+
+    def start(self, recipe: Recipe, first_step: int) -> None: ...
+    def phase(self, name: str) -> None: ...
+    def step(self, row: dict[str, Any]) -> None: ...
+    def evaluated(self, row: dict[str, Any]) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished (or stopped) run: its folder, and what stands in it."""
+
+    folder: Path
+    recipe: Recipe
+    metrics: list[dict[str, Any]]
+    evals: list[dict[str, Any]]
+    checkpoint: Path | None
+
+
+def train(
+    recipe: "str | Path | dict | Recipe",
+    overrides: Sequence[str] = (),
+    *,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    grader: Grader | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Run a recipe: a YAML file, a dict or a `Recipe`, with `a.b=value` overrides.
+
+    `loss` replaces the divergence: `(student_CS, teacher_CS) -> loss_C`, log-probabilities over one support.
+    `grader` replaces the recipe's: `(prompt, text) -> reward`.
+    `resume` goes on from the last checkpoint of `output`; `overwrite` throws away what is there.
+    Mistakes in the recipe or the data raise ValueError before any weights load.
+    """
+    setup = prepare(recipe, overrides, loss=loss, grader=grader, resume=resume, overwrite=overwrite)
+    trainer = Trainer(setup, progress or Progress())
+    trainer.run()
+    return setup.folder.as_run(Run)
+
+
+@dataclass
+class Trainer:
+    setup: Setup
+    progress: Progress
+    ledger: Ledger = field(init=False)
+    optimizer: Optimizer = field(init=False)
+    stopping: bool = False
+
+    def __post_init__(self) -> None:
+        self.recipe, self.student, self.folder = self.setup.recipe, self.setup.student, self.setup.folder
+        self.method = methods.build(self.setup.parts)
+        self.optimizer = Optimizer(self.student.model, self.recipe.optim)
+        self.done, self.ledger = 0, Ledger()
+        if self.setup.resumed_from is not None:
+            state, moments = checkpoint.load_state(self.setup.resumed_from)
+            self.optimizer.load_state(moments)
+            self.done, self.ledger, self.setup.stream.position = state["step"], Ledger(state["ledger"]), state["position"]
+        self.folder.begin(self.done, self.student, self.setup.teacher)
+
+    def run(self) -> None:
+        self.progress.start(self.recipe, self.done)
+        with _stop_between_steps(self):
+            if not self.folder.evaluated(self.done):
+                self.evaluate()
+            while self.done < self.recipe.steps and not self.stopping:
+                self.step()
+                if _due(self.recipe.eval.every, self.done) or self.done == self.recipe.steps:
+                    self.evaluate()
+                if _due(self.recipe.save.every, self.done) or self.done == self.recipe.steps or self.stopping:
+                    self.save()
+        self.folder.finish("finished" if self.done == self.recipe.steps else "stopped")
+        if self.stopping and self.done < self.recipe.steps:
+            raise KeyboardInterrupt
+
+    def step(self) -> None:
+        """One update of the student: write, score, learn."""
+        recipe, ledger = self.recipe, self.ledger
+        factor = lr_factor(self.done, recipe.steps, recipe.optim)
+        prompts = self.setup.stream.take(recipe.rollout.prompts_per_step)
+        self.progress.phase("rollouts")
+        with ledger.timed("sampling"):
+            rollouts = self.method.rollout(prompts, seed=recipe.seed * 1_000_003 + self.done)
+            grade(self.setup.grader if rollouts[0].writer_T is None else None, self.student, rollouts)
+        self.progress.phase("teacher")
+        with ledger.timed("scoring"):
+            scored = self.method.signal(rollouts)
+        self.progress.phase("student")
+        with ledger.timed("training"):
+            means, num_tokens = self._accumulate(scored)
+            norm = self.optimizer.step(factor)
+        with ledger.timed("sampling"):
+            self.setup.engine.sync(self.student)
+        self.done += 1
+        self._write_metrics(rollouts, means, num_tokens, {"grad_norm": norm, "lr": recipe.optim.lr * factor})
+
+    def _accumulate(self, scored: list[Scored]) -> tuple[dict[str, float], int]:
+        """Gradients of the mean over all tokens of the step, whatever the micro-batches; and the mean of each value."""
+        num_tokens = int(sum((s.weight_T > 0).sum().item() for s in scored))
+        sums: dict[str, float] = defaultdict(float)
+        for indices in group([s.rollout for s in scored], self.recipe.optim.tokens_per_micro_batch):
+            batch = pack([scored[i] for i in indices], self.student.device)
+            total, values = self.method.loss(self.student, batch)
+            if total.requires_grad:
+                (total / max(1, num_tokens)).backward()
+            learnt_T = batch.tokens.weight_T > 0
+            for name, value_T in values.items():
+                sums[name] += value_T[learnt_T].sum(dtype=torch.float64).item()
+        return {name: total / max(1, num_tokens) for name, total in sums.items()}, num_tokens
+
+    def _write_metrics(self, rollouts: list[Rollout], means: dict[str, float], num_tokens: int, more: dict[str, float]) -> None:
+        self._count_flops(rollouts)
+        costs = self.ledger.close_step()
+        rewards = [r.reward for r in rollouts if r.reward is not None]
+        row: dict[str, Any] = {"step": self.done, **means, **more, "num_tokens": num_tokens}
+        row |= {"reward": fmean(rewards)} if rewards else {}
+        row |= {
+            "response_tokens": fmean(r.num_tokens for r in rollouts),
+            "cut_off": fmean(not r.finished for r in rollouts),
+            "tokens_per_second": num_tokens / sum(costs["seconds"].values()),
+            "seconds": costs["seconds"],
+            "flops": costs["flops"],
+        }
+        if not math.isfinite(more["grad_norm"]):
+            self.progress.note(f"step {self.done}: the gradient is not finite; the weights stay as they were")
+        self.folder.metrics.append(row)
+        self.progress.step(row)
+
+    def _count_flops(self, rollouts: list[Rollout]) -> None:
+        """What each model did for these rollouts, by who wrote them."""
+        lengths = [len(r.prompt.ids) + r.num_tokens for r in rollouts]
+        size = (sum(lengths), sum(n * n for n in lengths), sum(r.num_tokens for r in rollouts))
+        self.ledger.add("flops", "student_training", 3 * self.student.forward_flops(*size))
+        writer = Writer.STUDENT if rollouts[0].writer_T is None else Writer(int(rollouts[0].writer_T[0]))
+        if writer == Writer.STUDENT:
+            self.ledger.add("flops", "student_sampling", self.student.forward_flops(*size))
+        teacher = self.setup.teacher
+        if teacher is not None:
+            phase = "teacher_sampling" if writer == Writer.TEACHER else "teacher_scoring"
+            if writer == Writer.TEACHER or self.recipe.method.scores_with_teacher():
+                self.ledger.add("flops", phase, teacher.forward_flops(*size))
+
+    def evaluate(self) -> None:
+        if self.setup.evaluator is None:
+            return
+        self.progress.phase("evaluation")
+        row, rollouts = self.setup.evaluator.run()
+        row = {"step": self.done, **row}
+        self.folder.evals.append(row)
+        shown = self.folder.choose_shown(rollouts, self.recipe.eval.heatmaps)
+        self.folder.write_rollouts(self.done, annotate(self.student, self.setup.teacher, shown))
+        self.progress.evaluated(row)
+
+    def save(self) -> None:
+        self.progress.phase("checkpoint")
+        state = {"position": self.setup.stream.position, "ledger": self.ledger.total}
+        checkpoint.save(self.folder.path, self.done, self.student, self.optimizer.state(), state, self.recipe.save.keep)
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+class _stop_between_steps:
+    """Ctrl-C or SIGTERM lets the step end and saves; a second Ctrl-C stops at once."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.previous = trainer, {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, _: object) -> None:
+        if self.trainer.stopping:
+            raise KeyboardInterrupt
+        self.trainer.stopping = True
+        self.trainer.progress.note("stopping after this step; press Ctrl-C again to stop at once")

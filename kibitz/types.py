@@ -1,0 +1,199 @@
+"""The nouns of kibitz: what flows from the prompts to the loss.
+
+Shape suffixes, used everywhere (after Shazeer):
+
+    B  rows of a padded micro-batch          L  positions of a row (prompt + response)
+    T  response tokens, of one rollout or of a whole micro-batch, in order
+    C  the tokens of one chunk of T          V  vocabulary, cut to the tokenizer's size
+    D  width of the hidden states            K  tokens of a truncated support
+    S  support of a distribution: V, or K plus a tail bucket
+
+`logp` is the natural logarithm of a probability, `logits` what comes before the softmax. Units are nats, tokens
+and seconds. Position t of a sequence scores token t+1, so a rollout with P prompt and T response tokens is scored
+by positions [P-1, P+T-1): `Batch.position_T` is the only place where that shift is written.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Writer(IntEnum):
+    """Who wrote a response token. Nobody learns from what the environment wrote."""
+
+    STUDENT = 0
+    TEACHER = 1
+    DATASET = 2
+    ENVIRONMENT = 3
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem, rendered and tokenized for the student.
+
+    `key` names the row for good: seeds are drawn from it, so a prompt gives the same rollout in any batch.
+    `response` is the demonstration, where the data has one.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    key: str
+    task: str = "default"
+    answer: str | None = None
+    response: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to write responses. `seed` and the prompt's key decide every token; `num_samples` rollouts per prompt."""
+
+    max_tokens: int = 1024
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    num_samples: int = 1
+    stop_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass
+class Rollout:
+    """A response token by token.
+
+    `logp_T` is the log-probability under the distribution that was really sampled from (temperature and truncation
+    applied). `finished` means that the last id is a stop token; a rollout cut off at the limit has none, and none is
+    invented for it.
+    """
+
+    prompt: Prompt
+    response_ids: list[int]
+    logp_T: Tensor
+    finished: bool
+    sample: int = 0
+    writer_T: Tensor | None = None  # uint8 of Writer; None: the student wrote all of it
+    text: str = ""
+    reward: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.response_ids)
+
+    def weight_T(self) -> Tensor:
+        """1 for each token to learn from, 0 for those of the environment."""
+        if self.writer_T is None:
+            return torch.ones(self.num_tokens)
+        return (self.writer_T != Writer.ENVIRONMENT).float()
+
+
+# ------------------------------------------------------------------ signals: what the teacher said about each token
+
+
+@dataclass
+class Dense:
+    """The whole distribution, kept as the teacher's last hidden states and its output head, not as logits: the loss
+    multiplies both heads chunk by chunk, so that exact full-vocabulary divergences cost the memory of one chunk."""
+
+    hidden_TD: Tensor
+    head: Callable[[Tensor], Tensor]  # [C, D] -> logits [C, V]
+
+
+@dataclass
+class TopK:
+    """The teacher's log-probabilities of K tokens per position; what is left of 1 is the tail bucket.
+
+    `temperature` is the one that the teacher's logits were divided by."""
+
+    ids_TK: Tensor
+    logp_TK: Tensor
+    temperature: float = 1.0
+
+
+@dataclass
+class Sampled:
+    """The teacher's log-probability of the token that was sampled."""
+
+    logp_T: Tensor
+
+
+Signal = Dense | TopK | Sampled
+
+
+def cat_signals(signals: list[Signal]) -> Signal:
+    """The signals of several rollouts as one, in order. All of one kind; `Dense` ones share a head."""
+    first = signals[0]
+    assert all(type(s) is type(first) for s in signals), "signals of different kinds in one batch"
+    match first:
+        case Dense():
+            assert all(s.head is first.head for s in signals), "Dense signals of different heads in one batch"
+            return Dense(torch.cat([s.hidden_TD for s in signals]), first.head)
+        case TopK():
+            ids, logps = [s.ids_TK for s in signals], [s.logp_TK for s in signals]
+            return TopK(torch.cat(ids), torch.cat(logps), first.temperature)
+        case Sampled():
+            return Sampled(torch.cat([s.logp_T for s in signals]))
+
+
+def slice_signal(signal: Signal, tokens: slice) -> Signal:
+    """The part of a signal that belongs to some tokens."""
+    match signal:
+        case Dense(hidden_TD, head):
+            return Dense(hidden_TD[tokens], head)
+        case TopK(ids_TK, logp_TK, temperature):
+            return TopK(ids_TK[tokens], logp_TK[tokens], temperature)
+        case Sampled(logp_T):
+            return Sampled(logp_T[tokens])
+
+
+@dataclass
+class Scored:
+    """A rollout with all that the loss needs to know about it.
+
+    `advantage_T` credits each sampled token (rewards, or the teacher's log-ratio); `weight_T` is 0 where nothing is
+    to be learnt. Either a signal, or an advantage, or both, or neither (the tokens themselves are the target: SFT).
+    """
+
+    rollout: Rollout
+    weight_T: Tensor
+    signal: Signal | None = None
+    advantage_T: Tensor | None = None
+
+
+@dataclass
+class Tokens:
+    """The learnable side of a micro-batch, or of one chunk of it: one entry per response token."""
+
+    token_T: Tensor  # the token that was written
+    weight_T: Tensor
+    logp_T: Tensor  # its log-probability when it was sampled
+    signal: Signal | None = None
+    advantage_T: Tensor | None = None
+
+    def __getitem__(self, tokens: slice) -> "Tokens":
+        return Tokens(
+            self.token_T[tokens],
+            self.weight_T[tokens],
+            self.logp_T[tokens],
+            None if self.signal is None else slice_signal(self.signal, tokens),
+            None if self.advantage_T is None else self.advantage_T[tokens],
+        )
+
+
+@dataclass
+class Batch:
+    """A micro-batch: right-padded rows for the forward pass, and what to learn at which positions.
+
+    Padding stands on the right of causal models, so it needs no attention mask and changes no response position.
+    """
+
+    ids_BL: Tensor
+    position_T: Tensor  # index into the flattened [B*L] of the position that scores each response token
+    tokens: Tokens
