@@ -6,7 +6,7 @@ The evaluation has its own seed, so two evaluations of one run differ by the wei
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -68,11 +68,17 @@ def grade(grader: Grader | None, student: LanguageModel, rollouts: Sequence[Roll
 
 
 def accuracy(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Mean reward with a 95% Wilson interval; several samples of one prompt count as one observation."""
-    groups = _by_prompt(rollouts)
-    share = fmean(fmean(rewards) for rewards in groups)
-    low, high = wilson(share * len(groups), len(groups))
-    return {"accuracy": share, "low": low, "high": high, "num": len(groups)}
+    """Mean reward with its 95% interval: Wilson's for a share; the normal one where a grader's rewards leave [0, 1].
+
+    Several samples of one prompt count as one observation."""
+    means = [fmean(rewards) for rewards in _by_prompt(rollouts)]
+    mean, num = fmean(means), len(means)
+    if all(0.0 <= value <= 1.0 for value in means):
+        low, high = wilson(mean * num, num)
+    else:
+        half = 1.96 * stdev(means) / num**0.5 if num > 1 else float("inf")
+        low, high = mean - half, mean + half
+    return {"accuracy": mean, "low": low, "high": high, "num": num}
 
 
 def _pass_at_k(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -38,6 +38,8 @@ LEVELS = {
     "checkpoint": 4,
     "evaluate": 4,
     "preflight": 4,
+    "runs": 4,
+    "prepare": 4,
     "trainer": 4,
     "worlds.make": 5,
     "experiments": 5,

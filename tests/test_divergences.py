@@ -20,8 +20,6 @@ from kibitz.losses.divergences import (
 )
 from kibitz.losses.supports import log_probs
 
-torch.set_num_threads(1)
-
 
 def pair(rows=4, size=7, seed=0, scale=2.0):
     generator = torch.Generator().manual_seed(seed)

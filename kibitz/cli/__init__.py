@@ -34,7 +34,7 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             Output().fail("stopped")
             raise typer.Exit(130) from None
-        except (ValueError, OSError, ModuleNotFoundError) as error:
+        except (ValueError, OSError) as error:
             if ctx.params.get("debug"):
                 raise
             Output().fail(sentence(error))

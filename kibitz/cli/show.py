@@ -10,7 +10,7 @@ from rich.text import Text
 from kibitz.cli.output import harmless
 from kibitz.report import costs as report_costs
 from kibitz.report.folder import Run, read_run
-from kibitz.report.summary import Measure, comparisons
+from kibitz.report.summary import Cell, Measure, comparisons
 
 STYLES = {"better": "green", "worse": "red"}
 
@@ -20,7 +20,7 @@ def before_and_after(console: Console, folder: Path) -> None:
     for comparison in comparisons(read_run(folder)):
         table = _table(f"{comparison.split or 'evaluation'}, {comparison.num_prompts} prompts")
         for column in ("before", "after", "change"):
-            table.add_column(column, justify="right")
+            table.add_column(column, justify="right", no_wrap=True)
         for measure in comparison.measures:
             change = Text(measure.change, style=STYLES.get(measure.verdict, ""))
             table.add_row(_label(measure), _cell(measure.before), _cell(measure.after), change)
@@ -31,7 +31,7 @@ def evaluation(console: Console, row: dict[str, Any]) -> None:
     """The figures of one evaluation."""
     for comparison in comparisons(Run(name="", evals=[{"step": 0, **row}])):
         table = _table(f"{comparison.split or 'evaluation'}, {comparison.num_prompts} prompts")
-        table.add_column("", justify="right")
+        table.add_column("", justify="right", no_wrap=True)
         for measure in comparison.measures:
             table.add_row(_label(measure), _cell(measure.after))
         console.print(table)
@@ -44,7 +44,7 @@ def costs(console: Console, folder: Path) -> None:
         return
     table = _table("What it cost")
     for column in ("compute", "", "time", ""):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for row in found["rows"]:
         table.add_row(*row)
     table.add_section()
@@ -69,5 +69,6 @@ def _label(measure: Measure) -> Text:
     return Text(harmless(measure.label))
 
 
-def _cell(cell: Any) -> Text:
-    return Text.assemble(cell.text, (f"  {cell.interval}" if cell.interval else "", "dim"))
+def _cell(cell: Cell) -> Text:
+    interval = "" if cell.low is None or cell.high is None else f"  {100 * cell.low:.1f}–{100 * cell.high:.1f}"
+    return Text.assemble(cell.text, (interval, "dim"))

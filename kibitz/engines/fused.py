@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+MAX_PARAMETERS = 20_000_000  # measured to pay up to 5M; repacking takes the memory of the weights once more
 SLOT_STEP = 16  # slots are attended to in multiples: kernels chosen per shape are chosen less often
 
 
@@ -148,6 +149,8 @@ def refuse_unless_covered(model: PreTrainedModel) -> None:
         raise NotImplementedError(f"{type(model).__name__} is not one of {', '.join(ARCHITECTURES)}")
     if any(type(parameter) is not nn.Parameter or parameter.dtype != torch.float32 for parameter in model.parameters()):
         raise NotImplementedError("weights that are sharded or not float32")
+    if sum(parameter.numel() for parameter in model.parameters()) > MAX_PARAMETERS:
+        raise NotImplementedError(f"more than {MAX_PARAMETERS:,} parameters")
     if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
         raise NotImplementedError("layers other than full attention")
     if config.rope_parameters["rope_type"] not in ("default", "linear", "llama3", "yarn"):

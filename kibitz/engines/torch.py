@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kibitz.engines.cache import CachedDecoder, Decoder, PlainDecoder
+from kibitz.engines.fused import FusedDecoder
 from kibitz.engines.sampling import row_seed, sample, uniforms
 from kibitz.types import Prompt, Rollout, Sampling
 
@@ -211,7 +212,7 @@ def choose_decoder(model: PreTrainedModel, vocab_size: int) -> Decoder:
     """The fastest decoder whose logits equal those of a plain forward pass."""
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
     reason = ""
-    for build in (CachedDecoder,):
+    for build in (FusedDecoder, CachedDecoder):
         try:
             decoder = build(model)
             error = decoder_error(decoder, model, vocab_size)

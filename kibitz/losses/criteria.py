@@ -18,6 +18,7 @@ from kibitz.losses.supports import (
     find_token,
     gather_tokens,
     log_probs,
+    most_likely_but_one,
     signal_buckets,
     teacher_logits,
     top_k_buckets,
@@ -183,7 +184,8 @@ class PolicyGradient:
                         "The teacher's top k lacks tokens that were sampled. Ask it for the sampled token's "
                         "log-probability as well (a server's prompt log-probabilities hold it)."
                     )
-                return metrics["teacher_logp"], metrics["reverse_kl"], metrics
+                buckets = signal_buckets(student_CV, most_likely_but_one(signal))
+                return metrics["teacher_logp"], reverse_kl(buckets.student_CS, buckets.teacher_CS), metrics
             case Sampled():
                 metrics = _student_metrics(plain_CV, tokens) | _signal_metrics(student_CV, tokens, signal)
                 return metrics["teacher_logp"], None, metrics

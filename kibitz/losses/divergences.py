@@ -88,7 +88,11 @@ def adaptive_kl(student_CS: Tensor, teacher_CS: Tensor, threshold: float = 0.8, 
 
 
 def _kl(left_CS: Tensor, right_CS: Tensor) -> Tensor:
-    return (left_CS.exp() * (left_CS - right_CS)).sum(-1)
+    """sum_s L_s (log L_s - log R_s) - L_s + R_s. The last two terms add up to zero, in value and in gradient; with them
+    equal distributions have a gradient of exactly zero. Without them it is p (1 - sum p), rounding noise of 1e-8 that
+    Adam, which divides by the gradient's size, turns into steps as long as any other."""
+    left_prob_CS = left_CS.exp()
+    return (left_prob_CS * (left_CS - right_CS) - left_prob_CS + right_CS.exp()).sum(-1)
 
 
 def _mix(first_CS: Tensor, second_CS: Tensor, weight: float) -> Tensor:

@@ -101,6 +101,16 @@ def signal_buckets(student_CV: Tensor, signal: TopK) -> Buckets:
     return _with_masses(student_CS, torch.cat([logp_CK, tail_C1], dim=-1))
 
 
+def most_likely_but_one(signal: TopK) -> TopK:
+    """The K - 1 most likely of the K tokens that the teacher sent; a duplicate is the least likely of all.
+
+    A server sends its top k and the sampled token, so that the tokens sent depend on the one sampled. A baseline must
+    not: from what is left here, the sampled token is gone unless it was in the top k anyway."""
+    logp_CK = signal.logp_TK.masked_fill(_repeated_unsorted(signal.ids_TK), NOTHING)
+    best_CK = logp_CK.topk(logp_CK.shape[-1] - 1, dim=-1).indices
+    return TopK(signal.ids_TK.gather(-1, best_CK), logp_CK.gather(-1, best_CK), signal.temperature)
+
+
 def find_token(signal: TopK, token_C: Tensor) -> tuple[Tensor, Tensor]:
     """The teacher's log-probability of each written token, and whether it was among the K that the teacher sent.
 

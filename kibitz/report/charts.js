@@ -14,8 +14,11 @@
     return `rgba(${r},${g},${b},${alpha})`;
   };
 
-  const paint = (trace) => {
-    const { run, kind } = trace.meta;
+  const against = () => document.querySelector('input[name="axis"]:checked')?.value ?? "step";
+
+  const paint = (given) => {
+    const { run, kind, x } = given.meta;
+    const trace = x ? { ...given, x: x[against()] } : given;
     const name = `${kind === "bar" ? "phase" : "run"}-${run % 6}`;
     const visible = kind === "bar" || !hidden.has(run);
     if (kind === "bar") return { ...trace, marker: { color: colour(name), line: { color: colour("paper"), width: 2 } } };
@@ -40,7 +43,8 @@
       ...layout, autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, color: colour("ink"), size: 12 },
       hoverlabel: { bgcolor: colour("raised"), bordercolor: colour("line"), font: { color: colour("ink"), size: 12 } },
-      xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis),
+      xaxis: axis(!element.closest(".costs") && against() === "flops" ? { ...layout.xaxis, title: { text: "FLOP so far" }, tickformat: "~s" } : layout.xaxis),
+      yaxis: axis(layout.yaxis),
     }, { displayModeBar: false, responsive: true });
   };
   const redraw = () => drawn.forEach(draw);
@@ -53,6 +57,7 @@
   charts.forEach((chart) => near.observe(chart));
   addEventListener("beforeprint", () => charts.forEach(draw));
   document.addEventListener("themechange", redraw);
+  document.getElementById("axis")?.addEventListener("change", redraw);
 
   for (const button of document.querySelectorAll(".runs button")) {
     button.style.setProperty("--run", `var(--run-${button.dataset.run % 6})`);

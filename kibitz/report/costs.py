@@ -38,26 +38,36 @@ def total_flops(run: Run) -> float | None:
     return _sum(total(run, "flops", phase.flops) for phase in PHASES)
 
 
-def table(run: Run) -> dict[str, Any] | None:
-    """Rows of words for the page: phase, FLOPs, their share, seconds, their share; None if nothing was counted."""
+@dataclass
+class Costs:
+    """One run's costs in words. `phases` is keyed by the phase's label: FLOPs, their share, seconds, their share.
+
+    `wall` is from start to end, with loading, evaluating and saving."""
+
+    phases: dict[str, list[str]]
+    flops: str
+    seconds: str
+    wall: str
+
+
+def costs(run: Run) -> Costs | None:
+    """None if the run counted neither operations nor seconds."""
     compute = [total(run, "flops", phase.flops) for phase in PHASES]
     time = [total(run, "seconds", phase.seconds) if phase.seconds else None for phase in PHASES]
     all_compute, all_time = _sum(compute), _sum(time)
     if all_compute is None and all_time is None:
         return None
-    rows = [
-        [phase.label, flops(c), _share(c, all_compute), seconds(t), _share(t, all_time)]
+    phases = {
+        phase.label: [flops(c), _share(c, all_compute), seconds(t), _share(t, all_time)]
         for phase, c, t in zip(PHASES, compute, time, strict=True)
         if c or t
-    ]
-    wall = dig_number(run.info, "seconds")
-    rest = wall - all_time if wall is not None and all_time is not None else None
-    return {
-        "rows": rows,
-        "total": ["Training, together", flops(all_compute), "", seconds(all_time), ""],
-        "rest": seconds(rest) if rest is not None and rest > 0.05 * (wall or 0) else None,
-        "wall": seconds(wall) if wall is not None else None,
     }
+    return Costs(phases, flops(all_compute), seconds(all_time), seconds(dig_number(run.info, "seconds")))
+
+
+def phases_of(found: list[Costs | None]) -> list[str]:
+    """The phases that any of the runs went through, in the order in which a step does."""
+    return [phase.label for phase in PHASES if any(c and phase.label in c.phases for c in found)]
 
 
 def charts(runs: list[Run]) -> list[dict[str, Any]]:
@@ -73,11 +83,12 @@ def charts(runs: list[Run]) -> list[dict[str, Any]]:
             layout = go.Layout(
                 template="none",
                 barmode="stack",
-                height=56 + 44 * len(runs),
+                bargap=0.45,
+                height=44 + 36 * len(runs),
                 margin={"l": 12, "r": 12, "t": 4, "b": 30},
                 showlegend=False,
                 xaxis={"ticksuffix": " s" if kind == "seconds" else "", "tickformat": ".3~s", "nticks": 5},
-                yaxis={"autorange": "reversed", "automargin": True, "showticklabels": len(runs) > 1},
+                yaxis={"autorange": "reversed", "automargin": True, "showticklabels": len(runs) > 1, "showgrid": False},
             )
             drawn.append({"key": f"costs_{kind}", "title": title, "figure": go.Figure(traces, layout).to_plotly_json()})
     return drawn

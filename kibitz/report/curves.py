@@ -5,13 +5,15 @@ paints it in the theme of the moment.
 """
 
 import html
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import plotly.graph_objects as go
 
-from kibitz.report.folder import Row, Run, dig_number
+from kibitz.report.folder import Row, Run, dig_number, number
 from kibitz.report.formats import safe_lines
 
 MAX_POINTS = 1500
@@ -52,7 +54,7 @@ CHARTS = (
         "reverse_kl", "Reverse KL", "nats per token", "How far the student is from the teacher, on its own text.",
         (Line("training", "metrics", ("reverse_kl",)), Line("held out", "evals", ("reverse_kl",), dash="dot")),
     ),
-    Chart("loss", "Loss", "loss", "What the optimiser saw.", (Line("loss", "metrics", ("loss",)),)),
+    Chart("loss", "Loss", "", "What the optimiser saw.", (Line("loss", "metrics", ("loss",)),)),
     Chart("reward", "Reward", "mean", "Of the rollouts trained on.", (Line("reward", "metrics", ("reward",)),)),
     Chart(
         "entropy", "Entropy", "nats per token", "How undecided each model is about the next token.",
@@ -74,7 +76,7 @@ CHARTS = (
         (Line("speed", "metrics", ("tokens_per_second",)),),
     ),
     Chart(
-        "grad_norm", "Gradient norm", "norm", "Before clipping.", (Line("gradient", "metrics", ("grad_norm",)),),
+        "grad_norm", "Gradient norm", "", "Before clipping.", (Line("gradient", "metrics", ("grad_norm",)),),
     ),
 )  # fmt: skip
 
@@ -86,7 +88,12 @@ def charts(runs: list[Run]) -> list[dict[str, Any]]:
         lines = [line for line in chart.lines if any(len(points(run, line)[0]) > 1 for run in runs)]
         if not lines:
             continue
-        traces = [trace for index, run in enumerate(runs) for line in lines for trace in _traces(run, index, line)]
+        traces = [
+            trace
+            for index, run in enumerate(runs)
+            for line in lines
+            for trace in _traces(run, index, line, with_band=len(runs) == 1 or line is lines[0])
+        ]
         words = ", ".join(f"{'dotted' if line.dash == 'dot' else 'solid'}: {line.label}" for line in lines)
         drawn.append(
             {
@@ -118,21 +125,31 @@ def main_split(run: Run) -> Any:
     return max(splits, key=splits.count, default=None)
 
 
-def _traces(run: Run, index: int, line: Line) -> Iterator[go.Scatter]:
+def compute_so_far(run: Run, steps: list[float]) -> list[float] | None:
+    """The FLOPs spent up to each of these steps, or None if the run did not count them."""
+    per_step = [row.get("flops") if isinstance(row.get("flops"), dict) else {} for row in run.metrics]
+    spent = [0.0, *accumulate(sum(number(value) or 0.0 for value in step.values()) for step in per_step)]
+    known = [row["step"] for row in run.metrics]
+    return [spent[bisect_right(known, step)] for step in steps] if spent[-1] else None
+
+
+def _traces(run: Run, index: int, line: Line, with_band: bool) -> Iterator[go.Scatter]:
     steps, values, rows = points(run, line)
     if not steps:
         return
+    compute = compute_so_far(run, steps)
     low, high = _edge(rows, line.low), _edge(rows, line.high)
-    if low and high:
+    if low and high and with_band:
+        there_and_back = {"step": steps + steps[::-1], "flops": compute and compute + compute[::-1]}
         yield go.Scatter(
             x=steps + steps[::-1], y=high + low[::-1], mode="lines", line={"width": 0}, fill="toself",
-            hoverinfo="skip", showlegend=False, meta={"run": index, "kind": "band"},
+            hoverinfo="skip", meta={"run": index, "kind": "band", "x": there_and_back},
         )  # fmt: skip
     yield go.Scatter(
         x=steps, y=values, mode="lines+markers" if line.source == "evals" else "lines",
-        line={"dash": line.dash, "width": 2}, marker={"size": 6},
+        line={"dash": line.dash, "width": 2}, marker={"size": 6}, cliponaxis=False,
         name=html.escape(safe_lines(f"{run.name}, {line.label}")),
-        meta={"run": index, "kind": "line"},
+        meta={"run": index, "kind": "line", "x": {"step": steps, "flops": compute}},
     )  # fmt: skip
 
 
@@ -143,6 +160,7 @@ def _edge(rows: list[Row], path: tuple[str, ...]) -> list[float]:
 
 
 def _figure(chart: Chart, traces: list[go.Scatter]) -> dict[str, Any]:
+    highest = max(abs(value) for trace in traces for value in trace.y)
     for trace in traces:
         if trace.hoverinfo != "skip":
             trace.hovertemplate = "%{y:.1%}" if chart.share else "%{y:,.4~r}"
@@ -153,6 +171,9 @@ def _figure(chart: Chart, traces: list[go.Scatter]) -> dict[str, Any]:
         hovermode="x unified",
         showlegend=False,
         xaxis={"title": {"text": "step"}, "rangemode": "tozero"},
-        yaxis={"tickformat": "~%" if chart.share else "~s", "rangemode": "normal" if chart.key == "loss" else "tozero"},
+        yaxis={
+            "tickformat": "~%" if chart.share else "~s" if highest >= 1000 else "~g",
+            "rangemode": "normal" if chart.key in ("loss", "accuracy") else "tozero",
+        },
     )
     return go.Figure(traces, layout).to_plotly_json()

@@ -36,7 +36,7 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     if not folder.is_dir():
-        raise FileNotFoundError(f"There is no run folder at {folder}. Give the folder that `output:` in the recipe names.")
+        raise FileNotFoundError(f"There is no run folder at {folder}; a recipe names its run folder under `output`.")
     run = Run(name=folder.resolve().name)
     run.recipe_text, run.recipe = _read_mapping(folder / "recipe.yaml", yaml.safe_load, run.notices)
     _, run.info = _read_mapping(folder / "run.json", json.loads, run.notices)
@@ -116,7 +116,7 @@ def _read_jsonl(path: Path, notices: list[str]) -> list[Row]:
         bad.pop()
         notices.append(f"{path.name} ends in a half-written line, which was left out.")
     if bad:
-        notices.append(f"{path.name} has {len(bad)} unreadable line(s), the first is line {bad[0]}; they were left out.")
+        notices.append(f"{path.name} has {len(bad)} unreadable line(s), first line {bad[0]}; they were left out.")
     if not lines:
         notices.append(f"{path.name} is empty.")
     return rows

@@ -18,10 +18,12 @@
   const checked = (name) => document.querySelector(`input[name="${name}"]:checked`)?.value ?? "all";
   const penalty = (token) => token[STUDENT] === null || token[TEACHER] === null ? null : token[STUDENT] - token[TEACHER];
   const heat = (token) => {
-    const nats = scale === "penalty" ? penalty(token) : token[KL];
+    const dotted = (index) => strings[index].replaceAll(" ", "·") || "∅";
+  const nats = scale === "penalty" ? penalty(token) : token[KL];
     return nats === null ? 0 : levels.filter((bound) => nats >= bound).length;
   };
   const percent = (p) => p > 0 && p < 0.001 ? "<0.1%" : `${(100 * p).toFixed(1)}%`;
+  const dotted = (index) => strings[index].replaceAll(" ", "·") || "∅";
   const nats = (value) => value === null ? "–" : `${value < 0 ? "−" : ""}${Math.abs(value).toFixed(2)} nats`;
 
   /* ---------------------------------------------------------------- one rollout */
@@ -90,7 +92,7 @@
     box.setAttribute("aria-label", `${title || "Response"} to ${prompt}, token by token`);
     fill(box, PER_PAGE);
     box.tokenSpans[0].tabIndex = 0;
-    if (side.fork !== null) {
+    if (side.fork !== null && side.tokens.length >= STRIP_FROM) {
       const jump = head.appendChild(el("button", "jump", "go to the fork"));
       jump.type = "button";
       jump.addEventListener("click", () => goTo(box, side.fork));
@@ -158,7 +160,7 @@
     if (p !== null && !rows.some(([text]) => text === said)) rows.push([said, p]);
     for (const [text, share] of rows) {
       const row = block.appendChild(el("div", text === said ? "bar said" : "bar"));
-      row.append(el("code", "", strings[text].replaceAll(" ", "·") || "∅"));
+      row.append(el("code", "", dotted(text)));
       const track = row.appendChild(el("span", "fill"));
       track.appendChild(el("i")).style.width = `${Math.min(100, 100 * share)}%`;
       row.append(el("span", "share", percent(share)));
@@ -167,23 +169,25 @@
     return block;
   };
 
-  const inWords = (value) => {
+  const inWords = (token) => {
+    const value = penalty(token), instead = token[TEACHER_TOP][0];
     if (value === null) return "One of the models did not score this token.";
     if (value < levels[0] && value > -levels[0]) return "The teacher would have said it too.";
     const times = Math.exp(Math.abs(value)), ratio = times > 1e6 ? "a million" : times >= 10 ? Math.round(times).toLocaleString("en") : times.toFixed(1);
-    return `The teacher finds it ${ratio}${times > 1e6 ? " times or more" : "×"} ${value > 0 ? "less" : "more"} likely.`;
+    const likely = `The teacher finds it ${ratio}${times > 1e6 ? " times or more" : "×"} ${value > 0 ? "less" : "more"} likely`;
+    return value > 0 && instead !== undefined && instead !== token[TEXT] ? `${likely}; it would rather say ${dotted(instead)}` : `${likely}.`;
   };
 
   const show = (span) => {
     const box = span.parentElement, index = Number(span.dataset.index), token = box.side.tokens[index];
     const p = [token[STUDENT], token[TEACHER]].map((logp) => logp === null ? null : Math.exp(logp));
     const head = el("p", "card-head");
-    head.append(el("code", "", strings[token[TEXT]].replaceAll(" ", "·") || "∅"), el("span", "", `token ${index + 1} of ${box.side.tokens.length}`));
+    head.append(el("code", "", dotted(token[TEXT])), el("span", "", `token ${index + 1} of ${box.side.tokens.length}`));
     if (index === box.side.fork) head.append(el("b", "fork-word", "fork"));
     const tops = el("div", "tops"), facts = el("p", "card-facts");
     tops.append(bars("Student", token[STUDENT_TOP], token[TEXT], p[0]), bars("Teacher", token[TEACHER_TOP], token[TEXT], p[1]));
     facts.append(el("span", "", `penalty ${nats(penalty(token))}`), el("span", "", `reverse KL ${nats(token[KL])}`));
-    card.replaceChildren(head, el("p", "card-words", inWords(penalty(token))), tops, facts);
+    card.replaceChildren(head, el("p", "card-words", inWords(token)), tops, facts);
     card.hidden = false;
     shownFor?.classList.remove("looked-at");
     shownFor?.removeAttribute("aria-describedby");

@@ -4,6 +4,7 @@ The page draws the tokens itself, only those that are looked at, from a JSON isl
 once, because the alternatives of neighbouring tokens are mostly the same words.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import zip_longest
 from statistics import median
@@ -39,6 +40,11 @@ def penalty(token: Row) -> float | None:
     """log p_student - log p_teacher of the token that was written, in nats."""
     student, teacher = _logp(token.get("student_logp")), _logp(token.get("teacher_logp"))
     return None if student is None or teacher is None else student - teacher
+
+
+def probability(logp: Any) -> float | None:
+    finite = _logp(logp)
+    return None if finite is None else math.exp(finite)
 
 
 def fork(row: Row) -> int | None:
@@ -157,6 +163,7 @@ def _top(listed: Any, intern: Any) -> list[Any]:
 
 
 def _logp(value: Any) -> float | None:
+    """A log-probability of minus infinity, which JSON cannot say but Python's reader takes, has a floor."""
     if value == float("-inf"):
         return LOWEST_LOGP
     finite = number(value)

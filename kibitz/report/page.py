@@ -43,14 +43,17 @@ def rollout_page(rows: list[Row]) -> str:
 
 def _report(runs: list[Run]) -> str:
     drawn = {"curves": curves.charts(runs), "costs": costs.charts(runs)}
+    compute_known = all(curves.compute_so_far(run, [0]) for run in runs)
     return _render(
         "report.html.j2",
         ["plotly", "page.js", "heatmap.js", "charts.js"],
         runs=[_run(run) for run in runs],
         side_by_side=summary.side_by_side(runs),
+        phases=costs.phases_of([costs.costs(run) for run in runs]),
         title=formats.safe_lines(runs[0].name) if len(runs) == 1 else f"{len(runs)} runs compared",
         heatmap=_heatmap(runs),
         figures={chart["key"]: chart["figure"] for group in drawn.values() for chart in group},
+        compute_known=compute_known,
         **drawn,
     )
 
@@ -63,7 +66,7 @@ def _run(run: Run) -> dict[str, Any]:
         "sentences": summary.sentences(run),
         "facts": summary.facts(run),
         "comparisons": summary.comparisons(run),
-        "costs": costs.table(run),
+        "costs": costs.costs(run),
         "notices": [formats.safe_lines(notice) for notice in run.notices],
         "details": _details(run),
         "recipe": formats.safe_lines(run.recipe_text),
@@ -88,12 +91,13 @@ def _heatmap(runs: list[Run]) -> dict[str, Any] | None:
 
 
 def _status(run: Run) -> str:
-    """`finished 22 November 2026, 8.3 s on cpu`."""
+    """`Finished 22 November 2026, 8.3 s on cpu`."""
     parts = [str(run.info.get("status") or ""), _day(run.info.get("finished") or run.info.get("started"))]
     wall = dig_number(run.info, "seconds")
     device = run.info.get("device")
     parts += [f"· {formats.seconds(wall)}" if wall else "", f"on {device}" if device else ""]
-    return formats.safe_lines(" ".join(part for part in parts if part).removeprefix("· "))
+    text = formats.safe_lines(" ".join(part for part in parts if part).removeprefix("· "))
+    return text[:1].upper() + text[1:]
 
 
 def _day(moment: Any) -> str:
@@ -115,9 +119,9 @@ def _details(run: Run) -> list[tuple[str, str]]:
 
 
 def _render(template: str, scripts: list[str], **values: Any) -> str:
-    environment = Environment(
-        loader=PackageLoader("kibitz.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(loader=PackageLoader("kibitz.report"), autoescape=True, undefined=StrictUndefined)
+    environment.trim_blocks = environment.lstrip_blocks = True
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     sources = [get_plotlyjs() if name == "plotly" else (HERE / name).read_text(encoding="utf-8") for name in scripts]
     return environment.get_template(template).render(
         styles=Markup("".join((HERE / name).read_text(encoding="utf-8") for name in ("style.css", "heatmap.css"))),

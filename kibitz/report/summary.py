@@ -5,8 +5,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from kibitz.report.curves import main_split
 from kibitz.report.costs import total_flops
+from kibitz.report.curves import main_split
 from kibitz.report.folder import Row, Run, dig, dig_number
 from kibitz.report.formats import DASH, change, count, flops, percent, plain, safe_lines, seconds
 
@@ -77,9 +77,9 @@ def _how_much(run: Run) -> list[Markup]:
     rollout = run.recipe.get("rollout")
     per_step = dig_number(rollout, "prompts_per_step")
     samples = dig_number(rollout, "samples_per_prompt")
-    size = ""
-    if per_step:
-        size = f" of {count(per_step)} prompts" + (f" with {count(samples)} responses each" if (samples or 1) > 1 else "")
+    size = f" of {count(per_step)} prompts" if per_step else ""
+    if per_step and (samples or 1) > 1:
+        size += f" with {count(samples)} responses each"
     if planned and done < planned:
         text = f"It was to take {count(planned)} steps{size}, and {count(done)} of them are on record."
     else:
@@ -140,6 +140,7 @@ class Measure:
     before: Cell
     after: Cell
     change: str
+    share: bool
     verdict: str = ""
     remark: str = ""
 
@@ -199,19 +200,22 @@ def _measure(
     if before is after:
         before = {}
     first, last = _cell(before, path, share), _cell(after, path, share)
-    measure = Measure(label, first, last, change(first.value, last.value, points=share))
+    measure = Measure(label, first, last, change(first.value, last.value, points=share), share)
     if first.value is not None and last.value is not None and first.value != last.value and not neutral:
         measure.verdict = "worse" if (last.value > first.value) == lower_is_better else "better"
-    if None not in (first.low, first.high, last.low, last.high):
-        apart = first.high < last.low or last.high < first.low
-        measure.remark = "" if apart else "intervals overlap"
+    if first.interval and last.interval:
+        measure.remark = "intervals overlap" if _overlap(first, last) else ""
     return measure
+
+
+def _overlap(a: Cell, b: Cell) -> bool:
+    return (a.low or 0.0) <= (b.high or 0.0) and (b.low or 0.0) <= (a.high or 0.0)
 
 
 def _cell(row: Row, path: tuple[str, ...], share: bool) -> Cell:
     value = dig_number(row, *path)
     low, high = (dig_number(row, *path[:-1], edge) if path[-1] == "accuracy" else None for edge in ("low", "high"))
-    interval = f"{percent(low)} to {percent(high)}" if low is not None and high is not None else ""
+    interval = f"{100 * low:.1f}–{percent(high)}" if low is not None and high is not None else ""
     return Cell(percent(value) if share else plain(value), interval, value, low, high)
 
 
@@ -224,7 +228,7 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
     for comparison in comparisons(run)[:1]:
         for measure in comparison.measures:
             if measure.label.startswith(("Accuracy, sampled", "Reverse KL")):
-                label = measure.label.split(",")[0]
+                label = measure.label.split(",")[0].removesuffix(" to the teacher")
                 was = f"was {measure.before.text}" if measure.before.value is not None else ""
                 found.append((label, measure.after.text, was))
     tokens = dig_number(run.metrics[-1], "num_tokens") if run.metrics else None

@@ -1,0 +1,242 @@
+"""The loop on tiny random models: what must hold whatever is learnt."""
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import make_model, recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kibitz
+from kibitz import checkpoint
+from kibitz.trainer import Progress
+
+TIMES = {"seconds", "tokens_per_second"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return make_model(folder / "student", seed=1), make_model(folder / "teacher", seed=2, hidden_size=48)
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_opd_lowers_the_reverse_kl_and_leaves_the_files_of_a_run(models, tmp_path):
+    run = kibitz.train(recipe(*models, tmp_path / "run", steps=12, optim={"lr": 5e-3}))
+    assert run.metrics[-1]["reverse_kl"] < 0.7 * run.metrics[0]["reverse_kl"]
+    assert run.evals[-1]["reverse_kl"] < 0.7 * run.evals[0]["reverse_kl"]
+    assert [row["step"] for row in run.metrics] == list(range(1, 13))
+    assert [row["step"] for row in run.evals] == [0, 12]
+    assert {path.name for path in run.folder.iterdir()} >= {"recipe.yaml", "run.json", "metrics.jsonl", "evals.jsonl", "rollouts.jsonl"}
+    row = run.metrics[0]
+    assert row["flops"]["student_training"] == pytest.approx(3 * row["flops"]["student_sampling"])
+    assert row["flops"]["teacher_scoring"] > row["flops"]["student_sampling"]
+    assert json.loads((run.folder / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_student_that_equals_its_teacher_reads_zero_and_stays(models, tmp_path):
+    student, _ = models
+    run = kibitz.train(recipe(student, student, tmp_path / "run", optim={"lr": 1e-2}))
+    assert all(abs(row["reverse_kl"]) < 1e-6 for row in run.metrics)
+    before, after = weights(student), weights(run.checkpoint)
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [{"support": "top_k", "top_k": 4}, {"support": "sampled"}, {"divergence": "jsd"}])
+def test_equal_models_read_zero_with_every_signal(models, tmp_path, method):
+    student, _ = models
+    run = kibitz.train(recipe(student, student, tmp_path / "run", steps=1, method={"type": "opd", **method}))
+    assert abs(run.metrics[0]["reverse_kl"]) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["opd", "sft", "grpo"])
+def test_the_same_seed_gives_the_same_run_bit_for_bit(models, tmp_path, method):
+    student, teacher = models
+    runs = [
+        kibitz.train(recipe(student, teacher, tmp_path / name, method={"type": method}), grader=lambda p, text: float(len(text) % 2))
+        for name in ("a", "b")
+    ]
+    assert timeless(runs[0].metrics) == timeless(runs[1].metrics)
+    first, second = weights(runs[0].checkpoint), weights(runs[1].checkpoint)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = kibitz.train(recipe(student, teacher, tmp_path / "c", method={"type": method}, seed=1))
+    assert timeless(other.metrics) != timeless(runs[0].metrics)
+
+
+@pytest.mark.parametrize("method", [{"type": "opd"}, {"type": "opd", "support": "sampled"}, {"type": "grpo"}, {"type": "sft"}])
+def test_the_loss_does_not_depend_on_the_micro_batch_or_the_chunk(models, tmp_path, method):
+    def losses(name: str, **optim) -> list[float]:
+        run = kibitz.train(
+            recipe(*models, tmp_path / name, method=method, steps=3, optim={"lr": 1e-3, **optim}),
+            grader=lambda prompt, text: float(len(text) % 3),
+        )
+        return [value for row in run.metrics for value in (row["loss"], row["grad_norm"])]
+
+    whole = losses("whole")
+    assert losses("micro", tokens_per_micro_batch=50) == pytest.approx(whole, rel=1e-4, abs=1e-6)
+    assert losses("single", tokens_per_micro_batch=1, chunk_tokens=3) == pytest.approx(whole, rel=1e-4, abs=1e-6)
+
+
+def test_grpo_learns_to_please_a_grader(models, tmp_path):
+    """The grader likes short answers; the mean reward moves by far more than its noise."""
+    student, _ = models
+    tree = recipe(student, None, tmp_path / "run", method={"type": "grpo"}, steps=25, optim={"lr": 1e-2, "schedule": "constant"})
+    run = kibitz.train(tree, ["rollout.samples_per_prompt=8"], grader=lambda prompt, text: float(len(text) <= 3))
+    assert run.metrics[-1]["reward"] > run.metrics[0]["reward"] + 0.3
+
+
+def test_sft_learns_the_demonstrations_and_the_teachers_text(models, tmp_path):
+    student, teacher = models
+    for source in ("dataset", "teacher"):
+        tree = recipe(student, teacher, tmp_path / source, method={"type": "sft", "source": source}, steps=20, optim={"lr": 5e-3})
+        run = kibitz.train(tree)
+        assert run.metrics[-1]["loss"] < run.metrics[0]["loss"] - 0.3
+        assert ("teacher_sampling" in run.metrics[0]["flops"]) == (source == "teacher")
+        assert "student_sampling" not in run.metrics[0]["flops"]
+
+
+def test_a_custom_loss_replaces_the_divergence(models, tmp_path):
+    calls = []
+
+    def squared(student_CS, teacher_CS):
+        calls.append(student_CS.shape[-1])
+        return (student_CS - teacher_CS).square().sum(-1)
+
+    run = kibitz.train(recipe(*models, tmp_path / "run", steps=1), loss=squared)
+    assert calls
+    assert run.metrics[0]["loss"] != pytest.approx(run.metrics[0]["reverse_kl"])
+
+
+def test_the_checkpoint_is_a_plain_folder_that_writes_the_same_text(models, tmp_path):
+    from kibitz.config import StudentConfig
+    from kibitz.data import load_prompts
+    from kibitz.engines.torch import TorchEngine
+    from kibitz.models import load_model, stop_ids
+    from kibitz.types import Sampling
+
+    run = kibitz.train(recipe(*models, tmp_path / "run"))
+    model = AutoModelForCausalLM.from_pretrained(run.checkpoint)
+    tok = AutoTokenizer.from_pretrained(run.checkpoint)
+    student = load_model(StudentConfig(model=str(run.checkpoint)), "student", torch.device("cpu"))
+    prompts = load_prompts(run.recipe.data, tok)[:5]
+    ours = TorchEngine(student).generate(prompts, Sampling(max_tokens=12, temperature=0.0, stop_ids=stop_ids(student, [])))
+    for prompt, rollout in zip(prompts, ours, strict=True):
+        theirs = model.generate(torch.tensor([prompt.ids]), max_new_tokens=12, do_sample=False)[0, len(prompt.ids) :]
+        assert rollout.response_ids == theirs.tolist()
+
+
+def test_resume_goes_on_bit_for_bit(models, tmp_path):
+    whole = kibitz.train(recipe(*models, tmp_path / "whole", steps=6, save={"every": 2}))
+
+    class StopAt3(Progress):
+        def step(self, row):
+            if row["step"] == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    tree = recipe(*models, tmp_path / "part", steps=6, save={"every": 2})
+    with pytest.raises(KeyboardInterrupt):
+        kibitz.train(tree, progress=StopAt3())
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "part")][-1] == "step-000003"
+    run = kibitz.train(tree, resume=True)
+    assert timeless(run.metrics) == timeless(whole.metrics)
+    first, second = weights(whole.checkpoint), weights(run.checkpoint)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_resume_after_a_crash_forgets_what_came_after_the_checkpoint(models, tmp_path):
+    class Crash(Progress):
+        def step(self, row):
+            if row["step"] == 5:
+                raise RuntimeError("power cut")
+
+    tree = recipe(*models, tmp_path / "run", steps=6, save={"every": 2})
+    with pytest.raises(RuntimeError, match="power cut"):
+        kibitz.train(tree, progress=Crash())
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # killed while writing
+    run = kibitz.train(tree, resume=True)
+    whole = kibitz.train(recipe(*models, tmp_path / "whole", steps=6))
+    assert timeless(run.metrics) == timeless(whole.metrics)
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_whole(models, tmp_path, monkeypatch):
+    tree = recipe(*models, tmp_path / "run", steps=4, save={"every": 2, "keep": 1})
+    real, saved = checkpoint.save_file, []
+
+    def full(tensors, path):
+        if saved:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        saved.append(path)
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device.*older checkpoints are untouched"):
+        kibitz.train(tree)
+    (kept,) = checkpoint.checkpoints(tmp_path / "run")
+    assert kept.name == "step-000002"
+    AutoModelForCausalLM.from_pretrained(kept)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+    monkeypatch.undo()
+    assert kibitz.train(tree, resume=True).metrics[-1]["step"] == 4
+
+
+def test_only_the_last_checkpoints_are_kept(models, tmp_path):
+    kibitz.train(recipe(*models, tmp_path / "run", steps=4, save={"every": 1, "keep": 2}))
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "run")] == ["step-000003", "step-000004"]
+
+
+def test_an_output_folder_is_not_overwritten_by_chance(models, tmp_path):
+    tree = recipe(*models, tmp_path / "run", steps=1)
+    kibitz.train(tree)
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(kibitz.RecipeError, match="--resume.*--overwrite.*output=ANOTHER"):
+        kibitz.train(tree)
+    with pytest.raises(kibitz.RecipeError, match="made with another optim"):
+        kibitz.train(tree, ["optim.lr=0.1"], resume=True)
+    kibitz.train(tree, overwrite=True)
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(models, tmp_path):
+    notes = []
+
+    class Notes(Progress):
+        def note(self, text):
+            notes.append(text)
+
+    tree = recipe(*models, tmp_path / "run", steps=2)
+    run = kibitz.train(tree, loss=lambda s, t: (s - t).sum(-1) * float("inf"), progress=Notes())
+    before, after = weights(models[0]), weights(run.checkpoint)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any("not finite" in note for note in notes)
+
+
+def test_a_grader_that_raises_stops_the_run_and_names_the_prompt(models, tmp_path):
+    def broken(prompt, text):
+        raise ZeroDivisionError
+
+    with pytest.raises(RuntimeError, match="the grader failed on prompt"):
+        kibitz.train(recipe(*models, tmp_path / "run"), grader=broken)
+
+
+def test_training_outside_the_main_thread_works(models, tmp_path):
+    """Signals can be handled in the main thread only."""
+    runs = []
+    thread = threading.Thread(target=lambda: runs.append(kibitz.train(recipe(*models, tmp_path / "run", steps=1))))
+    thread.start()
+    thread.join()
+    assert runs[0].metrics[-1]["step"] == 1
