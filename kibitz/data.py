@@ -61,7 +61,7 @@ def _read_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
         raise ValueError(f"data.prompts: there is no file {path}")
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: text may hold U+2028
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     for number, line in enumerate(lines, 1):

@@ -50,7 +50,7 @@ class JSONL:
         if not self.path.exists():
             return []
         rows = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8").split("\n"):
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
