@@ -54,7 +54,9 @@ def show_mistake(console: Console, folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()]
     wrong = [row for row in rows if row["step"] == 0 and row["reward"] == 0 and row["fork"] is not None]
     if wrong:
-        console.print(Text("\nOne wrong solution from before, and what the teacher says about each token", style="bold"))
+        console.print(
+            Text("\nOne wrong solution from before, and what the teacher says about each token", style="bold")
+        )
         print_rollout(min(wrong, key=lambda row: len(row["tokens"])), console)
 
 

@@ -47,18 +47,15 @@ LEVELS = {
     "cli": 6,
 }
 WITHIN_A_LEVEL = {
-    ("models", "distributed"),
-    ("engines", "models"),
     ("teachers", "models"),
-    ("teachers", "engines"),
-    ("data", "models"),
-    ("annotate", "methods"),
-    ("evaluate", "checkpoint"),
-    ("preflight", "evaluate"),
+    ("engines", "models"),
+    ("runs", "checkpoint"),
+    ("prepare", "runs"),
+    ("prepare", "evaluate"),
     ("trainer", "checkpoint"),
     ("trainer", "evaluate"),
-    ("trainer", "preflight"),
-    ("experiments", "worlds.make"),
+    ("trainer", "prepare"),
+    ("trainer", "runs"),
 }
 FILE_READERS = {"report": {"types"}}  # rooms outside the levels, and all that they may import
 FORBIDDEN = {"vllm", "gymnasium", "ray", "hydra", "wandb", "tensorboard", "lightning"}

@@ -185,7 +185,7 @@ def test_score_finds_the_fork():
 
 def test_score_lets_the_student_write_and_writes_the_page(tmp_path):
     page = tmp_path / "deep" / "page.html"
-    args = ["score", "--prompt", "1+2*3", "--prompt", "4*4-1", "--html", page, "--json"]
+    args = ["score", "--prompt", "1+2*3", "--prompt", "4*4-1", "--max-tokens", 40, "--html", page, "--json"]
     result = json.loads(kibitz_says(*args).stdout)
     assert [row["prompt"] for row in result["rollouts"]] == ["1+2*3", "4*4-1"]
     assert result == json.loads(kibitz_says(*args).stdout), "the same seed writes the same"
@@ -252,7 +252,9 @@ def test_a_negative_learning_rate(recipe):
 
 
 def test_an_unknown_key(recipe):
-    assert_refused(kibitz_says("train", recipe, "optim.warmup_step=3"), "optim.warmup_step", "did you mean warmup_steps?")
+    assert_refused(
+        kibitz_says("train", recipe, "optim.warmup_step=3"), "optim.warmup_step", "did you mean warmup_steps?"
+    )
 
 
 def test_an_unknown_method(recipe):
@@ -331,7 +333,14 @@ def test_demo_in_two_steps(tmp_path):
     args = ["demo", "--output", tmp_path / "demo", "steps=2", "eval.num_prompts=24", "eval.every=0"]
     answer = kibitz_says(*args)
     assert answer.exit_code == 0, answer.output
-    for words in ("reads", "before", "after", "What it cost", "One wrong solution", str(tmp_path / "demo" / "report.html")):
+    for words in (
+        "reads",
+        "before",
+        "after",
+        "What it cost",
+        "One wrong solution",
+        str(tmp_path / "demo" / "report.html"),
+    ):
         assert words in answer.stdout, words
     assert kibitz_says(*args, "--quiet").exit_code == 0, "a demo replaces the last demo"
 

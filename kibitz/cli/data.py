@@ -1,14 +1,17 @@
 """`kibitz report`, `kibitz worlds` and `kibitz schema`: what needs no model, or makes one."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from kibitz.cli.output import Output, harmless
+from kibitz.cli.progress import Bar
 
 
 def report(
@@ -52,7 +55,7 @@ def list_worlds(ctx: typer.Context) -> None:
         return
     from kibitz.worlds import WORLDS
 
-    def for_a_person(console) -> None:
+    def for_a_person(console: Console) -> None:
         table = Table(box=None, header_style="dim")
         table.add_column("world")
         table.add_column("what it is")
@@ -77,7 +80,7 @@ def show_world(
 
     rows = get(name).demonstrations(split, count, seed)
 
-    def for_a_person(console) -> None:
+    def for_a_person(console: Console) -> None:
         table = Table(box=None, header_style="dim")
         for column in ("prompt", "response", "answer"):
             table.add_column(column)
@@ -92,19 +95,22 @@ def show_world(
 def make_world(
     ctx: typer.Context,
     name: Annotated[str, typer.Argument(help="Such as arithmetic.")],
-    output: Annotated[Path | None, typer.Option(help="Folder for teacher/ and student/; default runs/worlds/NAME.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for teacher/ and student/; default runs/worlds/NAME.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="The shipped models are those of seed 0.")] = 0,
 ) -> None:
     """Train a world's models from nothing: the teacher, and the student before on-policy distillation."""
-    from contextlib import nullcontext
+    from kibitz.worlds import get
 
-    from kibitz import worlds as all_worlds
-    from kibitz.cli.progress import Bar
+    get(name)  # a mistyped name is told before torch loads
+
     from kibitz.worlds.make import make
 
-    all_worlds.get(name)
     out: Output = ctx.obj
     folder = output or Path("runs/worlds") / name
     with Bar(out.errors) if out.live else nullcontext() as bar:
         make(name, folder, seed, bar)
-    out.result({"world": name, "folder": folder}, lambda console: console.print(Text(f"models     {folder}"), soft_wrap=True))
+    out.result(
+        {"world": name, "folder": folder}, lambda console: console.print(Text(f"models     {folder}"), soft_wrap=True)
+    )

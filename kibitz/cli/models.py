@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from kibitz.cli.output import Output
+from rich.console import Console
 
 
 def evaluate(
@@ -36,18 +35,16 @@ def evaluate(
 
     from kibitz.evaluate import evaluate_model
 
-    out: Output = ctx.obj
-    out.say(f"evaluating {model} on {world or prompts} ...")
     row = evaluate_model(
         model, teacher=teacher, data=data, eval=recipe.eval, rollout=recipe.rollout, device=recipe.device
     )
 
-    def for_a_person(console) -> None:
+    def for_a_person(console: Console) -> None:
         from kibitz.cli import show
 
         show.evaluation(console, row)
 
-    out.result({"model": model, **row}, for_a_person)
+    ctx.obj.result({"model": model, **row}, for_a_person)
 
 
 def score(
@@ -69,7 +66,9 @@ def score(
 
     responses: list[str | None] = list(response or []) or [None] * len(prompt)
     if len(responses) != len(prompt):
-        raise ValueError(f"there are {len(prompt)} prompts and {len(responses)} responses: give each prompt its --response")
+        raise ValueError(
+            f"there are {len(prompt)} prompts and {len(responses)} responses: give each prompt its --response"
+        )
     rows = score_texts(
         student or _shipped("student"),
         teacher or _shipped("teacher"),
@@ -81,7 +80,7 @@ def score(
     if html is not None:
         _write_page(html, rows)
 
-    def for_a_person(console) -> None:
+    def for_a_person(console: Console) -> None:
         for row in rows:
             print_rollout(row, console)
 

@@ -56,7 +56,11 @@ class Bar:
     def step(self, row: dict[str, Any]) -> None:
         figures = self._figures(row)
         self.progress.update(self.task, completed=row["step"], figures=figures)
-        if not self.console.is_terminal and self.steps and row["step"] % max(1, self.steps // LINES_WITHOUT_TERMINAL) == 0:
+        if (
+            not self.console.is_terminal
+            and self.steps
+            and row["step"] % max(1, self.steps // LINES_WITHOUT_TERMINAL) == 0
+        ):
             self.console.print(f"step {row['step']}/{self.steps}  {figures}", markup=False)
 
     def evaluated(self, row: dict[str, Any]) -> None:

@@ -1,11 +1,13 @@
 """`kibitz demo` and `kibitz train`."""
 
 import shlex
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from kibitz.cli.output import Output
 from kibitz.cli.progress import Bar
@@ -18,9 +20,13 @@ if TYPE_CHECKING:
 def train(
     ctx: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A YAML file; `kibitz schema` describes what it may say.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[A.B=VALUE]...", help="Such as optim.lr=1e-4.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[A.B=VALUE]...", help="Such as optim.lr=1e-4.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that the output folder holds.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the run that the output folder holds.")
+    ] = False,
 ) -> None:
     """Train a student as a recipe says. Ctrl-C keeps what is done."""
     from kibitz import config
@@ -36,7 +42,9 @@ def demo(
     ctx: typer.Context,
     output: Annotated[str, typer.Option(help="Folder of the run; the last demo there is replaced.")] = "runs/demo",
     seed: Annotated[int, typer.Option(help="Another seed, other problems and other luck.")] = 0,
-    models: Annotated[str | None, typer.Option(help="Folder with teacher/ and student/, as `kibitz worlds make` writes.")] = None,
+    models: Annotated[
+        str | None, typer.Option(help="Folder with teacher/ and student/, as `kibitz worlds make` writes.")
+    ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[A.B=VALUE]...", help="Such as steps=20.")] = None,
 ) -> None:
     """See on-policy distillation work: minutes on a laptop, with the models that kibitz ships."""
@@ -54,17 +62,23 @@ def demo(
 
 def run_training(out: Output, recipe: "Recipe", again: list[str], *, resume: bool, overwrite: bool) -> "Run":
     """Train with a bar; on Ctrl-C say where the run is and how to go on."""
-    from kibitz import trainer
+    from kibitz import report, trainer
 
     try:
         with Bar(out.errors) if out.live else nullcontext() as bar:
-            return trainer.train(recipe, resume=resume, overwrite=overwrite, progress=bar)
+            run = trainer.train(recipe, resume=resume, overwrite=overwrite, progress=bar)
+        report.build([run.folder])
+        return run
     except KeyboardInterrupt:
-        out.errors.print(f"stopped; the run is in {recipe.output}, go on with: {shlex.join(again)}", markup=False, soft_wrap=True)
+        if (folder := Path(recipe.output)).is_dir():
+            report.build([folder])
+        out.errors.print(
+            f"stopped; the run is in {recipe.output}, go on with: {shlex.join(again)}", markup=False, soft_wrap=True
+        )
         raise typer.Exit(130) from None
 
 
-def finish(out: Output, run: "Run", show_more: Any = None) -> None:
+def finish(out: Output, run: "Run", show_more: Callable[[Console, Path], None] | None = None) -> None:
     """The tables of a finished run, and where its files are."""
     from kibitz.cli import show
 
@@ -78,7 +92,7 @@ def finish(out: Output, run: "Run", show_more: Any = None) -> None:
         "last_step": run.metrics[-1] if run.metrics else None,
     }
 
-    def for_a_person(console) -> None:
+    def for_a_person(console: Console) -> None:
         show.before_and_after(console, run.folder)
         show.costs(console, run.folder)
         if show_more is not None:

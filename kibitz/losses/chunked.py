@@ -84,11 +84,9 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value: Tensor, grads: list[Tensor], *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*grads)
-        ctx.dtypes = [tensor.dtype for tensor in inputs]
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
-        grads = [(grad * grad_output).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
-        return None, None, *grads
+        return None, None, *(grad * grad_output for grad in ctx.saved_tensors)  # autograd casts to the inputs' dtypes
