@@ -93,6 +93,14 @@ def test_is_zero_only_where_the_two_are_equal(name):
     assert logits.grad.abs().max() < 1e-15
 
 
+@pytest.mark.parametrize("divergence", [reverse_kl, forward_kl])
+def test_equal_distributions_have_no_gradient_at_all_in_float32(divergence):
+    """Adam divides by the gradient's size: rounding noise would move an agreeing student at the full learning rate."""
+    logits = pair(rows=50, size=1000)[0].float().requires_grad_()
+    divergence(log_probs(logits), log_probs(logits)).sum().backward()
+    assert logits.grad.count_nonzero() == 0
+
+
 def test_direction_is_that_of_torch():
     logits, teacher = pair()
     student = torch.log_softmax(logits, -1)

@@ -142,7 +142,7 @@ def cosine_to_the_true_gradient(k, of, how):
             return reverse_kl(buckets.student_CS, buckets.teacher_CS)
         if how == "renormalised":
             student_CK, teacher_CK = log_probs(student_CK), log_probs(teacher_CK)
-        return reverse_kl(student_CK, teacher_CK)
+        return (student_CK.exp() * (student_CK - teacher_CK)).sum(-1)
 
     true = gradient(lambda z: reverse_kl(log_probs(z), teacher_CV), student_logits)
     return torch.cosine_similarity(gradient(truncated, student_logits), true, dim=-1).mean()

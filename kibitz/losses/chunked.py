@@ -7,7 +7,7 @@ and then, inside the forward pass, so that each chunk's logits are freed before 
 backward pass is one gradient as large as the hidden states, and one in float32 as large as the head's parameters.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,7 +37,8 @@ def over_chunks(
     graph, so that a rank with nothing to learn takes part in the backward pass. Losses of tokens of weight 0 must be
     finite all the same.
 
-    Memory: a handful of float32 tensors [chunk_size, V]; how many is the criterion's affair.
+    Memory, whatever T is: about ten float32 tensors [chunk_size, V] for an exact divergence with its metrics and its
+    gradient, fewer for cross-entropy; so 6 GB at 1,024 tokens of a vocabulary of 152,000.
     """
     parameters = [p for p in head.parameters() if p.requires_grad]
     with_grad = torch.is_grad_enabled() and (hidden_TD.requires_grad or bool(parameters))
@@ -68,7 +69,7 @@ def over_chunks(
     return _WithGradients.apply(loss, [hidden_grad_TD, *parameter_grads], hidden_TD, *parameters), values_T
 
 
-def _gradients(weight_C: Tensor, loss_C: Tensor, wanted: list[Tensor]) -> list[Tensor]:
+def _gradients(weight_C: Tensor, loss_C: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
     assert loss_C.requires_grad, "the criterion's loss does not depend on the logits, or was detached from them"
     total = (weight_C.detach().to(loss_C.dtype) * loss_C).sum()
     return list(torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True))

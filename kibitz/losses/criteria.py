@@ -144,13 +144,13 @@ class PolicyGradient:
     def _advantage(self, student_CV: Tensor, logits_CV: Tensor, tokens: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
         plain_CV = student_CV if self.temperature == 1.0 else log_probs(logits_CV)
         signal, given_C = tokens.signal, tokens.advantage_T
-        if given_C is None and (signal is None or self.coefficient == 0.0):
-            raise ValueError("The policy gradient has neither an advantage nor a teacher's signal to learn from.")
-        if signal is None:
-            return given_C, _student_metrics(plain_CV, tokens)
+        if signal is None or self.coefficient == 0.0:
+            if given_C is None:
+                raise ValueError("The policy gradient has neither an advantage nor a teacher's signal to learn from.")
+            if signal is None:
+                return given_C, _student_metrics(plain_CV, tokens)
+            return given_C, self._heard(student_CV, plain_CV, tokens, signal)[2]
         teacher_C, kl_C, metrics = self._heard(student_CV, plain_CV, tokens, signal)
-        if self.coefficient == 0.0:
-            return given_C, metrics
         distilled_C = policy_gradient.distillation_advantage(tokens.logp_T, teacher_C, self.coefficient)
         if self.baseline:
             if kl_C is None:
