@@ -190,7 +190,9 @@ class OptimConfig(Section):
     muon_lr: float | None = Field(None, gt=0, description="Rate of the matrices under muon; 10 x lr if not set.")
     momentum: float = Field(0.95, ge=0, lt=1, description="Of muon.")
     tokens_per_micro_batch: int = Field(16384, ge=1, description="Bounds activations. The loss does not depend on it.")
-    chunk_tokens: int = Field(1024, ge=1, description="Tokens whose logits exist at one time. The loss does not depend on it.")
+    chunk_tokens: int | None = Field(
+        None, ge=1, description="Tokens whose logits exist at one time; chosen by the vocabulary. The loss does not depend on it."
+    )
 
 
 class EvalConfig(Section):

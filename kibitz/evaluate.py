@@ -105,7 +105,7 @@ def mean_reverse_kl(student: LanguageModel, teacher: LanguageModel, rollouts: Se
         members = [rollouts[i] for i in indices]
         scored = [Scored(r, r.weight_T(), s) for r, s in zip(members, scorer.score(members), strict=True)]
         batch = pack(scored, student.device)
-        loss, _ = student(batch, lambda hidden_TD, head: over_chunks(criterion, hidden_TD, head, batch.tokens))
+        loss, _ = student(batch, lambda hidden_TD, head: over_chunks(criterion, hidden_TD, head, batch.tokens, student.chunk_tokens))
         total += loss.item()
     return total / sum(r.weight_T().sum().item() for r in rollouts)
 

@@ -4,11 +4,15 @@ A grader sees text only. One that raises stops the run: a reward that is silentl
 """
 
 import re
+import threading
 from collections.abc import Callable, Sequence
 
 from kibitz.types import Prompt
 
 Grader = Callable[[Prompt, str], float]
+
+MATH_SECONDS = 5
+"""For parsing a text and for comparing two expressions, each; an expression can be made to take forever."""
 
 
 def exact(prompt: Prompt, text: str) -> float:
@@ -22,9 +26,11 @@ def math(prompt: Prompt, text: str) -> float:
     GSM8K's answers, worked solutions that end in `#### 18`, are understood."""
     from math_verify import parse, verify
 
+    # math-verify bounds its time by an alarm signal, which only the main thread can have.
+    seconds = MATH_SECONDS if threading.current_thread() is threading.main_thread() else None
     answer = _answer(prompt).rsplit("####", 1)[-1].strip()
-    gold = parse(f"${answer}$", parsing_timeout=None) or parse(answer, parsing_timeout=None)
-    return float(verify(gold, parse(text, parsing_timeout=None), timeout_seconds=None))
+    gold = parse(f"${answer}$", parsing_timeout=seconds) or parse(answer, parsing_timeout=seconds)
+    return float(verify(gold, parse(text, parsing_timeout=seconds), timeout_seconds=seconds))
 
 
 def choice(prompt: Prompt, text: str) -> float:

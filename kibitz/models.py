@@ -20,6 +20,9 @@ from kibitz.types import Batch
 
 transformers_logging.disable_progress_bar()  # kibitz draws its own
 
+CHUNK_NUMBERS = 2**25
+"""Logits that exist at one time: 128 MiB in float32, of which an exact divergence needs about ten such tensors."""
+
 
 class Head(nn.Module):
     """The output layer with all that the architecture does behind it: hidden states `[C, D]` to logits `[C, V]`."""
@@ -57,6 +60,11 @@ class LanguageModel(nn.Module):
     def max_positions(self) -> int | None:
         """The longest sequence that the model was made for, if it says so."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def chunk_tokens(self) -> int:
+        """How many tokens to take through the head at one time."""
+        return max(16, CHUNK_NUMBERS // self.vocab_size)
 
     @property
     def num_parameters(self) -> int:

@@ -55,7 +55,6 @@ def build(parts: Parts) -> OPD:
         top_k=config.top_k,
         temperature=config.temperature,
         tokens_per_micro_batch=optim.tokens_per_micro_batch,
-        chunk_tokens=optim.chunk_tokens,
     )
     return OPD(config, parts, teacher, _criterion(config, parts))
 

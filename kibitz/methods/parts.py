@@ -41,6 +41,9 @@ class Parts:
     divergence: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
-def token_loss(student: LanguageModel, batch: Batch, criterion: Criterion, chunk_tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
+def token_loss(
+    student: LanguageModel, batch: Batch, criterion: Criterion, chunk_tokens: int | None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """A criterion over all response tokens of a batch, inside the student's own forward pass."""
-    return student(batch, lambda hidden_TD, head: over_chunks(criterion, hidden_TD, head, batch.tokens, chunk_tokens))
+    size = chunk_tokens or student.chunk_tokens
+    return student(batch, lambda hidden_TD, head: over_chunks(criterion, hidden_TD, head, batch.tokens, size))

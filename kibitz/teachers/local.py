@@ -23,7 +23,6 @@ class LocalTeacher:
     top_k: int = 64
     temperature: float = 1.0
     tokens_per_micro_batch: int = 16384
-    chunk_tokens: int = 1024
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
@@ -42,7 +41,8 @@ class LocalTeacher:
         if self.kind == "dense":
             return Dense(hidden_TD, head)
         parts: list[Signal] = []
-        for hidden_CD, token_C in zip(hidden_TD.split(self.chunk_tokens), token_T.split(self.chunk_tokens), strict=True):
+        size = self.model.chunk_tokens
+        for hidden_CD, token_C in zip(hidden_TD.split(size), token_T.split(size), strict=True):
             logp_CV = torch.log_softmax(head(hidden_CD).float() / self.temperature, dim=-1)
             if self.kind == "sampled":
                 parts.append(Sampled(logp_CV.gather(-1, token_C[:, None])[:, 0]))
