@@ -116,7 +116,9 @@ def pick(prompts: list, number: int) -> list:
     return chosen
 
 
-def main(student_folder: str, teacher_folder: str, prompts_file: str, output: str = "", steps: int = STEPS) -> list[float]:
+def main(
+    student_folder: str, teacher_folder: str, prompts_file: str, output: str = "", steps: int = STEPS
+) -> list[float]:
     tokenizer = AutoTokenizer.from_pretrained(student_folder)
     student = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32).eval()  # no dropout, ever
     teacher = AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float32).eval().requires_grad_(False)

@@ -20,7 +20,11 @@ FORK_NATS = 1.0
 
 @torch.no_grad()
 def annotate(
-    student: LanguageModel, teacher: LanguageModel | None, rollouts: Sequence[Rollout], top: int = 5, max_tokens: int = 8192
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    rollouts: Sequence[Rollout],
+    top: int = 5,
+    max_tokens: int = 8192,
 ) -> list[dict[str, Any]]:
     """One row per rollout, in order, as in `rollouts.jsonl`. Log-probabilities are at temperature 1."""
     rows: dict[int, dict[str, Any]] = {}

@@ -27,7 +27,9 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in found if (path / "training" / "state.json").is_file())
 
 
-def save(folder: Path, step: int, student: LanguageModel, moments: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+def save(
+    folder: Path, step: int, student: LanguageModel, moments: dict[str, Tensor], state: dict[str, Any], keep: int
+) -> Path:
     """Write the checkpoint of a step, then delete all but the last `keep`. If that fails, the older ones stay whole."""
     final = folder / "checkpoints" / f"step-{step:06d}"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 
 class RecipeError(ValueError):
@@ -30,7 +30,9 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: float32 on a CPU (bf16 log-probs are off by 5e-3 there), bfloat16 on a GPU."
     )
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint. Off: it is a risk.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the checkpoint. Off: it is a risk."
+    )
 
 
 class StudentConfig(ModelConfig):
@@ -61,16 +63,24 @@ class DataConfig(Section):
     template: dict[str, Any] = Field(
         default_factory=dict, description="Arguments of the chat template, such as {enable_thinking: false}."
     )
-    grader: str = Field("auto", description="exact, math, choice, or auto: the world's own, else math if rows have an answer.")
-    limit: int | None = Field(None, ge=1, description="Use only the first rows; a world makes this many (default 20000).")
-    max_prompt_tokens: int = Field(1024, ge=1, description="A longer prompt is an error. 1024: Thinking Machines' cookbook.")
+    grader: str = Field(
+        "auto", description="exact, math, choice, or auto: the world's own, else math if rows have an answer."
+    )
+    limit: int | None = Field(
+        None, ge=1, description="Use only the first rows; a world makes this many (default 20000)."
+    )
+    max_prompt_tokens: int = Field(
+        1024, ge=1, description="A longer prompt is an error. 1024: Thinking Machines' cookbook."
+    )
     shuffle: bool = Field(True, description="A new order each epoch, decided by the seed.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the world, such as {corrupted: 0.9}.")
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataConfig":
         if (self.prompts is None) == (self.world is None):
-            raise ValueError("write either data.prompts (a file or dataset name) or data.world (a toy world), one of them")
+            raise ValueError(
+                "write either data.prompts (a file or dataset name) or data.world (a toy world), one of them"
+            )
         return self
 
 
@@ -95,7 +105,9 @@ class MethodConfig(Section):
         return False
 
 
-DivergenceName = Literal["reverse_kl", "forward_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "adaptive_kl"]
+DivergenceName = Literal[
+    "reverse_kl", "forward_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "adaptive_kl"
+]
 
 
 class OPDConfig(MethodConfig):
@@ -111,12 +123,20 @@ class OPDConfig(MethodConfig):
     beta: float = Field(0.5, gt=0, lt=1, description="Of jsd: near 0 forward KL, near 1 reverse KL (GKD, 2306.13649).")
     alpha: float = Field(0.1, gt=0, lt=1, description="Of the skewed divergences (DistiLLM, 2402.03898: 0.1).")
     top_k: int = Field(64, ge=1, description="K of support: top_k. Rethinking-OPD's 16 hold 97-99% of the mass.")
-    top_k_of: Literal["student", "teacher", "union"] = Field("student", description="Whose K. student: nearest to the full reverse KL.")
-    temperature: float = Field(1.0, gt=0, description="Divides both models' logits in the loss; gradients are scaled by its square.")
+    top_k_of: Literal["student", "teacher", "union"] = Field(
+        "student", description="Whose K. student: nearest to the full reverse KL."
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="Divides both models' logits in the loss; gradients are scaled by its square."
+    )
     kl_coef: float = Field(1.0, gt=0, description="Of support: sampled; the cookbook's kl_penalty_coef.")
-    discount: float = Field(0.0, ge=0, le=1, description="Of support: sampled; credit for later tokens. 0: published, >0 gained nothing.")
+    discount: float = Field(
+        0.0, ge=0, le=1, description="Of support: sampled; credit for later tokens. 0: published, >0 gained nothing."
+    )
     clip_advantage: float | None = Field(
-        None, gt=0, description="Of support: sampled; bounds the log-ratio, whose lower tail is heavy (REOPOLD). 3 saved toy runs."
+        None,
+        gt=0,
+        description="Of support: sampled; bounds the log-ratio, whose lower tail is heavy (REOPOLD). 3 saved toy runs.",
     )
 
     def needs_teacher(self) -> bool:
@@ -140,7 +160,9 @@ class GRPOConfig(MethodConfig):
     """RL with a reward per response: advantages centred in the group of a prompt's samples (GRPO, 2402.03300)."""
 
     type: Literal["grpo"] = "grpo"
-    normalize_std: bool = Field(False, description="Divide by the group's deviation. Off: it favours extreme prompts (2503.20783).")
+    normalize_std: bool = Field(
+        False, description="Divide by the group's deviation. Off: it favours extreme prompts (2503.20783)."
+    )
     clip_ratio: float = Field(0.2, gt=0, description="PPO clip of the importance ratio (2402.03300).")
 
     def needs_reward(self) -> bool:
@@ -172,26 +194,36 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0, description="1: rollouts are the student's own distribution.")
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, description="0: off.")
-    stop: list[str] = Field(default_factory=list, description="Single tokens that end a response besides the model's EOS.")
+    stop: list[str] = Field(
+        default_factory=list, description="Single tokens that end a response besides the model's EOS."
+    )
     max_rows: int = Field(256, ge=1, description="Rows generated side by side; bounds the KV cache.")
 
 
 class OptimConfig(Section):
     """The optimizer and its schedule."""
 
-    name: Literal["adamw", "muon"] = Field("adamw", description="muon: on the matrices, AdamW on the rest; for training from nothing.")
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: on the matrices, AdamW on the rest; for training from nothing."
+    )
     lr: float = Field(5e-5, gt=0, description="5e-5: the cookbook's on-policy default for full fine-tuning.")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="linear to 0: toy runs lose 20-30 points without decay.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="linear to 0: toy runs lose 20-30 points without decay."
+    )
     warmup_steps: int = Field(0, ge=0)
     clip: float | None = Field(1.0, gt=0, description="Largest gradient norm.")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="0.95: short runs forget old gradients sooner (the cookbook's Adam).")
+    betas: tuple[float, float] = Field(
+        (0.9, 0.95), description="0.95: short runs forget old gradients sooner (the cookbook's Adam)."
+    )
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0, description="0: a student that equals its teacher stays where it is.")
     muon_lr: float | None = Field(None, gt=0, description="Rate of the matrices under muon; 10 x lr if not set.")
     momentum: float = Field(0.95, ge=0, lt=1, description="Of muon.")
     tokens_per_micro_batch: int = Field(16384, ge=1, description="Bounds activations. The loss does not depend on it.")
     chunk_tokens: int | None = Field(
-        None, ge=1, description="Tokens whose logits exist at one time; chosen by the vocabulary. The loss does not depend on it."
+        None,
+        ge=1,
+        description="Tokens whose logits exist at one time; chosen by the vocabulary. The loss does not depend on it.",
     )
 
 
@@ -214,6 +246,95 @@ class SaveConfig(Section):
     keep: int = Field(2, ge=1, description="Older ones are deleted.")
 
 
+GuardAction = Annotated[
+    Literal["off", "warn", "stop"],
+    BeforeValidator(lambda value: "off" if value is False else value),  # YAML reads off as false
+]
+
+
+class GuardConfig(Section):
+    """Collapse guards. Each compares the last steps with the run's first or best ones and speaks once per problem.
+
+    A field that bears a guard's name is its action: off, warn, or stop (after the step, with a checkpoint)."""
+
+    early: int = Field(
+        20,
+        ge=4,
+        description="Steps that say how the run was at first; no alarm before they are over, but for NaN. "
+        "20: Adam's oversized first steps (reverse KL x10 at step 2, gone by step 8 in toy runs) stay a minority.",
+    )
+    window: int = Field(
+        20,
+        ge=2,
+        description="Steps whose median counts as now; at most `early`. 20: half of it is a delay of 10 steps, and "
+        "the abrupt collapse of StableOPD (2604.08527) takes 30.",
+    )
+    sigmas: float = Field(
+        4.0, gt=0, description="A change must also be this many deviations of a window's median. 4: see dev/LOG.md."
+    )
+    length_inflation: GuardAction = "warn"
+    length_ratio: float = Field(
+        1.2, gt=1, description="Growth of responses without gain. 1.2: a toy collapse went from 5.5 to 7.2."
+    )
+    cut_off: GuardAction = "warn"
+    cut_off_rise: float = Field(
+        0.1, gt=0, lt=1, description="Rise of the cut-off share. 0.1: 0 to 0.17 when raw OPD burst."
+    )
+    cut_off_share: float = Field(
+        0.6, gt=0, le=1, description="Share that is too high from the start. StableOPD's stable phases: to 0.5."
+    )
+    repetition: GuardAction = "warn"
+    repetition_ngram: int = Field(
+        8, ge=2, description="Tokens of a repeated n-gram. 8: healthy mathematics repeats 18% of its 4-grams."
+    )
+    repetition_rise: float = Field(
+        0.1, gt=0, lt=1, description="0.1: StableOPD saw 0 before its collapse and 0.25-0.35 after."
+    )
+    entropy_collapse: GuardAction = "warn"
+    entropy_share: float = Field(
+        0.33,
+        gt=0,
+        lt=1,
+        description="Of the first or the teacher's entropy, whichever is less. 0.33: RL has spent 73% of its entropy "
+        "and 76% of its gain at 200 of 2400 steps (2505.22617).",
+    )
+    overlap_falling: GuardAction = "warn"
+    overlap_drop: float = Field(
+        0.05, gt=0, lt=1, description="Below the best window. Rethinking-OPD: it grows, 0.72 to 0.91."
+    )
+    kl_rising: GuardAction = "warn"
+    kl_ratio: float = Field(
+        1.5, gt=1, description="Above the lowest window, without more reward. Healthy toy windows vary by 1.3."
+    )
+    reward_falling: GuardAction = "warn"
+    reward_drop: float = Field(
+        0.25, gt=0, description="Relative, below the best window. 0.25: six of six toy collapses, no recovery."
+    )
+    student_stuck: GuardAction = "warn"
+    stuck_grad_norm: float = Field(1e-4, gt=0, description="A gradient that is none. Published runs have 0.4 to 20.")
+    stuck_equal_groups: float = Field(
+        0.9, gt=0, le=1, description="Prompts whose samples all got one reward: GRPO learns nothing there."
+    )
+    style_overfit: GuardAction = "warn"
+    style_drop: float = Field(
+        0.05, gt=0, lt=1, description="Fall of pass@k at two evaluations running, while the reverse KL falls."
+    )
+    not_finite: GuardAction = "warn"
+    mask_cut_off: bool = Field(
+        False,
+        description="Learn nothing from rollouts that were cut off (DAPO's overlong filter, 2503.14476). Off: each token's "
+        "signal is sound; turn it on when cut-off rollouts take over (StableOPD).",
+    )
+
+    @model_validator(mode="after")
+    def _windows(self) -> "GuardConfig":
+        if self.window > self.early:
+            raise ValueError(
+                f"window is {self.window} and early is {self.early}: write a window of at most early steps"
+            )
+        return self
+
+
 class Recipe(Section):
     """A whole run. `student`, `teacher` (where the method has one) and `data` have no default."""
 
@@ -226,6 +347,7 @@ class Recipe(Section):
     steps: int = Field(150, ge=1, description="150: Thinking Machines' reasoning run.")
     eval: EvalConfig = EvalConfig()
     save: SaveConfig = SaveConfig()
+    guards: GuardConfig = GuardConfig()
     seed: int = 0
     device: str = Field("auto", description="auto: cuda if there is one.")
     threads: int | None = Field(None, ge=1, description="torch threads; 1 makes runs repeat bit for bit.")
@@ -234,7 +356,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         if self.method.needs_teacher() and self.teacher is None:
-            raise ValueError(f"method {_method_type(self.method)} needs a teacher: write teacher: {{model: folder-or-name}}")
+            raise ValueError(
+                f"method {_method_type(self.method)} needs a teacher: write teacher: {{model: folder-or-name}}"
+            )
         if isinstance(self.method, GRPOConfig) and self.rollout.samples_per_prompt < 2:
             raise ValueError("grpo compares the samples of a prompt: write rollout.samples_per_prompt of 2 or more")
         truncated = self.rollout.top_p < 1 or self.rollout.top_k > 0
@@ -247,7 +371,9 @@ class Recipe(Section):
                     "write rollout.temperature=1 without top_p and top_k, or method.support=full"
                 )
             if self.method.divergence != "reverse_kl":
-                raise ValueError("support: sampled estimates reverse_kl only: write method.support=full for another divergence")
+                raise ValueError(
+                    "support: sampled estimates reverse_kl only: write method.support=full for another divergence"
+                )
         return self
 
 

@@ -17,7 +17,9 @@ from kibitz.types import Prompt
 WORLD_ROWS = 20_000
 
 
-def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0, demonstrations: bool = False) -> list[Prompt]:
+def load_prompts(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0, demonstrations: bool = False
+) -> list[Prompt]:
     """All prompts of a `data` section, as the student will read them. `demonstrations`: rows need a response."""
     rows = _rows(config, seed, demonstrations)
     prompts = [_prompt(number, row, config, tokenizer, demonstrations) for number, row in rows]
@@ -72,7 +74,7 @@ def _read_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number} is not an object such as {{\"prompt\": ..., \"answer\": ...}}")
+            raise ValueError(f'{path}, line {number} is not an object such as {{"prompt": ..., "answer": ...}}')
         rows.append((f"{path}, line {number}", row))
     return rows
 
@@ -96,7 +98,9 @@ def _read_dataset(config: DataConfig, path: Path) -> list[tuple[str, dict[str, A
 # ------------------------------------------------------------------ from a row to a prompt
 
 
-def _prompt(place: str, row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase, demonstrations: bool) -> Prompt:
+def _prompt(
+    place: str, row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase, demonstrations: bool
+) -> Prompt:
     messages, response = _messages(place, row, config)
     if demonstrations and response is None:
         raise ValueError(
@@ -129,7 +133,9 @@ def _messages(place: str, row: dict[str, Any], config: DataConfig) -> tuple[list
     response = row.get(config.columns.response)
     if "messages" in row:
         messages = row["messages"]
-        whole = isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+        whole = isinstance(messages, list) and all(
+            isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
+        )
         if not whole or not messages:
             raise ValueError(f"{place}: messages must be a list of {{role, content}}")
         if messages[-1]["role"] == "assistant":
@@ -151,7 +157,9 @@ def _messages(place: str, row: dict[str, Any], config: DataConfig) -> tuple[list
     return messages, None if response is None else str(response)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], template: dict[str, Any]) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], template: dict[str, Any]
+) -> list[int]:
     """By the chat template, which writes its own BOS; a tokenizer without one reads the plain text."""
     if tokenizer.chat_template is None:
         return tokenizer("\n\n".join(m["content"] for m in messages))["input_ids"]

@@ -41,9 +41,9 @@ def introduce(console: Console, recipe: Recipe) -> None:
     """What is about to happen, for someone who sees it first."""
     console.print(
         "[bold]On-policy distillation of a small model[/]\n"
-        "The student solves sums such as 5+(2*3)-4, step by step and modulo 10, and has a misconception: it reads\n"
-        "5+2*3 from left to right. It writes its own solutions; a teacher that knows better scores every token of them;\n"
-        f"the student learns from the scores, {recipe.steps} steps of {recipe.rollout.prompts_per_step} solutions.\n"
+        "The student solves sums such as 5+(2*3)-4, step by step and modulo 10, and has a misconception: it reads 5+2*3 "
+        "from left to right. It writes its own solutions; a teacher that knows better scores every token of them; the "
+        f"student learns from the scores, {recipe.steps} steps of {recipe.rollout.prompts_per_step} solutions.\n"
     )
 
 
@@ -57,7 +57,12 @@ def show_mistake(console: Console, folder: Path) -> None:
         console.print(
             Text("\nOne wrong solution from before, and what the teacher says about each token", style="bold")
         )
-        print_rollout(min(wrong, key=lambda row: len(row["tokens"])), console)
+        print_rollout(max(wrong, key=_conviction), console)
+
+
+def _conviction(row: dict[str, Any]) -> float:
+    """How sure of its mistake the student was: a misconception shows it better than a slip of the dice does."""
+    return row["tokens"][row["fork"]]["student_logp"]
 
 
 def may_replace(folder: Path) -> bool:

@@ -23,7 +23,7 @@ from kibitz.losses.divergences import reverse_kl
 from kibitz.metrics import pass_at_k, wilson
 from kibitz.models import LanguageModel, check_same_tokenizer, load_model, load_tokenizer, pick_device, stop_ids
 from kibitz.teachers.local import LocalTeacher
-from kibitz.types import Prompt, Rollout, Sampling, Scored
+from kibitz.types import Prompt, Rollout, Sampling, Scored, Signal
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ def grade(grader: Grader | None, student: LanguageModel, rollouts: Sequence[Roll
         try:
             rollout.reward = float(grader(rollout.prompt, rollout.text))
         except Exception as error:
-            raise RuntimeError(f"the grader failed on prompt {rollout.prompt.text[:200]!r}, response {rollout.text[:200]!r}") from error
+            raise RuntimeError(
+                f"the grader failed on prompt {rollout.prompt.text[:200]!r}, response {rollout.text[:200]!r}"
+            ) from error
 
 
 def accuracy(rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -85,7 +87,9 @@ def _pass_at_k(rollouts: Sequence[Rollout]) -> dict[str, float]:
     groups = _by_prompt(rollouts)
     num = len(groups[0])
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= num]
-    return {str(k): fmean(pass_at_k(num, sum(reward >= 1.0 for reward in rewards), k) for rewards in groups) for k in ks}
+    return {
+        str(k): fmean(pass_at_k(num, sum(reward >= 1.0 for reward in rewards), k) for rewards in groups) for k in ks
+    }
 
 
 def _by_prompt(rollouts: Sequence[Rollout]) -> list[list[float]]:
@@ -97,17 +101,23 @@ def _by_prompt(rollouts: Sequence[Rollout]) -> list[list[float]]:
 
 
 @torch.no_grad()
-def mean_reverse_kl(student: LanguageModel, teacher: LanguageModel, rollouts: Sequence[Rollout], max_tokens: int = 16384) -> float:
+def mean_reverse_kl(
+    student: LanguageModel, teacher: LanguageModel, rollouts: Sequence[Rollout], max_tokens: int = 16384
+) -> float:
     """KL(student || teacher) in nats per token, exact over the vocabulary, mean over the student's own tokens."""
-    criterion, scorer = Divergence(reverse_kl), LocalTeacher(teacher, tokens_per_micro_batch=max_tokens)
+    scorer = LocalTeacher(teacher, tokens_per_micro_batch=max_tokens)
     total = 0.0
     for indices in group(rollouts, max_tokens):
         members = [rollouts[i] for i in indices]
-        scored = [Scored(r, r.weight_T(), s) for r, s in zip(members, scorer.score(members), strict=True)]
-        batch = pack(scored, student.device)
-        loss, _ = student(batch, lambda hidden_TD, head: over_chunks(criterion, hidden_TD, head, batch.tokens, student.chunk_tokens))
-        total += loss.item()
+        total += _sum_of_reverse_kl(student, members, scorer.score(members))
     return total / sum(r.weight_T().sum().item() for r in rollouts)
+
+
+def _sum_of_reverse_kl(student: LanguageModel, rollouts: Sequence[Rollout], signals: Sequence[Signal]) -> float:
+    scored = [Scored(r, r.weight_T(), s) for r, s in zip(rollouts, signals, strict=True)]
+    batch, criterion, size = pack(scored, student.device), Divergence(reverse_kl), student.chunk_tokens
+    total, _ = student(batch, lambda hidden_TD, head: over_chunks(criterion, hidden_TD, head, batch.tokens, size))
+    return total.item()
 
 
 def evaluate_model(
@@ -129,7 +139,10 @@ def evaluate_model(
     student = load_model(config, "student", where, tokenizer)
     scorer = None if teacher is None else load_model(ModelConfig(model=teacher), "teacher", where)
     sampling = Sampling(
-        max_tokens=rollout.max_tokens, num_samples=eval.samples, stop_ids=stop_ids(student, rollout.stop), seed=eval.seed
+        max_tokens=rollout.max_tokens,
+        num_samples=eval.samples,
+        stop_ids=stop_ids(student, rollout.stop),
+        seed=eval.seed,
     )
     engine = TorchEngine(student, rollout.max_rows)
     row, _ = Evaluator(student, engine, scorer, prompts, grader, sampling, data.split).run()

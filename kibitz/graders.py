@@ -47,11 +47,15 @@ def pick(name: str, prompts: Sequence[Prompt], world_grader: Grader | None = Non
     if name == "auto":
         return world_grader or (math if any(prompt.answer is not None for prompt in prompts) else None)
     if name not in GRADERS:
-        raise ValueError(f"data.grader: there is no grader {name!r}: write auto, {', '.join(GRADERS)}, or pass a function in Python")
+        raise ValueError(
+            f"data.grader: there is no grader {name!r}: write auto, {', '.join(GRADERS)}, or pass a function in Python"
+        )
     return GRADERS[name]
 
 
 def _answer(prompt: Prompt) -> str:
     if prompt.answer is None:
-        raise ValueError(f"prompt {prompt.key} has no answer to grade against: add the column, or choose prompts that have it")
+        raise ValueError(
+            f"prompt {prompt.key} has no answer to grade against: add the column, or choose prompts that have it"
+        )
     return prompt.answer

@@ -134,7 +134,9 @@ def check_folder(name: str, role: str) -> None:
         if not (path / "config.json").is_file():
             raise ValueError(f"{role}.model: {name} is not a model: it has no config.json")
         if not any(path.glob("*.safetensors")):
-            raise ValueError(f"{role}.model: {name} holds no *.safetensors; pickled weights are not loaded, convert them first")
+            raise ValueError(
+                f"{role}.model: {name} holds no *.safetensors; pickled weights are not loaded, convert them first"
+            )
     elif path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise ValueError(f"{role}.model: there is no model folder at {name}")
 
@@ -147,11 +149,15 @@ def load_tokenizer(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
     except Exception as error:  # whatever a broken folder makes transformers raise
         raise ValueError(_unreadable(config.model, role, error)) from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{role}.model: the tokenizer of {config.model} has no EOS token, so no response could ever end")
+        raise ValueError(
+            f"{role}.model: the tokenizer of {config.model} has no EOS token, so no response could ever end"
+        )
     return tokenizer
 
 
-def load_model(config: ModelConfig, role: str, device: torch.device, tokenizer: PreTrainedTokenizerBase | None = None) -> LanguageModel:
+def load_model(
+    config: ModelConfig, role: str, device: torch.device, tokenizer: PreTrainedTokenizerBase | None = None
+) -> LanguageModel:
     """The model of a recipe's `student` or `teacher` section, on a device."""
     tokenizer = tokenizer or load_tokenizer(config, role)
     try:
@@ -177,7 +183,10 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours == theirs:
         return
-    token = min(ours.keys() ^ theirs.keys() or {t for t in ours if ours[t] != theirs[t]}, key=lambda t: ours.get(t, theirs.get(t, 0)))
+    token = min(
+        ours.keys() ^ theirs.keys() or {t for t in ours if ours[t] != theirs[t]},
+        key=lambda t: ours.get(t, theirs.get(t, 0)),
+    )
     raise ValueError(
         f"student and teacher have different tokenizers ({len(ours)} and {len(theirs)} tokens; {token!r} is "
         f"{ours.get(token, 'missing')} for the student and {theirs.get(token, 'missing')} for the teacher): "
@@ -193,6 +202,8 @@ def stop_ids(model: LanguageModel, stop: list[str]) -> tuple[int, ...]:
     for text in stop:
         encoded = model.tokenizer.encode(text, add_special_tokens=False)
         if len(encoded) != 1:
-            raise ValueError(f"rollout.stop: {text!r} is {len(encoded)} tokens for this tokenizer; write a single token")
+            raise ValueError(
+                f"rollout.stop: {text!r} is {len(encoded)} tokens for this tokenizer; write a single token"
+            )
         ids.update(encoded)
     return tuple(sorted(ids))

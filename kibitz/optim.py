@@ -35,7 +35,9 @@ class Optimizer:
         chosen = {id(p) for p in matrices}
         rest = [p for p in self.parameters if id(p) not in chosen]
         adam = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
-        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=config.lr, fused=True, **adam)] if rest else []
+        self.parts: list[torch.optim.Optimizer] = (
+            [torch.optim.AdamW(rest, lr=config.lr, fused=True, **adam)] if rest else []
+        )
         if matrices:
             muon = {"momentum": config.momentum, "weight_decay": config.weight_decay, "adjust_lr_fn": "original"}
             self.parts.append(torch.optim.Muon(matrices, lr=config.muon_lr or 10 * config.lr, **muon))
@@ -73,5 +75,6 @@ class Optimizer:
                 prefix = self.names[parameter] + "|"
                 moments = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
                 part.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device, copy=True) for key, value in moments.items()
+                    key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                    for key, value in moments.items()
                 }

@@ -52,14 +52,18 @@ def prepare(
     prompts = load_prompts(recipe.data, tokenizer, recipe.seed, demonstrations)
     grader = grader or load_grader(recipe.data, prompts)
     if recipe.method.needs_reward() and grader is None:
-        raise RecipeError(f"method {recipe.method.type} needs rewards: give rows an answer, name data.grader, or pass grader=")
+        raise RecipeError(
+            f"method {recipe.method.type} needs rewards: give rows an answer, name data.grader, or pass grader="
+        )
     held_out = _held_out(recipe, tokenizer)
     folder, resumed_from = open_folder(recipe, resume, overwrite)
 
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     device = pick_device(recipe.device)
-    student_config = recipe.student if resumed_from is None else recipe.student.model_copy(update={"model": str(resumed_from)})
+    student_config = (
+        recipe.student if resumed_from is None else recipe.student.model_copy(update={"model": str(resumed_from)})
+    )
     student = load_model(student_config, "student", device, tokenizer)
     teacher = None if recipe.teacher is None else load_model(recipe.teacher, "teacher", device)
     if teacher is not None:

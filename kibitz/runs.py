@@ -26,7 +26,9 @@ class RunFolder:
 
     def __init__(self, path: Path, recipe: Recipe):
         self.path, self.recipe = path, recipe
-        self.metrics, self.evals, self.rollouts = (JSONL(path / f"{name}.jsonl") for name in ("metrics", "evals", "rollouts"))
+        self.metrics, self.evals, self.rollouts = (
+            JSONL(path / f"{name}.jsonl") for name in ("metrics", "evals", "rollouts")
+        )
         self.started = time.time()
         self.info: dict[str, Any] = {}
 
@@ -52,7 +54,11 @@ class RunFolder:
         self._write_info()
 
     def finish(self, status: str) -> None:
-        self.info |= {"status": status, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": time.time() - self.started}
+        self.info |= {
+            "status": status,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "seconds": time.time() - self.started,
+        }
         self._write_info()
 
     def _write_info(self) -> None:
@@ -115,7 +121,10 @@ def _to_resume(path: Path, recipe: Recipe, held: bool) -> Path | None:
     new = recipe.model_dump(mode="json")
     changed = [key for key in new if key not in FREE_TO_CHANGE and new[key] != old.get(key)]
     if changed:
-        raise RecipeError(f"output: the run at {path} was made with another {', '.join(changed)}: keep them as they were, or write output=ANOTHER")
+        raise RecipeError(
+            f"output: the run at {path} was made with another {', '.join(changed)}: "
+            "keep them as they were, or write output=ANOTHER"
+        )
     found = checkpoints(path)
     return found[-1] if found else None
 

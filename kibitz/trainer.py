@@ -20,11 +20,11 @@ from kibitz import checkpoint, methods
 from kibitz.annotate import annotate
 from kibitz.batching import group, pack
 from kibitz.config import Recipe
-from kibitz.evaluate import Evaluator, grade
+from kibitz.evaluate import grade
 from kibitz.graders import Grader
 from kibitz.metrics import Ledger
+from kibitz.models import LanguageModel
 from kibitz.optim import Optimizer, lr_factor
-from kibitz.runs import RunFolder
 from kibitz.prepare import Setup, prepare
 from kibitz.types import Rollout, Scored, Writer
 
@@ -89,7 +89,11 @@ class Trainer:
         if self.setup.resumed_from is not None:
             state, moments = checkpoint.load_state(self.setup.resumed_from)
             self.optimizer.load_state(moments)
-            self.done, self.ledger, self.setup.stream.position = state["step"], Ledger(state["ledger"]), state["position"]
+            self.done, self.ledger, self.setup.stream.position = (
+                state["step"],
+                Ledger(state["ledger"]),
+                state["position"],
+            )
         self.folder.begin(self.done, self.student, self.setup.teacher)
 
     def run(self) -> None:
@@ -115,7 +119,7 @@ class Trainer:
         self.progress.phase("rollouts")
         with ledger.timed("sampling"):
             rollouts = self.method.rollout(prompts, seed=recipe.seed * 1_000_003 + self.done)
-            grade(self.setup.grader if rollouts[0].writer_T is None else None, self.student, rollouts)
+            grade(self.setup.grader, self.student, [r for r in rollouts if r.writer_T is None])
         self.progress.phase("teacher")
         with ledger.timed("scoring"):
             scored = self.method.signal(rollouts)
@@ -142,7 +146,9 @@ class Trainer:
                 sums[name] += value_T[learnt_T].sum(dtype=torch.float64).item()
         return {name: total / max(1, num_tokens) for name, total in sums.items()}, num_tokens
 
-    def _write_metrics(self, rollouts: list[Rollout], means: dict[str, float], num_tokens: int, more: dict[str, float]) -> None:
+    def _write_metrics(
+        self, rollouts: list[Rollout], means: dict[str, float], num_tokens: int, more: dict[str, float]
+    ) -> None:
         self._count_flops(rollouts)
         costs = self.ledger.close_step()
         rewards = [r.reward for r in rollouts if r.reward is not None]
@@ -161,18 +167,15 @@ class Trainer:
         self.progress.step(row)
 
     def _count_flops(self, rollouts: list[Rollout]) -> None:
-        """What each model did for these rollouts, by who wrote them."""
-        lengths = [len(r.prompt.ids) + r.num_tokens for r in rollouts]
-        size = (sum(lengths), sum(n * n for n in lengths), sum(r.num_tokens for r in rollouts))
-        self.ledger.add("flops", "student_training", 3 * self.student.forward_flops(*size))
-        writer = Writer.STUDENT if rollouts[0].writer_T is None else Writer(int(rollouts[0].writer_T[0]))
-        if writer == Writer.STUDENT:
-            self.ledger.add("flops", "student_sampling", self.student.forward_flops(*size))
-        teacher = self.setup.teacher
-        if teacher is not None:
-            phase = "teacher_sampling" if writer == Writer.TEACHER else "teacher_scoring"
-            if writer == Writer.TEACHER or self.recipe.method.scores_with_teacher():
-                self.ledger.add("flops", phase, teacher.forward_flops(*size))
+        """What each model did for these rollouts. Whoever wrote a token of one read all that came before it."""
+        self.ledger.add("flops", "student_training", 3 * _forward_flops(self.student, rollouts))
+        models = {Writer.STUDENT: self.student, Writer.TEACHER: self.setup.teacher}
+        for writer, model in models.items():
+            written = [r for r in rollouts if r.has_tokens_of(writer)]
+            if model is not None and written:
+                self.ledger.add("flops", f"{writer.name.lower()}_sampling", _forward_flops(model, written))
+        if self.setup.teacher is not None and self.recipe.method.scores_with_teacher():
+            self.ledger.add("flops", "teacher_scoring", _forward_flops(self.setup.teacher, rollouts))
 
     def evaluate(self) -> None:
         if self.setup.evaluator is None:
@@ -189,6 +192,11 @@ class Trainer:
         self.progress.phase("checkpoint")
         state = {"position": self.setup.stream.position, "ledger": self.ledger.total}
         checkpoint.save(self.folder.path, self.done, self.student, self.optimizer.state(), state, self.recipe.save.keep)
+
+
+def _forward_flops(model: LanguageModel, rollouts: Sequence[Rollout]) -> float:
+    lengths = [len(r.prompt.ids) + r.num_tokens for r in rollouts]
+    return model.forward_flops(sum(lengths), sum(n * n for n in lengths), sum(r.num_tokens for r in rollouts))
 
 
 def _due(every: int, step: int) -> bool:

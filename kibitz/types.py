@@ -87,6 +87,11 @@ class Rollout:
     def num_tokens(self) -> int:
         return len(self.response_ids)
 
+    def has_tokens_of(self, writer: Writer) -> bool:
+        if self.writer_T is None:
+            return writer == Writer.STUDENT
+        return bool((self.writer_T == writer).any())
+
     def weight_T(self) -> Tensor:
         """1 for each token to learn from, 0 for those of the environment."""
         if self.writer_T is None:

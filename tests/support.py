@@ -44,5 +44,7 @@ def recipe(student: Path, teacher: Path | None, output: Path, **sections: Any) -
     if teacher is not None:
         base["teacher"] = {"model": str(teacher)}
     for name, section in sections.items():
-        base[name] = {**base[name], **section} if isinstance(section, dict) and isinstance(base.get(name), dict) else section
+        base[name] = (
+            {**base[name], **section} if isinstance(section, dict) and isinstance(base.get(name), dict) else section
+        )
     return base

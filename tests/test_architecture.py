@@ -48,7 +48,6 @@ LEVELS = {
 }
 WITHIN_A_LEVEL = {
     ("teachers", "models"),
-    ("engines", "models"),
     ("runs", "checkpoint"),
     ("prepare", "runs"),
     ("prepare", "evaluate"),
@@ -93,6 +92,7 @@ def imports(module: str) -> Iterator[str]:
                 yield inner if inner in MODULES else source
 
 
+@cache
 def edges() -> set[tuple[str, str]]:
     return {(a, b) for a in MODULES for b in imports(a) if b in MODULES and a != b}
 

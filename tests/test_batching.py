@@ -35,7 +35,9 @@ def test_each_position_scores_the_token_to_its_right():
     batch = pack([Scored(r, r.weight_T()) for r in rollouts])
     flat = batch.ids_BL.flatten()
     assert torch.equal(flat[batch.position_T + 1], batch.tokens.token_T)
-    before = [([*r.prompt.ids, *r.response_ids])[len(r.prompt.ids) - 1 + i] for r in rollouts for i in range(r.num_tokens)]
+    before = [
+        ([*r.prompt.ids, *r.response_ids])[len(r.prompt.ids) - 1 + i] for r in rollouts for i in range(r.num_tokens)
+    ]
     assert flat[batch.position_T].tolist() == before
 
 
@@ -47,7 +49,9 @@ def test_signals_stay_with_their_tokens_and_slices_agree():
 
     kinds = {
         "sampled": lambda r: Sampled(torch.tensor(r.response_ids).float()),
-        "top_k": lambda r: TopK(torch.tensor(r.response_ids)[:, None], torch.tensor(r.response_ids)[:, None].float(), 2.0),
+        "top_k": lambda r: TopK(
+            torch.tensor(r.response_ids)[:, None], torch.tensor(r.response_ids)[:, None].float(), 2.0
+        ),
         "dense": lambda r: Dense(torch.tensor(r.response_ids)[:, None].float(), head),
     }
     for make in kinds.values():

@@ -21,7 +21,11 @@ def prompts(path, **options):
 
 
 def test_prompt_and_messages_render_alike(tmp_path):
-    path = write(tmp_path / "p.jsonl", {"prompt": "1+2", "answer": 3}, {"messages": [{"role": "user", "content": "1+2"}], "answer": "3"})
+    path = write(
+        tmp_path / "p.jsonl",
+        {"prompt": "1+2", "answer": 3},
+        {"messages": [{"role": "user", "content": "1+2"}], "answer": "3"},
+    )
     first, second = prompts(path)
     assert first.ids == second.ids
     assert first.key == second.key
@@ -42,7 +46,9 @@ def test_columns_system_and_responses(tmp_path):
     chat = [{"role": "user", "content": "1+2"}, {"role": "assistant", "content": "3"}]
     path = write(tmp_path / "p.jsonl", {"messages": chat}, {"question": "1+2", "solution": "3"})
     first, second = load_prompts(
-        DataConfig(prompts=path, columns={"prompt": "question", "response": "solution"}), tokenizer(), demonstrations=True
+        DataConfig(prompts=path, columns={"prompt": "question", "response": "solution"}),
+        tokenizer(),
+        demonstrations=True,
     )
     assert first.ids == second.ids
     assert first.response == second.response == "3"

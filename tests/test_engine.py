@@ -7,13 +7,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
-from kibitz.engines.cache import CachedDecoder, PlainDecoder
+from kibitz.engines.cache import CachedDecoder, PlainDecoder, decoder_error
 from kibitz.engines.fake import FakeEngine
 from kibitz.engines.fused import FusedDecoder
-from kibitz.engines.sampling import draw, log_distribution, row_seed, truncate, uniforms
-from kibitz.engines.torch import TorchEngine, decoder_error
+from kibitz.engines.sampling import draw, row_seed, truncate, uniforms
+from kibitz.engines.torch import TorchEngine
 from kibitz.types import Prompt, Sampling
 
 VOCAB = 61
@@ -52,7 +60,9 @@ STOPS = (3, 17, 40)
 def make_student(config, vocab_size: int = VOCAB, seed: int = 0) -> SimpleNamespace:
     """A model with weights far from the initial ones: norms that are not 1, biases that are not 0, peaked logits."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa" if config.model_type != "mamba" else None)
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="sdpa" if config.model_type != "mamba" else None
+    )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=0.0 if parameter.ndim > 1 else 0.5, std=0.25)
     return SimpleNamespace(model=model.eval(), vocab_size=vocab_size, device=torch.device("cpu"))
@@ -82,10 +92,25 @@ def full_forward_logits(student, rollout) -> torch.Tensor:
     return logits_1LV[0, first : first + rollout.num_tokens, : student.vocab_size].float()
 
 
+def exact_logp(logits_TV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Temperature, then top-k, then top-p of what is left, token by token in float64; nothing of the library."""
+    rows = (logits_TV.double() / sampling.temperature).softmax(-1).tolist()
+    for p_V in rows:
+        likeliest = sorted(range(len(p_V)), key=lambda token: -p_V[token])[: sampling.top_k or None]
+        total, reached, kept = sum(p_V[token] for token in likeliest), 0.0, set()
+        for token in likeliest:
+            if reached < sampling.top_p * total:
+                kept.add(token)
+            reached += p_V[token]
+        total = sum(p_V[token] for token in kept)
+        p_V[:] = [p / total if token in kept else 0.0 for token, p in enumerate(p_V)]
+    return torch.tensor(rows, dtype=torch.float64).log()
+
+
 def assert_like_full_forward(student, rollouts, sampling, tolerance: float = 1e-4) -> None:
     for rollout in rollouts:
         ids_T = torch.tensor(rollout.response_ids)
-        want_T = log_distribution(full_forward_logits(student, rollout), sampling).gather(-1, ids_T[:, None])[:, 0]
+        want_T = exact_logp(full_forward_logits(student, rollout), sampling).gather(-1, ids_T[:, None])[:, 0].float()
         assert rollout.logp_T.dtype == torch.float32 and rollout.logp_T.shape == ids_T.shape
         torch.testing.assert_close(rollout.logp_T, want_T, atol=tolerance, rtol=0)
 
@@ -227,7 +252,9 @@ def test_dropout_is_off_and_the_mode_comes_back():
 
 def test_a_stop_token_ends_a_response_and_belongs_to_it():
     student = make_student(CONFIGS["qwen3 tied"])
-    rollouts = make_engine(student, max_rows=8).generate(make_prompts([3] * 40), Sampling(max_tokens=30, stop_ids=STOPS))
+    rollouts = make_engine(student, max_rows=8).generate(
+        make_prompts([3] * 40), Sampling(max_tokens=30, stop_ids=STOPS)
+    )
     assert {r.finished for r in rollouts} == {True, False}
     for rollout in rollouts:
         assert not set(rollout.response_ids[:-1]) & set(STOPS)
@@ -238,7 +265,9 @@ def test_a_stop_token_ends_a_response_and_belongs_to_it():
 def test_stop_tokens_do_not_change_what_comes_before_them():
     student, prompts = make_student(CONFIGS["llama tied"]), make_prompts([3, 11, 6, 2])
     free = make_engine(student).generate(prompts, Sampling(max_tokens=30))
-    for short, long in zip(make_engine(student).generate(prompts, Sampling(max_tokens=30, stop_ids=STOPS)), free, strict=True):
+    for short, long in zip(
+        make_engine(student).generate(prompts, Sampling(max_tokens=30, stop_ids=STOPS)), free, strict=True
+    ):
         assert short.response_ids == long.response_ids[: short.num_tokens]
 
 
@@ -289,7 +318,7 @@ def test_tokens_come_as_often_as_their_probability_says(sampling):
     """Chi-square over tokens expected at least 5 times, the rest in one bin. Fails by chance once in 10^4 seeds."""
     student = make_student(CONFIGS["qwen3 tied"])
     rollouts = make_engine(student, max_rows=500).generate(make_prompts([6]), sampling)
-    logp_V = log_distribution(full_forward_logits(student, rollouts[0]), sampling)[0]
+    logp_V = exact_logp(full_forward_logits(student, rollouts[0])[:1], sampling)[0]
     counts_V = torch.bincount(torch.tensor([r.response_ids[0] for r in rollouts]), minlength=VOCAB)
     assert counts_V[logp_V == -math.inf].sum() == 0
     expected_V = logp_V.exp() * len(rollouts)
@@ -301,14 +330,16 @@ def test_tokens_come_as_often_as_their_probability_says(sampling):
     assert chi_square_odds(counts[keep], expected[keep]) > 1e-4
 
 
-@pytest.mark.parametrize("sampling", [Sampling(top_k=4), Sampling(top_p=0.7, temperature=1.3), Sampling(top_k=5, top_p=0.6)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(top_k=4), Sampling(top_p=0.7, temperature=1.3), Sampling(top_k=5, top_p=0.6)]
+)
 def test_truncated_logp_are_those_of_the_truncated_distribution(sampling):
     sampling = Sampling(**{**vars(sampling), "max_tokens": 12, "stop_ids": STOPS})
     student = make_student(CONFIGS["llama tied"])
     rollouts = make_engine(student, max_rows=3).generate(make_prompts([2, 8, 5, 13, 1]), sampling)
     assert_like_full_forward(student, rollouts, sampling)
     for rollout in rollouts:
-        kept = (log_distribution(full_forward_logits(student, rollout), sampling) > -math.inf).sum(-1)
+        kept = (exact_logp(full_forward_logits(student, rollout), sampling) > -math.inf).sum(-1)
         assert sampling.top_k == 0 or (kept <= sampling.top_k).all()
 
 
@@ -332,6 +363,14 @@ def test_the_inverse_cdf_stays_on_tokens_that_have_a_probability():
     assert draw(logits.log_softmax(-1).expand(4, -1), uniform_N).tolist() == [1, 1, 3, 3]
     wide_NV = torch.randn(50, 30_000, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
     assert draw(wide_NV, torch.full((50,), most, dtype=torch.float64)).max() < 30_000
+
+
+def test_a_large_vocabulary_is_searched_in_float64():
+    """Of equally likely tokens, u just inside the i-th bin gives i; in float32 the bins' edges are further off than that."""
+    vocab = 150_000
+    token_N = torch.arange(vocab // 2, vocab, 3_001)
+    uniform_N = (token_N.double() + 0.002) / vocab
+    assert draw(torch.zeros(1, vocab).log_softmax(-1).expand(len(token_N), -1), uniform_N).tolist() == token_N.tolist()
 
 
 # ------------------------------------------------------------------ seeds
@@ -378,7 +417,12 @@ def test_uniforms_are_uniform_along_and_across_rows():
     ("prompt", "sampling", "message"),
     [
         ((), Sampling(max_tokens=4), "prompt 'p' has no token ids"),
-        ((1,) * 90, Sampling(max_tokens=20), "context of 96: shorten the prompt to 76 tokens or set rollout.max_tokens to at most 6"),
+        (
+            (1,) * 90,
+            Sampling(max_tokens=20),
+            "shorten the prompt to 76 tokens or set rollout.max_tokens to at most 6$",
+        ),
+        ((1,) * 77, Sampling(max_tokens=20), "shorten the prompt to 76 tokens"),
         ((1, VOCAB), Sampling(max_tokens=4), "token ids that the student does not have"),
         ((1,), Sampling(max_tokens=0), "max_tokens must be at least 1, and is 0"),
         ((1,), Sampling(max_tokens=4, top_p=0.0), "top_p must be greater than 0"),
@@ -421,8 +465,10 @@ def test_the_fake_draws_from_its_table():
     engine = FakeEngine(logits_VV)
     rollouts = engine.generate(prompts, sampling)
     assert [(r.prompt.key, r.sample) for r in rollouts] == [(k, s) for k in "ab" for s in range(3)]
-    assert [r.response_ids for r in FakeEngine(logits_VV).generate(prompts, sampling)] == [r.response_ids for r in rollouts]
-    logp_VV = log_distribution(logits_VV, sampling)
+    assert [r.response_ids for r in FakeEngine(logits_VV).generate(prompts, sampling)] == [
+        r.response_ids for r in rollouts
+    ]
+    logp_VV = exact_logp(logits_VV, sampling).float()
     for r in rollouts:
         before = [r.prompt.ids[-1], *r.response_ids[:-1]]
         torch.testing.assert_close(r.logp_T, logp_VV[before, r.response_ids])

@@ -24,11 +24,16 @@ CPU = torch.device("cpu")
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     paths = make_model(folder / "student", seed=1), make_model(folder / "teacher", seed=2, kind="llama")
-    return tuple(load_model(ModelConfig(model=str(path)), role, CPU) for path, role in zip(paths, ("student", "teacher"), strict=True))
+    return tuple(
+        load_model(ModelConfig(model=str(path)), role, CPU)
+        for path, role in zip(paths, ("student", "teacher"), strict=True)
+    )
 
 
 def rollout(prompt: list[int], response: list[int], key: str = "k", reward: float | None = None) -> Rollout:
-    return Rollout(Prompt(tuple(prompt), "1+1", key), response, torch.zeros(len(response)), finished=True, reward=reward)
+    return Rollout(
+        Prompt(tuple(prompt), "1+1", key), response, torch.zeros(len(response)), finished=True, reward=reward
+    )
 
 
 def full_logp(model, r: Rollout) -> torch.Tensor:
@@ -118,7 +123,10 @@ def test_the_fork_is_the_first_token_out_of_order():
 # ------------------------------------------------------------------ the path of real models
 
 QUESTIONS = [
-    {"question": f"Natalia sold {n} clips in April and half as many in May. How many clips altogether?", "answer": f"... #### {n * 3 // 2}"}
+    {
+        "question": f"Natalia sold {n} clips in April and half as many in May. How many clips altogether?",
+        "answer": f"... #### {n * 3 // 2}",
+    }
     for n in range(2, 22, 2)
 ]
 
@@ -128,7 +136,9 @@ def qwen_like(folder: Path, kind: str, seed: int, **changes) -> Path:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=special)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=special
+    )
     bpe.train_from_iterator([q["question"] for q in QUESTIONS], trainer)
     tok = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tok.chat_template = (
@@ -136,19 +146,25 @@ def qwen_like(folder: Path, kind: str, seed: int, **changes) -> Path:
         "{% if add_generation_prompt %}<|im_start|>assistant\n"
         "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
     )
-    options = {"vocab_size": 512, "max_position_embeddings": 256, "eos_token_id": tok.eos_token_id, "bos_token_id": None, **changes}
+    options = {
+        "vocab_size": 512,
+        "max_position_embeddings": 256,
+        "eos_token_id": tok.eos_token_id,
+        "bos_token_id": None,
+        **changes,
+    }
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options)).save_pretrained(folder)
     tok.save_pretrained(folder)
     return folder
 
 
+DECODER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SHAPES = {
-    "qwen3": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-              "head_dim": 16, "tie_word_embeddings": True},
-    "llama": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 1},
+    "qwen3": {**DECODER, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True},
+    "llama": {**DECODER, "num_key_value_heads": 1},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", SHAPES)

@@ -9,8 +9,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kibitz.batching import pack
 from kibitz.config import ModelConfig
-from kibitz.losses.criteria import CrossEntropy
 from kibitz.losses.chunked import over_chunks
+from kibitz.losses.criteria import CrossEntropy
 from kibitz.models import check_folder, check_same_tokenizer, load_model, load_tokenizer, stop_ids
 from kibitz.types import Prompt, Rollout, Scored
 

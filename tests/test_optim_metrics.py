@@ -50,7 +50,9 @@ def test_an_optimizer_resumes_bit_for_bit(name, tmp_path):
 def test_muon_takes_the_matrices_and_adam_the_rest(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path))
     optimizer = Optimizer(model, OptimConfig(name="muon", lr=1e-3))
-    adam, muon = ({optimizer.names[p] for group in part.param_groups for p in group["params"]} for part in optimizer.parts)
+    adam, muon = (
+        {optimizer.names[p] for group in part.param_groups for p in group["params"]} for part in optimizer.parts
+    )
     assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= adam
     assert "model.layers.0.mlp.up_proj.weight" in muon
     assert adam | muon == {name for name, _ in model.named_parameters()}
@@ -68,7 +70,10 @@ def test_the_gradient_is_clipped_and_its_norm_told(tmp_path):
 
 def test_wilson_against_the_published_form_and_its_ends():
     low, high = wilson(8, 10)
-    assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))  # Brown, Cai, DasGupta 2001
+    assert (low, high) == (
+        pytest.approx(0.4902, abs=1e-4),
+        pytest.approx(0.9433, abs=1e-4),
+    )  # Brown, Cai, DasGupta 2001
     assert wilson(0, 20)[0] == 0.0
     assert wilson(20, 20)[1] == 1.0
     assert wilson(0, 0) == (0.0, 1.0)

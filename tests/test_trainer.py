@@ -39,7 +39,13 @@ def test_opd_lowers_the_reverse_kl_and_leaves_the_files_of_a_run(models, tmp_pat
     assert run.evals[-1]["reverse_kl"] < 0.7 * run.evals[0]["reverse_kl"]
     assert [row["step"] for row in run.metrics] == list(range(1, 13))
     assert [row["step"] for row in run.evals] == [0, 12]
-    assert {path.name for path in run.folder.iterdir()} >= {"recipe.yaml", "run.json", "metrics.jsonl", "evals.jsonl", "rollouts.jsonl"}
+    assert {path.name for path in run.folder.iterdir()} >= {
+        "recipe.yaml",
+        "run.json",
+        "metrics.jsonl",
+        "evals.jsonl",
+        "rollouts.jsonl",
+    }
     row = run.metrics[0]
     assert row["flops"]["student_training"] == pytest.approx(3 * row["flops"]["student_sampling"])
     assert row["flops"]["teacher_scoring"] > row["flops"]["student_sampling"]
@@ -66,7 +72,10 @@ def test_equal_models_read_zero_with_every_signal(models, tmp_path, method):
 def test_the_same_seed_gives_the_same_run_bit_for_bit(models, tmp_path, method):
     student, teacher = models
     runs = [
-        kibitz.train(recipe(student, teacher, tmp_path / name, method={"type": method}), grader=lambda p, text: float(len(text) % 2))
+        kibitz.train(
+            recipe(student, teacher, tmp_path / name, method={"type": method}),
+            grader=lambda p, text: float(len(text) % 2),
+        )
         for name in ("a", "b")
     ]
     assert timeless(runs[0].metrics) == timeless(runs[1].metrics)
@@ -76,7 +85,9 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(models, tmp_path, method):
     assert timeless(other.metrics) != timeless(runs[0].metrics)
 
 
-@pytest.mark.parametrize("method", [{"type": "opd"}, {"type": "opd", "support": "sampled"}, {"type": "grpo"}, {"type": "sft"}])
+@pytest.mark.parametrize(
+    "method", [{"type": "opd"}, {"type": "opd", "support": "sampled"}, {"type": "grpo"}, {"type": "sft"}]
+)
 def test_the_loss_does_not_depend_on_the_micro_batch_or_the_chunk(models, tmp_path, method):
     def losses(name: str, **optim) -> list[float]:
         run = kibitz.train(
@@ -93,7 +104,9 @@ def test_the_loss_does_not_depend_on_the_micro_batch_or_the_chunk(models, tmp_pa
 def test_grpo_learns_to_please_a_grader(models, tmp_path):
     """The grader likes short answers; the mean reward moves by far more than its noise."""
     student, _ = models
-    tree = recipe(student, None, tmp_path / "run", method={"type": "grpo"}, steps=25, optim={"lr": 1e-2, "schedule": "constant"})
+    tree = recipe(
+        student, None, tmp_path / "run", method={"type": "grpo"}, steps=25, optim={"lr": 1e-2, "schedule": "constant"}
+    )
     run = kibitz.train(tree, ["rollout.samples_per_prompt=8"], grader=lambda prompt, text: float(len(text) <= 3))
     assert run.metrics[-1]["reward"] > run.metrics[0]["reward"] + 0.3
 
@@ -101,7 +114,9 @@ def test_grpo_learns_to_please_a_grader(models, tmp_path):
 def test_sft_learns_the_demonstrations_and_the_teachers_text(models, tmp_path):
     student, teacher = models
     for source in ("dataset", "teacher"):
-        tree = recipe(student, teacher, tmp_path / source, method={"type": "sft", "source": source}, steps=20, optim={"lr": 5e-3})
+        tree = recipe(
+            student, teacher, tmp_path / source, method={"type": "sft", "source": source}, steps=20, optim={"lr": 5e-3}
+        )
         run = kibitz.train(tree)
         assert run.metrics[-1]["loss"] < run.metrics[0]["loss"] - 0.3
         assert ("teacher_sampling" in run.metrics[0]["flops"]) == (source == "teacher")
@@ -132,7 +147,9 @@ def test_the_checkpoint_is_a_plain_folder_that_writes_the_same_text(models, tmp_
     tok = AutoTokenizer.from_pretrained(run.checkpoint)
     student = load_model(StudentConfig(model=str(run.checkpoint)), "student", torch.device("cpu"))
     prompts = load_prompts(run.recipe.data, tok)[:5]
-    ours = TorchEngine(student).generate(prompts, Sampling(max_tokens=12, temperature=0.0, stop_ids=stop_ids(student, [])))
+    ours = TorchEngine(student).generate(
+        prompts, Sampling(max_tokens=12, temperature=0.0, stop_ids=stop_ids(student, []))
+    )
     for prompt, rollout in zip(prompts, ours, strict=True):
         theirs = model.generate(torch.tensor([prompt.ids]), max_new_tokens=12, do_sample=False)[0, len(prompt.ids) :]
         assert rollout.response_ids == theirs.tolist()

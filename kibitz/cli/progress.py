@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from kibitz.cli.output import harmless
@@ -24,27 +25,28 @@ class Bar:
     def __init__(self, console: Console):
         self.console = console
         self.accuracy: float | None = None
+        self.figures = ""
         self.steps = 0
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("[dim]left[/]"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}", markup=False),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
+            TextColumn("left"),
         )
-        self.task = self.progress.add_task("starting", total=None, figures="")
+        self.task = self.progress.add_task("starting", total=None)
+        self.live = Live(get_renderable=self._drawn, console=console, transient=True, refresh_per_second=8)
+
+    def _drawn(self) -> Group:
+        return Group(self.progress, Text(self.figures, style="dim", no_wrap=True, overflow="ellipsis"))
 
     def __enter__(self) -> "Bar":
-        self.progress.start()
+        if self.console.is_terminal:
+            self.live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+        self.live.stop()
 
     def start(self, recipe: Any, first_step: int) -> None:
         self.steps = recipe.steps
@@ -54,14 +56,14 @@ class Bar:
         self.progress.update(self.task, description=PHASES.get(name, harmless(name).replace("_", " ")))
 
     def step(self, row: dict[str, Any]) -> None:
-        figures = self._figures(row)
-        self.progress.update(self.task, completed=row["step"], figures=figures)
+        self.figures = self._figures(row)
+        self.progress.update(self.task, completed=row["step"])
         if (
             not self.console.is_terminal
             and self.steps
             and row["step"] % max(1, self.steps // LINES_WITHOUT_TERMINAL) == 0
         ):
-            self.console.print(f"step {row['step']}/{self.steps}  {figures}", markup=False)
+            self.console.print(f"step {row['step']}/{self.steps}  {self.figures}", markup=False, soft_wrap=True)
 
     def evaluated(self, row: dict[str, Any]) -> None:
         sampled, greedy = row.get("sampled"), row.get("greedy")
@@ -71,7 +73,7 @@ class Bar:
         parts += [f"accuracy {sampled['accuracy']:.1%}"] if sampled else []
         parts += [f"greedy {greedy['accuracy']:.1%}"] if greedy else []
         parts += [f"reverse KL {row['reverse_kl']:.3g}"] if row.get("reverse_kl") is not None else []
-        self.console.print(Text(harmless("  ".join(parts)), style="dim"))
+        self.console.print(Text(harmless("  ".join(parts))), soft_wrap=True)
 
     def note(self, text: str) -> None:
         self.console.print(Text(harmless(text), style="yellow"))

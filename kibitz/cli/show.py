@@ -39,17 +39,16 @@ def evaluation(console: Console, row: dict[str, Any]) -> None:
 
 def costs(console: Console, folder: Path) -> None:
     """FLOPs and seconds by phase."""
-    found = report_costs.costs(read_run(folder))
+    found = report_costs.table(read_run(folder))
     if found is None:
         return
     table = _table("What it cost")
     for column in ("compute", "", "time", ""):
         table.add_column(column, justify="right", no_wrap=True)
-    for label, cells in found.phases.items():
-        table.add_row(label, *cells)
-    table.add_section()
-    table.add_row("Training, together", found.flops, "", found.seconds, "", style="bold")
-    table.add_row("With loading, evaluating and saving", "", "", found.wall, "", style="dim")
+    for row in found["rows"]:
+        table.add_row(*row)
+    table.add_row(*found["total"], style="bold")
+    table.add_row("With loading, evaluating and saving", "", "", found["wall"], "", style="dim")
     console.print(table)
 
 

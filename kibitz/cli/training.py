@@ -54,8 +54,8 @@ def demo(
     out: Output = ctx.obj
     recipe = config.load(story.recipe(output, seed, models), overrides or [])
     if out.live:
-        story.introduce(out.console, recipe)
-    again = ["kibitz", "demo", "--output", output]
+        story.introduce(out.errors, recipe)
+    again = ["kibitz", "train", str(Path(recipe.output) / "recipe.yaml"), "--resume"]
     run = run_training(out, recipe, again, resume=False, overwrite=story.may_replace(Path(recipe.output)))
     finish(out, run, story.show_mistake)
 

@@ -61,6 +61,7 @@ class SlotCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        """The keys and values that the queries of this forward pass look at: of the prompts alone, or of all slots."""
         if layer_idx not in self.buffers:
             self.buffers[layer_idx] = (self._room(key_states), self._room(value_states))
         keys, values = self.buffers[layer_idx]
@@ -104,7 +105,7 @@ class CachedDecoder:
         if unknown:
             raise NotImplementedError(f"layers of type {', '.join(sorted(unknown))}")
         self.keep_last = {"logits_to_keep": 1} if selects_logits(model) else {}
-        self.cache: SlotCache | None = None
+        self.cache = SlotCache(0, 0)
 
     def start(self, num_rows: int, num_slots: int) -> None:
         self.cache = SlotCache(num_rows, num_slots)
@@ -150,7 +151,7 @@ class CachedDecoder:
         self.cache.move(source_M, target_M)
 
     def stop(self) -> None:
-        self.cache = None
+        self.cache = SlotCache(0, 0)
 
 
 class PlainDecoder:
@@ -189,3 +190,33 @@ def selects_logits(model: PreTrainedModel) -> bool:
     """Whether the forward pass can be kept from computing logits that nobody reads. peft hides that it can."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(base.forward).parameters
+
+
+def decoder_error(decoder: Decoder, model: PreTrainedModel, vocab_size: int) -> float:
+    """Root mean square error of a decoder's log-probs relative to their spread, on random rows of unequal progress.
+
+    Relative, because the log-probs of a freshly initialised model are nearly equal and would agree with anything.
+    A sliding window that fits is exceeded; a longer one is trusted.
+    """
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None) or 0
+    length = min(2 * window + 8 if window <= 64 else 12, getattr(config, "max_position_embeddings", None) or 12)
+    ids_GL = torch.randint(vocab_size, (3, length), generator=torch.Generator().manual_seed(0)).to(model.device)
+    want_GLV = model(input_ids=ids_GL, use_cache=False).logits[..., :vocab_size].float().log_softmax(-1)
+    prompt_N = torch.tensor([2, 0, 1], device=model.device)
+    position_N = torch.tensor([length // 2, length // 4, 0], device=model.device)
+    decoder.start(4, length)
+    decoder.prefill(ids_GL[:, : length // 2], prompt_N, torch.arange(3, device=model.device))
+    wrong, spread = [], []
+    for step in range(length - length // 2):
+        if step == 2:  # the first row leaves, the last one takes its place
+            decoder.move(torch.tensor([2], device=model.device), torch.tensor([0], device=model.device))
+            prompt_N, position_N = prompt_N[[2, 1]], position_N[[2, 1]]
+        num_slots = int(position_N.max()) + 1
+        logits_NV = decoder.step(ids_GL[prompt_N, position_N], position_N, num_slots)[:, :vocab_size]
+        want_NV = want_GLV[prompt_N, position_N]
+        wrong.append((logits_NV.float().log_softmax(-1) - want_NV).flatten())
+        spread.append((want_NV - want_NV.mean(-1, keepdim=True)).flatten())
+        position_N = position_N + 1
+    decoder.stop()
+    return (torch.cat(wrong).square().mean() / torch.cat(spread).square().mean()).sqrt().item()

@@ -4,6 +4,7 @@ Same rules as the real ones: order of rollouts, seeds, stop tokens, cut-off, log
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from kibitz.engines.sampling import row_seed, sample, uniforms
 from kibitz.types import Prompt, Rollout, Sampling
+
+Script = Callable[[Prompt, int], Sequence[int]]
 
 
 class FakeEngine:
@@ -21,12 +24,13 @@ class FakeEngine:
     `calls` keeps what `generate` was asked, `num_syncs` how often new weights were announced.
     """
 
-    def __init__(
-        self, logits_VV: Tensor | None = None, script: Callable[[Prompt, int], Sequence[int]] | None = None
-    ):
-        if (logits_VV is None) == (script is None):
+    def __init__(self, logits_VV: Tensor | None = None, script: Script | None = None):
+        if logits_VV is not None and script is None:
+            self._write = partial(_draw, logits_VV)
+        elif script is not None and logits_VV is None:
+            self._write = partial(_recite, script)
+        else:
             raise ValueError("a FakeEngine needs either a table of bigram logits or a script")
-        self.logits_VV, self.script = logits_VV, script
         self.calls: list[tuple[list[Prompt], Sampling]] = []
         self.num_syncs = 0
 
@@ -38,27 +42,28 @@ class FakeEngine:
         self.num_syncs += 1
 
     def _answer(self, prompt: Prompt, index: int, sampling: Sampling) -> Rollout:
-        write = self._recite if self.script is not None else self._draw
-        ids, logps = write(prompt, index, sampling)
+        ids, logps = self._write(prompt, index, sampling)
         finished = bool(ids) and ids[-1] in sampling.stop_ids
         return Rollout(prompt, ids, torch.tensor(logps, dtype=torch.float32), finished, sample=index)
 
-    def _recite(self, prompt: Prompt, index: int, sampling: Sampling) -> tuple[list[int], list[float]]:
-        ids: list[int] = []
-        for token in self.script(prompt, index)[: sampling.max_tokens]:
-            ids.append(token)
-            if token in sampling.stop_ids:
-                break
-        return ids, [0.0] * len(ids)
 
-    def _draw(self, prompt: Prompt, index: int, sampling: Sampling) -> tuple[list[int], list[float]]:
-        seed = torch.tensor([row_seed(sampling.seed, prompt.key, index)])
-        ids, logps, last = [], [], prompt.ids[-1]
-        for uniform in uniforms(seed, torch.arange(sampling.max_tokens)):
-            token_N, logp_N = sample(self.logits_VV[last][None], uniform[None], sampling)
-            last = token_N.item()
-            ids.append(last)
-            logps.append(logp_N.item())
-            if last in sampling.stop_ids:
-                break
-        return ids, logps
+def _recite(script: Script, prompt: Prompt, index: int, sampling: Sampling) -> tuple[list[int], list[float]]:
+    ids: list[int] = []
+    for token in script(prompt, index)[: sampling.max_tokens]:
+        ids.append(token)
+        if token in sampling.stop_ids:
+            break
+    return ids, [0.0] * len(ids)
+
+
+def _draw(logits_VV: Tensor, prompt: Prompt, index: int, sampling: Sampling) -> tuple[list[int], list[float]]:
+    seed = torch.tensor([row_seed(sampling.seed, prompt.key, index)])
+    ids, logps, last = [], [], prompt.ids[-1]
+    for uniform in uniforms(seed, torch.arange(sampling.max_tokens)):
+        token_N, logp_N = sample(logits_VV[last][None], uniform[None], sampling)
+        last = int(token_N)
+        ids.append(last)
+        logps.append(logp_N.item())
+        if last in sampling.stop_ids:
+            break
+    return ids, logps

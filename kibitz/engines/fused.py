@@ -10,6 +10,7 @@ inner products). The matrices are repacked at the start of every `generate`, so 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +38,13 @@ class Layer:
 class FusedDecoder:
     def __init__(self, model: PreTrainedModel):
         refuse_unless_covered(model)
-        self.model, self.body, config = model, model.model, model.config
+        self.model, config = model, model.config
+        self.body: Any = model.model
         self.num_heads, self.num_kv = config.num_attention_heads, config.num_key_value_heads
-        self.dim = model.model.layers[0].self_attn.head_dim
+        attention = self.body.layers[0].self_attn
+        self.dim = attention.head_dim
         self.eps = config.rms_norm_eps
-        self.qk_eps = getattr(getattr(model.model.layers[0].self_attn, "q_norm", None), "variance_epsilon", None)
+        self.qk_eps = attention.q_norm.variance_epsilon if hasattr(attention, "q_norm") else None
 
     def start(self, num_rows: int, num_slots: int) -> None:
         self.num_slots = -(-num_slots // SLOT_STEP) * SLOT_STEP
@@ -52,15 +55,18 @@ class FusedDecoder:
         scale = torch.full_like(angle_SF, self.body.rotary_emb.attention_scaling)
         self.turn_SF = torch.polar(scale, angle_SF)
         self.layers = [self._pack(layer, num_rows) for layer in self.body.layers]
-        self.head = self.model.lm_head.weight * self.body.norm.weight
+        self.head = self.model.get_output_embeddings().weight * self.body.norm.weight
 
-    def _pack(self, layer: nn.Module, num_rows: int) -> Layer:
+    def _pack(self, layer: Any, num_rows: int) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
         query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
         scale = self.dim**-0.5
         norm = None
         if self.qk_eps is not None:
-            parts = [attention.q_norm.weight.expand(self.num_heads, -1) * scale, attention.k_norm.weight.expand(self.num_kv, -1)]
+            parts = [
+                attention.q_norm.weight.expand(self.num_heads, -1) * scale,
+                attention.k_norm.weight.expand(self.num_kv, -1),
+            ]
             norm = torch.cat([interleave(part.reshape(-1), self.dim) for part in parts]).view(-1, self.dim)
             scale = 1.0
         qkv = torch.cat([interleave(query.weight, self.dim) * scale, interleave(key.weight, self.dim), value.weight])
@@ -157,7 +163,8 @@ def refuse_unless_covered(model: PreTrainedModel) -> None:
         raise NotImplementedError("rotation angles that depend on the length")
     if config.hidden_act != "silu":
         raise NotImplementedError(f"activation {config.hidden_act}")
-    for layer in model.model.layers:
+    body: Any = model.model
+    for layer in body.layers:
         for name, module in [*layer.self_attn.named_children(), *layer.mlp.named_children()]:
             if name.endswith("_proj") and type(module) is not nn.Linear:
                 raise NotImplementedError(f"{name} is a {type(module).__name__}")

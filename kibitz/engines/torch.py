@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kibitz.engines.cache import CachedDecoder, Decoder, PlainDecoder
+from kibitz.engines.cache import CachedDecoder, Decoder, PlainDecoder, decoder_error
 from kibitz.engines.fused import FusedDecoder
 from kibitz.engines.sampling import row_seed, sample, uniforms
 from kibitz.types import Prompt, Rollout, Sampling
@@ -70,9 +70,10 @@ class TorchEngine:
 
     def decoder(self) -> Decoder:
         """The decoder for the student's model, chosen when the model object is first seen."""
-        if self.student.model is not self._checked:
+        if self._decoder is None or self.student.model is not self._checked:
             with torch.no_grad(), evaluating(self.student.model):
-                self.use(choose_decoder(self.student.model, self.student.vocab_size))
+                self._decoder = choose_decoder(self.student.model, self.student.vocab_size)
+            self._checked = self.student.model
         return self._decoder
 
     def use(self, decoder: Decoder) -> None:
@@ -91,7 +92,7 @@ class _Flight:
     ):
         self.decoder, self.jobs, self.sampling, self.num_rows = decoder, jobs, sampling, num_rows
         self.device, self.vocab_size = student.device, student.vocab_size
-        self.rollouts: list[Rollout | None] = [None] * len(jobs)
+        self.rollouts: dict[int, Rollout] = {}
         self.num_live = self.num_started = self.num_steps = 0
         self.job_R = [0] * num_rows
         self.shift_R = [0] * num_rows  # position of the pending token minus num_steps: constant while a row lives
@@ -112,7 +113,7 @@ class _Flight:
             done_N = self.step()
             if done_N.any():
                 self.release(done_N.nonzero()[:, 0].tolist())
-        return self.rollouts
+        return [self.rollouts[job] for job in range(len(self.jobs))]
 
     def admit(self) -> None:
         """Start waiting jobs, several at once: a forward pass over one prompt costs nearly as much as over many."""
@@ -144,7 +145,8 @@ class _Flight:
                 rows_of.setdefault(prefix, []).append(row)
         left = sorted(rows_of, key=len, reverse=True)
         while left:
-            group, left = _split(left, max(1, PREFILL_TOKENS // len(left[0])))
+            size = max(1, PREFILL_TOKENS // len(left[0]))
+            group, left = left[:size], left[size:]
             ids_GP = torch.zeros(len(group), len(group[0]), dtype=torch.long)
             for index, prefix in enumerate(group):
                 ids_GP[index, : len(prefix)] = torch.tensor(prefix)
@@ -201,10 +203,6 @@ class _Flight:
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
 
-def _split(items: list, size: int) -> tuple[list, list]:
-    return items[:size], items[size:]
-
-
 # ------------------------------------------------------------------ which decoder
 
 
@@ -218,7 +216,7 @@ def choose_decoder(model: PreTrainedModel, vocab_size: int) -> Decoder:
             error = decoder_error(decoder, model, vocab_size)
         except torch.OutOfMemoryError:
             raise
-        except Exception as problem:  # a model may dislike the mask or the cache in any way; the warning tells
+        except Exception as problem:  # noqa: BLE001 - a model may dislike the mask or the cache in any way; the warning tells
             reason = f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"
             continue
         if error < tolerance:
@@ -230,36 +228,6 @@ def choose_decoder(model: PreTrainedModel, vocab_size: int) -> Decoder:
         stacklevel=4,
     )
     return PlainDecoder(model)
-
-
-def decoder_error(decoder: Decoder, model: PreTrainedModel, vocab_size: int) -> float:
-    """Root mean square error of a decoder's log-probs relative to their spread, on random rows of unequal progress.
-
-    Relative, because the log-probs of a freshly initialised model are nearly equal and would agree with anything.
-    A sliding window that fits is exceeded; a longer one is trusted.
-    """
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None) or 0
-    length = min(2 * window + 8 if window <= 64 else 12, getattr(config, "max_position_embeddings", None) or 12)
-    ids_GL = torch.randint(vocab_size, (3, length), generator=torch.Generator().manual_seed(0)).to(model.device)
-    want_GLV = model(input_ids=ids_GL, use_cache=False).logits[..., :vocab_size].float().log_softmax(-1)
-    prompt_N = torch.tensor([2, 0, 1], device=model.device)
-    position_N = torch.tensor([length // 2, length // 4, 0], device=model.device)
-    decoder.start(4, length)
-    decoder.prefill(ids_GL[:, : length // 2], prompt_N, torch.arange(3, device=model.device))
-    wrong, spread = [], []
-    for step in range(length - length // 2):
-        if step == 2:  # the first row leaves, the last one takes its place
-            decoder.move(torch.tensor([2], device=model.device), torch.tensor([0], device=model.device))
-            prompt_N, position_N = prompt_N[[2, 1]], position_N[[2, 1]]
-        num_slots = int(position_N.max()) + 1
-        logits_NV = decoder.step(ids_GL[prompt_N, position_N], position_N, num_slots)[:, :vocab_size]
-        want_NV = want_GLV[prompt_N, position_N]
-        wrong.append((logits_NV.float().log_softmax(-1) - want_NV).flatten())
-        spread.append((want_NV - want_NV.mean(-1, keepdim=True)).flatten())
-        position_N = position_N + 1
-    decoder.stop()
-    return (torch.cat(wrong).square().mean() / torch.cat(spread).square().mean()).sqrt().item()
 
 
 @contextmanager

@@ -17,14 +17,15 @@ class Phase:
 
     label: str
     flops: str
-    seconds: str | None
+    seconds: str
 
 
+ELSE = "Everything else"
 PHASES = (
     Phase("Student writes", "student_sampling", "sampling"),
     Phase("Teacher scores", "teacher_scoring", "scoring"),
     Phase("Student learns", "student_training", "training"),
-    Phase("Teacher writes", "teacher_sampling", "teacher_sampling"),
+    Phase("Teacher writes", "teacher_sampling", "sampling"),
 )
 
 
@@ -38,36 +39,39 @@ def total_flops(run: Run) -> float | None:
     return _sum(total(run, "flops", phase.flops) for phase in PHASES)
 
 
-@dataclass
-class Costs:
-    """One run's costs in words. `phases` is keyed by the phase's label: FLOPs, their share, seconds, their share.
+def spent(run: Run, phase: Phase) -> tuple[float | None, float | None]:
+    """FLOPs and seconds of a phase. The seconds of sampling belong to whoever wrote the rollouts."""
+    compute = total(run, "flops", phase.flops)
+    if not compute and any(total(run, "flops", other.flops) for other in PHASES):
+        return None, None  # this run has no such phase, whatever its loop spent in that place
+    return compute, total(run, "seconds", phase.seconds)
+
+
+def table(run: Run) -> dict[str, Any] | None:
+    """Rows of words: phase, FLOPs, their share, seconds, their share; None if nothing was counted.
 
     `wall` is from start to end, with loading, evaluating and saving."""
-
-    phases: dict[str, list[str]]
-    flops: str
-    seconds: str
-    wall: str
-
-
-def costs(run: Run) -> Costs | None:
-    """None if the run counted neither operations nor seconds."""
-    compute = [total(run, "flops", phase.flops) for phase in PHASES]
-    time = [total(run, "seconds", phase.seconds) if phase.seconds else None for phase in PHASES]
-    all_compute, all_time = _sum(compute), _sum(time)
+    sizes = [spent(run, phase) for phase in PHASES]
+    all_compute = _sum(compute for compute, _ in sizes)
+    all_time = _sum(total(run, "seconds", key) for key in {phase.seconds for phase in PHASES})
     if all_compute is None and all_time is None:
         return None
-    phases = {
-        phase.label: [flops(c), _share(c, all_compute), seconds(t), _share(t, all_time)]
-        for phase, c, t in zip(PHASES, compute, time, strict=True)
-        if c or t
-    }
-    return Costs(phases, flops(all_compute), seconds(all_time), seconds(dig_number(run.info, "seconds")))
+    rows = [
+        [phase.label, flops(compute), _share(compute, all_compute), seconds(time), _share(time, all_time)]
+        for phase, (compute, time) in zip(PHASES, sizes, strict=True)
+        if compute or time
+    ]
+    left = (all_time or 0.0) - (_sum(time for _, time in sizes) or 0.0)
+    if all_time and left > 0.01 * all_time:
+        rows.append([ELSE, flops(None), "", seconds(left), _share(left, all_time)])
+    wall = seconds(dig_number(run.info, "seconds"))
+    return {"rows": rows, "total": ["Together", flops(all_compute), "", seconds(all_time), ""], "wall": wall}
 
 
-def phases_of(found: list[Costs | None]) -> list[str]:
+def labels(tables: list[dict[str, Any] | None]) -> list[str]:
     """The phases that any of the runs went through, in the order in which a step does."""
-    return [phase.label for phase in PHASES if any(c and phase.label in c.phases for c in found)]
+    found = {row[0] for table in tables if table for row in table["rows"]}
+    return [label for label in (*(phase.label for phase in PHASES), ELSE) if label in found]
 
 
 def charts(runs: list[Run]) -> list[dict[str, Any]]:
@@ -95,8 +99,7 @@ def charts(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def _bars(runs: list[Run], index: int, phase: Phase, kind: str, words: Callable[[float | None], str]) -> go.Bar | None:
-    key = phase.flops if kind == "flops" else phase.seconds
-    sizes = [total(run, kind, key) if key else None for run in runs]
+    sizes = [spent(run, phase)[0 if kind == "flops" else 1] for run in runs]
     if not any(sizes):
         return None
     return go.Bar(

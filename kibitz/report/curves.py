@@ -160,7 +160,7 @@ def _edge(rows: list[Row], path: tuple[str, ...]) -> list[float]:
 
 
 def _figure(chart: Chart, traces: list[go.Scatter]) -> dict[str, Any]:
-    highest = max(abs(value) for trace in traces for value in trace.y)
+    highest = max(abs(value) for trace in traces for value in trace.y or ())
     for trace in traces:
         if trace.hoverinfo != "skip":
             trace.hovertemplate = "%{y:.1%}" if chart.share else "%{y:,.4~r}"

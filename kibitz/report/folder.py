@@ -91,9 +91,13 @@ def _read_mapping(path: Path, parse: Callable[[str], Any], notices: list[str]) -
     try:
         parsed = parse(text)
     except (ValueError, RecursionError, yaml.YAMLError):
-        notices.append(f"{path.name} could not be read and was left out.")
+        parsed = None
+    if not isinstance(parsed, dict):
+        notices.append(
+            f"{path.name} is empty." if not text.strip() else f"{path.name} cannot be read and was left out."
+        )
         return text, {}
-    return text, parsed if isinstance(parsed, dict) else {}
+    return text, parsed
 
 
 def _read_jsonl(path: Path, notices: list[str]) -> list[Row]:

@@ -112,7 +112,7 @@
   const pairBlock = (pair) => {
     const block = el("details", "pair"), head = block.appendChild(el("summary"));
     head.append(el("span", "prompt", pair.prompt));
-    if (pair.answer) head.append(el("span", "answer", `= ${pair.answer}`));
+    if (pair.answer) head.append(el("span", "answer", `answer ${pair.answer}`));
     const words = pair.sides.map(verdict).filter(Boolean);
     if (words.length) {
       const fate = head.appendChild(el("span", "fate"));

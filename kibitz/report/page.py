@@ -49,7 +49,7 @@ def _report(runs: list[Run]) -> str:
         ["plotly", "page.js", "heatmap.js", "charts.js"],
         runs=[_run(run) for run in runs],
         side_by_side=summary.side_by_side(runs),
-        phases=costs.phases_of([costs.costs(run) for run in runs]),
+        phases=costs.labels([costs.table(run) for run in runs]),
         title=formats.safe_lines(runs[0].name) if len(runs) == 1 else f"{len(runs)} runs compared",
         heatmap=_heatmap(runs),
         figures={chart["key"]: chart["figure"] for group in drawn.values() for chart in group},
@@ -66,7 +66,7 @@ def _run(run: Run) -> dict[str, Any]:
         "sentences": summary.sentences(run),
         "facts": summary.facts(run),
         "comparisons": summary.comparisons(run),
-        "costs": costs.costs(run),
+        "costs": costs.table(run),
         "notices": [formats.safe_lines(notice) for notice in run.notices],
         "details": _details(run),
         "recipe": formats.safe_lines(run.recipe_text),
@@ -80,13 +80,15 @@ def _heatmap(runs: list[Run]) -> dict[str, Any] | None:
     if not found:
         return None
     island = heatmap.island(runs)
+    sides = [side for pair in found for side in pair.sides]
     return {
         "island": island,
         "levels": len(heatmap.LEVELS),
         "left_out": len(found) - sum(len(run["pairs"]) for run in island["runs"]),
         "facts": heatmap.fork_facts(found),
         "paired": any(len(pair.sides) > 1 for pair in found),
-        "graded": any(heatmap.is_right(side) is not None for pair in found for side in pair.sides),
+        "judged": any(heatmap.penalty(token) is not None for side in sides for token in heatmap.tokens(side)),
+        "graded": any(heatmap.is_right(side) is not None for side in sides),
     }
 
 

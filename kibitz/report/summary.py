@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from kibitz.report.costs import total_flops
+from kibitz.report.costs import total, total_flops
 from kibitz.report.curves import main_split
 from kibitz.report.folder import Row, Run, dig, dig_number
 from kibitz.report.formats import DASH, change, count, flops, percent, plain, safe_lines, seconds
@@ -14,7 +14,10 @@ DIVERGENCES = {
     "reverse_kl": "reverse KL divergence",
     "forward_kl": "forward KL divergence",
     "jsd": "Jensen–Shannon divergence",
-    "tv": "total variation distance",
+    "skew_kl": "skewed KL divergence",
+    "skew_reverse_kl": "skewed reverse KL divergence",
+    "total_variation": "total variation distance",
+    "adaptive_kl": "KL divergence, forward where the teacher is undecided and reverse elsewhere,",
 }
 TITLES = {
     "opd": "On-policy distillation",
@@ -55,6 +58,8 @@ def _what(run: Run) -> Markup:
                 "The student {student} wrote its own responses to {prompts}, the teacher {teacher} scored every "
                 "token of them, and the student learnt from the {divergence}."
             )
+        case "sft" if dig(run.recipe, "method", "source") == "teacher":
+            text = "The teacher {teacher} wrote responses to {prompts}, and the student {student} learnt to write them too."
         case "sft":
             text = "The student {student} learnt to write the given responses to {prompts}, token by token."
         case "grpo":
@@ -93,7 +98,8 @@ def _model(spec: Any) -> str:
         return ", ".join(_model(entry) for entry in spec)
     if isinstance(spec, dict):
         spec = spec.get("model") or spec.get("url")
-    return str(spec) if spec else "without a name"
+    parts = str(spec or "without a name").rstrip("/").split("/")
+    return "/".join(parts[-2:])  # of a long path its end, and hub names as they are
 
 
 def _prompts(data: Any) -> Markup:
@@ -109,6 +115,8 @@ def _divergence(method: Any) -> str:
     match support:
         case "full":
             return f"{name} between the two at each token, over the whole vocabulary"
+        case "top_k":
+            return f"{name} between the two at each token, over the likeliest tokens and all others as one"
         case "sampled":
             return f"{name} between the two, estimated on the sampled tokens"
     return f"{name} between the two at each token, over the support {safe_lines(str(support))}"
@@ -134,7 +142,7 @@ class Cell:
 
 @dataclass
 class Measure:
-    """A line of the table. `verdict` is `better`, `worse` or empty; `remark` says whether the intervals overlap."""
+    """A line of the table. `verdict` is `better`, `worse`, or empty where neither can be said."""
 
     label: str
     before: Cell
@@ -203,8 +211,8 @@ def _measure(
     measure = Measure(label, first, last, change(first.value, last.value, points=share), share)
     if first.value is not None and last.value is not None and first.value != last.value and not neutral:
         measure.verdict = "worse" if (last.value > first.value) == lower_is_better else "better"
-    if first.interval and last.interval:
-        measure.remark = "intervals overlap" if _overlap(first, last) else ""
+    if first.interval and last.interval and _overlap(first, last):
+        measure.verdict, measure.remark = "", "intervals overlap"
     return measure
 
 
@@ -231,7 +239,7 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
                 label = measure.label.split(",")[0].removesuffix(" to the teacher")
                 was = f"was {measure.before.text}" if measure.before.value is not None else ""
                 found.append((label, measure.after.text, was))
-    tokens = dig_number(run.metrics[-1], "num_tokens") if run.metrics else None
+    tokens = total(run, "num_tokens")
     if tokens is not None:
         found.append(("Tokens learnt from", count(tokens), f"in {count(run.last_step)} steps"))
     if total_flops(run) is not None:

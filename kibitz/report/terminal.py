@@ -111,7 +111,9 @@ def _most_punished(listed: list[Row], width: int) -> Table | Text:
     for name in ("token", "penalty", "student", "teacher", "student would say", "teacher would say"):
         number = name in ("penalty", "student", "teacher")
         width_needed = len(name) if number else 4
-        table.add_column(name, justify="right" if number else "left", no_wrap=True, min_width=width_needed, max_width=40)
+        table.add_column(
+            name, justify="right" if number else "left", no_wrap=True, min_width=width_needed, max_width=40
+        )
     for token in sorted(costly, key=lambda token: -(penalty(token) or 0.0))[:MOST_PUNISHED]:
         table.add_row(
             Text(_shown(str(token.get("text", ""))), style=STYLES[level(penalty(token))]),

@@ -29,13 +29,16 @@ class LocalTeacher:
         signals: dict[int, Signal] = {}
         for indices in group(rollouts, self.tokens_per_micro_batch):
             members = [rollouts[i] for i in indices]
-            batch = pack([Scored(r, r.weight_T()) for r in members], self.model.device)
-            (signal,) = self.model(batch, lambda hidden_TD, head: (self._signal(hidden_TD, head, batch.tokens.token_T),))
-            start = 0
+            signal, start = self._score_together(members), 0
             for index, rollout in zip(indices, members, strict=True):
                 signals[index] = slice_signal(signal, slice(start, start + rollout.num_tokens))
                 start += rollout.num_tokens
         return [signals[i] for i in range(len(rollouts))]
+
+    def _score_together(self, rollouts: Sequence[Rollout]) -> Signal:
+        batch = pack([Scored(r, r.weight_T()) for r in rollouts], self.model.device)
+        (signal,) = self.model(batch, lambda hidden_TD, head: (self._signal(hidden_TD, head, batch.tokens.token_T),))
+        return signal
 
     def _signal(self, hidden_TD: Tensor, head: nn.Module, token_T: Tensor) -> Signal:
         if self.kind == "dense":
@@ -50,4 +53,3 @@ class LocalTeacher:
                 logp_CK, ids_CK = logp_CV.topk(min(self.top_k, logp_CV.shape[-1]), dim=-1)
                 parts.append(TopK(ids_CK, logp_CK, self.temperature))
         return cat_signals(parts)
-

@@ -42,7 +42,7 @@ WORLDS: dict[str, World] = {
     world.name: world
     for world in (
         Arithmetic("arithmetic", "order of operations modulo 10, 3 to 5 operators", fewest=3, most=5),
-        Arithmetic("arithmetic-wide", "the same with 1 to 6 operators, for training from nothing", fewest=1, most=6),
+        Arithmetic("arithmetic-wide", "the same with 1 to 5 operators, for training from nothing", fewest=1, most=5),
     )
 }
 
