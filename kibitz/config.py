@@ -272,25 +272,25 @@ class GuardConfig(Section):
     sigmas: float = Field(
         4.0, gt=0, description="A change must also be this many deviations of a window's median. 4: see dev/LOG.md."
     )
-    length_inflation: GuardAction = "warn"
+    length_inflation: GuardAction = Field("warn", description="Responses grow, and neither the reward nor the reverse KL gets better.")
     length_ratio: float = Field(
         1.2, gt=1, description="Growth of responses without gain. 1.2: a toy collapse went from 5.5 to 7.2."
     )
-    cut_off: GuardAction = "warn"
+    cut_off: GuardAction = Field("warn", description="More responses reach the token limit.")
     cut_off_rise: float = Field(
         0.1, gt=0, lt=1, description="Rise of the cut-off share. 0.1: 0 to 0.17 when raw OPD burst."
     )
     cut_off_share: float = Field(
         0.6, gt=0, le=1, description="Share that is too high from the start. StableOPD's stable phases: to 0.5."
     )
-    repetition: GuardAction = "warn"
+    repetition: GuardAction = Field("warn", description="Responses repeat themselves.")
     repetition_ngram: int = Field(
         8, ge=2, description="Tokens of a repeated n-gram. 8: healthy mathematics repeats 18% of its 4-grams."
     )
     repetition_rise: float = Field(
         0.1, gt=0, lt=1, description="0.1: StableOPD saw 0 before its collapse and 0.25-0.35 after."
     )
-    entropy_collapse: GuardAction = "warn"
+    entropy_collapse: GuardAction = Field("warn", description="The student becomes certain of everything.")
     entropy_share: float = Field(
         0.33,
         gt=0,
@@ -298,28 +298,28 @@ class GuardConfig(Section):
         description="Of the first or the teacher's entropy, whichever is less. 0.33: RL has spent 73% of its entropy "
         "and 76% of its gain at 200 of 2400 steps (2505.22617).",
     )
-    overlap_falling: GuardAction = "warn"
+    overlap_falling: GuardAction = Field("warn", description="Student and teacher have fewer likely tokens in common.")
     overlap_drop: float = Field(
         0.05, gt=0, lt=1, description="Below the best window. Rethinking-OPD: it grows, 0.72 to 0.91."
     )
-    kl_rising: GuardAction = "warn"
+    kl_rising: GuardAction = Field("warn", description="The student moves away from the teacher, and gains no reward.")
     kl_ratio: float = Field(
         1.5, gt=1, description="Above the lowest window, without more reward. Healthy toy windows vary by 1.3."
     )
-    reward_falling: GuardAction = "warn"
+    reward_falling: GuardAction = Field("warn", description="The reward falls from its best and stays there.")
     reward_drop: float = Field(
         0.25, gt=0, description="Relative, below the best window. 0.25: six of six toy collapses, no recovery."
     )
-    student_stuck: GuardAction = "warn"
+    student_stuck: GuardAction = Field("warn", description="No gradient, or groups of equal rewards, and nothing moves.")
     stuck_grad_norm: float = Field(1e-4, gt=0, description="A gradient that is none. Published runs have 0.4 to 20.")
     stuck_equal_groups: float = Field(
         0.9, gt=0, le=1, description="Prompts whose samples all got one reward: GRPO learns nothing there."
     )
-    style_overfit: GuardAction = "warn"
+    style_overfit: GuardAction = Field("warn", description="pass@k falls while the reverse KL falls: the style is learnt, not the skill.")
     style_drop: float = Field(
         0.05, gt=0, lt=1, description="Fall of pass@k at two evaluations running, while the reverse KL falls."
     )
-    not_finite: GuardAction = "warn"
+    not_finite: GuardAction = Field("warn", description="The gradient or the loss is NaN or infinite; the step is skipped and counted.")
     mask_cut_off: bool = Field(
         False,
         description="Learn nothing from rollouts that were cut off (DAPO's overlong filter, 2503.14476). Off: each token's "

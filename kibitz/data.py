@@ -89,7 +89,7 @@ def _read_dataset(config: DataConfig, path: Path) -> list[tuple[str, dict[str, A
                 raise FileNotFoundError("there is no such file")
             table = datasets.load_dataset("parquet", data_files=str(path), split="train")
         else:
-            table = datasets.load_dataset(config.prompts, split=config.split)
+            table = datasets.load_dataset(config.prompts or "", split=config.split)
     except Exception as error:  # the library raises a dozen kinds
         raise ValueError(f"data.prompts: cannot read {config.prompts}: {' '.join(str(error).split())[:300]}") from error
     return [(f"{config.prompts} row {i + 1}", dict(row)) for i, row in enumerate(table)]
@@ -157,16 +157,14 @@ def _messages(place: str, row: dict[str, Any], config: DataConfig) -> tuple[list
     return messages, None if response is None else str(response)
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], template: dict[str, Any]
-) -> list[int]:
+def encode_prompt(tokenizer: Any, messages: list[dict[str, str]], template: dict[str, Any]) -> list[int]:
     """By the chat template, which writes its own BOS; a tokenizer without one reads the plain text."""
     if tokenizer.chat_template is None:
         return tokenizer("\n\n".join(m["content"] for m in messages))["input_ids"]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **template)
 
 
-def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_response(tokenizer: Any, text: str) -> list[int]:
     """A demonstration as the student should write it, with the EOS that it has to learn."""
     return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 

@@ -4,6 +4,7 @@ The recipe is a plain dict, and what runs it is `kibitz.train`, as for any other
 """
 
 import json
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,9 @@ def show_mistake(console: Console, folder: Path) -> None:
 
 
 def _conviction(row: dict[str, Any]) -> float:
-    """How sure of its mistake the student was: a misconception shows it better than a slip of the dice does."""
-    return row["tokens"][row["fork"]]["student_logp"]
+    """How much surer of its mistake the student was than the teacher: a misconception, not a slip of the dice."""
+    token = row["tokens"][row["fork"]]
+    return exp(token["student_logp"]) - exp(token["teacher_logp"])
 
 
 def may_replace(folder: Path) -> bool:

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,12 +45,12 @@ class LanguageModel(nn.Module):
     """A causal language model and its tokenizer, in eval mode always: dropout would make the student disagree with
     the log-probabilities that it sampled with."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "model"):
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, name: str = "model"):
         super().__init__()
         self.model = model.eval()
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer  # a PreTrainedTokenizerBase, whose methods return unions of everything
         self.name = name
-        self.vocab_size = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
+        self.vocab_size: int = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
         self.head, self.head_stands_alone = _build_head(model, self.vocab_size, name)
 
     @property
@@ -95,7 +96,7 @@ class LanguageModel(nn.Module):
         return 2.0 * body * num_positions + attention + 2.0 * head * num_scored
 
 
-def _build_head(model: PreTrainedModel, vocab_size: int, name: str) -> tuple[Head, bool]:
+def _build_head(model: Any, vocab_size: int, name: str) -> tuple[Head, bool]:
     """The head, and whether it can be called alone. That is checked on a few tokens, because what an architecture does
     behind its output layer (soft-cap, scale) is known only by name."""
     config = model.config.get_text_config()
@@ -161,7 +162,7 @@ def load_model(
     """The model of a recipe's `student` or `teacher` section, on a device."""
     tokenizer = tokenizer or load_tokenizer(config, role)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             config.model,
             dtype=_dtype(config.dtype, device),
             trust_remote_code=config.trust_remote_code,
@@ -196,7 +197,7 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
 
 def stop_ids(model: LanguageModel, stop: list[str]) -> tuple[int, ...]:
     """All tokens that end a response: the tokenizer's EOS, those of the generation settings, and the recipe's."""
-    ids = {model.tokenizer.eos_token_id}
+    ids: set[Any] = {model.tokenizer.eos_token_id}
     configured = getattr(model.model.generation_config, "eos_token_id", None)
     ids.update(configured if isinstance(configured, list) else [] if configured is None else [configured])
     for text in stop:

@@ -28,7 +28,7 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, config: OptimConfig):
         self.config = config
-        self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self.parameters = list(self.names)
         outer = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
         matrices = [p for p in self.parameters if config.name == "muon" and p.ndim == 2 and id(p) not in outer]

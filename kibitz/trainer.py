@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,8 +29,18 @@ from kibitz.prepare import Setup, prepare
 from kibitz.types import Rollout, Scored, Writer
 
 
-class Progress:
-    """Who watches a run. Every method may be left as it is."""
+class Progress(Protocol):
+    """Who watches a run."""
+
+    def start(self, recipe: Recipe, first_step: int) -> None: ...
+    def phase(self, name: str) -> None: ...
+    def step(self, row: dict[str, Any]) -> None: ...
+    def evaluated(self, row: dict[str, Any]) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+class Silence:
+    """Nobody watches; or, with some methods written anew, somebody who cares for those only."""
 
     def start(self, recipe: Recipe, first_step: int) -> None: ...
     def phase(self, name: str) -> None: ...
@@ -68,7 +78,7 @@ def train(
     Mistakes in the recipe or the data raise ValueError before any weights load.
     """
     setup = prepare(recipe, overrides, loss=loss, grader=grader, resume=resume, overwrite=overwrite)
-    trainer = Trainer(setup, progress or Progress())
+    trainer = Trainer(setup, progress or Silence())
     trainer.run()
     return setup.folder.as_run(Run)
 

@@ -7,7 +7,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# The same examples every time, and no clock: a shared machine is slow when it likes.
+hypothesis.settings.register_profile("kibitz", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("kibitz")
 
 
 @pytest.fixture(scope="session", autouse=True)

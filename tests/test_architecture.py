@@ -25,6 +25,7 @@ LEVELS = {
     "alignment": 1,
     "batching": 1,
     "graders": 1,
+    "guards": 1,
     "worlds": 1,
     "distributed": 2,
     "metrics": 2,
@@ -54,7 +55,6 @@ WITHIN_A_LEVEL = {
     ("trainer", "checkpoint"),
     ("trainer", "evaluate"),
     ("trainer", "prepare"),
-    ("trainer", "runs"),
 }
 FILE_READERS = {"report": {"types"}}  # rooms outside the levels, and all that they may import
 FORBIDDEN = {"vllm", "gymnasium", "ray", "hydra", "wandb", "tensorboard", "lightning"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,9 +161,19 @@ def test_eval_measures_a_model(small_models, prompts):
     assert "Reverse KL" in kibitz_says(*args, *settings).stdout
 
 
+def test_eval_takes_a_run_for_its_last_checkpoint(recipe, prompts, tmp_path):
+    assert kibitz_says("train", recipe, "steps=1").exit_code == 0
+    args = ["--prompts", prompts, "data.grader=exact", "rollout.max_tokens=6", "--json"]
+    of_run = json.loads(kibitz_says("eval", tmp_path / "run", *args).stdout)
+    of_checkpoint = json.loads(kibitz_says("eval", tmp_path / "run" / "checkpoints" / "step-000001", *args).stdout)
+    assert of_run["sampled"] == of_checkpoint["sampled"]
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert_refused(kibitz_says("eval", tmp_path / "run", *args), "no checkpoint")
+
+
 def test_eval_on_a_world_and_against_itself():
     student = kibitz.worlds.get("arithmetic").checkpoint("student")
-    args = ["--world", "arithmetic", "rollout.max_tokens=40", "eval.num_prompts=32", "--json"]
+    args = ["--world", "arithmetic", "eval.num_prompts=32", "--json"]
     row = json.loads(kibitz_says("eval", student, "--teacher", student, *args).stdout)
     assert row["split"] == "dev"
     assert row["sampled"]["num"] == 32
@@ -185,7 +196,7 @@ def test_score_finds_the_fork():
 
 def test_score_lets_the_student_write_and_writes_the_page(tmp_path):
     page = tmp_path / "deep" / "page.html"
-    args = ["score", "--prompt", "1+2*3", "--prompt", "4*4-1", "--max-tokens", 40, "--html", page, "--json"]
+    args = ["score", "--prompt", "1+2*3", "--prompt", "4*4-1", "--html", page, "--json"]
     result = json.loads(kibitz_says(*args).stdout)
     assert [row["prompt"] for row in result["rollouts"]] == ["1+2*3", "4*4-1"]
     assert result == json.loads(kibitz_says(*args).stdout), "the same seed writes the same"

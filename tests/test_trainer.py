@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kibitz
 from kibitz import checkpoint
-from kibitz.trainer import Progress
+from kibitz.trainer import Silence
 
 TIMES = {"seconds", "tokens_per_second"}
 
@@ -158,7 +158,7 @@ def test_the_checkpoint_is_a_plain_folder_that_writes_the_same_text(models, tmp_
 def test_resume_goes_on_bit_for_bit(models, tmp_path):
     whole = kibitz.train(recipe(*models, tmp_path / "whole", steps=6, save={"every": 2}))
 
-    class StopAt3(Progress):
+    class StopAt3(Silence):
         def step(self, row):
             if row["step"] == 3:
                 os.kill(os.getpid(), signal.SIGINT)
@@ -174,7 +174,7 @@ def test_resume_goes_on_bit_for_bit(models, tmp_path):
 
 
 def test_resume_after_a_crash_forgets_what_came_after_the_checkpoint(models, tmp_path):
-    class Crash(Progress):
+    class Crash(Silence):
         def step(self, row):
             if row["step"] == 5:
                 raise RuntimeError("power cut")
@@ -231,7 +231,7 @@ def test_an_output_folder_is_not_overwritten_by_chance(models, tmp_path):
 def test_a_gradient_that_is_not_finite_changes_nothing(models, tmp_path):
     notes = []
 
-    class Notes(Progress):
+    class Notes(Silence):
         def note(self, text):
             notes.append(text)
 

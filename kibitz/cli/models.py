@@ -6,10 +6,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+WORLD_TOKENS = 64  # no solution of a toy world is longer, and its models have little room
+
 
 def evaluate(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder or hub name, such as a run's checkpoint.")],
+    model: Annotated[str, typer.Argument(help="A run folder (its last checkpoint), a model folder, or a hub name.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[A.B=VALUE]...", help="Such as eval.samples=8 rollout.max_tokens=64.")
     ] = None,
@@ -26,6 +28,7 @@ def evaluate(
         {
             "student": {"model": model},
             "data": {"world": world, "split": "dev"} if world else {"prompts": prompts},
+            "rollout": {"max_tokens": WORLD_TOKENS} if world else {},
             "method": {"type": "grpo"},  # of the methods the one that needs neither teacher nor demonstrations
         },
         overrides or [],
@@ -36,7 +39,7 @@ def evaluate(
     from kibitz.evaluate import evaluate_model
 
     row = evaluate_model(
-        model, teacher=teacher, data=data, eval=recipe.eval, rollout=recipe.rollout, device=recipe.device
+        _resolved(model), teacher=teacher, data=data, eval=recipe.eval, rollout=recipe.rollout, device=recipe.device
     )
 
     def for_a_person(console: Console) -> None:
@@ -53,10 +56,10 @@ def score(
     response: Annotated[
         list[str] | None, typer.Option(help="The text to grade, one per prompt; without it the student writes.")
     ] = None,
-    student: Annotated[str | None, typer.Option(help="Folder or hub name; without it the toy world's.")] = None,
+    student: Annotated[str | None, typer.Option(help="As `kibitz eval` takes it; without it the toy world's.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Folder or hub name; without it the toy world's.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write the token heat-map to this file.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Where the student's own response is cut off.")] = 256,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Where the student's own response is cut off.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of the student's own response; 0 is greedy.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the student's own response.")] = 0,
 ) -> None:
@@ -70,10 +73,10 @@ def score(
             f"there are {len(prompt)} prompts and {len(responses)} responses: give each prompt its --response"
         )
     rows = score_texts(
-        student or _shipped("student"),
+        _resolved(student) if student else _shipped("student"),
         teacher or _shipped("teacher"),
         list(zip(prompt, responses, strict=True)),
-        max_tokens=max_tokens,
+        max_tokens=max_tokens or (256 if student else WORLD_TOKENS),
         temperature=temperature,
         seed=seed,
     )
@@ -87,6 +90,18 @@ def score(
     ctx.obj.result({"rollouts": rows, "html": html}, for_a_person)
     if html is not None:
         ctx.obj.say(f"heat-map   {html}")
+
+
+def _resolved(model: str) -> str:
+    """A run folder stands for its last checkpoint."""
+    from kibitz.checkpoint import checkpoints
+
+    if not (Path(model) / "recipe.yaml").is_file():
+        return model
+    found = checkpoints(Path(model))
+    if not found:
+        raise ValueError(f"the run at {model} has no checkpoint yet: go on with it, or name a model folder")
+    return str(found[-1])
 
 
 def _shipped(name: str) -> str:

@@ -31,20 +31,22 @@
   };
 
   const axis = (given) => ({
-    ...given, automargin: true, gridcolor: colour("line"), linecolor: colour("line"), zeroline: false, fixedrange: true,
+    ...given, spikecolor: colour("muted"), spikethickness: 1, spikedash: "dot", automargin: true, gridcolor: colour("line"), linecolor: colour("line"), zeroline: false, fixedrange: true,
     tickfont: { color: colour("muted"), size: 11 },
     title: { ...given.title, font: { color: colour("muted"), size: 11 }, standoff: 6 },
   });
 
   const draw = (element) => {
     const { data, layout } = figures[element.dataset.chart];
+    const byCompute = against() === "flops" && !element.closest(".costs");
+    const inFlops = byCompute ? { title: { text: "FLOP so far" }, tickformat: "~s", hoverformat: ".3~s" } : {};
     drawn.add(element);
     Plotly.react(element, data.map(paint), {
-      ...layout, autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      ...layout, autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: colour("paper"),
       font: { family: getComputedStyle(document.body).fontFamily, color: colour("ink"), size: 12 },
       hoverlabel: { bgcolor: colour("raised"), bordercolor: colour("line"), font: { color: colour("ink"), size: 12 } },
-      xaxis: axis(!element.closest(".costs") && against() === "flops" ? { ...layout.xaxis, title: { text: "FLOP so far" }, tickformat: "~s" } : layout.xaxis),
-      yaxis: axis(layout.yaxis),
+      xaxis: axis({ ...layout.xaxis, ...inFlops }),
+      yaxis: { ...axis(layout.yaxis), showspikes: false },
     }, { displayModeBar: false, responsive: true });
   };
   const redraw = () => drawn.forEach(draw);

@@ -92,7 +92,7 @@ def charts(runs: list[Run]) -> list[dict[str, Any]]:
             trace
             for index, run in enumerate(runs)
             for line in lines
-            for trace in _traces(run, index, line, with_band=len(runs) == 1 or line is lines[0])
+            for trace in _traces(run, index, line, len(runs) > 1, with_band=len(runs) == 1 or line is lines[0])
         ]
         words = ", ".join(f"{'dotted' if line.dash == 'dot' else 'solid'}: {line.label}" for line in lines)
         drawn.append(
@@ -133,7 +133,7 @@ def compute_so_far(run: Run, steps: list[float]) -> list[float] | None:
     return [spent[bisect_right(known, step)] for step in steps] if spent[-1] else None
 
 
-def _traces(run: Run, index: int, line: Line, with_band: bool) -> Iterator[go.Scatter]:
+def _traces(run: Run, index: int, line: Line, several: bool, with_band: bool) -> Iterator[go.Scatter]:
     steps, values, rows = points(run, line)
     if not steps:
         return
@@ -148,7 +148,7 @@ def _traces(run: Run, index: int, line: Line, with_band: bool) -> Iterator[go.Sc
     yield go.Scatter(
         x=steps, y=values, mode="lines+markers" if line.source == "evals" else "lines",
         line={"dash": line.dash, "width": 2}, marker={"size": 6}, cliponaxis=False,
-        name=html.escape(safe_lines(f"{run.name}, {line.label}")),
+        name=html.escape(safe_lines(f"{run.name}, {line.label}" if several else line.label)),
         meta={"run": index, "kind": "line", "x": {"step": steps, "flops": compute}},
     )  # fmt: skip
 

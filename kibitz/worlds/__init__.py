@@ -26,12 +26,15 @@ class World(Protocol):
 
     def rows(self, split: str, count: int, seed: int) -> list[dict]:
         """Distinct problems. The splits train, dev and test share none."""
+        ...
 
     def demonstrations(self, split: str, count: int, seed: int, corrupted: float = 0.0) -> list[dict]:
         """Rows with a `response` each, without the end-of-sequence token."""
+        ...
 
     def grade(self, row: dict, text: str) -> float:
         """The reward in [0, 1] of a decoded response, special tokens left out."""
+        ...
 
     def tokenizer(self) -> "PreTrainedTokenizerBase": ...
 

@@ -1,0 +1,165 @@
+"""One Python program in a process that can do nothing but compute.
+
+Guaranteed on Linux (x86_64, aarch64) with Landlock (kernel 5.13, and allowed by the container) and seccomp, for root
+and for others, with no right that an ordinary user lacks:
+
+- one process of one thread: no fork, no other program, no thread; so nothing is left when it is killed, which it is
+  at its end, at its limit of time, and when its parent dies
+- no sockets, hence no network; no signals to other processes; no shared memory
+- files: reads of Python's standard library and the system's libraries; reads and writes in an empty working
+  directory without subdirectories, which is deleted. Nothing else can be opened, /proc and /dev/shm included
+- wall time, CPU time, address space, bytes a file, output; the directory's bytes and number of files, looked at
+  twenty times a second
+- an environment of four harmless variables; one seed for hashes; no packages but the standard library
+
+Not guaranteed: against defects of the kernel in the system calls that are left, or of CPU caches. What exists can be
+asked (names, sizes, dates of files), though not read. The host's name and its load can be read. A correct program that needs
+threads or subprocesses fails. Each limit is per program: several at once multiply.
+
+Where a layer is missing, programs are refused. KIBITZ_UNSAFE_CODE=1 runs them with the layers there are, under a
+warning that names the others: for a machine that holds nothing of worth.
+"""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+START_SECONDS = 60.0
+"""For the interpreter to start and confine itself; the program's own time begins after that."""
+
+MAX_FILES = 256
+TICK_MILLISECONDS = 50
+UNSAFE = "KIBITZ_UNSAFE_CODE"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program may use. `memory_bytes` is address space, of which Python itself takes about 30 MB."""
+
+    wall_seconds: float = 10.0
+    cpu_seconds: int = 10
+    memory_bytes: int = 1 << 30
+    file_bytes: int = 1 << 20
+    folder_bytes: int = 16 << 20
+    output_bytes: int = 1 << 20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the program wrote, and how it was stopped; `stopped` is empty if it left by itself with status 0."""
+
+    output: bytes
+    stopped: str = ""
+
+
+def run(job: dict, stdin: bytes, limits: Limits) -> Outcome:
+    """Run what `confined.py` understands. RuntimeError where programs cannot be confined."""
+    header = json.dumps({**job, "limits": asdict(limits), "unsafe": _unsafe()}).encode()
+    # A file, not a pipe: it needs nobody to fill it, and a program that does not read blocks nobody.
+    with tempfile.TemporaryDirectory(prefix="kibitz-") as folder, tempfile.TemporaryFile() as standard_input:
+        standard_input.write(b"%010d" % len(header) + header + stdin)
+        standard_input.seek(0)
+        process = subprocess.Popen(
+            # Not -I, which would ignore the seed for hashes: the environment holds nothing but what stands here.
+            [os.path.realpath(sys.executable), "-P", "-s", "-S", "-B", "-X", "utf8", str(Path(__file__).with_name("confined.py"))],
+            stdin=standard_input,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=folder,
+            env={"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"},
+            start_new_session=True,
+        )
+        with process:
+            try:
+                _wait_until_confined(process)
+                return _watch(process, folder, limits)
+            finally:
+                _kill(process)
+
+
+@cache
+def check() -> None:
+    """RuntimeError where programs cannot be confined."""
+    if os.name != "posix":
+        raise RuntimeError("the grader `code` runs programs on Linux only: run kibitz there, or take another data.grader")
+    run({"source": "", "tests": None, "nonce": None}, b"", Limits())
+
+
+def _wait_until_confined(process: subprocess.Popen[bytes]) -> None:
+    """Read what the interpreter says before the program begins; it closes its standard error then."""
+    assert process.stderr is not None
+    said, deadline = b"", time.monotonic() + START_SECONDS
+    while _readable(process.stderr.fileno(), deadline) and (chunk := os.read(process.stderr.fileno(), 4096)):
+        said += chunk
+    first, _, rest = said.decode(errors="replace").partition(" ")
+    if first != "ready":
+        raise RuntimeError(
+            f"programs cannot be confined on this machine: {said.decode(errors='replace').strip() or 'no answer'}. The grader "
+            f"`code` needs Linux 5.13 with Landlock and seccomp, which a container may forbid. Allow them, or write {UNSAFE}=1 "
+            "into the environment to run programs without these walls where there is nothing to steal or break"
+        )
+    if rest:
+        warnings.warn(f"{UNSAFE}=1: programs of the student run without {rest}", RuntimeWarning, stacklevel=3)
+
+
+def _watch(process: subprocess.Popen[bytes], folder: str, limits: Limits) -> Outcome:
+    """Collect the output until the program ends or goes over a limit."""
+    assert process.stdout is not None
+    output, deadline, ended = bytearray(), time.monotonic() + limits.wall_seconds, False
+    while time.monotonic() < deadline:
+        if _folder_is_full(folder, limits):
+            return Outcome(bytes(output), "it filled its working directory")
+        if ended:
+            if process.poll() is None:
+                time.sleep(0.005)
+                continue
+            return Outcome(bytes(output), "" if process.returncode == 0 else f"it left with status {process.returncode}")
+        if _readable(process.stdout.fileno(), min(deadline, time.monotonic() + TICK_MILLISECONDS / 1000)):
+            chunk = os.read(process.stdout.fileno(), 1 << 16)
+            output += chunk
+            ended = not chunk
+        if len(output) > limits.output_bytes:
+            return Outcome(bytes(output[: limits.output_bytes]), f"it wrote more than {limits.output_bytes} bytes")
+    return Outcome(bytes(output), f"it took longer than {limits.wall_seconds} seconds")
+
+
+def _readable(file: int, deadline: float) -> bool:
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+
+
+def _folder_is_full(folder: str, limits: Limits) -> bool:
+    num_files = num_bytes = 0
+    for entry in os.scandir(folder):
+        try:
+            num_bytes += entry.stat(follow_symlinks=False).st_size
+        except FileNotFoundError:  # deleted since it was listed
+            continue
+        num_files += 1
+        if num_files > MAX_FILES or num_bytes > limits.folder_bytes:
+            return True
+    return False
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """The whole session, since an unconfined program may have children. A confined one has none, so its number is left
+    alone once it has been waited for: it may belong to somebody else by then."""
+    if process.poll() is None or _unsafe():
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _unsafe() -> bool:
+    return os.environ.get(UNSAFE) == "1"

@@ -1,0 +1,44 @@
+"""What the guards need to know of a step's rollouts, and what may be done with those that were cut off."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
+
+import torch
+
+from kibitz.config import GuardConfig
+from kibitz.types import Rollout, Scored
+
+
+def repetition(response_ids: Sequence[int], n: int = 8) -> float:
+    """The share of tokens that lie inside an n-gram which stood earlier in the same response. Time is linear.
+
+    The first occurrence does not count: text without repeats gives 0, and T tokens of a loop of period p give
+    (T - p) / T as soon as T >= p + n."""
+    seen: set[tuple[int, ...]] = set()
+    num_repeated, covered = 0, 0  # tokens before `covered` are counted, or are not repeated
+    for start, gram in enumerate(zip(*(response_ids[i:] for i in range(n)), strict=False)):
+        if gram in seen:
+            num_repeated += start + n - max(start, covered)
+            covered = start + n
+        else:
+            seen.add(gram)
+    return num_repeated / len(response_ids) if response_ids else 0.0
+
+
+def rollout_metrics(rollouts: Sequence[Rollout], config: GuardConfig) -> dict[str, float]:
+    """`repetition`, the mean over responses; and `equal_groups`, the share of prompts whose samples all have one
+    reward, where there are groups and rewards. Both belong into the step's row."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for rollout in rollouts:
+        if rollout.reward is not None:
+            groups[rollout.prompt.key].append(rollout.reward)
+    several = [rewards for rewards in groups.values() if len(rewards) > 1]
+    metrics = {"repetition": fmean(repetition(r.response_ids, config.repetition_ngram) for r in rollouts)}
+    return metrics | ({"equal_groups": fmean(len(set(rewards)) == 1 for rewards in several)} if several else {})
+
+
+def without_cut_off(scored: Sequence[Scored]) -> list[Scored]:
+    """The same rollouts in order, with weight 0 for all tokens of one that was cut off: `guards.mask_cut_off`."""
+    return [s if s.rollout.finished else replace(s, weight_T=torch.zeros_like(s.weight_T)) for s in scored]
