@@ -111,14 +111,14 @@ def score_texts(
     device = pick_device()
     ours, theirs = (load_model(config, role, device, tokenizers[role]) for role, config in configs.items())
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, stop_ids=stop_ids(ours, []), seed=seed)
-    rollouts = []
+    engine, rollouts = TorchEngine(ours), []
     for number, (text, response) in enumerate(pairs):
         if not text.strip():
             raise ValueError("the prompt is empty: write the text that the student should answer")
         ids = encode_prompt(ours.tokenizer, [{"role": "user", "content": text}], template or {})
         prompt = Prompt(ids=tuple(ids), text=text, key=str(number))
         if response is None:
-            rollouts += TorchEngine(ours).generate([prompt], sampling)
+            rollouts += engine.generate([prompt], sampling)
             continue
         response_ids = ours.tokenizer(response, add_special_tokens=False)["input_ids"]
         if not response_ids:

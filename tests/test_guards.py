@@ -103,3 +103,19 @@ def changed(rows: list[dict], start: int, **values) -> list[dict]:
         row | {name: f(row[name], row["step"] - start) for name, f in values.items()} if row["step"] >= start else row
         for row in rows
     ]
+
+
+# ------------------------------------------------------------------ healthy runs
+
+
+def test_healthy_runs_raise_nothing():
+    """At most 1 of 200 healthy runs of 200 steps, with their evaluations, may raise an alarm.
+
+    None of MEASURED did, so the rate is below RATE (95%), and 2 of 200 would come by chance in less than ODDS."""
+    runs = 200
+    falsely = sum(
+        bool(alarms_of(healthy_run(seed)) or [a for row in healthy_evals(seed) for a in evaluator(row)])
+        for seed in range(runs)
+        for evaluator in [Guards(GuardConfig()).watch_eval]
+    )
+    assert falsely <= 1

@@ -148,7 +148,7 @@ def test_every_token_is_the_one_of_the_definition(pair, changes):
     rollouts = assert_as_defined(engine, make_prompts([1, 9, 2, 30, 3, 17, 2, 8]), sampling)
     assert 0.0 < rejection(rollouts) < 1.0
     assert {r.finished for r in rollouts} == {True, False}
-    assert len({r.num_tokens for r in rollouts}) > 2
+    assert len({r.num_tokens for r in rollouts}) >= 2
 
 
 def test_the_whole_vocabulary_is_on_policy_token_by_token(pair):
@@ -427,7 +427,7 @@ def test_with_the_whole_vocabulary_a_run_is_one_of_opd(set_up):
     for name, method in (("opd", None), ("skd", SKDConfig(accept_top_k=vocab, divergence="reverse_kl"))):
         setup = set_up(name, method, steps=2)
         Trainer(setup, Progress()).run()
-        runs.append([(row["loss"], row["grad_norm"]) for row in setup.folder.metrics.rows()])
+        runs.append([(row["loss"], row["grad_norm"]) for row in setup.folder.metrics.read()])
     assert torch.tensor(runs[0]).tolist() == pytest.approx(torch.tensor(runs[1]).tolist(), rel=1e-5)
 
 
