@@ -37,12 +37,13 @@ check: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/kibitz schema --output recipe.schema.json --quiet
 
 coverage: $(VENV)/.installed-dev browser
 	$(BIN)/python -m pytest --cov --cov-report=term
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/generate.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .coverage

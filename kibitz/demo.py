@@ -52,7 +52,7 @@ def show_mistake(console: Console, folder: Path) -> None:
     """One wrong solution from before training, token by token, with the token at which it went wrong."""
     from kibitz.report.terminal import print_rollout
 
-    rows = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text(encoding="utf-8").split("\n") if line]
     wrong = [row for row in rows if row["step"] == 0 and row["reward"] == 0 and row["fork"] is not None]
     if wrong:
         console.print(
