@@ -20,7 +20,7 @@ from kibitz.engines.torch import TorchEngine
 from kibitz.methods import skd
 from kibitz.methods.skd import SKDConfig
 from kibitz.prepare import prepare
-from kibitz.trainer import Progress, Trainer
+from kibitz.trainer import Silence, Trainer
 from kibitz.types import Dense, Prompt, Rollout, Sampling, Writer
 
 VOCAB = 29
@@ -68,7 +68,8 @@ def next_logits(model):
     @cache
     def logits(prefix: tuple[int, ...]) -> torch.Tensor:
         with torch.no_grad():
-            return model.model(input_ids=torch.tensor([prefix]), use_cache=False).logits[0, -1, : model.vocab_size].float()
+            logits_1LV = model.model(input_ids=torch.tensor([prefix]), use_cache=False).logits
+        return logits_1LV[0, -1, : model.vocab_size].float()
 
     return logits
 
@@ -189,7 +190,9 @@ def test_no_token_depends_on_the_block_or_on_the_batch(pair):
 
 def test_stop_tokens_inside_a_block_of_either_writer_end_it(pair):
     prompts = make_prompts([3] * 60)
-    rollouts = SpeculativeEngine(*pair, top_k=12, draft_tokens=6).generate(prompts, Sampling(max_tokens=9, stop_ids=STOPS))
+    rollouts = SpeculativeEngine(*pair, top_k=12, draft_tokens=6).generate(
+        prompts, Sampling(max_tokens=9, stop_ids=STOPS)
+    )
     ends = Counter((int(r.writer_T[-1]), r.num_tokens % 6 != 0) for r in rollouts if r.finished)
     assert ends[Writer.STUDENT, True] > 0 and ends[Writer.TEACHER, True] > 0
     for rollout in rollouts:
@@ -235,7 +238,8 @@ def test_one_forward_of_the_teacher_per_block_and_over_new_tokens_only(pair):
         engine.generate([prompt], sampling)  # chooses its decoders
         shapes = []
         hook = teacher.model.register_forward_pre_hook(
-            lambda module, args, kwargs, shapes=shapes: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+            lambda module, args, kwargs, shapes=shapes: shapes.append(tuple(kwargs["input_ids"].shape)),
+            with_kwargs=True,
         )
         (rollout,) = engine.generate([prompt], sampling)
         hook.remove()
@@ -277,7 +281,9 @@ def chances(student_V, teacher_V, k: int) -> dict[tuple[int, int], float]:
     student, teacher = student_V.double().softmax(-1).tolist(), teacher_V.double().softmax(-1).tolist()
     top = set(teacher_V.topk(k).indices.tolist())
     outside = sum(p for token, p in enumerate(student) if token not in top)
-    return {(t, Writer.STUDENT): student[t] for t in top} | {(t, Writer.TEACHER): outside * p for t, p in enumerate(teacher)}
+    return {(t, Writer.STUDENT): student[t] for t in top} | {
+        (t, Writer.TEACHER): outside * p for t, p in enumerate(teacher)
+    }
 
 
 def test_joint_outcomes_have_the_enumerated_probabilities(small):
@@ -302,10 +308,10 @@ def test_joint_outcomes_have_the_enumerated_probabilities(small):
 def test_joint_outcomes_are_those_of_a_direct_simulation(small):
     """Two samples, of the engine and of the definition played with Python's random numbers: chi-square of homogeneity."""
     student, teacher, prompt, rollouts = small
-    student, teacher, dice = next_logits(student), next_logits(teacher), random.Random(3)
-    played = Counter()
+    models, dice, played = (next_logits(student), next_logits(teacher)), random.Random(3), Counter()
+    rules = {"top_k": 2, "gamma": 2, "uniform": lambda counter: dice.random()}
     for _ in range(5000):
-        ids, writers, _, _ = play(student, teacher, prompt, Sampling(max_tokens=2), Sampling(), 2, 2, None, lambda _: dice.random())
+        ids, writers, _, _ = play(*models, prompt, Sampling(max_tokens=2), Sampling(), **rules)
         played[tuple(zip(ids, writers, strict=True))] += 1
     ours = Counter(map(outcome, rollouts))
     cells = [key for key in ours if (ours[key] + played[key]) * 5000 / 25_000 >= 5]
@@ -323,12 +329,12 @@ def test_a_replacement_comes_from_the_plain_teacher_and_not_from_the_residual(sm
     student, teacher, prompt, rollouts = small
     counts = Counter(r.response_ids[0] for r in rollouts if r.writer_T[0] == Writer.TEACHER)
     teacher_V = next_logits(teacher)(prompt.ids).double().softmax(-1)
-    residual_V = (teacher_V - next_logits(student)(prompt.ids).double().softmax(-1)).clamp(min=0)
     total = sum(counts.values())
     assert total > 1000
     assert odds([counts[t] for t in range(4)], (total * teacher_V).tolist()) > ODDS
-    kept = [t for t in range(4) if residual_V[t] * total >= 5 * residual_V.sum()]
-    assert sum(counts[t] for t in kept) < total or odds([counts[t] for t in kept], (total * residual_V / residual_V.sum()).tolist()) < 1e-9
+    student_V = next_logits(student)(prompt.ids).double().softmax(-1)
+    impossible = [t for t in range(4) if teacher_V[t] <= student_V[t]]  # for the residual, max(P - S, 0)
+    assert sum(counts[t] for t in impossible) > 100
 
 
 # ------------------------------------------------------------------ the pure parts
@@ -413,7 +419,9 @@ def test_the_loss_covers_the_first_token_the_teachers_tokens_and_the_end_and_not
         assert not set(rollout.response_ids[:-1]) & set(setup.parts.sampling.stop_ids)
         ids, first = torch.tensor([[*rollout.prompt.ids, *rollout.response_ids]]), len(rollout.prompt.ids) - 1
         with torch.no_grad():
-            logp = [m.model(ids).logits[0, first:-1, : m.vocab_size].double().log_softmax(-1) for m in (student, teacher)]
+            logp = [
+                m.model(ids).logits[0, first:-1, : m.vocab_size].double().log_softmax(-1) for m in (student, teacher)
+            ]
         want += (logp[1].exp() * (logp[1] - logp[0])).sum().item()
         count += rollout.num_tokens
     loss, values = method.loss(student, pack(scored, student.device))
@@ -426,16 +434,17 @@ def test_with_the_whole_vocabulary_a_run_is_one_of_opd(set_up):
     runs = []
     for name, method in (("opd", None), ("skd", SKDConfig(accept_top_k=vocab, divergence="reverse_kl"))):
         setup = set_up(name, method, steps=2)
-        Trainer(setup, Progress()).run()
-        runs.append([(row["loss"], row["grad_norm"]) for row in setup.folder.metrics.read()])
-    assert torch.tensor(runs[0]).tolist() == pytest.approx(torch.tensor(runs[1]).tolist(), rel=1e-5)
+        Trainer(setup, Silence()).run()
+        runs.append([row[name] for row in setup.folder.metrics.read() for name in ("loss", "grad_norm", "num_tokens")])
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5)
 
 
 def test_a_student_that_learns_is_rejected_less(set_up):
-    setup = set_up("run", SKDConfig(accept_top_k=3), steps=12, optim={"lr": 5e-3})
-    trainer = Trainer(setup, Progress())
-    prompts = setup.stream.take(16)
+    """By 0.08 here; over the thousand tokens of 128 rollouts the share has a standard error of 0.015."""
+    setup = set_up("run", SKDConfig(accept_top_k=6), steps=30, optim={"lr": 1e-2})
+    trainer = Trainer(setup, Silence())
+    prompts = setup.stream.take(64)
     before = rejection(trainer.method.rollout(prompts, seed=9))
     trainer.run()
     after = rejection(trainer.method.rollout(prompts, seed=9))
-    assert after < before - 0.1
+    assert after < before - 0.04

@@ -12,8 +12,8 @@ max(P_i - S_i, 0), and no token of the teacher's follows a block that passed who
 
     p(token) = S(token) [token in top-K of P] + P(token) * sum of S outside the top-K of P
 
-whatever gamma is: the block is only a matter of speed. K = V writes on-policy, K = 1 with a greedy teacher writes what
-the teacher would have written, and the share of rejected tokens says where between the two a student stands.
+whatever gamma is, unless K decays by the block: gamma is a matter of speed. K = V writes on-policy, K = 1 with a greedy
+teacher writes what that would have written, and the share of rejected tokens says where a student stands between them.
 
 Where this leaves the released code, on purpose: K is counted on the teacher's raw distribution, because after a top-p of
 0.5 most of the "25 likeliest" have probability 0; and the token that is judged is the one that is written (there it is

@@ -32,7 +32,8 @@ def pick(name: str, prompts: Sequence[Prompt], world_grader: Grader | None = Non
     if name == "auto":
         return world_grader or (math if any(prompt.answer is not None for prompt in prompts) else None)
     if name not in GRADERS:
-        raise ValueError(f"data.grader: there is no grader {name!r}: write auto, {', '.join(GRADERS)}, or pass a function in Python")
+        names = ", ".join(["auto", *GRADERS])
+        raise ValueError(f"data.grader: there is no grader {name!r}: write one of {names}, or pass a function in Python")
     if name == "code":
         sandbox.check()
     return GRADERS[name]

@@ -25,7 +25,7 @@ def math(prompt: Prompt, text: str) -> float:
     for module in ("parser", "grader"):
         logging.getLogger(f"math_verify.{module}").addFilter(_worth_saying)
     # math-verify bounds its time by an alarm signal, which only the main thread can have.
-    seconds = MATH_SECONDS if _in_main_thread() else None
+    seconds = MATH_SECONDS if _in_main_thread() else 0
     answer = _answer(prompt).rsplit("####", 1)[-1].strip()
     gold = parse(f"${answer}$", parsing_timeout=seconds) or parse(answer, parsing_timeout=seconds)
     return float(verify(gold, parse(text, parsing_timeout=seconds), timeout_seconds=seconds))

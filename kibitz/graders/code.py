@@ -70,8 +70,10 @@ def code(prompt: Prompt, text: str) -> float:
     """1 if the last fenced Python block of the text, or the whole of it, passes all the row's `tests`."""
     tests = prompt.columns.get("tests")
     if not tests:
-        raise ValueError(f"prompt {prompt.key} has no tests: the grader `code` needs a column `tests`, a list of assert statements "
-                         'or of {"input": ..., "output": ...}')  # fmt: skip
+        raise ValueError(
+            f"prompt {prompt.key} has no tests: the grader `code` needs a column `tests`, a list of assert statements or of "
+            '{"input": ..., "output": ...}'
+        )
     try:
         return float(judge(program_of(text), [tests] if isinstance(tests, str | dict) else tests).passed)
     except ValueError as error:

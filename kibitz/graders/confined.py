@@ -37,7 +37,7 @@ def confine(limits):
     ):
         try:
             layer()
-        except (OSError, AttributeError, ValueError, KeyError) as error:
+        except (OSError, AttributeError, ValueError, OverflowError, KeyError) as error:
             missing.append(f"{name} ({type(error).__name__}: {error})")
     return missing
 

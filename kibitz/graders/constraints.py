@@ -83,7 +83,7 @@ def _check_option(name: str, option: str, value: Any) -> None:
         raise ValueError(f"the constraint {name} has {option} = {value!r}: write {expected}")
     if option == "pattern":
         try:
-            re.compile(value)
+            re.compile(str(value))
         except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(f"the constraint {name} has a pattern that is no regular expression, {value!r}: {error}") from None
 

@@ -41,6 +41,9 @@ MAX_FILES = 256
 TICK_MILLISECONDS = 50
 UNSAFE = "KIBITZ_UNSAFE_CODE"
 
+# -I but for -E, which would ignore the seed for hashes; the environment holds nothing but what `run` puts there.
+OPTIONS = ("-P", "-s", "-S", "-B", "-X", "utf8")
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -70,8 +73,7 @@ def run(job: dict, stdin: bytes, limits: Limits) -> Outcome:
         standard_input.write(b"%010d" % len(header) + header + stdin)
         standard_input.seek(0)
         process = subprocess.Popen(
-            # Not -I, which would ignore the seed for hashes: the environment holds nothing but what stands here.
-            [os.path.realpath(sys.executable), "-P", "-s", "-S", "-B", "-X", "utf8", str(Path(__file__).with_name("confined.py"))],
+            [os.path.realpath(sys.executable), *OPTIONS, str(Path(__file__).with_name("confined.py"))],
             stdin=standard_input,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -141,14 +143,13 @@ def _readable(file: int, deadline: float) -> bool:
 
 def _folder_is_full(folder: str, limits: Limits) -> bool:
     num_files = num_bytes = 0
-    for entry in os.scandir(folder):
-        try:
-            num_bytes += entry.stat(follow_symlinks=False).st_size
-        except FileNotFoundError:  # deleted since it was listed
-            continue
-        num_files += 1
-        if num_files > MAX_FILES or num_bytes > limits.folder_bytes:
-            return True
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):  # deleted since it was listed
+                num_bytes += entry.stat(follow_symlinks=False).st_size
+            num_files += 1
+            if num_files > MAX_FILES or num_bytes > limits.folder_bytes:
+                return True
     return False
 
 
