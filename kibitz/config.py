@@ -275,7 +275,7 @@ class GuardConfig(Section):
         description="A change must also be this many deviations of a window's median. 5: of flat toy rewards (0.1, 64 "
         "rollouts a step) 4 called 5 of 80 runs falling, 5 none.",
     )
-    length_inflation: GuardAction = Field("warn", description="Responses grow, and neither the reward nor the reverse KL gets better.")
+    length_inflation: GuardAction = Field("warn", description="Responses grow, and nothing gets better.")
     length_ratio: float = Field(
         1.2, gt=1, description="Growth of responses without gain. 1.2: a toy collapse went from 5.5 to 7.2."
     )
@@ -311,18 +311,24 @@ class GuardConfig(Section):
     )
     reward_falling: GuardAction = Field("warn", description="The reward falls from its best and stays there.")
     reward_drop: float = Field(
-        0.25, gt=0, description="Relative, below the best window. 0.25: dips of 10-18% in toy runs recovered, deeper ones did not."
+        0.25,
+        gt=0,
+        description="Relative, below the best window. 0.25: toy runs recovered from dips of 18%, not from 28%.",
     )
-    student_stuck: GuardAction = Field("warn", description="No gradient, or groups of equal rewards, and nothing moves.")
+    student_stuck: GuardAction = Field(
+        "warn", description="No gradient, or groups of equal rewards, and nothing moves."
+    )
     stuck_grad_norm: float = Field(1e-4, gt=0, description="A gradient that is none. Published runs have 0.4 to 20.")
     stuck_equal_groups: float = Field(
         0.9, gt=0, le=1, description="Prompts whose samples all got one reward: GRPO learns nothing there."
     )
-    style_overfit: GuardAction = Field("warn", description="pass@k falls while the reverse KL falls: the style is learnt, not the skill.")
+    style_overfit: GuardAction = Field("warn", description="The teacher's style is learnt and its skill is not.")
     style_drop: float = Field(
         0.05, gt=0, lt=1, description="Fall of pass@k at two evaluations running, while the reverse KL falls."
     )
-    not_finite: GuardAction = Field("warn", description="The gradient or the loss is NaN or infinite; the step is skipped and counted.")
+    not_finite: GuardAction = Field(
+        "warn", description="The loss or the gradient is NaN or infinite; the step is skipped."
+    )
     mask_cut_off: bool = Field(
         False,
         description="Learn nothing from rollouts that were cut off (DAPO's overlong filter, 2503.14476). Off: each token's "

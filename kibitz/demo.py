@@ -26,6 +26,7 @@ def recipe(output: str = "runs/demo", seed: int = 0, models: str | None = None) 
         "method": {"type": "opd", "divergence": "reverse_kl"},
         "rollout": {"prompts_per_step": 64, "samples_per_prompt": 1, "max_tokens": 64},
         "optim": {"lr": 1e-3},
+        "threads": 1,  # larger matrices would gain from more; and so it repeats bit for bit
         "steps": 80,
         "eval": {"every": 20, "num_prompts": 512},
         "save": {"every": 40, "keep": 1},

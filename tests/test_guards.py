@@ -4,6 +4,7 @@ import json
 import math
 import random
 import time
+from functools import lru_cache
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ def share(rng: random.Random, p: float, num: int) -> float:
     return sum(rng.random() < p for _ in range(num)) / num
 
 
+@lru_cache(maxsize=20)
 def healthy_run(seed: int, steps: int = 200) -> list[dict]:
     """Rows of a run that works: the KL falls, the reward rises (or was high before), the entropy nears the teacher's.
 
@@ -111,16 +113,17 @@ def changed(rows: list[dict], start: int, **values) -> list[dict]:
 
 
 def test_healthy_runs_raise_nothing():
-    """At most 1 of 200 healthy runs of 200 steps, with their evaluations, may raise an alarm.
+    """At most 2 of 200 healthy runs of 200 steps raise any alarm.
 
-    None of MEASURED did, so the rate is below RATE (95%), and 2 of 200 would come by chance in less than ODDS."""
-    runs = 200
-    falsely = sum(
-        bool(alarms_of(healthy_run(seed)) or [a for row in healthy_evals(seed) for a in evaluator(row)])
-        for seed in range(runs)
-        for evaluator in [Guards(GuardConfig()).watch_eval]
-    )
-    assert falsely <= 1
+    Of 4,000 such runs with other seeds 1 did, and 5 of their evaluations: at that rate 3 or more of 200 come by chance
+    once in 280."""
+    falsely = 0
+    for seed in range(200):
+        guards = Guards(GuardConfig())
+        falsely += bool(
+            alarms_of(healthy_run(seed), guards) or [a for r in healthy_evals(seed) for a in guards.watch_eval(r)]
+        )
+    assert falsely <= 2
 
 
 # ------------------------------------------------------------------ collapses
@@ -134,24 +137,24 @@ def ramp(over: int):
 SUDDEN, SLOW = ramp(30), ramp(75)
 COLLAPSES = {
     # StableOPD, figure 1: within 30 steps nearly all is cut off and repeats, while the KL looks better than ever
-    "cut_off": (30, {"cut_off": lambda old, t: old + (0.95 - old) * SUDDEN(t)}),
+    "cut_off": (20, {"cut_off": lambda old, t: old + (0.95 - old) * SUDDEN(t)}),
     "repetition": (
-        45,
+        25,
         {"repetition": lambda old, t: old + 0.3 * SUDDEN(t), "reverse_kl": lambda old, t: old / (1 + t)},
     ),
     "length_inflation": (
-        45,
+        25,
         {"response_tokens": lambda old, t: old * (1 + SUDDEN(t)), "reward": lambda old, t: old * 0.5},
     ),
-    "entropy_collapse": (60, {"student_entropy": lambda old, t: old * math.exp(-t / 15)}),
-    "overlap_falling": (60, {"top_k_overlap": lambda old, t: old - 0.2 * SLOW(t)}),
+    "entropy_collapse": (45, {"student_entropy": lambda old, t: old * math.exp(-t / 15)}),
+    "overlap_falling": (40, {"top_k_overlap": lambda old, t: old - 0.2 * SLOW(t)}),
     "kl_rising": (
-        60,
+        20,
         {"reverse_kl": lambda old, t: 0.05 + old * (1 + 9 * SLOW(t)), "reward": lambda old, t: old * 0.5},
     ),
-    "reward_falling": (60, {"reward": lambda old, t: old * (1 - 0.9 * SUDDEN(t))}),
+    "reward_falling": (30, {"reward": lambda old, t: old * (1 - 0.9 * SUDDEN(t))}),
     "student_stuck": (
-        40,
+        32,
         {"grad_norm": lambda old, t: 1e-7, "reverse_kl": lambda old, t: 0.2, "reward": lambda old, t: 0.3},
     ),
     "not_finite": (0, {"grad_norm": lambda old, t: math.nan}),
@@ -173,7 +176,7 @@ def test_groups_of_equal_reward_leave_a_student_without_a_teacher_stuck():
         for i in range(1, 60)
     ]
     (alarm,) = alarms_of(rows)
-    assert (alarm.name, alarm.step) == ("student_stuck", 20)
+    assert (alarm.name, alarm.step) == ("student_stuck", 40)
     assert "95% of the prompts" in alarm.symptom
     assert not alarms_of([row | {"equal_groups": 0.7} for row in rows])
     assert not alarms_of([row | {"reverse_kl": 0.3} for row in rows]), "the teacher still says something"
@@ -181,6 +184,11 @@ def test_groups_of_equal_reward_leave_a_student_without_a_teacher_stuck():
 
 def test_a_student_that_has_learnt_everything_is_not_stuck():
     rows = [{"step": i, "loss": 1e-7, "reverse_kl": 1e-7, "grad_norm": 1e-6} for i in range(1, 60)]
+    assert not alarms_of(rows)
+
+
+def test_a_tiny_gradient_that_moves_the_student_is_enough():
+    rows = [{"step": i, "loss": 1.0, "reverse_kl": 1.0 - i / 200, "grad_norm": 1e-6} for i in range(1, 100)]
     assert not alarms_of(rows)
 
 
@@ -244,7 +252,7 @@ def test_real_traces(name):
 def test_one_problem_raises_one_alarm_and_a_second_one_another():
     steps = [0.0] * 40 + [0.5] * 60 + [0.0] * 60 + [0.5] * 40
     rows = [{"step": i + 1, "cut_off": value} for i, value in enumerate(steps)]
-    assert [(alarm.name, alarm.step) for alarm in alarms_of(rows)] == [("cut_off", 51), ("cut_off", 171)]
+    assert [(alarm.name, alarm.step) for alarm in alarms_of(rows)] == [("cut_off", 50), ("cut_off", 170)]
 
 
 def test_a_value_on_the_threshold_does_not_flicker():

@@ -52,9 +52,10 @@ class Series:
         return median(self.recent[-self.window :])
 
     @property
-    def before(self) -> float:
-        """The window before the last."""
-        return median(self.recent[: -self.window] or self.early)
+    def stands_still(self) -> bool:
+        """Whether the last two windows are there and do not differ."""
+        before = self.recent[: -self.window]
+        return len(before) == self.window and abs(self.sigmas(self.now - median(before))) <= CLEAR
 
     @property
     def lowest(self) -> float:
@@ -188,7 +189,7 @@ def student_stuck(run: Numbers, config: GuardConfig) -> Reading:
     if distance is not None and distance.now < CERTAIN:
         return NOTHING
     goals = [series for series in (distance, reward) if series is not None]
-    if any(abs(series.sigmas(series.now - series.before)) > CLEAR for series in goals):
+    if not all(series.stands_still for series in goals):
         return NOTHING
     if norm <= config.stuck_grad_norm:
         return Reading(1.0, f"the gradient's norm is {norm:.1g} and nothing moves, though there is something to learn")

@@ -1,0 +1,78 @@
+"""The models that the world `arithmetic` ships, made from nothing by the library itself.
+
+    python -m kibitz.worlds.make FOLDER        leaves FOLDER/teacher and FOLDER/student
+
+Three runs of supervised fine-tuning: a teacher; a smaller student that becomes competent; and the same student on
+solutions that read `5+2*3` from left to right, which gives it the misconception a teacher can mend.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from kibitz.worlds import get
+
+# Muon on the matrices: with AdamW alone the circuits that copy a line come several times later. Many small batches
+# do more than few large ones: at equal tokens, 600 x 32 reached 0.72 where 300 x 64 reached 0.41.
+FROM_NOTHING = {"name": "muon", "lr": 5e-3, "muon_lr": 2e-2, "weight_decay": 0.01, "warmup_steps": 10}
+TEACHER_SHAPE = {"hidden_size": 96, "num_hidden_layers": 4, "intermediate_size": 256}
+STUDENT_SHAPE = {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 176}
+
+
+def blank(folder: Path, shape: dict[str, int], seed: int) -> Path:
+    """A Qwen3 of that shape with random weights, saved with the world's tokenizer."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = get("arithmetic").tokenizer()
+    num_heads = 4
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads,
+        head_dim=shape["hidden_size"] // num_heads,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **shape,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def recipe(
+    start: Path, output: Path, steps: int, batch: int, optim: dict[str, Any], world: str, **options: Any
+) -> dict[str, Any]:
+    """Supervised fine-tuning on demonstrations of the world, each seen once."""
+    return {
+        "student": {"model": str(start)},
+        "data": {"world": world, "limit": steps * batch, "options": options},
+        "method": {"type": "sft"},
+        "rollout": {"prompts_per_step": batch, "samples_per_prompt": 1, "max_tokens": 64},
+        "optim": {"tokens_per_micro_batch": 1024, **optim},
+        "steps": steps,
+        "eval": {"every": 0, "num_prompts": 512},
+        "save": {"every": 0},
+        "device": "cpu",
+        "threads": 1,
+        "output": str(output),
+    }
+
+
+def stages(blanks: dict[str, Path], runs: Path) -> dict[str, dict[str, Any]]:
+    """The three runs in order. The third starts from what the second leaves."""
+    wide = "arithmetic-wide"
+    return {
+        "teacher": recipe(blanks["teacher"], runs / "teacher", 1800, 32, FROM_NOTHING, wide),
+        "competent": recipe(blanks["student"], runs / "competent", 1200, 32, FROM_NOTHING, wide),
+        "student": recipe(
+            runs / "competent" / "final", runs / "student", 200, 64, {"lr": 1e-3}, "arithmetic", corrupted=0.9
+        ),
+    }
