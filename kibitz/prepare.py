@@ -68,7 +68,7 @@ def prepare(
     teacher = None if recipe.teacher is None else load_model(recipe.teacher, "teacher", device)
     if teacher is not None:
         teacher.requires_grad_(False)
-    _check_lengths(student, [*prompts, *held_out], recipe)
+    _check_lengths([student, teacher], [*prompts, *held_out], recipe)
     engine = TorchEngine(student, recipe.rollout.max_rows)
     sampling = _sampling(recipe, student)
     evaluator = None
@@ -110,11 +110,13 @@ def _sampling(recipe: Recipe, student: LanguageModel) -> Sampling:
     )
 
 
-def _check_lengths(student: LanguageModel, prompts: Sequence[Prompt], recipe: Recipe) -> None:
-    longest, room = max(len(prompt.ids) for prompt in prompts), student.max_positions
-    if room is not None and longest + recipe.rollout.max_tokens > room:
-        raise RecipeError(
-            f"rollout.max_tokens: the longest prompt has {longest} tokens and the student has {room} positions: "
-            f"write rollout.max_tokens={room - longest} or less" if longest < room else
-            f"data: the longest prompt has {longest} tokens and the student has only {room} positions: shorten it"
-        )  # fmt: skip
+def _check_lengths(models: Sequence[LanguageModel | None], prompts: Sequence[Prompt], recipe: Recipe) -> None:
+    longest, asked = max(len(prompt.ids) for prompt in prompts), recipe.rollout.max_tokens
+    for model in models:
+        room = None if model is None else model.max_positions
+        if room is None or longest + asked <= room:
+            continue
+        where = f"the longest prompt has {longest} tokens and the {model.name} has {room} positions"
+        if longest < room:
+            raise RecipeError(f"rollout.max_tokens: {where}: write rollout.max_tokens={room - longest} or less")
+        raise RecipeError(f"data: {where}: leave out long prompts")

@@ -17,7 +17,8 @@ from kibitz.metrics import JSONL, write_atomically
 from kibitz.models import LanguageModel
 from kibitz.types import Rollout
 
-FREE_TO_CHANGE = {"steps", "eval", "save", "output", "threads", "device"}
+FILES = ("metrics", "evals", "rollouts", "alarms")
+FREE_TO_CHANGE = {"steps", "eval", "save", "guards", "output", "threads", "device"}
 """Sections of the recipe that may differ when a run goes on."""
 
 
@@ -26,9 +27,7 @@ class RunFolder:
 
     def __init__(self, path: Path, recipe: Recipe):
         self.path, self.recipe = path, recipe
-        self.metrics, self.evals, self.rollouts = (
-            JSONL(path / f"{name}.jsonl") for name in ("metrics", "evals", "rollouts")
-        )
+        self.metrics, self.evals, self.rollouts, self.alarms = (JSONL(path / f"{name}.jsonl") for name in FILES)
         self.started = time.time()
         self.info: dict[str, Any] = {}
 
@@ -36,7 +35,7 @@ class RunFolder:
         """Write what is known at the start; on resuming, drop what was written after the checkpoint."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / "recipe.yaml", config.dump(self.recipe))
-        for file in (self.metrics, self.evals, self.rollouts):
+        for file in (self.metrics, self.evals, self.rollouts, self.alarms):
             file.keep(last_step=done)
         self.info = {
             "version": __version__,
@@ -109,7 +108,7 @@ def open_folder(recipe: Recipe, resume: bool, overwrite: bool) -> tuple[RunFolde
 
 def _forget(path: Path) -> None:
     """Only what a run writes; other files in the folder are not ours to delete."""
-    for name in ("recipe.yaml", "run.json", "metrics.jsonl", "evals.jsonl", "rollouts.jsonl", "report.html"):
+    for name in ("recipe.yaml", "run.json", "report.html", *(f"{name}.jsonl" for name in FILES)):
         (path / name).unlink(missing_ok=True)
     shutil.rmtree(path / "checkpoints", ignore_errors=True)
 

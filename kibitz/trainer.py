@@ -3,7 +3,6 @@
 A run is a folder: recipe.yaml, run.json, metrics.jsonl, evals.jsonl, rollouts.jsonl, checkpoints/, report.html.
 """
 
-import math
 import signal
 import threading
 from collections import defaultdict
@@ -22,6 +21,7 @@ from kibitz.batching import group, pack
 from kibitz.config import Recipe
 from kibitz.evaluate import grade
 from kibitz.graders import Grader
+from kibitz.guards import Alarm, Guards, rollout_metrics, without_cut_off
 from kibitz.metrics import Ledger
 from kibitz.models import LanguageModel
 from kibitz.optim import Optimizer, lr_factor
@@ -89,37 +89,42 @@ class Trainer:
     progress: Progress
     ledger: Ledger = field(init=False)
     optimizer: Optimizer = field(init=False)
-    stopping: bool = False
+    interrupted: bool = False
+    stopped_by: Alarm | None = None
 
     def __post_init__(self) -> None:
         self.recipe, self.student, self.folder = self.setup.recipe, self.setup.student, self.setup.folder
         self.method = methods.build(self.setup.parts)
         self.optimizer = Optimizer(self.student.model, self.recipe.optim)
         self.done, self.ledger = 0, Ledger()
+        self.guards = Guards(self.recipe.guards)
         if self.setup.resumed_from is not None:
             state, moments = checkpoint.load_state(self.setup.resumed_from)
             self.optimizer.load_state(moments)
-            self.done, self.ledger, self.setup.stream.position = (
-                state["step"],
-                Ledger(state["ledger"]),
-                state["position"],
-            )
+            self.done, self.setup.stream.position = state["step"], state["position"]
+            self.ledger, self.guards = Ledger(state["ledger"]), Guards(self.recipe.guards, state["guards"])
         self.folder.begin(self.done, self.student, self.setup.teacher)
 
     def run(self) -> None:
-        self.progress.start(self.recipe, self.done)
+        recipe = self.recipe
+        self.progress.start(recipe, self.done)
         with _stop_between_steps(self):
             if not self.folder.evaluated(self.done):
                 self.evaluate()
-            while self.done < self.recipe.steps and not self.stopping:
+            while self.done < recipe.steps and not self.stopping:
                 self.step()
-                if _due(self.recipe.eval.every, self.done) or self.done == self.recipe.steps:
+                last = self.done == recipe.steps
+                if _due(recipe.eval.every, self.done) or last:
                     self.evaluate()
-                if _due(self.recipe.save.every, self.done) or self.done == self.recipe.steps or self.stopping:
+                if _due(recipe.save.every, self.done) or last or self.stopping:
                     self.save()
-        self.folder.finish("finished" if self.done == self.recipe.steps else "stopped")
-        if self.stopping and self.done < self.recipe.steps:
+        self.folder.finish("finished" if self.done == recipe.steps else "stopped")
+        if self.interrupted and self.done < recipe.steps:
             raise KeyboardInterrupt
+
+    @property
+    def stopping(self) -> bool:
+        return self.interrupted or self.stopped_by is not None
 
     def step(self) -> None:
         """One update of the student: write, score, learn."""
@@ -129,10 +134,12 @@ class Trainer:
         self.progress.phase("rollouts")
         with ledger.timed("sampling"):
             rollouts = self.method.rollout(prompts, seed=recipe.seed * 1_000_003 + self.done)
-            grade(self.setup.grader, self.student, [r for r in rollouts if r.writer_T is None])
+            grade(self.setup.grader, self.student, [r for r in rollouts if r.has_tokens_of(Writer.STUDENT)])
         self.progress.phase("teacher")
         with ledger.timed("scoring"):
             scored = self.method.signal(rollouts)
+        if recipe.guards.mask_cut_off:
+            scored = without_cut_off(scored)
         self.progress.phase("student")
         with ledger.timed("training"):
             means, num_tokens = self._accumulate(scored)
@@ -167,14 +174,22 @@ class Trainer:
         row |= {
             "response_tokens": fmean(r.num_tokens for r in rollouts),
             "cut_off": fmean(not r.finished for r in rollouts),
+            "teacher_written": _share_of_teacher(rollouts),
+            **rollout_metrics(rollouts, self.recipe.guards),
             "tokens_per_second": num_tokens / sum(costs["seconds"].values()),
             "seconds": costs["seconds"],
             "flops": costs["flops"],
         }
-        if not math.isfinite(more["grad_norm"]):
-            self.progress.note(f"step {self.done}: the gradient is not finite; the weights stay as they were")
         self.folder.metrics.append(row)
         self.progress.step(row)
+        self._sound(self.guards.watch_step(row))
+
+    def _sound(self, alarms: list[Alarm]) -> None:
+        for alarm in alarms:
+            self.folder.alarms.append(alarm.as_row())
+            self.progress.note(f"step {alarm.step}: {alarm.name}: {alarm.symptom}. {alarm.remedy}")
+            if alarm.action == "stop":
+                self.stopped_by = alarm
 
     def _count_flops(self, rollouts: list[Rollout]) -> None:
         """What each model did for these rollouts. Whoever wrote a token of one read all that came before it."""
@@ -197,11 +212,19 @@ class Trainer:
         shown = self.folder.choose_shown(rollouts, self.recipe.eval.heatmaps)
         self.folder.write_rollouts(self.done, annotate(self.student, self.setup.teacher, shown))
         self.progress.evaluated(row)
+        self._sound(self.guards.watch_eval(row))
 
     def save(self) -> None:
         self.progress.phase("checkpoint")
-        state = {"position": self.setup.stream.position, "ledger": self.ledger.total}
+        position, ledger, guards = self.setup.stream.position, self.ledger.total, self.guards.state()
+        state = {"position": position, "ledger": ledger, "guards": guards}
         checkpoint.save(self.folder.path, self.done, self.student, self.optimizer.state(), state, self.recipe.save.keep)
+
+
+def _share_of_teacher(rollouts: Sequence[Rollout]) -> float:
+    """Of the tokens, those that the teacher wrote: under skd the rejected drafts, 1 - acceptance."""
+    written = sum(int((r.writer_T == Writer.TEACHER).sum()) for r in rollouts if r.writer_T is not None)
+    return written / sum(r.num_tokens for r in rollouts)
 
 
 def _forward_flops(model: LanguageModel, rollouts: Sequence[Rollout]) -> float:
@@ -228,7 +251,7 @@ class _stop_between_steps:
             signal.signal(number, handler)
 
     def _stop(self, number: int, _: object) -> None:
-        if self.trainer.stopping:
+        if self.trainer.interrupted:
             raise KeyboardInterrupt
-        self.trainer.stopping = True
+        self.trainer.interrupted = True
         self.trainer.progress.note("stopping after this step; press Ctrl-C again to stop at once")

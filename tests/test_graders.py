@@ -166,12 +166,20 @@ def test_the_program_of_a_response(text, program):
         (ADD, ["assert add(1, None) == 3"], False),
         (ADD, ["assert abs(add(0.1, 0.2) - 0.3) < 1e-9", "assert add(1, 1) in (2, 3)", "assert add(1, 1) > 1"], True),
         (ADD, ["assert add((1,), ()) == [1]"], False),
-        ("f=lambda: {(1, 'a'): {b'x', 2j}, 0: [(), 1e999]}", ["assert f() == {0: [(), 1e999], (1, 'a'): {2j, b'x'}}"], True),
+        (
+            "f=lambda: {(1, 'a'): {b'x', 2j}, 0: [(), 1e999]}",
+            ["assert f() == {0: [(), 1e999], (1, 'a'): {2j, b'x'}}"],
+            True,
+        ),
         ("from collections import *\nf = lambda: (Counter('aab'), deque)", ["assert f()[0] == {'a': 2, 'b': 1}"], True),
         ("def f(x: return x", ["assert True"], False),
         ("\ud800\x00", ["assert True"], False),
         ("def f(): return 'é'\nprint('noise')", ["assert f() == 'é'"], True),
-        ("from dataclasses import *\n@dataclass\nclass P:\n    x: 'int'", ["assert P(1) == P(1)", "assert P(3).x == 3"], True),
+        (
+            "from dataclasses import *\n@dataclass\nclass P:\n    x: 'int'",
+            ["assert P(1) == P(1)", "assert P(3).x == 3"],
+            True,
+        ),
     ],
 )
 def test_statements(program, tests, passed):
@@ -189,9 +197,19 @@ def test_statements(program, tests, passed):
         ("print(3", "", "3", False),
         ("import asyncio\nasync def f(): await asyncio.sleep(0); print(3)\nasyncio.run(f())", "", "3", True),
         ("open('a', 'w').write('3'); print(open('a').read())", "", "3", True),
-        ("import os; print(os.listdir('.'), len(os.environ), os.environ['HOME'] == os.getcwd())", "", "[] 4 True", True),
+        (
+            "import os; print(os.listdir('.'), len(os.environ), os.environ['HOME'] == os.getcwd())",
+            "",
+            "[] 4 True",
+            True,
+        ),
         ("print({'a', 'b', 'c', 'd'} == set('abcd'), hash('a'))", "", "True " + str(hash("a")), False),
-        ("import math, heapq, re, decimal, zoneinfo, sqlite3, hashlib, itertools, bisect, random; print(3)", "", "3", True),
+        (
+            "import math, heapq, re, decimal, zoneinfo, sqlite3, hashlib, itertools, bisect, random; print(3)",
+            "",
+            "3",
+            True,
+        ),
     ],
 )
 def test_output(program, given, expected, passed):
@@ -253,7 +271,10 @@ HONEST = "def f(x): return x + 1"
 
 @pytest.mark.parametrize("fraud", FRAUDS)
 def test_a_fraud_does_not_pass(fraud):
-    value, inside = "assert f(2) == 3", "assert type(f(2)) is int and all([f(2) > 0]) and len([f(2)]) == 1 == abs(f(2)) - 2"
+    value, inside = (
+        "assert f(2) == 3",
+        "assert type(f(2)) is int and all([f(2) > 0]) and len([f(2)]) == 1 == abs(f(2)) - 2",
+    )
     for test in (value, inside):
         assert judge(HONEST, [test], SLOW).passed
         verdict = judge(FRAUDS[fraud], [test], SLOW)
@@ -319,7 +340,10 @@ def report_of(attack: str, limits: Limits = SLOW) -> sandbox.Outcome:
         ("a = [open('a', 'wb') for _ in range(999)]", "OSError"),
         ("import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0", "AssertionError"),
         ("import ctypes\nassert ctypes.CDLL(None).shmget(0, 4096, 0o1666) >= 0", "AssertionError"),
-        ("import ctypes\nassert ctypes.CDLL(None).syscall(425, 8, bytes(256)) >= 0", "AssertionError"),  # io_uring_setup
+        (
+            "import ctypes\nassert ctypes.CDLL(None).syscall(425, 8, bytes(256)) >= 0",
+            "AssertionError",
+        ),  # io_uring_setup
         ("import os\nos.getpid()", "done"),
     ],
 )
@@ -335,10 +359,18 @@ def test_an_attack_meets_an_error(attack, error, monkeypatch):
         ("while True: pass", FAST, "took longer than 1.0 seconds"),
         ("import time\ntime.sleep(99)", FAST, "took longer"),
         ("import os, time\nos.close(1)\ntime.sleep(99)", FAST, "took longer"),
-        ("import signal\n[signal.signal(s, signal.SIG_IGN) for s in (1, 2, 15, 24)]\nwhile True: pass", FAST, "took longer"),
+        (
+            "import signal\n[signal.signal(s, signal.SIG_IGN) for s in (1, 2, 15, 24)]\nwhile True: pass",
+            FAST,
+            "took longer",
+        ),
         ("while True: pass", Limits(wall_seconds=60, cpu_seconds=1), "status -9"),
         ("while True: print('x' * 9999)", SLOW, "wrote more than 1048576 bytes"),
-        ("for i in range(10**9):\n  with open(str(i), 'wb') as f: f.write(bytes(1 << 20))", SLOW, "filled its working directory"),
+        (
+            "for i in range(10**9):\n  with open(str(i), 'wb') as f: f.write(bytes(1 << 20))",
+            SLOW,
+            "filled its working directory",
+        ),
         ("for i in range(10**9): open(str(i), 'wb').close()", SLOW, "filled its working directory"),
         ("import sys\nsys.setrecursionlimit(10**9)\nf = lambda n: [f(n + 1)]\nf(0)", FAST, "left with status|longer"),
         ("import ctypes\nctypes.string_at(0)", SLOW, "status -11"),
@@ -435,7 +467,9 @@ def until(condition):
 
 def test_without_a_wall_programs_are_refused_or_warned_about(monkeypatch):
     broken = Limits(file_bytes=1 << 70)  # no kernel takes such a limit: one layer is missing
-    with pytest.raises(RuntimeError, match=r"cannot be confined on this machine: resource limits \(.*KIBITZ_UNSAFE_CODE=1"):
+    with pytest.raises(
+        RuntimeError, match=r"cannot be confined on this machine: resource limits \(.*KIBITZ_UNSAFE_CODE=1"
+    ):
         judge(ADD, ["assert add(1, 2) == 3"], broken)
     monkeypatch.setenv("KIBITZ_UNSAFE_CODE", "1")
     with pytest.warns(RuntimeWarning, match="run without resource limits"):

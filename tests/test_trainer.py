@@ -239,7 +239,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(models, tmp_path):
     run = kibitz.train(tree, loss=lambda s, t: (s - t).sum(-1) * float("inf"), progress=Notes())
     before, after = weights(models[0]), weights(run.checkpoint)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert any("not finite" in note for note in notes)
+    assert any("not_finite" in note for note in notes)
 
 
 def test_a_grader_that_raises_stops_the_run_and_names_the_prompt(models, tmp_path):
@@ -257,3 +257,80 @@ def test_training_outside_the_main_thread_works(models, tmp_path):
     thread.start()
     thread.join()
     assert runs[0].metrics[-1]["step"] == 1
+
+
+def test_a_guard_that_stops_says_why_and_the_run_can_go_on(models, tmp_path):
+    """The loss is not finite at step 1; the guard was told to stop there."""
+    notes = []
+
+    class Notes(Silence):
+        def note(self, text):
+            notes.append(text)
+
+    tree = recipe(*models, tmp_path / "run", steps=3, guards={"not_finite": "stop"})
+    run = kibitz.train(tree, loss=lambda s, t: (s - t).sum(-1) * float("inf"), progress=Notes())
+    assert [row["step"] for row in run.metrics] == [1]
+    assert any("not_finite" in note for note in notes)
+    (alarm,) = (json.loads(line) for line in (run.folder / "alarms.jsonl").read_text().splitlines())
+    assert (alarm["name"], alarm["action"], alarm["step"]) == ("not_finite", "stop", 1)
+    assert json.loads((run.folder / "run.json").read_text())["status"] == "stopped"
+    assert kibitz.train(tree, resume=True).metrics[-1]["step"] == 3
+
+
+def test_cut_off_rollouts_can_be_masked(models, tmp_path):
+    tree = recipe(*models, tmp_path / "run", steps=1, rollout={"max_tokens": 4}, guards={"mask_cut_off": True})
+    (row,) = kibitz.train(tree).metrics
+    plain = kibitz.train(tree, ["guards.mask_cut_off=false", f"output={tmp_path / 'plain'}"]).metrics[0]
+    assert row["cut_off"] == plain["cut_off"] > 0.3
+    assert row["num_tokens"] < plain["num_tokens"]
+
+
+def test_skd_is_a_recipe_like_any_other(models, tmp_path):
+    """K of 1 lets the teacher write nearly all, K of the vocabulary nothing; both models' sampling is paid for."""
+    follow = kibitz.train(recipe(*models, tmp_path / "follow", method={"type": "skd", "accept_top_k": 1}, steps=1))
+    alone = kibitz.train(recipe(*models, tmp_path / "alone", method={"type": "skd", "accept_top_k": 999}, steps=1))
+    assert follow.metrics[0]["teacher_written"] > 0.5
+    assert alone.metrics[0]["teacher_written"] == 0.0
+    assert follow.metrics[0]["flops"].keys() >= {"student_sampling", "teacher_sampling", "teacher_scoring"}
+
+
+def test_a_method_from_outside_the_package(models, tmp_path, monkeypatch):
+    """What CONTRIBUTING promises a stranger: one section, one builder, and recipes can name it."""
+    from typing import Literal
+
+    from kibitz import methods
+    from kibitz.config import METHOD_CONFIGS, MethodConfig, OPDConfig, load
+    from kibitz.methods import opd
+
+    class HalfConfig(MethodConfig):
+        type: Literal["half"] = "half"
+        share: float = 0.5
+
+        def needs_teacher(self) -> bool:
+            return True
+
+    def build(parts):
+        share = parts.recipe.method.share
+        inner = parts.recipe.model_copy(update={"method": OPDConfig()})
+        changes = {"recipe": inner, "divergence": lambda s, t: share * (s.exp() * (s - t)).sum(-1)}
+        return opd.build(opd.replace(parts, **changes))
+
+    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
+    before = dict(METHOD_CONFIGS)
+    try:
+        methods.register("half", HalfConfig, build)
+        run = kibitz.train(recipe(*models, tmp_path / "run", steps=1, method={"type": "half", "share": 0.25}))
+        assert run.metrics[0]["loss"] == pytest.approx(0.25 * run.metrics[0]["reverse_kl"], rel=1e-5)
+        with pytest.raises(kibitz.RecipeError, match="unknown key method.shape: did you mean share"):
+            load(recipe(*models, tmp_path / "x", method={"type": "half", "shape": 1}))
+    finally:
+        METHOD_CONFIGS.clear()
+        METHOD_CONFIGS.update(before)
+        methods.register("opd", OPDConfig, opd.build)  # builds the recipe anew, without the stranger
+
+
+def test_a_teacher_with_a_short_context_is_refused_before_training(models, tmp_path):
+    student, _ = models
+    teacher = make_model(tmp_path / "short", max_position_embeddings=16)
+    with pytest.raises(kibitz.RecipeError, match="the teacher has 16 positions"):
+        kibitz.train(recipe(student, teacher, tmp_path / "run"))

@@ -33,7 +33,9 @@ def pick(name: str, prompts: Sequence[Prompt], world_grader: Grader | None = Non
         return world_grader or (math if any(prompt.answer is not None for prompt in prompts) else None)
     if name not in GRADERS:
         names = ", ".join(["auto", *GRADERS])
-        raise ValueError(f"data.grader: there is no grader {name!r}: write one of {names}, or pass a function in Python")
+        raise ValueError(
+            f"data.grader: there is no grader {name!r}: write one of {names}, or pass a function in Python"
+        )
     if name == "code":
         sandbox.check()
     return GRADERS[name]

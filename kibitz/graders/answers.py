@@ -39,7 +39,9 @@ def choice(prompt: Prompt, text: str) -> float:
 
 def _answer(prompt: Prompt) -> str:
     if prompt.answer is None:
-        raise ValueError(f"prompt {prompt.key} has no answer to grade against: add the column, or choose prompts that have it")
+        raise ValueError(
+            f"prompt {prompt.key} has no answer to grade against: add the column, or choose prompts that have it"
+        )
     return prompt.answer
 
 

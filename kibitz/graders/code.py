@@ -31,7 +31,9 @@ from kibitz.graders import sandbox
 from kibitz.graders.sandbox import Limits
 from kibitz.types import Prompt
 
-BLOCK = re.compile(r"^[ \t]*```[ \t]*(?P<language>[\w+-]*)[^\n]*\n(?P<body>.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(
+    r"^[ \t]*```[ \t]*(?P<language>[\w+-]*)[^\n]*\n(?P<body>.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE
+)
 PYTHON = ("python", "py", "python3")
 
 COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
@@ -142,7 +144,9 @@ def read_tests(text: str) -> list[Statement]:
 def _read_test(statement: ast.stmt) -> Statement:
     text = ast.unparse(statement)
     match statement:
-        case ast.Assert(test=ast.Compare(left=left, ops=[operation], comparators=[right])) if _comparable(operation, right):
+        case ast.Assert(test=ast.Compare(left=left, ops=[operation], comparators=[right])) if _comparable(
+            operation, right
+        ):
             return Statement(text, ast.unparse(left), COMPARISONS[type(operation)], ast.literal_eval(right))
         case ast.Assert(test=ast.Compare(left=left, ops=[ast.Eq()], comparators=[right])) if _is_literal(left):
             return Statement(text, ast.unparse(right), operator.eq, ast.literal_eval(left))

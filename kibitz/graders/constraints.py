@@ -38,7 +38,9 @@ def check(prompt: Prompt, text: str) -> list[bool]:
     """Which of the row's constraints the text satisfies. ValueError for a constraint that is none."""
     rows = prompt.columns.get("constraints")
     if not rows or isinstance(rows, str | Mapping):
-        raise ValueError(f'prompt {prompt.key} has no constraints: the column `constraints` is a list of {{"type": ..., ...}}')
+        raise ValueError(
+            f'prompt {prompt.key} has no constraints: the column `constraints` is a list of {{"type": ..., ...}}'
+        )
     try:
         bound = [_bind(row) for row in rows]
     except ValueError as error:
@@ -68,7 +70,9 @@ def _bind(row: Any) -> tuple[Callable[..., bool], dict[str, Any]]:
 
 
 def _options(function: Callable[..., bool]) -> str:
-    return ", ".join(str(option) for option in list(inspect.signature(function).parameters.values())[1:]) or "no options"
+    return (
+        ", ".join(str(option) for option in list(inspect.signature(function).parameters.values())[1:]) or "no options"
+    )
 
 
 def _check_option(name: str, option: str, value: Any) -> None:
@@ -85,7 +89,9 @@ def _check_option(name: str, option: str, value: Any) -> None:
         try:
             re.compile(str(value))
         except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(f"the constraint {name} has a pattern that is no regular expression, {value!r}: {error}") from None
+            raise ValueError(
+                f"the constraint {name} has a pattern that is no regular expression, {value!r}: {error}"
+            ) from None
 
 
 # ------------------------------------------------------------------ how much

@@ -33,7 +33,10 @@ class _Worker:
         with self.lock:
             if self.process is None:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", "-c", _PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                    [sys.executable, "-I", "-S", "-c", _PROGRAM],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
                 )
                 self._exchange('["", "", false]', START_SECONDS)
             return self._exchange(question, seconds)

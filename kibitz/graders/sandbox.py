@@ -93,7 +93,9 @@ def run(job: dict, stdin: bytes, limits: Limits) -> Outcome:
 def check() -> None:
     """RuntimeError where programs cannot be confined."""
     if os.name != "posix":
-        raise RuntimeError("the grader `code` runs programs on Linux only: run kibitz there, or take another data.grader")
+        raise RuntimeError(
+            "the grader `code` runs programs on Linux only: run kibitz there, or take another data.grader"
+        )
     run({"source": "", "tests": None, "nonce": None}, b"", Limits())
 
 
@@ -125,7 +127,9 @@ def _watch(process: subprocess.Popen[bytes], folder: str, limits: Limits) -> Out
             if process.poll() is None:
                 time.sleep(0.005)
                 continue
-            return Outcome(bytes(output), "" if process.returncode == 0 else f"it left with status {process.returncode}")
+            return Outcome(
+                bytes(output), "" if process.returncode == 0 else f"it left with status {process.returncode}"
+            )
         if _readable(process.stdout.fileno(), min(deadline, time.monotonic() + TICK_MILLISECONDS / 1000)):
             chunk = os.read(process.stdout.fileno(), 1 << 16)
             output += chunk

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kibitz.losses import policy_gradient
 from kibitz.losses.divergences import entropy, reverse_kl
+from kibitz.losses.overlap import top_k_overlap
 from kibitz.losses.supports import (
     Buckets,
     find_token,
@@ -201,7 +202,10 @@ def _student_metrics(student_CV: Tensor, tokens: Tokens) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _dense_metrics(student_CV: Tensor, teacher_CV: Tensor, tokens: Tokens) -> dict[str, Tensor]:
+    overlap = top_k_overlap(student_CV, teacher_CV)
     return _student_metrics(student_CV, tokens) | {
+        "top_k_overlap": overlap.share_C,
+        "overlap_mass": overlap.student_mass_C,
         "teacher_entropy": entropy(teacher_CV),
         "teacher_logp": gather_tokens(teacher_CV, tokens.token_T),
         "reverse_kl": reverse_kl(student_CV, teacher_CV),

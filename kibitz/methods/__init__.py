@@ -4,18 +4,24 @@
 |---|---|---|---|
 | sft | the data, or the teacher | the token | cross-entropy |
 | opd | the student | the teacher's distribution there | reverse KL, or another divergence |
+| skd | the student; the teacher replaces what is not in its top K | the teacher's distribution there | forward KL, or another |
 | grpo | the student, a group per prompt | reward minus the group's mean | clipped policy gradient |
 """
 
 from collections.abc import Callable
 
-from kibitz.config import METHOD_CONFIGS, MethodConfig
-from kibitz.methods import grpo, opd, sft
+from kibitz.config import MethodConfig, register_method
+from kibitz.methods import grpo, opd, sft, skd
 from kibitz.methods.parts import Method, Parts, token_loss
 
 __all__ = ["METHODS", "Method", "Parts", "build", "register", "token_loss"]
 
-METHODS: dict[str, Callable[[Parts], Method]] = {"sft": sft.build, "opd": opd.build, "grpo": grpo.build}
+METHODS: dict[str, Callable[[Parts], Method]] = {
+    "sft": sft.build,
+    "opd": opd.build,
+    "skd": skd.build,
+    "grpo": grpo.build,
+}
 
 
 def build(parts: Parts) -> Method:
@@ -25,5 +31,5 @@ def build(parts: Parts) -> Method:
 
 def register(name: str, config: type[MethodConfig], build: Callable[[Parts], Method]) -> None:
     """Add a method from outside the package: its name, its section of the recipe, and how to make it."""
-    METHOD_CONFIGS[name] = config
+    register_method(name, config)
     METHODS[name] = build

@@ -6,8 +6,6 @@ Three runs of supervised fine-tuning: a teacher; a smaller student that becomes 
 solutions that read `5+2*3` from left to right, which gives it the misconception a teacher can mend.
 """
 
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 

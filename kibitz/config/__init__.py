@@ -1,0 +1,38 @@
+"""The recipe: one tree, checked before any weights load. It imports no torch, so that `kibitz --help` is quick.
+
+    recipe = load("recipe.yaml", ["optim.lr=1e-4"])
+
+Every field has a default, and its description says where the default comes from. An unknown key is an error that
+names the nearest right one. Paths are relative to the current folder.
+"""
+
+from kibitz.config.base import RecipeError, Section
+from kibitz.config.guards import GuardConfig
+from kibitz.config.methods import (
+    METHOD_CONFIGS,
+    DivergenceName,
+    GRPOConfig,
+    MethodConfig,
+    OPDConfig,
+    SFTConfig,
+    SKDConfig,
+)
+from kibitz.config.reading import dump, json_schema, load
+from kibitz.config.recipe import Recipe, register_method
+from kibitz.config.sections import (
+    Columns,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    RolloutConfig,
+    SaveConfig,
+    StudentConfig,
+    TeacherConfig,
+)
+
+__all__ = [
+    "METHOD_CONFIGS", "Columns", "DataConfig", "DivergenceName", "EvalConfig", "GRPOConfig", "GuardConfig", "MethodConfig",
+    "ModelConfig", "OPDConfig", "OptimConfig", "Recipe", "RecipeError", "RolloutConfig", "SFTConfig", "SKDConfig",
+    "SaveConfig", "Section", "StudentConfig", "TeacherConfig", "dump", "json_schema", "load", "register_method",
+]  # fmt: skip

@@ -1,0 +1,116 @@
+"""From YAML and `a.b=value` to a checked recipe, and back; mistakes become sentences."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from kibitz.config.base import RecipeError, Section
+from kibitz.config.methods import METHOD_CONFIGS, method_type
+from kibitz.config.recipe import Recipe
+
+
+def load(source: "str | Path | dict | Recipe", overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """A checked recipe from a YAML file, a dict or a recipe, with `a.b=value` overrides (values are YAML)."""
+    if isinstance(source, Recipe):
+        tree = source.model_dump(mode="json", exclude_unset=True)
+    elif isinstance(source, dict):
+        tree = json.loads(json.dumps(source))
+    else:
+        tree = _read(Path(source))
+    for override in overrides:
+        _assign(tree, override)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, tree)) from None
+
+
+def _read(path: Path) -> dict:
+    if not path.is_file():
+        raise RecipeError(f"there is no recipe at {path}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path} holds no recipe: it must start with keys such as student: and data:")
+    return tree
+
+
+def _assign(tree: dict, override: str) -> None:
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise RecipeError(f"cannot read the override {override!r}: write a.b=value, such as optim.lr=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *parents, last = path.strip().split(".")
+    node = tree
+    for name in parents:
+        if not isinstance(node.get(name), dict):
+            node[name] = {}
+        node = node[name]
+    node[last] = value
+
+
+def _explain(error: ValidationError, tree: dict) -> str:
+    lines = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in _without_tags(problem["loc"]))
+        match problem["type"]:
+            case "extra_forbidden":
+                lines.append(f"unknown key {place}{_nearest(problem['loc'])}")
+            case "missing":
+                lines.append(f"{place} is missing")
+            case "union_tag_invalid" | "union_tag_not_found":
+                given = method_type(problem.get("input"))
+                near = difflib.get_close_matches(str(given), METHOD_CONFIGS, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                lines.append(f"unknown method {given!r}: method.type is one of {', '.join(METHOD_CONFIGS)}{hint}")
+            case "value_error":
+                lines.append((f"{place}: " if place else "") + problem["msg"].removeprefix("Value error, "))
+            case _:
+                lines.append(f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}")
+    return "; ".join(lines)
+
+
+def _without_tags(location: tuple) -> list:
+    """pydantic puts the tag of a union (`opd`) into the path; people did not write it."""
+    parts = list(location)
+    if len(parts) > 1 and parts[0] == "method" and parts[1] in METHOD_CONFIGS:
+        del parts[1]
+    return parts
+
+
+def _nearest(location: tuple) -> str:
+    section: Any = Recipe
+    for part in location[:-1]:
+        if section is Recipe and part == "method":
+            continue
+        if part in METHOD_CONFIGS:
+            section = METHOD_CONFIGS[part]
+            continue
+        section = _section_of(section.model_fields[part].annotation)
+    names = list(section.model_fields)
+    near = difflib.get_close_matches(str(location[-1]), names, 1, cutoff=0.5)
+    return f": did you mean {near[0]}?" if near else f": it has {', '.join(names)}"
+
+
+def _section_of(annotation: Any) -> type[Section]:
+    options = getattr(annotation, "__args__", (annotation,))
+    return next(option for option in options if isinstance(option, type) and issubclass(option, Section))
+
+
+def dump(recipe: Recipe) -> str:
+    """The whole recipe as YAML, defaults included, so that a run folder says all that was used."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> dict:
+    """For editors: put `# yaml-language-server: $schema=recipe.schema.json` at the head of a recipe."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}

@@ -1,0 +1,139 @@
+"""The sections of a recipe that every method reads: models, data, rollouts, optimizer, evaluation, checkpoints."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from kibitz.config.base import Section
+
+
+class ModelConfig(Section):
+    """A Hugging Face causal language model with its tokenizer and chat template."""
+
+    model: str = Field(description="Folder of a Hugging Face checkpoint (safetensors), or a name on the hub.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: float32 on a CPU (bf16 log-probs are off by 5e-3 there), bfloat16 on a GPU."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the checkpoint. Off: it is a risk."
+    )
+
+
+class StudentConfig(ModelConfig):
+    """The model that plays: it writes the rollouts and is trained."""
+
+
+class TeacherConfig(ModelConfig):
+    """The model that comments: it scores every token and is never changed."""
+
+
+class Columns(Section):
+    """Names of the columns in your file, where they differ from kibitz's."""
+
+    prompt: str = "prompt"
+    answer: str = "answer"
+    response: str = "response"
+    task: str = "task"
+
+
+class DataConfig(Section):
+    """Where the prompts come from: a file, a `datasets` name, or a toy world."""
+
+    prompts: str | None = Field(None, description="JSONL, parquet, or a name for `datasets.load_dataset`.")
+    world: str | None = Field(None, description="A toy world that a CPU can learn; see `kibitz worlds`.")
+    split: str = Field("train", description="Split of the dataset or world.")
+    columns: Columns = Columns()
+    system: str | None = Field(None, description="System message put before every `prompt`.")
+    template: dict[str, Any] = Field(
+        default_factory=dict, description="Arguments of the chat template, such as {enable_thinking: false}."
+    )
+    grader: str = Field(
+        "auto",
+        description="exact, math, choice, constraints, constraints_strict, code (unit tests in a confined process), or "
+        "auto: the world's own, else math if rows have an answer.",
+    )
+    limit: int | None = Field(
+        None, ge=1, description="Use only the first rows; a world makes this many (default 20000)."
+    )
+    max_prompt_tokens: int = Field(
+        1024, ge=1, description="A longer prompt is an error. 1024: Thinking Machines' cookbook."
+    )
+    shuffle: bool = Field(True, description="A new order each epoch, decided by the seed.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the world, such as {corrupted: 0.9}.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "DataConfig":
+        if (self.prompts is None) == (self.world is None):
+            raise ValueError(
+                "write either data.prompts (a file or dataset name) or data.world (a toy world), one of them"
+            )
+        return self
+
+
+class RolloutConfig(Section):
+    """How responses are written. One step takes `prompts_per_step` x `samples_per_prompt` rollouts."""
+
+    engine: Literal["torch"] = Field("torch", description="torch: the embedded engine, on the student's own weights.")
+    prompts_per_step: int = Field(64, ge=1, description="64: Thinking Machines' default.")
+    samples_per_prompt: int = Field(4, ge=1, description="4: Thinking Machines' default; grpo needs at least 2.")
+    max_tokens: int = Field(1024, ge=1, description="A longer response is cut off, and gets no invented end.")
+    temperature: float = Field(1.0, gt=0, description="1: rollouts are the student's own distribution.")
+    top_p: float = Field(1.0, gt=0, le=1, description="1: off, so that log-probabilities are the student's own.")
+    top_k: int = Field(0, ge=0, description="0: off.")
+    stop: list[str] = Field(
+        default_factory=list, description="Single tokens that end a response besides the model's EOS."
+    )
+    max_rows: int = Field(256, ge=1, description="Rows generated side by side; bounds the KV cache.")
+
+    @property
+    def truncated(self) -> bool:
+        """Whether tokens are drawn from less than the whole distribution."""
+        return self.top_p < 1 or self.top_k > 0
+
+
+class OptimConfig(Section):
+    """The optimizer and its schedule."""
+
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: on the matrices, AdamW on the rest; for training from nothing."
+    )
+    lr: float = Field(5e-5, gt=0, description="5e-5: the cookbook's on-policy default for full fine-tuning.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="linear to 0: toy runs lose 20-30 points without decay."
+    )
+    warmup_steps: int = Field(
+        0, ge=0, description="Steps of linear warm-up. 0: the cookbook; toy runs from AdamW's first step want 10."
+    )
+    clip: float | None = Field(1.0, gt=0, description="Largest gradient norm.")
+    betas: tuple[float, float] = Field(
+        (0.9, 0.95), description="0.95: short runs forget old gradients sooner (the cookbook's Adam)."
+    )
+    eps: float = Field(1e-8, gt=0, description="Of AdamW: PyTorch's default.")
+    weight_decay: float = Field(0.0, ge=0, description="0: a student that equals its teacher stays where it is.")
+    muon_lr: float | None = Field(None, gt=0, description="Rate of the matrices under muon; 10 x lr if not set.")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Of muon.")
+    tokens_per_micro_batch: int = Field(16384, ge=1, description="Bounds activations. The loss does not depend on it.")
+    chunk_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens whose logits exist at one time; chosen by the vocabulary. The loss does not depend on it.",
+    )
+
+
+class EvalConfig(Section):
+    """When and on what the student is measured: T=1, greedy, pass@k, reverse KL to the teacher."""
+
+    every: int = Field(20, ge=0, description="In steps; 0: only before and after. 20: the cookbook.")
+    prompts: str | None = Field(None, description="File or dataset; without it the world's dev split, or none.")
+    split: str = Field("dev", description="Split of the world or dataset.")
+    num_prompts: int = Field(256, ge=1, description="256 give an interval of about 12 points at 50%.")
+    samples: int = Field(1, ge=1, description="Samples per prompt at temperature 1; more give pass@k.")
+    seed: int = Field(1234, description="Of the evaluation's own sampling: the same for every run.")
+    heatmaps: int = Field(12, ge=0, description="Rollouts written with both models' top-5 for the report.")
+
+
+class SaveConfig(Section):
+    """Checkpoints: Hugging Face folders plus what training needs to go on."""
+
+    every: int = Field(50, ge=0, description="In steps; 0: only at the end.")
+    keep: int = Field(2, ge=1, description="Older ones are deleted.")
