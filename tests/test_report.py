@@ -394,3 +394,17 @@ def test_terminal_shows_text_and_no_orders():
 def test_rollout_without_tokens_or_teacher_is_printed():
     assert "The response is empty." in printed({"prompt": "p", "response": ""})
     assert "The teacher would have said all of it too." in printed({"tokens": [{"text": "a", "student_logp": -0.1}]})
+
+
+def test_what_the_guards_said_stands_at_the_top(folder):
+    assert 'role="alert"' not in page_of(folder)
+    alarm = {
+        "step": 12,
+        "name": "repetition",
+        "symptom": "<b>half</b> of the tokens repeat",
+        "remedy": "Lower the rate.",
+        "action": "warn",
+    }
+    (folder / "alarms.jsonl").write_text(json.dumps(alarm) + "\n")
+    page = page_of(folder)
+    assert "Step 12, repetition: &lt;b&gt;half&lt;/b&gt; of the tokens repeat. Lower the rate." in page

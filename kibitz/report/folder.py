@@ -27,6 +27,7 @@ class Run:
     metrics: list[Row] = field(default_factory=list)
     evals: list[Row] = field(default_factory=list)
     rollouts: list[Row] = field(default_factory=list)
+    alarms: list[Row] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
     @property
@@ -45,6 +46,8 @@ def read_run(folder: Path) -> Run:
         _read_jsonl(folder / "evals.jsonl", run.notices), key=lambda row: (row["step"], str(row.get("split")))
     )
     run.rollouts = _read_jsonl(folder / "rollouts.jsonl", run.notices)
+    if (folder / "alarms.jsonl").is_file():  # there is none where no guard spoke
+        run.alarms = _read_jsonl(folder / "alarms.jsonl", run.notices)
     if run.info.get("status") == "running":
         run.notices.append("The run had not finished when this report was built.")
     return run

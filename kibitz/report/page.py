@@ -67,11 +67,18 @@ def _run(run: Run) -> dict[str, Any]:
         "facts": summary.facts(run),
         "comparisons": summary.comparisons(run),
         "costs": costs.table(run),
+        "alarms": [_alarm(alarm) for alarm in run.alarms],
         "notices": [formats.safe_lines(notice) for notice in run.notices],
         "details": _details(run),
         "recipe": formats.safe_lines(run.recipe_text),
         "status": _status(run),
     }
+
+
+def _alarm(alarm: Row) -> str:
+    """What a collapse guard said, in one line."""
+    words = [str(alarm.get(key) or "") for key in ("step", "name", "symptom", "remedy")]
+    return formats.safe_lines("Step {}, {}: {}. {}".format(*words))
 
 
 def _heatmap(runs: list[Run]) -> dict[str, Any] | None:
