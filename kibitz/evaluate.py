@@ -134,7 +134,8 @@ def evaluate_model(
     tokenizer = load_tokenizer(config, "student")
     if teacher is not None:
         check_same_tokenizer(tokenizer, load_tokenizer(ModelConfig(model=teacher), "teacher"))
-    prompts = load_prompts(data, tokenizer, eval.seed)[: eval.num_prompts]
+    limit = min(eval.num_prompts, data.limit or eval.num_prompts)
+    prompts = load_prompts(data.model_copy(update={"limit": limit}), tokenizer, eval.seed)
     grader = load_grader(data, prompts)
     student = load_model(config, "student", where, tokenizer)
     scorer = None if teacher is None else load_model(ModelConfig(model=teacher), "teacher", where)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kibitz import config
-from kibitz.config import DataConfig, Recipe, RecipeError, SFTConfig
+from kibitz.config import DataConfig, Recipe, RecipeError
 from kibitz.data import PromptStream, encode_response, load_grader, load_prompts
 from kibitz.engines import Engine
 from kibitz.engines.torch import TorchEngine
@@ -48,8 +48,7 @@ def prepare(
     """Check a recipe against the world, then load it."""
     recipe = config.load(source, list(overrides))
     tokenizer = _tokenizers(recipe)
-    demonstrations = isinstance(recipe.method, SFTConfig) and recipe.method.source == "dataset"
-    prompts = load_prompts(recipe.data, tokenizer, recipe.seed, demonstrations)
+    prompts = load_prompts(recipe.data, tokenizer, recipe.seed, recipe.method.needs_responses())
     grader = grader or load_grader(recipe.data, prompts)
     if recipe.method.needs_reward() and grader is None:
         raise RecipeError(

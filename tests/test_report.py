@@ -128,10 +128,13 @@ def test_spoilt_lines_in_the_middle_are_counted(folder):
     assert any("2 unreadable line(s), first line 2" in notice for notice in read_run(folder).notices)
 
 
-def test_empty_folder_still_gives_a_page(tmp_path):
+def test_a_run_that_wrote_nothing_yet_still_gives_a_page(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        page_of(tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
     page = page_of(tmp_path)
     for words in (
-        "metrics.jsonl is missing.",
+        "metrics.jsonl is empty.",
         "Nothing was evaluated",
         "no annotated rollouts",
         "Neither operations nor",

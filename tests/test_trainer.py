@@ -1,5 +1,6 @@
 """The loop on tiny random models: what must hold whatever is learnt."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -313,7 +314,7 @@ def test_a_method_from_outside_the_package(models, tmp_path, monkeypatch):
         share = parts.recipe.method.share
         inner = parts.recipe.model_copy(update={"method": OPDConfig()})
         changes = {"recipe": inner, "divergence": lambda s, t: share * (s.exp() * (s - t)).sum(-1)}
-        return opd.build(opd.replace(parts, **changes))
+        return opd.build(dataclasses.replace(parts, **changes))
 
     monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
     before = dict(METHOD_CONFIGS)
@@ -334,3 +335,75 @@ def test_a_teacher_with_a_short_context_is_refused_before_training(models, tmp_p
     teacher = make_model(tmp_path / "short", max_position_embeddings=16)
     with pytest.raises(kibitz.RecipeError, match="the teacher has 16 positions"):
         kibitz.train(recipe(student, teacher, tmp_path / "run"))
+
+
+def test_gkd_ends_at_sft_text_and_at_the_students_own(models, tmp_path):
+    """on_policy 1 is opd to the bit, 0 never samples; between them both kinds of steps happen."""
+    student, teacher = models
+    opd = kibitz.train(recipe(student, teacher, tmp_path / "opd", method={"type": "opd", "divergence": "jsd"}))
+    ends = {
+        share: kibitz.train(recipe(student, teacher, tmp_path / str(share), method={"type": "gkd", "on_policy": share}))
+        for share in (0, 1)
+    }
+    assert [row["loss"] for row in ends[1].metrics] == [row["loss"] for row in opd.metrics]
+    assert all("student_sampling" not in row["flops"] for row in ends[0].metrics)
+    mixed = kibitz.train(
+        recipe(student, teacher, tmp_path / "mixed", method={"type": "gkd", "source": "teacher"}, steps=12)
+    )
+    own = ["student_sampling" in row["flops"] for row in mixed.metrics]
+    assert 0 < sum(own) < 12  # all alike by chance: 2 in 4096 seeds
+    assert all(("teacher_sampling" in row["flops"]) != mine for row, mine in zip(mixed.metrics, own, strict=True))
+
+
+def test_vopd_has_the_gradient_of_the_sampled_loss_in_expectation_and_less_noise(models, tmp_path):
+    """One step on many samples: both agree on the direction of the exact gradient, the baseline far closer."""
+    student, teacher = models
+
+    def step(name: str, **method) -> dict[str, torch.Tensor]:
+        tree = recipe(
+            student,
+            teacher,
+            tmp_path / name,
+            method={"type": "opd", **method},
+            steps=1,
+            optim={"clip": None, "weight_decay": 0.0},
+        )
+        tree["rollout"] = {"prompts_per_step": 8, "samples_per_prompt": 16, "max_tokens": 6}
+        run = kibitz.train(tree)
+        moments = load_file(run.checkpoint / "training" / "optimizer.safetensors")
+        return {key: value for key, value in moments.items() if key.endswith("exp_avg")}  # one step: 0.1 x gradient
+
+    def cosine(one, other) -> float:
+        left, right = (torch.cat([tree[key].flatten() for key in sorted(tree)]) for tree in (one, other))
+        return torch.cosine_similarity(left, right, dim=0).item()
+
+    exact = step("full")
+    plain, baseline = step("plain", support="sampled"), step("vopd", support="sampled", baseline=True)
+    assert cosine(exact, baseline) > cosine(exact, plain) > 0
+    assert cosine(exact, baseline) > 0.5
+
+
+def test_rewards_join_the_teachers_advantage(models, tmp_path):
+    """The advantages of both are added: with all rewards equal the run is plain opd, otherwise it is not."""
+    method = {"type": "opd", "support": "sampled", "reward_coef": 1.0}
+    runs = {
+        name: kibitz.train(recipe(*models, tmp_path / name, method=method, steps=2), grader=grader)
+        for name, grader in {"equal": lambda p, t: 1.0, "graded": lambda p, t: float(len(t) % 2)}.items()
+    }
+    plain = kibitz.train(recipe(*models, tmp_path / "plain", method={"type": "opd", "support": "sampled"}, steps=2))
+    losses = {name: [row["loss"] for row in run.metrics] for name, run in runs.items()}
+    assert losses["equal"] == [row["loss"] for row in plain.metrics]
+    assert losses["graded"] != losses["equal"]
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"baseline": True}, "baseline belongs to the policy gradient"),
+        ({"support": "sampled", "baseline": True, "discount": 0.5}, "write method.discount=0"),
+        ({"support": "sampled", "divergence": "jsd"}, "estimates reverse_kl only"),
+    ],
+)
+def test_settings_that_exclude_each_other(models, tmp_path, method, message):
+    with pytest.raises(kibitz.RecipeError, match=message):
+        kibitz.train(recipe(*models, tmp_path / "run", method={"type": "opd", **method}))

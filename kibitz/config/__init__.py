@@ -10,7 +10,9 @@ from kibitz.config.base import RecipeError, Section
 from kibitz.config.guards import GuardConfig
 from kibitz.config.methods import (
     METHOD_CONFIGS,
+    DistillationConfig,
     DivergenceName,
+    GKDConfig,
     GRPOConfig,
     MethodConfig,
     OPDConfig,
@@ -32,7 +34,8 @@ from kibitz.config.sections import (
 )
 
 __all__ = [
-    "METHOD_CONFIGS", "Columns", "DataConfig", "DivergenceName", "EvalConfig", "GRPOConfig", "GuardConfig", "MethodConfig",
-    "ModelConfig", "OPDConfig", "OptimConfig", "Recipe", "RecipeError", "RolloutConfig", "SFTConfig", "SKDConfig",
-    "SaveConfig", "Section", "StudentConfig", "TeacherConfig", "dump", "json_schema", "load", "register_method",
+    "METHOD_CONFIGS", "Columns", "DataConfig", "DistillationConfig", "DivergenceName", "EvalConfig", "GKDConfig",
+    "GRPOConfig", "GuardConfig", "MethodConfig", "ModelConfig", "OPDConfig", "OptimConfig", "Recipe", "RecipeError",
+    "RolloutConfig", "SFTConfig", "SKDConfig", "SaveConfig", "Section", "StudentConfig", "TeacherConfig", "dump",
+    "json_schema", "load", "register_method",
 ]  # fmt: skip

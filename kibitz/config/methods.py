@@ -21,6 +21,10 @@ class MethodConfig(Section):
         """Whether there must be a grader."""
         return False
 
+    def needs_responses(self) -> bool:
+        """Whether every row of the data must bring a response."""
+        return False
+
     def scores_with_teacher(self) -> bool:
         """Whether the teacher reads each rollout: its cost then counts."""
         return False
@@ -34,33 +38,26 @@ DivergenceName = Literal[
 ]
 
 
-class OPDConfig(MethodConfig):
-    """On-policy distillation: the student writes, the teacher scores every token, the divergence is the loss."""
+class DistillationConfig(MethodConfig):
+    """What every method shares that learns a divergence to the teacher at each token."""
 
-    type: Literal["opd"] = "opd"
     divergence: DivergenceName = Field("reverse_kl", description="reverse_kl: Thinking Machines 2025, MiniLLM.")
-    support: Literal["full", "top_k", "sampled"] = Field(
-        "full",
-        description="full: the whole vocabulary, exact (its gradient has no sampling noise); top_k: K tokens, the written one "
-        "and a tail bucket; sampled: the published policy gradient on the sampled token.",
+    support: Literal["full", "top_k"] = Field(
+        "full", description="full: the whole vocabulary, exact; top_k: K tokens, the written one and a tail bucket."
     )
-    beta: float = Field(0.5, gt=0, lt=1, description="Of jsd: near 0 forward KL, near 1 reverse KL (GKD, 2306.13649).")
-    alpha: float = Field(0.1, gt=0, lt=1, description="Of the skewed divergences (DistiLLM, 2402.03898: 0.1).")
     top_k: int = Field(64, ge=1, description="K of support: top_k. Rethinking-OPD's 16 hold 97-99% of the mass.")
     top_k_of: Literal["student", "teacher", "union"] = Field(
         "student", description="Whose K. student: nearest to the full reverse KL."
     )
+    beta: float = Field(0.5, gt=0, lt=1, description="Of jsd: near 0 forward KL, near 1 reverse KL (GKD, 2306.13649).")
+    alpha: float = Field(0.1, gt=0, lt=1, description="Of the skewed divergences (DistiLLM, 2402.03898: 0.1).")
+    threshold: float = Field(
+        0.8,
+        ge=0,
+        description="Of adaptive_kl: forward KL joins where the teacher's entropy is above (nats; EOPD, 2603.07079).",
+    )
     temperature: float = Field(
         1.0, gt=0, description="Divides both models' logits in the loss; gradients are scaled by its square."
-    )
-    kl_coef: float = Field(1.0, gt=0, description="Of support: sampled; the cookbook's kl_penalty_coef.")
-    discount: float = Field(
-        0.0, ge=0, le=1, description="Of support: sampled; credit for later tokens. 0: published, >0 gained nothing."
-    )
-    clip_advantage: float | None = Field(
-        None,
-        gt=0,
-        description="Of support: sampled; bounds the log-ratio, whose lower tail is heavy (REOPOLD). 3 saved toy runs.",
     )
 
     def needs_teacher(self) -> bool:
@@ -69,8 +66,43 @@ class OPDConfig(MethodConfig):
     def scores_with_teacher(self) -> bool:
         return True
 
+
+class OPDConfig(DistillationConfig):
+    """On-policy distillation: the student writes, the teacher scores every token, the divergence is the loss."""
+
+    type: Literal["opd"] = "opd"
+    support: Literal["full", "top_k", "sampled"] = Field(
+        "full",
+        description="full: the whole vocabulary, exact (its gradient has no sampling noise); top_k: K tokens, the written one "
+        "and a tail bucket; sampled: the published policy gradient on the sampled token.",
+    )
+    kl_coef: float = Field(1.0, gt=0, description="Of support: sampled; the cookbook's kl_penalty_coef.")
+    discount: float = Field(
+        0.0, ge=0, le=1, description="Of support: sampled; credit for later tokens. 0: published, more gained nothing."
+    )
+    clip_advantage: float | None = Field(
+        None,
+        gt=0,
+        description="Of support: sampled; bounds the log-ratio: its lower tail is heavy (REOPOLD). 3 saved toy runs.",
+    )
+    baseline: bool = Field(
+        False,
+        description="Of support: sampled; adds KL(S || T) to the advantage: unbiased, less variance (vOPD, 2605.07865).",
+    )
+    reward_coef: float = Field(
+        0.0,
+        ge=0,
+        description="Of support: sampled; adds this times the group-centred reward to the advantage (slime, KDRL).",
+    )
+
+    def needs_reward(self) -> bool:
+        return self.reward_coef > 0
+
     def check(self, rollout: RolloutConfig) -> None:
         if self.support != "sampled":
+            for name in ("discount", "clip_advantage", "baseline", "reward_coef"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} belongs to the policy gradient: write method.support=sampled, or drop it")
             return
         if rollout.truncated or rollout.temperature != 1:
             raise ValueError(
@@ -81,16 +113,37 @@ class OPDConfig(MethodConfig):
             raise ValueError(
                 "support: sampled estimates reverse_kl only: write method.support=full for another divergence"
             )
+        if self.baseline and self.discount:
+            raise ValueError(
+                "the baseline is that of a token's own advantage: write method.discount=0, or drop baseline"
+            )
+        if self.reward_coef and rollout.samples_per_prompt < 2:
+            raise ValueError(
+                "reward_coef compares the samples of a prompt: write rollout.samples_per_prompt of 2 or more"
+            )
 
 
-class SKDConfig(MethodConfig):
+class GKDConfig(DistillationConfig):
+    """Generalised KD: a share of the steps on the student's own text, the rest on the data's or the teacher's."""
+
+    type: Literal["gkd"] = "gkd"
+    divergence: DivergenceName = Field("jsd", description="jsd: the paper (2306.13649).")
+    on_policy: float = Field(
+        0.5, ge=0, le=1, description="Share of the steps on student text, lambda. 0.5: the paper's mix."
+    )
+    source: Literal["dataset", "teacher"] = Field("dataset", description="Who writes the other steps.")
+
+    def needs_responses(self) -> bool:
+        return self.source == "dataset" and self.on_policy < 1
+
+
+class SKDConfig(DistillationConfig):
     """Speculative KD: the student drafts, the teacher replaces what is not among its K likeliest tokens, and scores all."""
 
     type: Literal["skd"] = "skd"
+    divergence: DivergenceName = Field("forward_kl", description="forward_kl: the paper (2410.11325).")
     accept_top_k: int = Field(
-        25,
-        ge=1,
-        description="K. 25: the paper (2410.11325); 1 follows the teacher, the vocabulary's size is on-policy.",
+        25, ge=1, description="K. 25: the paper; 1 follows the teacher, the vocabulary's size is on-policy."
     )
     draft_tokens: int = Field(
         5, ge=1, description="Drafted between two passes of the teacher; a matter of speed. 5: the paper."
@@ -104,18 +157,6 @@ class SKDConfig(MethodConfig):
         1.0, ge=0, description="Of the teacher's draws; 0: its likeliest. The paper's runs: 0.2."
     )
     teacher_top_p: float = Field(1.0, gt=0, le=1, description="Of the teacher's draws. The paper's runs: 0.5.")
-    divergence: DivergenceName = Field("forward_kl", description="forward_kl: the paper.")
-    beta: float = Field(0.5, gt=0, lt=1, description="Of jsd: near 0 forward KL, near 1 reverse KL (GKD, 2306.13649).")
-    alpha: float = Field(0.1, gt=0, lt=1, description="Of the skewed divergences (DistiLLM, 2402.03898: 0.1).")
-    temperature: float = Field(
-        1.0, gt=0, description="Divides both models' logits in the loss; gradients are scaled by its square."
-    )
-
-    def needs_teacher(self) -> bool:
-        return True
-
-    def scores_with_teacher(self) -> bool:
-        return True
 
 
 class SFTConfig(MethodConfig):
@@ -126,6 +167,9 @@ class SFTConfig(MethodConfig):
 
     def needs_teacher(self) -> bool:
         return self.source == "teacher"
+
+    def needs_responses(self) -> bool:
+        return self.source == "dataset"
 
 
 class GRPOConfig(MethodConfig):
@@ -150,6 +194,7 @@ class GRPOConfig(MethodConfig):
 METHOD_CONFIGS: dict[str, type[MethodConfig]] = {
     "sft": SFTConfig,
     "opd": OPDConfig,
+    "gkd": GKDConfig,
     "skd": SKDConfig,
     "grpo": GRPOConfig,
 }

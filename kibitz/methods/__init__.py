@@ -4,6 +4,7 @@
 |---|---|---|---|
 | sft | the data, or the teacher | the token | cross-entropy |
 | opd | the student | the teacher's distribution there | reverse KL, or another divergence |
+| gkd | the student in a share of the steps, else the data or the teacher | the teacher's distribution there | JSD, or another |
 | skd | the student; the teacher replaces what is not in its top K | the teacher's distribution there | forward KL, or another |
 | grpo | the student, a group per prompt | reward minus the group's mean | clipped policy gradient |
 """
@@ -11,7 +12,7 @@
 from collections.abc import Callable
 
 from kibitz.config import MethodConfig, register_method
-from kibitz.methods import grpo, opd, sft, skd
+from kibitz.methods import gkd, grpo, opd, sft, skd
 from kibitz.methods.parts import Method, Parts, token_loss
 
 __all__ = ["METHODS", "Method", "Parts", "build", "register", "token_loss"]
@@ -19,6 +20,7 @@ __all__ = ["METHODS", "Method", "Parts", "build", "register", "token_loss"]
 METHODS: dict[str, Callable[[Parts], Method]] = {
     "sft": sft.build,
     "opd": opd.build,
+    "gkd": gkd.build,
     "skd": skd.build,
     "grpo": grpo.build,
 }

@@ -1,7 +1,7 @@
 """RL from one reward per response: each token gets the response's reward minus the mean of its prompt's group."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -12,6 +12,7 @@ from kibitz.config import GRPOConfig
 from kibitz.losses.criteria import PolicyGradient
 from kibitz.losses.policy_gradient import group_advantages, ppo_clip
 from kibitz.methods.parts import Parts, token_loss
+from kibitz.methods.sources import Sampled
 from kibitz.models import LanguageModel
 from kibitz.types import Batch, Prompt, Rollout, Scored
 
@@ -22,7 +23,7 @@ class GRPO:
     parts: Parts
 
     def rollout(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
-        return self.parts.engine.generate(prompts, replace(self.parts.sampling, seed=seed))
+        return Sampled(self.parts.engine, self.parts.sampling).rollout(prompts, seed)
 
     def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
         """Every token of a rollout has the rollout's advantage; a group in which all did alike teaches nothing."""

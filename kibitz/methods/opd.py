@@ -1,86 +1,71 @@
-"""On-policy distillation: the student writes, the teacher says at every token what it would have done there."""
+"""On-policy distillation: the student writes, the teacher says at every token what it would have done there.
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Literal, cast
+With `support: sampled` the teacher speaks of the written token only, and the student learns by policy gradient: the
+published form, which rewards, a discount and a baseline can join.
+"""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
 from torch import Tensor
 
 from kibitz.config import OPDConfig
-from kibitz.losses.chunked import Criterion
-from kibitz.losses.criteria import Divergence, PolicyGradient
-from kibitz.losses.divergences import DIVERGENCES
-from kibitz.losses.policy_gradient import clipped, discounted, distillation_advantage
-from kibitz.methods.parts import Parts, token_loss
+from kibitz.losses.criteria import PolicyGradient
+from kibitz.losses.policy_gradient import clipped, discounted, distillation_advantage, group_advantages
+from kibitz.methods.distillation import distil, local_teacher
+from kibitz.methods.parts import Method, Parts, token_loss
+from kibitz.methods.sources import Sampled as SampledFrom
+from kibitz.methods.sources import Source
 from kibitz.models import LanguageModel
 from kibitz.teachers import Teacher
-from kibitz.teachers.local import LocalTeacher
 from kibitz.types import Batch, Prompt, Rollout, Sampled, Scored, Signal
 
 
 @dataclass(frozen=True)
-class OPD:
+class SampledTokenOPD:
     config: OPDConfig
-    parts: Parts
+    source: Source
     teacher: Teacher
-    criterion: Criterion
+    chunk_tokens: int | None
+    group_size: int
 
     def rollout(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
-        return self.parts.engine.generate(prompts, replace(self.parts.sampling, seed=seed))
+        return self.source.rollout(prompts, seed)
 
     def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
-        return [self._scored(r, s) for r, s in zip(rollouts, self.teacher.score(rollouts), strict=True)]
+        """A token's own credit is the criterion's to give; what needs whole rollouts, rewards or a discount, is given here."""
+        scored = [Scored(r, r.weight_T(), s) for r, s in zip(rollouts, self.teacher.score(rollouts), strict=True)]
+        if self.config.discount:
+            for one in scored:
+                one.advantage_T = self._discounted(one.rollout, one.signal)
+        if self.config.reward_coef:
+            rewards_GN = torch.tensor([r.reward for r in rollouts]).view(-1, self.group_size)
+            for one, advantage in zip(scored, group_advantages(rewards_GN).flatten(), strict=True):
+                reward_T = self.config.reward_coef * advantage.expand(one.rollout.num_tokens)
+                one.advantage_T = reward_T if one.advantage_T is None else one.advantage_T + reward_T
+        return scored
 
-    def _scored(self, rollout: Rollout, signal: Signal) -> Scored:
-        """With a discount the credit runs over whole sequences, so it is given here; else the criterion gives it."""
-        if not isinstance(signal, Sampled) or self.config.discount == 0.0:
-            return Scored(rollout, rollout.weight_T(), signal)
-        weight_T = rollout.weight_T().to(signal.logp_T.device)
-        advantage_T = distillation_advantage(rollout.logp_T.to(weight_T.device), signal.logp_T, self.config.kl_coef)
+    def _discounted(self, rollout: Rollout, signal: Signal | None) -> Tensor:
+        assert isinstance(signal, Sampled)
+        advantage_T = distillation_advantage(rollout.logp_T, signal.logp_T.cpu(), self.config.kl_coef)
         if self.config.clip_advantage is not None:
             advantage_T, _ = clipped(advantage_T, -self.config.clip_advantage, self.config.clip_advantage)
-        return Scored(rollout, rollout.weight_T(), signal, discounted(advantage_T * weight_T, self.config.discount))
+        return discounted(advantage_T * rollout.weight_T(), self.config.discount)
 
     def loss(self, student: LanguageModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return token_loss(student, batch, self.criterion, self.parts.recipe.optim.chunk_tokens)
-
-
-def build(parts: Parts) -> OPD:
-    config, optim = cast(OPDConfig, parts.recipe.method), parts.recipe.optim
-    assert parts.teacher is not None
-    teacher = LocalTeacher(
-        parts.teacher,
-        kind=_signal_kind(config),
-        top_k=config.top_k,
-        temperature=config.temperature,
-        tokens_per_micro_batch=optim.tokens_per_micro_batch,
-    )
-    return OPD(config, parts, teacher, _criterion(config, parts))
-
-
-def _signal_kind(config: OPDConfig) -> Literal["dense", "top_k", "sampled"]:
-    """The least that the loss can do with."""
-    if config.support == "sampled":
-        return "sampled"
-    return "top_k" if config.support == "top_k" and config.top_k_of == "teacher" else "dense"
-
-
-def _criterion(config: OPDConfig, parts: Parts) -> Criterion:
-    if config.support == "sampled":
+        config = self.config
         clip = None if config.clip_advantage is None else (-config.clip_advantage, config.clip_advantage)
-        return PolicyGradient(coefficient=0.0 if config.discount else config.kl_coef, advantage_clip=clip)
-    function = parts.divergence or _divergence(config)
-    support = config.top_k_of if config.support == "top_k" else "full"
-    return Divergence(function, support, config.top_k, config.temperature)
+        coefficient = 0.0 if config.discount else config.kl_coef
+        criterion = PolicyGradient(coefficient=coefficient, baseline=config.baseline, advantage_clip=clip)
+        return token_loss(student, batch, criterion, self.chunk_tokens)
 
 
-def _divergence(config: OPDConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    function = DIVERGENCES[config.divergence]
-    match config.divergence:
-        case "jsd":
-            return partial(function, beta=config.beta)
-        case "skew_kl" | "skew_reverse_kl":
-            return partial(function, alpha=config.alpha)
-        case _:
-            return function
+def build(parts: Parts) -> Method:
+    config = cast(OPDConfig, parts.recipe.method)
+    source = SampledFrom(parts.engine, parts.sampling)
+    if config.support != "sampled":
+        return distil(parts, config, source)
+    teacher = local_teacher(parts, config, "dense" if config.baseline else "sampled")
+    return SampledTokenOPD(config, source, teacher, parts.recipe.optim.chunk_tokens, parts.sampling.num_samples)

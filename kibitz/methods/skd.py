@@ -2,18 +2,17 @@
 unlikely (Xu et al., ICLR 2025, 2410.11325). The loss covers all of that text, the teacher's tokens included.
 """
 
-from dataclasses import replace
 from typing import cast
 
-from kibitz.config import OPDConfig, SKDConfig
+from kibitz.config import SKDConfig
 from kibitz.engines.speculative import SpeculativeEngine
 from kibitz.engines.torch import TorchEngine
-from kibitz.methods import opd
+from kibitz.methods.distillation import Distillation, distil
 from kibitz.methods.parts import Parts
+from kibitz.methods.sources import Sampled
 
 
-def build(parts: Parts) -> opd.OPD:
-    """OPD over the full vocabulary, with another writer."""
+def build(parts: Parts) -> Distillation:
     config = cast(SKDConfig, parts.recipe.method)
     assert parts.teacher is not None
     if not isinstance(parts.engine, TorchEngine):
@@ -28,6 +27,4 @@ def build(parts: Parts) -> opd.OPD:
         teacher_temperature=config.teacher_temperature,
         teacher_top_p=config.teacher_top_p,
     )
-    loss = OPDConfig(divergence=config.divergence, beta=config.beta, alpha=config.alpha, temperature=config.temperature)
-    recipe = parts.recipe.model_copy(update={"method": loss})
-    return opd.build(replace(parts, recipe=recipe, engine=engine))
+    return distil(parts, config, Sampled(engine, parts.sampling))

@@ -38,6 +38,8 @@ class Run:
 def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no run folder at {folder}; a recipe names its run folder under `output`.")
+    if not any((folder / name).is_file() for name in ("recipe.yaml", "metrics.jsonl", "evals.jsonl", "rollouts.jsonl")):
+        raise FileNotFoundError(f"{folder} holds no run: it has neither recipe.yaml nor metrics.jsonl.")
     run = Run(name=folder.resolve().name)
     run.recipe_text, run.recipe = _read_mapping(folder / "recipe.yaml", yaml.safe_load, run.notices)
     _, run.info = _read_mapping(folder / "run.json", json.loads, run.notices)

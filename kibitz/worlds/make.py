@@ -6,23 +6,29 @@ Three runs of supervised fine-tuning: a teacher; a smaller student that becomes 
 solutions that read `5+2*3` from left to right, which gives it the misconception a teacher can mend.
 """
 
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich.console import Console
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import kibitz
 from kibitz.worlds import get
 
 # Muon on the matrices: with AdamW alone the circuits that copy a line come several times later. Many small batches
-# do more than few large ones: at equal tokens, 600 x 32 reached 0.72 where 300 x 64 reached 0.41.
+# do more than few large ones: a student of 600 x 32 sequences reached 0.65, one of 300 x 64 reached 0.41.
 FROM_NOTHING = {"name": "muon", "lr": 5e-3, "muon_lr": 2e-2, "weight_decay": 0.01, "warmup_steps": 10}
+MISLED = {"lr": 1e-3, "weight_decay": 0.01, "warmup_steps": 10}
+
 TEACHER_SHAPE = {"hidden_size": 96, "num_hidden_layers": 4, "intermediate_size": 256}
 STUDENT_SHAPE = {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 176}
 
 
-def blank(folder: Path, shape: dict[str, int], seed: int) -> Path:
+def blank(folder: Path, shape: dict[str, Any], seed: int) -> Path:
     """A Qwen3 of that shape with random weights, saved with the world's tokenizer."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
     tokenizer = get("arithmetic").tokenizer()
     num_heads = 4
     config = Qwen3Config(
@@ -45,9 +51,7 @@ def blank(folder: Path, shape: dict[str, int], seed: int) -> Path:
     return folder
 
 
-def recipe(
-    start: Path, output: Path, steps: int, batch: int, optim: dict[str, Any], world: str, **options: Any
-) -> dict[str, Any]:
+def recipe(start: Path, steps: int, batch: int, optim: dict[str, Any], world: str, **options: Any) -> dict[str, Any]:
     """Supervised fine-tuning on demonstrations of the world, each seen once."""
     return {
         "student": {"model": str(start)},
@@ -58,19 +62,34 @@ def recipe(
         "steps": steps,
         "eval": {"every": 0, "num_prompts": 512},
         "save": {"every": 0},
+        "seed": 1000,  # no seed that a person would try: the corpora here are nobody's training prompts
         "device": "cpu",
         "threads": 1,
-        "output": str(output),
     }
 
 
-def stages(blanks: dict[str, Path], runs: Path) -> dict[str, dict[str, Any]]:
-    """The three runs in order. The third starts from what the second leaves."""
-    wide = "arithmetic-wide"
-    return {
-        "teacher": recipe(blanks["teacher"], runs / "teacher", 1800, 32, FROM_NOTHING, wide),
-        "competent": recipe(blanks["student"], runs / "competent", 1200, 32, FROM_NOTHING, wide),
-        "student": recipe(
-            runs / "competent" / "final", runs / "student", 200, 64, {"lr": 1e-3}, "arithmetic", corrupted=0.9
-        ),
-    }
+def make(folder: Path) -> None:
+    """The three runs, in `folder/runs`, and copies of their models: about seven minutes of one CPU core."""
+    runs = folder / "runs"
+
+    def trained(name: str, source: dict[str, Any]) -> Path:
+        run = kibitz.train(source, [f"output={runs / name}"], overwrite=True)
+        accuracy = {way: run.evals[-1][way]["accuracy"] for way in ("sampled", "greedy")}
+        Console().print(f"{name}, on the dev split of {source['data']['world']}: {accuracy}")
+        assert run.checkpoint is not None
+        return run.checkpoint
+
+    teacher = blank(runs / "blank-teacher", TEACHER_SHAPE, seed=0)
+    teacher = trained("teacher", recipe(teacher, 1800, 32, FROM_NOTHING, "arithmetic-wide"))
+    student = blank(runs / "blank-student", STUDENT_SHAPE, seed=0)
+    student = trained("competent", recipe(student, 1200, 32, FROM_NOTHING, "arithmetic-wide"))
+    student = trained("student", recipe(student, 200, 64, MISLED, "arithmetic", corrupted=0.9))
+    for name, checkpoint in (("teacher", teacher), ("student", student)):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        shutil.copytree(checkpoint, folder / name, ignore=shutil.ignore_patterns("training"))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("write the folder that the models go to: python -m kibitz.worlds.make FOLDER")
+    make(Path(sys.argv[1]))

@@ -1,0 +1,65 @@
+"""Learning a divergence to the teacher at each token, whoever wrote the tokens: what opd, gkd and skd have in common."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from torch import Tensor
+
+from kibitz.config import DistillationConfig
+from kibitz.losses.chunked import Criterion
+from kibitz.losses.criteria import Divergence
+from kibitz.losses.divergences import DIVERGENCES
+from kibitz.methods.parts import Parts, token_loss
+from kibitz.methods.sources import Source
+from kibitz.models import LanguageModel
+from kibitz.teachers import Teacher
+from kibitz.teachers.local import LocalTeacher
+from kibitz.types import Batch, Prompt, Rollout, Scored
+
+
+@dataclass(frozen=True)
+class Distillation:
+    source: Source
+    teacher: Teacher
+    criterion: Criterion
+    chunk_tokens: int | None
+
+    def rollout(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
+        return self.source.rollout(prompts, seed)
+
+    def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+        return [Scored(r, r.weight_T(), s) for r, s in zip(rollouts, self.teacher.score(rollouts), strict=True)]
+
+    def loss(self, student: LanguageModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return token_loss(student, batch, self.criterion, self.chunk_tokens)
+
+
+def distil(parts: Parts, config: DistillationConfig, source: Source) -> Distillation:
+    """The method that learns `config`'s divergence on what `source` writes."""
+    top_k = config.support == "top_k"
+    kind = "top_k" if top_k and config.top_k_of == "teacher" else "dense"  # the least that the loss can do with
+    function = parts.divergence or divergence(config)
+    criterion = Divergence(function, config.top_k_of if top_k else "full", config.top_k, config.temperature)
+    return Distillation(source, local_teacher(parts, config, kind), criterion, parts.recipe.optim.chunk_tokens)
+
+
+def local_teacher(parts: Parts, config: DistillationConfig, kind: Literal["dense", "top_k", "sampled"]) -> LocalTeacher:
+    assert parts.teacher is not None
+    tokens = parts.recipe.optim.tokens_per_micro_batch
+    return LocalTeacher(parts.teacher, kind, config.top_k, config.temperature, tokens)
+
+
+def divergence(config: DistillationConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function that a section names, with its options."""
+    function = DIVERGENCES[config.divergence]
+    match config.divergence:
+        case "jsd":
+            return partial(function, beta=config.beta)
+        case "skew_kl" | "skew_reverse_kl":
+            return partial(function, alpha=config.alpha)
+        case "adaptive_kl":
+            return partial(function, threshold=config.threshold)
+        case _:
+            return function

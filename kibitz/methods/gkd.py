@@ -1,0 +1,23 @@
+"""Generalised KD (Agarwal et al., ICLR 2024, 2306.13649): some steps on the student's own text, the others on text of
+the data or the teacher; the same divergence on both, and no gradient through the writing.
+"""
+
+from typing import cast
+
+from kibitz.config import GKDConfig
+from kibitz.engines.torch import TorchEngine
+from kibitz.methods.distillation import Distillation, distil
+from kibitz.methods.parts import Parts
+from kibitz.methods.sources import Demonstrations, Mix, Sampled
+from kibitz.types import Writer
+
+
+def build(parts: Parts) -> Distillation:
+    config = cast(GKDConfig, parts.recipe.method)
+    assert parts.teacher is not None
+    if config.source == "dataset":
+        others = Demonstrations(parts.encode_response)
+    else:
+        engine = TorchEngine(parts.teacher, parts.recipe.rollout.max_rows)
+        others = Sampled(engine, parts.sampling, Writer.TEACHER)
+    return distil(parts, config, Mix(Sampled(parts.engine, parts.sampling), others, config.on_policy))
