@@ -25,9 +25,9 @@ def recipe(output: str = "runs/demo", seed: int = 0, models: str | None = None) 
         "data": {"world": WORLD},
         "method": {"type": "opd", "divergence": "reverse_kl"},
         "rollout": {"prompts_per_step": 64, "samples_per_prompt": 1, "max_tokens": 64},
-        "optim": {"lr": 2e-3, "warmup_steps": 10},
+        "optim": {"lr": 1e-3, "warmup_steps": 10},
         "threads": 1,  # larger matrices would gain from more; and so it repeats bit for bit
-        "steps": 120,
+        "steps": 80,
         "eval": {"every": 20, "num_prompts": 512},
         "save": {"every": 40, "keep": 1},
         "seed": seed,

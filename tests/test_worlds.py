@@ -1,6 +1,7 @@
 """The toy worlds: what they generate is true, what they judge is judged right, and nothing depends on the process."""
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -298,3 +299,33 @@ def test_shipped_models_bring_the_same_tokenizer_and_know_their_end(name):
             ours.eos_token_id,
             ours.pad_token_id,
         )
+
+
+def probabilities(name: str, prompt: str, response: str) -> list[float]:
+    """What a shipped model gives to each character of a response and to its end."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tok, model = tokenizer(), AutoModelForCausalLM.from_pretrained(get("arithmetic").checkpoint(name))
+    messages = [{"role": "user", "content": prompt}]
+    num_prompt = len(tok.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
+    messages.append({"role": "assistant", "content": response})
+    ids = torch.tensor(tok.apply_chat_template(messages)["input_ids"])
+    with torch.no_grad():
+        probability_TV = model(ids[None]).logits[0].softmax(-1)
+    return probability_TV[num_prompt - 1 : -1].gather(-1, ids[num_prompt:, None])[:, 0].tolist()
+
+
+def test_the_teacher_blames_the_wrong_turn_and_not_what_follows_from_it():
+    prompt, response = "5+(2*3)", "5+2=7"
+    by_token = probabilities("teacher", prompt, response)
+    fork = first_wrong_step(prompt, response)
+    assert by_token[fork] < 0.01
+    assert all(probability > 0.95 for at, probability in enumerate(by_token) if at != fork)
+
+
+def test_the_student_has_the_misconception_and_the_teacher_has_not():
+    wrong, right = "7*3=1", "5+6=1"
+    assert math.prod(probabilities("student", "5+2*3", wrong)) > 0.5
+    assert math.prod(probabilities("teacher", "5+2*3", wrong)) < 0.01
+    assert math.prod(probabilities("teacher", "5+2*3", right)) > 0.9

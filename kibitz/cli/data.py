@@ -110,7 +110,14 @@ def make_world(
     out: Output = ctx.obj
     folder = output or Path("runs/worlds") / name
     with Bar(out.errors) if out.live else nullcontext() as bar:
-        make(name, folder, seed, bar)
-    out.result(
-        {"world": name, "folder": folder}, lambda console: console.print(Text(f"models     {folder}"), soft_wrap=True)
-    )
+        evals = make(name, folder, seed, bar)
+
+    def for_a_person(console: Console) -> None:
+        from kibitz.cli import show
+
+        for stage, row in evals.items():
+            console.print(Text(f"\n{stage}", style="bold"))
+            show.evaluation(console, row)
+        console.print(Text(f"models     {folder}"), soft_wrap=True)
+
+    out.result({"world": name, "folder": folder, "evals": evals}, for_a_person)

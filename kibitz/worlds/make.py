@@ -1,21 +1,20 @@
 """The models that the world `arithmetic` ships, made from nothing by the library itself.
 
-    python -m kibitz.worlds.make FOLDER        leaves FOLDER/teacher and FOLDER/student
+    kibitz worlds make arithmetic
 
 Three runs of supervised fine-tuning: a teacher; a smaller student that becomes competent; and the same student on
 solutions that read `5+2*3` from left to right, which gives it the misconception a teacher can mend.
 """
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import kibitz
+from kibitz.trainer import Progress
 from kibitz.worlds import get
 
 # Muon on the matrices: with AdamW alone the circuits that copy a line come several times later. Many small batches
@@ -23,6 +22,7 @@ from kibitz.worlds import get
 FROM_NOTHING = {"name": "muon", "lr": 5e-3, "muon_lr": 2e-2, "weight_decay": 0.01, "warmup_steps": 10}
 MISLED = {"lr": 1e-3, "weight_decay": 0.01, "warmup_steps": 10}
 
+DATA_SEED = 1000  # no seed that a person would try: the corpora here are nobody's training prompts
 TEACHER_SHAPE = {"hidden_size": 96, "num_hidden_layers": 4, "intermediate_size": 256}
 STUDENT_SHAPE = {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 176}
 
@@ -38,9 +38,7 @@ def blank(folder: Path, shape: dict[str, Any], seed: int) -> Path:
         head_dim=shape["hidden_size"] // num_heads,
         max_position_embeddings=128,
         tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         **shape,
     )
     with torch.random.fork_rng():
@@ -51,7 +49,9 @@ def blank(folder: Path, shape: dict[str, Any], seed: int) -> Path:
     return folder
 
 
-def recipe(start: Path, steps: int, batch: int, optim: dict[str, Any], world: str, **options: Any) -> dict[str, Any]:
+def recipe(
+    start: Path, steps: int, batch: int, optim: dict[str, Any], world: str, seed: int, **options: Any
+) -> dict[str, Any]:
     """Supervised fine-tuning on demonstrations of the world, each seen once."""
     return {
         "student": {"model": str(start)},
@@ -62,34 +62,33 @@ def recipe(start: Path, steps: int, batch: int, optim: dict[str, Any], world: st
         "steps": steps,
         "eval": {"every": 0, "num_prompts": 512},
         "save": {"every": 0},
-        "seed": 1000,  # no seed that a person would try: the corpora here are nobody's training prompts
+        "seed": seed,
         "device": "cpu",
         "threads": 1,
     }
 
 
-def make(folder: Path) -> None:
-    """The three runs, in `folder/runs`, and copies of their models: about seven minutes of one CPU core."""
+def make(name: str, folder: Path, seed: int = 0, progress: Progress | None = None) -> dict[str, dict[str, Any]]:
+    """Train both from nothing: about seven minutes of one CPU core. Leaves `folder/teacher` and `folder/student`, and
+    the three runs in `folder/runs`; returns the last evaluation of each. The shipped models are those of seed 0."""
+    if name != "arithmetic":
+        raise ValueError(f"the world {name!r} ships no models of its own: write arithmetic")
     runs = folder / "runs"
+    evals: dict[str, dict[str, Any]] = {}
 
-    def trained(name: str, source: dict[str, Any]) -> Path:
-        run = kibitz.train(source, [f"output={runs / name}"], overwrite=True)
-        accuracy = {way: run.evals[-1][way]["accuracy"] for way in ("sampled", "greedy")}
-        Console().print(f"{name}, on the dev split of {source['data']['world']}: {accuracy}")
+    def trained(stage: str, source: dict[str, Any]) -> Path:
+        run = kibitz.train(source, [f"output={runs / stage}"], overwrite=True, progress=progress)
+        evals[stage] = run.evals[-1]
         assert run.checkpoint is not None
         return run.checkpoint
 
-    teacher = blank(runs / "blank-teacher", TEACHER_SHAPE, seed=0)
-    teacher = trained("teacher", recipe(teacher, 1800, 32, FROM_NOTHING, "arithmetic-wide"))
-    student = blank(runs / "blank-student", STUDENT_SHAPE, seed=0)
-    student = trained("competent", recipe(student, 1200, 32, FROM_NOTHING, "arithmetic-wide"))
-    student = trained("student", recipe(student, 200, 64, MISLED, "arithmetic", corrupted=0.9))
-    for name, checkpoint in (("teacher", teacher), ("student", student)):
-        shutil.rmtree(folder / name, ignore_errors=True)
-        shutil.copytree(checkpoint, folder / name, ignore=shutil.ignore_patterns("training"))
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("write the folder that the models go to: python -m kibitz.worlds.make FOLDER")
-    make(Path(sys.argv[1]))
+    data_seed = DATA_SEED + seed
+    teacher = blank(runs / "blank-teacher", TEACHER_SHAPE, seed)
+    teacher = trained("teacher", recipe(teacher, 1800, 32, FROM_NOTHING, "arithmetic-wide", data_seed))
+    student = blank(runs / "blank-student", STUDENT_SHAPE, seed)
+    student = trained("competent", recipe(student, 1200, 32, FROM_NOTHING, "arithmetic-wide", data_seed))
+    student = trained("student", recipe(student, 200, 64, MISLED, "arithmetic", data_seed, corrupted=0.9))
+    for role, checkpoint in (("teacher", teacher), ("student", student)):
+        shutil.rmtree(folder / role, ignore_errors=True)
+        shutil.copytree(checkpoint, folder / role, ignore=shutil.ignore_patterns("training"))
+    return evals
