@@ -38,6 +38,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/kibitz schema --output recipe.schema.json --quiet
+	$(BIN)/python docs/generate.py
 
 coverage: $(VENV)/.installed-dev browser
 	$(BIN)/python -m pytest --cov --cov-report=term

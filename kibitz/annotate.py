@@ -14,6 +14,7 @@ from kibitz.losses.divergences import reverse_kl
 from kibitz.models import LanguageModel, check_same_tokenizer, load_model, load_tokenizer, pick_device, stop_ids
 from kibitz.types import Prompt, Rollout, Sampling, Scored
 
+DEFAULT_TOKENS = 256
 FORK_NATS = 1.0
 """A response has a forking token only if the teacher finds one e times less likely than the student did."""
 
@@ -97,7 +98,7 @@ def score_texts(
     teacher: str,
     pairs: Sequence[tuple[str, str | None]],
     *,
-    max_tokens: int = 256,
+    max_tokens: int | None = None,
     temperature: float = 1.0,
     seed: int = 0,
     template: dict[str, Any] | None = None,
@@ -110,18 +111,38 @@ def score_texts(
     check_same_tokenizer(tokenizers["student"], tokenizers["teacher"])
     device = pick_device()
     ours, theirs = (load_model(config, role, device, tokenizers[role]) for role, config in configs.items())
-    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, stop_ids=stop_ids(ours, []), seed=seed)
+    prompts = [_prompt(ours, number, text, template or {}) for number, (text, _) in enumerate(pairs)]
+    longest = max(len(prompt.ids) for prompt in prompts)
+    limit = max_tokens or min(DEFAULT_TOKENS, max(1, _room(ours, theirs) - longest))
+    sampling = Sampling(max_tokens=limit, temperature=temperature, stop_ids=stop_ids(ours, []), seed=seed)
     engine, rollouts = TorchEngine(ours), []
-    for number, (text, response) in enumerate(pairs):
-        if not text.strip():
-            raise ValueError("the prompt is empty: write the text that the student should answer")
-        ids = encode_prompt(ours.tokenizer, [{"role": "user", "content": text}], template or {})
-        prompt = Prompt(ids=tuple(ids), text=text, key=str(number))
+    for prompt, (_, response) in zip(prompts, pairs, strict=True):
         if response is None:
             rollouts += engine.generate([prompt], sampling)
-            continue
-        response_ids = ours.tokenizer(response, add_special_tokens=False)["input_ids"]
-        if not response_ids:
-            raise ValueError("the response is empty: write one, or leave it out and the student writes its own")
-        rollouts.append(Rollout(prompt, response_ids, torch.zeros(len(response_ids)), finished=False))
+        else:
+            rollouts.append(_given(ours, prompt, response))
+    longest = max(len(r.prompt.ids) + r.num_tokens for r in rollouts)
+    if longest > _room(ours, theirs):
+        raise ValueError(
+            f"prompt and response have {longest} tokens together, and the models {_room(ours, theirs)} positions"
+        )
     return annotate(ours, theirs, rollouts)
+
+
+def _prompt(model: LanguageModel, number: int, text: str, template: dict[str, Any]) -> Prompt:
+    if not text.strip():
+        raise ValueError("the prompt is empty: write the text that the student should answer")
+    ids = encode_prompt(model.tokenizer, [{"role": "user", "content": text}], template)
+    return Prompt(ids=tuple(ids), text=text, key=str(number))
+
+
+def _given(model: LanguageModel, prompt: Prompt, response: str) -> Rollout:
+    ids = model.tokenizer(response, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError("the response is empty: write one, or leave it out and the student writes its own")
+    return Rollout(prompt, ids, torch.zeros(len(ids)), finished=False)
+
+
+def _room(*models: LanguageModel) -> int:
+    """Positions that all models have."""
+    return min(model.max_positions or 2**31 for model in models)

@@ -35,12 +35,14 @@ class Evaluator:
     teacher: LanguageModel | None
     prompts: Sequence[Prompt]
     grader: Grader | None
-    sampling: Sampling  # max_tokens, num_samples, stop_ids and seed; temperature and truncation are the evaluation's
+    sampling: (
+        Sampling  # max_tokens, num_samples, stop_ids and seed; temperature, truncation and epsilon are the evaluation's
+    )
     split: str = "dev"
 
     def run(self) -> tuple[dict[str, Any], list[Rollout]]:
         """A row for `evals.jsonl`, and the rollouts at temperature 1 that it describes."""
-        sampling = replace(self.sampling, temperature=1.0, top_p=1.0, top_k=0)
+        sampling = replace(self.sampling, temperature=1.0, top_p=1.0, top_k=0, epsilon=0.0)
         sampled = self.engine.generate(self.prompts, sampling)
         row: dict[str, Any] = {"split": self.split, "num_prompts": len(self.prompts)}
         grade(self.grader, self.student, sampled)

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PHASES = ("student_sampling", "teacher_sampling", "teacher_scoring", "student_training")
-
 
 class Ledger:
     """Seconds and FLOPs of one step by phase, and of the whole run. Evaluation is not part of a method's cost."""

@@ -200,11 +200,18 @@ def stop_ids(model: LanguageModel, stop: list[str]) -> tuple[int, ...]:
     ids: set[Any] = {model.tokenizer.eos_token_id}
     configured = getattr(model.model.generation_config, "eos_token_id", None)
     ids.update(configured if isinstance(configured, list) else [] if configured is None else [configured])
-    for text in stop:
-        encoded = model.tokenizer.encode(text, add_special_tokens=False)
-        if len(encoded) != 1:
-            raise ValueError(
-                f"rollout.stop: {text!r} is {len(encoded)} tokens for this tokenizer; write a single token"
-            )
-        ids.update(encoded)
+    ids.update(single_tokens(model.tokenizer, stop, "rollout.stop"))
     return tuple(sorted(ids))
+
+
+def single_tokens(tokenizer: Any, texts: list[str], where: str) -> tuple[int, ...]:
+    """The token that each text is; refused where it is several, none or unknown. `where` is the recipe's key."""
+    ids: list[int] = []
+    for text in texts:
+        encoded = tokenizer.encode(text, add_special_tokens=False)
+        if len(encoded) != 1:
+            raise ValueError(f"{where}: {text!r} is {len(encoded)} tokens for this tokenizer; write a single token")
+        if encoded == [tokenizer.unk_token_id] and text != tokenizer.unk_token:
+            raise ValueError(f"{where}: {text!r} is unknown to this tokenizer; write a token of its vocabulary")
+        ids += encoded
+    return tuple(ids)

@@ -17,7 +17,16 @@ from kibitz.engines.torch import TorchEngine
 from kibitz.evaluate import Evaluator
 from kibitz.graders import Grader
 from kibitz.methods import Parts
-from kibitz.models import LanguageModel, check_same_tokenizer, load_model, load_tokenizer, pick_device, stop_ids
+from kibitz.methods.stored import load_rollouts
+from kibitz.models import (
+    LanguageModel,
+    check_same_tokenizer,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    single_tokens,
+    stop_ids,
+)
 from kibitz.runs import RunFolder, open_folder
 from kibitz.types import Prompt, Sampling
 
@@ -48,12 +57,17 @@ def prepare(
     """Check a recipe against the world, then load it."""
     recipe = config.load(source, list(overrides))
     tokenizer = _tokenizers(recipe)
+    mask_ids = single_tokens(tokenizer, recipe.method.mask_tokens, "method.mask_tokens")
     prompts = load_prompts(recipe.data, tokenizer, recipe.seed, recipe.method.needs_responses())
     grader = grader or load_grader(recipe.data, prompts)
     if recipe.method.needs_reward() and grader is None:
         raise RecipeError(
             f"method {recipe.method.type} needs rewards: give rows an answer, name data.grader, or pass grader="
         )
+    stored = None
+    if (path := recipe.method.stored_rollouts()) is not None:
+        wanted = recipe.rollout
+        stored = load_rollouts(path, prompts, len(tokenizer), wanted.samples_per_prompt, wanted.max_tokens)
     held_out = _held_out(recipe, tokenizer)
     folder, resumed_from = open_folder(recipe, resume, overwrite)
 
@@ -74,7 +88,8 @@ def prepare(
     if held_out:
         eval_sampling = replace(sampling, num_samples=recipe.eval.samples, seed=recipe.eval.seed)
         evaluator = Evaluator(student, engine, teacher, held_out, grader, eval_sampling, recipe.eval.split)
-    parts = Parts(recipe, engine, teacher, sampling, partial(encode_response, tokenizer), loss)
+    encode = partial(encode_response, tokenizer)
+    parts = Parts(recipe, student, engine, teacher, sampling, encode, loss, mask_ids, stored)
     stream = PromptStream(prompts, recipe.seed, recipe.data.shuffle)
     return Setup(recipe, folder, resumed_from, student, teacher, engine, stream, grader, evaluator, parts)
 
@@ -104,6 +119,7 @@ def _sampling(recipe: Recipe, student: LanguageModel) -> Sampling:
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
+        epsilon=rollout.epsilon,
         num_samples=rollout.samples_per_prompt,
         stop_ids=stop_ids(student, rollout.stop),
     )

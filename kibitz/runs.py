@@ -13,11 +13,12 @@ import torch
 from kibitz import __version__, config
 from kibitz.checkpoint import checkpoints
 from kibitz.config import Recipe, RecipeError
+from kibitz.methods.stored import as_row
 from kibitz.metrics import JSONL, write_atomically
 from kibitz.models import LanguageModel
 from kibitz.types import Rollout
 
-FILES = ("metrics", "evals", "rollouts", "alarms")
+FILES = ("metrics", "evals", "rollouts", "alarms", "stored")
 FREE_TO_CHANGE = {"steps", "eval", "save", "guards", "output", "threads", "device"}
 """Sections of the recipe that may differ when a run goes on."""
 
@@ -27,7 +28,8 @@ class RunFolder:
 
     def __init__(self, path: Path, recipe: Recipe):
         self.path, self.recipe = path, recipe
-        self.metrics, self.evals, self.rollouts, self.alarms = (JSONL(path / f"{name}.jsonl") for name in FILES)
+        files = [JSONL(path / f"{name}.jsonl") for name in FILES]
+        self.metrics, self.evals, self.rollouts, self.alarms, self.stored = files
         self.started = time.time()
         self.info: dict[str, Any] = {}
 
@@ -35,7 +37,7 @@ class RunFolder:
         """Write what is known at the start; on resuming, drop what was written after the checkpoint."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / "recipe.yaml", config.dump(self.recipe))
-        for file in (self.metrics, self.evals, self.rollouts, self.alarms):
+        for file in (self.metrics, self.evals, self.rollouts, self.alarms, self.stored):
             file.keep(last_step=done)
         self.info = {
             "version": __version__,
@@ -82,6 +84,11 @@ class RunFolder:
         kept = [row for row in self.rollouts.read() if row["step"] == 0 and step > 0]
         rows = kept + [{"step": step, **row} for row in rows]
         write_atomically(self.rollouts.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def store(self, step: int, rollouts: list[Rollout]) -> None:
+        """Keep what was written, for `method.rollouts` of another run."""
+        for rollout in rollouts:
+            self.stored.append({"step": step, **as_row(rollout)})
 
     def as_run(self, make):
         last = checkpoints(self.path)

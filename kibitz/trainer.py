@@ -26,7 +26,7 @@ from kibitz.metrics import Ledger
 from kibitz.models import LanguageModel
 from kibitz.optim import Optimizer, lr_factor
 from kibitz.prepare import Setup, prepare
-from kibitz.types import Rollout, Scored, Writer
+from kibitz.types import Rollout, Scored, Step, Writer
 
 
 class Progress(Protocol):
@@ -133,8 +133,10 @@ class Trainer:
         prompts = self.setup.stream.take(recipe.rollout.prompts_per_step)
         self.progress.phase("rollouts")
         with ledger.timed("sampling"):
-            rollouts = self.method.rollout(prompts, seed=recipe.seed * 1_000_003 + self.done)
-            grade(self.setup.grader, self.student, [r for r in rollouts if r.has_tokens_of(Writer.STUDENT)])
+            rollouts = self.method.rollout(prompts, Step(self.done, recipe.steps, recipe.seed * 1_000_003 + self.done))
+            # The beginning of a response has no reward, and the responses that ended before it are not typical.
+            if not any(r.shortened for r in rollouts):
+                grade(self.setup.grader, self.student, [r for r in rollouts if r.has_tokens_of(Writer.STUDENT)])
         self.progress.phase("teacher")
         with ledger.timed("scoring"):
             scored = self.method.signal(rollouts)
@@ -147,6 +149,8 @@ class Trainer:
         with ledger.timed("sampling"):
             self.setup.engine.sync(self.student)
         self.done += 1
+        if recipe.rollout.store:
+            self.folder.store(self.done, rollouts)
         self._write_metrics(rollouts, means, num_tokens, {"grad_norm": norm, "lr": recipe.optim.lr * factor})
 
     def _accumulate(self, scored: list[Scored]) -> tuple[dict[str, float], int]:
@@ -173,7 +177,8 @@ class Trainer:
         row |= {"reward": fmean(rewards)} if rewards else {}
         row |= {
             "response_tokens": fmean(r.num_tokens for r in rollouts),
-            "cut_off": fmean(not r.finished for r in rollouts),
+            "cut_off": fmean(r.cut_off for r in rollouts),
+            "shortened": fmean(r.shortened for r in rollouts),
             "teacher_written": _share_of_teacher(rollouts),
             **rollout_metrics(rollouts, self.recipe.guards),
             "tokens_per_second": num_tokens / sum(costs["seconds"].values()),
@@ -192,13 +197,16 @@ class Trainer:
                 self.stopped_by = alarm
 
     def _count_flops(self, rollouts: list[Rollout]) -> None:
-        """What each model did for these rollouts. Whoever wrote a token of one read all that came before it."""
-        self.ledger.add("flops", "student_training", 3 * _forward_flops(self.student, rollouts))
+        """What each model did for these rollouts. Whoever wrote a token of one read all of it, but for a teacher that
+        wrote its beginning only."""
+        passes = 3 + self.recipe.method.scores_with_student()  # forward, and twice that backward
+        self.ledger.add("flops", "student_training", passes * _forward_flops(self.student, rollouts))
         models = {Writer.STUDENT: self.student, Writer.TEACHER: self.setup.teacher}
         for writer, model in models.items():
             written = [r for r in rollouts if r.has_tokens_of(writer)]
             if model is not None and written:
-                self.ledger.add("flops", f"{writer.name.lower()}_sampling", _forward_flops(model, written))
+                read = [(writer == Writer.TEACHER and r.num_seeded) or r.num_tokens for r in written]
+                self.ledger.add("flops", f"{writer.name.lower()}_sampling", _forward_flops(model, written, read))
         if self.setup.teacher is not None and self.recipe.method.scores_with_teacher():
             self.ledger.add("flops", "teacher_scoring", _forward_flops(self.setup.teacher, rollouts))
 
@@ -227,9 +235,11 @@ def _share_of_teacher(rollouts: Sequence[Rollout]) -> float:
     return written / sum(r.num_tokens for r in rollouts)
 
 
-def _forward_flops(model: LanguageModel, rollouts: Sequence[Rollout]) -> float:
-    lengths = [len(r.prompt.ids) + r.num_tokens for r in rollouts]
-    return model.forward_flops(sum(lengths), sum(n * n for n in lengths), sum(r.num_tokens for r in rollouts))
+def _forward_flops(model: LanguageModel, rollouts: Sequence[Rollout], num_tokens: Sequence[int] = ()) -> float:
+    """One pass over the prompts and so many response tokens of each, all if not said."""
+    num_tokens = num_tokens or [r.num_tokens for r in rollouts]
+    lengths = [len(r.prompt.ids) + num for r, num in zip(rollouts, num_tokens, strict=True)]
+    return model.forward_flops(sum(lengths), sum(n * n for n in lengths), sum(num_tokens))
 
 
 def _due(every: int, step: int) -> bool:

@@ -50,12 +50,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to write responses. `seed` and the prompt's key decide every token; `num_samples` rollouts per prompt."""
+    """How to write responses. `seed` and the prompt's key decide every token; `num_samples` rollouts per prompt.
+
+    `epsilon` is the share of tokens drawn uniformly from the vocabulary; the log-probabilities are the mixture's."""
 
     max_tokens: int = 1024
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    epsilon: float = 0.0
     num_samples: int = 1
     stop_ids: tuple[int, ...] = ()
     seed: int = 0
@@ -65,13 +68,28 @@ class Sampling:
         return self.temperature == 0.0
 
 
+@dataclass(frozen=True)
+class Step:
+    """Where a run stands when a method writes: `number` steps of `total` are done; `seed` decides all sampling of this one."""
+
+    number: int
+    total: int
+    seed: int
+
+    @property
+    def progress(self) -> float:
+        """0 at the first step of a run, 1 at its last: what schedules follow."""
+        return min(1.0, self.number / max(1, self.total - 1))
+
+
 @dataclass
 class Rollout:
     """A response token by token.
 
     `logp_T` is the log-probability under the distribution that was really sampled from (temperature and truncation
     applied). `finished` means that the last id is a stop token; a rollout cut off at the limit has none, and none is
-    invented for it.
+    invented for it. `shortened`: it was stopped on purpose before that limit, and says nothing about how long the
+    student would have gone on. The teacher wrote the first `num_seeded` tokens, and read no further to write them.
     """
 
     prompt: Prompt
@@ -80,6 +98,9 @@ class Rollout:
     finished: bool
     sample: int = 0
     writer_T: Tensor | None = None  # uint8 of Writer; None: the student wrote all of it
+    shortened: bool = False
+    num_seeded: int = 0
+    learn_seed: bool = False
     text: str = ""
     reward: float | None = None
 
@@ -87,16 +108,24 @@ class Rollout:
     def num_tokens(self) -> int:
         return len(self.response_ids)
 
+    @property
+    def cut_off(self) -> bool:
+        """Whether it reached the limit before it ended."""
+        return not self.finished and not self.shortened
+
     def has_tokens_of(self, writer: Writer) -> bool:
         if self.writer_T is None:
             return writer == Writer.STUDENT
         return bool((self.writer_T == writer).any())
 
     def weight_T(self) -> Tensor:
-        """1 for each token to learn from, 0 for those of the environment."""
+        """1 for each token to learn from, 0 for those of the environment and of a seed that is context only."""
         if self.writer_T is None:
             return torch.ones(self.num_tokens)
-        return (self.writer_T != Writer.ENVIRONMENT).float()
+        weight_T = (self.writer_T != Writer.ENVIRONMENT).float()
+        if not self.learn_seed:
+            weight_T[: self.num_seeded] = 0.0
+        return weight_T
 
 
 # ------------------------------------------------------------------ signals: what the teacher said about each token

@@ -420,9 +420,9 @@ def test_uniforms_are_uniform_along_and_across_rows():
         (
             (1,) * 90,
             Sampling(max_tokens=20),
-            "shorten the prompt to 76 tokens or set rollout.max_tokens to at most 6$",
+            "write rollout.max_tokens=6 or less$",
         ),
-        ((1,) * 77, Sampling(max_tokens=20), "shorten the prompt to 76 tokens"),
+        ((1,) * 96, Sampling(max_tokens=20), "context of 96: shorten it$"),
         ((1, VOCAB), Sampling(max_tokens=4), "token ids that the student does not have"),
         ((1,), Sampling(max_tokens=0), "max_tokens must be at least 1, and is 0"),
         ((1,), Sampling(max_tokens=4, top_p=0.0), "top_p must be greater than 0"),

@@ -21,7 +21,7 @@ from kibitz.methods import skd
 from kibitz.methods.skd import SKDConfig
 from kibitz.prepare import prepare
 from kibitz.trainer import Silence, Trainer
-from kibitz.types import Dense, Prompt, Rollout, Sampling, Writer
+from kibitz.types import Dense, Prompt, Rollout, Sampling, Step, Writer
 
 VOCAB = 29
 STOPS = (3, 17)
@@ -410,7 +410,7 @@ def set_up(tmp_path, monkeypatch):
 def test_the_loss_covers_the_first_token_the_teachers_tokens_and_the_end_and_nothing_else(set_up):
     setup = set_up("run", SKDConfig(accept_top_k=4))
     method, student, teacher = methods.build(setup.parts), setup.student, setup.teacher
-    rollouts = method.rollout(setup.stream.take(8), seed=1)
+    rollouts = method.rollout(setup.stream.take(8), Step(0, 1, seed=1))
     assert 0.0 < rejection(rollouts) < 1.0
     scored = method.signal(rollouts)
     want, count = 0.0, 0
@@ -444,7 +444,7 @@ def test_a_student_that_learns_is_rejected_less(set_up):
     setup = set_up("run", SKDConfig(accept_top_k=6), steps=30, optim={"lr": 1e-2})
     trainer = Trainer(setup, Silence())
     prompts = setup.stream.take(64)
-    before = rejection(trainer.method.rollout(prompts, seed=9))
+    before = rejection(trainer.method.rollout(prompts, Step(0, 1, seed=9)))
     trainer.run()
-    after = rejection(trainer.method.rollout(prompts, seed=9))
+    after = rejection(trainer.method.rollout(prompts, Step(0, 1, seed=9)))
     assert after < before - 0.04

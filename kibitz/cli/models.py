@@ -76,7 +76,7 @@ def score(
         _resolved(student) if student else _shipped("student"),
         teacher or _shipped("teacher"),
         list(zip(prompt, responses, strict=True)),
-        max_tokens=max_tokens or (256 if student else WORLD_TOKENS),
+        max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
     )

@@ -16,6 +16,7 @@ from kibitz.config.methods import (
     GRPOConfig,
     MethodConfig,
     OPDConfig,
+    PolicyGradientConfig,
     SFTConfig,
     SKDConfig,
 )
@@ -35,7 +36,7 @@ from kibitz.config.sections import (
 
 __all__ = [
     "METHOD_CONFIGS", "Columns", "DataConfig", "DistillationConfig", "DivergenceName", "EvalConfig", "GKDConfig",
-    "GRPOConfig", "GuardConfig", "MethodConfig", "ModelConfig", "OPDConfig", "OptimConfig", "Recipe", "RecipeError",
-    "RolloutConfig", "SFTConfig", "SKDConfig", "SaveConfig", "Section", "StudentConfig", "TeacherConfig", "dump",
-    "json_schema", "load", "register_method",
+    "GRPOConfig", "GuardConfig", "MethodConfig", "ModelConfig", "OPDConfig", "OptimConfig", "PolicyGradientConfig",
+    "Recipe", "RecipeError", "RolloutConfig", "SFTConfig", "SKDConfig", "SaveConfig", "Section", "StudentConfig",
+    "TeacherConfig", "dump", "json_schema", "load", "register_method",
 ]  # fmt: skip

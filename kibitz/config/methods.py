@@ -6,12 +6,23 @@ from pydantic import Discriminator, Field, Tag
 
 from kibitz.config.base import Section
 from kibitz.config.sections import RolloutConfig
+from kibitz.config.writing import WritingConfig
 
 
 class MethodConfig(Section):
     """What a method shares with every other one."""
 
     type: str
+    normalize: Literal["token", "sequence"] = Field(
+        "token",
+        description="token: the mean over the step's tokens; sequence: the mean over responses of each one's mean (GRPO's "
+        "1/|o|), in which a token of a short response counts more.",
+    )
+    mask_tokens: list[str] = Field(
+        default_factory=list,
+        description="Single tokens, such as <think>, that are not learnt: student and teacher may differ on them "
+        "(Revisiting OPD, 2603.25562).",
+    )
 
     def needs_teacher(self) -> bool:
         """Whether the recipe must name a teacher."""
@@ -29,9 +40,19 @@ class MethodConfig(Section):
         """Whether the teacher reads each rollout: its cost then counts."""
         return False
 
+    def scores_with_student(self) -> bool:
+        """Whether the student reads each rollout once more before it learns, to choose tokens."""
+        return False
+
+    def stored_rollouts(self) -> str | None:
+        """The file of rollouts to learn from, if nobody is to write any."""
+        return None
+
     def check(self, rollout: RolloutConfig) -> None:
         """Raise ValueError, with what to write instead, for settings that exclude each other."""
 
+
+PolicyLossName = Literal["sampled_token", "ppo_clip", "truncated", "banded", "one_sided"]
 
 DivergenceName = Literal[
     "reverse_kl", "forward_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "adaptive_kl"
@@ -59,6 +80,14 @@ class DistillationConfig(MethodConfig):
     temperature: float = Field(
         1.0, gt=0, description="Divides both models' logits in the loss; gradients are scaled by its square."
     )
+    token_weight: Literal["none", "entropy", "tip", "iw"] = Field(
+        "none",
+        description="entropy: only tokens where the student is uncertain are learnt (2603.25562); tip: or disagrees with "
+        "the teacher (2604.14084); iw: early tokens count up to 1.5 (2606.22600). Costs one more forward pass.",
+    )
+    token_share: float = Field(
+        0.5, gt=0, le=1, description="Of entropy and tip: the share of the step's tokens that is learnt. 0.5: TIP."
+    )
 
     def needs_teacher(self) -> bool:
         return True
@@ -66,8 +95,26 @@ class DistillationConfig(MethodConfig):
     def scores_with_teacher(self) -> bool:
         return True
 
+    def scores_with_student(self) -> bool:
+        return self.token_weight != "none"
 
-class OPDConfig(DistillationConfig):
+
+class PolicyGradientConfig(MethodConfig):
+    """What every method shares that learns from the sampled token alone."""
+
+    policy_loss: PolicyLossName = Field(
+        "sampled_token",
+        description="What becomes of a token whose probability has moved since it was sampled. sampled_token: weighed by the "
+        "ratio; ppo_clip: no gain past the bound; truncated: weighed by at most ratio_cap; banded: dropped outside "
+        "the band; one_sided: dropped once it has fallen by max_drop. All alike at a ratio of 1.",
+    )
+    clip_ratio: float = Field(0.2, gt=0, description="Of ppo_clip: how far the ratio may be from 1 (1707.06347).")
+    ratio_cap: float = Field(5.0, ge=1, description="Of truncated, and the band's upper end. 5: ExOPD, IcePop.")
+    ratio_floor: float = Field(0.5, ge=0, le=1, description="Of banded: the band's lower end. 0.5: IcePop.")
+    max_drop: float = Field(0.2, gt=0, le=1, description="Of one_sided: a fall in probability. 0.2: prime-rl.")
+
+
+class OPDConfig(WritingConfig, DistillationConfig, PolicyGradientConfig):
     """On-policy distillation: the student writes, the teacher scores every token, the divergence is the loss."""
 
     type: Literal["opd"] = "opd"
@@ -99,23 +146,39 @@ class OPDConfig(DistillationConfig):
         return self.reward_coef > 0
 
     def check(self, rollout: RolloutConfig) -> None:
+        self.check_writing(rollout, sampled=self.support == "sampled")
         if self.support != "sampled":
             for name in ("discount", "clip_advantage", "baseline", "reward_coef"):
                 if getattr(self, name):
                     raise ValueError(f"{name} belongs to the policy gradient: write method.support=sampled, or drop it")
+            if self.policy_loss != "sampled_token":
+                raise ValueError("policy_loss belongs to the policy gradient: write method.support=sampled, or drop it")
             return
-        if rollout.truncated or rollout.temperature != 1:
+        if rollout.truncated or rollout.epsilon or rollout.temperature != 1:
             raise ValueError(
                 "support: sampled needs rollouts from the student's own distribution: "
-                "write rollout.temperature=1 without top_p and top_k, or method.support=full"
+                "write rollout.temperature=1 without top_p, top_k and epsilon, or method.support=full"
             )
         if self.divergence != "reverse_kl":
             raise ValueError(
                 "support: sampled estimates reverse_kl only: write method.support=full for another divergence"
             )
+        if self.token_weight == "tip" and not self.baseline:
+            raise ValueError(
+                "token_weight: tip needs the teacher's distribution, of which support: sampled sees one token: "
+                "write method.token_weight=entropy, or method.baseline=true"
+            )
+        if self.mask_tokens and self.discount:
+            raise ValueError(
+                "discount credits a token with later ones, those of mask_tokens too: write method.discount=0"
+            )
         if self.baseline and self.discount:
             raise ValueError(
                 "the baseline is that of a token's own advantage: write method.discount=0, or drop baseline"
+            )
+        if self.reward_coef and (self.prefix_tokens is not None or self.seed_tokens):
+            raise ValueError(
+                "reward_coef rewards whole responses of the student: drop method.prefix_tokens and method.seed_tokens"
             )
         if self.reward_coef and rollout.samples_per_prompt < 2:
             raise ValueError(
@@ -131,10 +194,14 @@ class GKDConfig(DistillationConfig):
     on_policy: float = Field(
         0.5, ge=0, le=1, description="Share of the steps on student text, lambda. 0.5: the paper's mix."
     )
+    on_policy_end: float | None = Field(
+        None, ge=0, le=1, description="Where on_policy ends, linearly over the run. Off: constant, as in the paper."
+    )
     source: Literal["dataset", "teacher"] = Field("dataset", description="Who writes the other steps.")
 
     def needs_responses(self) -> bool:
-        return self.source == "dataset" and self.on_policy < 1
+        end = self.on_policy if self.on_policy_end is None else self.on_policy_end
+        return self.source == "dataset" and min(self.on_policy, end) < 1
 
 
 class SKDConfig(DistillationConfig):
@@ -164,22 +231,34 @@ class SFTConfig(MethodConfig):
 
     type: Literal["sft"] = "sft"
     source: Literal["dataset", "teacher"] = Field("dataset", description="Who wrote the responses.")
+    rollouts: str | None = Field(
+        None, description="JSONL of stored rollouts instead of the data's responses; rollout.store makes such a file."
+    )
 
     def needs_teacher(self) -> bool:
         return self.source == "teacher"
 
     def needs_responses(self) -> bool:
-        return self.source == "dataset"
+        return self.source == "dataset" and self.rollouts is None
+
+    def stored_rollouts(self) -> str | None:
+        return self.rollouts
+
+    def check(self, rollout: RolloutConfig) -> None:
+        if self.rollouts is not None and self.source == "teacher":
+            raise ValueError(
+                "rollouts are stored and the teacher writes none: drop method.source=teacher or method.rollouts"
+            )
 
 
-class GRPOConfig(MethodConfig):
+class GRPOConfig(PolicyGradientConfig):
     """RL with a reward per response: advantages centred in the group of a prompt's samples (GRPO, 2402.03300)."""
 
     type: Literal["grpo"] = "grpo"
     normalize_std: bool = Field(
         False, description="Divide by the group's deviation. Off: it favours extreme prompts (2503.20783)."
     )
-    clip_ratio: float = Field(0.2, gt=0, description="PPO clip of the importance ratio (2402.03300).")
+    policy_loss: PolicyLossName = Field("ppo_clip", description="ppo_clip: the paper; see opd for the others.")
 
     def needs_reward(self) -> bool:
         return True
@@ -189,6 +268,8 @@ class GRPOConfig(MethodConfig):
             raise ValueError("grpo compares the samples of a prompt: write rollout.samples_per_prompt of 2 or more")
         if rollout.truncated:
             raise ValueError("grpo's importance ratio needs untruncated rollouts: drop rollout.top_p and rollout.top_k")
+        if rollout.epsilon:
+            raise ValueError("grpo's importance ratio starts from the student itself: drop rollout.epsilon")
 
 
 METHOD_CONFIGS: dict[str, type[MethodConfig]] = {

@@ -80,8 +80,18 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0, description="1: rollouts are the student's own distribution.")
     top_p: float = Field(1.0, gt=0, le=1, description="1: off, so that log-probabilities are the student's own.")
     top_k: int = Field(0, ge=0, description="0: off.")
+    epsilon: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the student's tokens drawn uniformly from the vocabulary, its end included: exploration. 0: "
+        "off, published runs explore by temperature.",
+    )
     stop: list[str] = Field(
         default_factory=list, description="Single tokens that end a response besides the model's EOS."
+    )
+    store: bool = Field(
+        False, description="Keep every rollout in stored.jsonl of the run, for method.rollouts of another (2604.13010)."
     )
     max_rows: int = Field(256, ge=1, description="Rows generated side by side; bounds the KV cache.")
 

@@ -8,7 +8,8 @@ alone and among others, here and in a re-implementation. The algorithm, complete
     finaliser of splitmix64 (Steele, Lea & Flood 2014), everything modulo 2^64:
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;  z = (z ^ z >> 27) * 0x94D049BB133111EB;  z = z ^ z >> 31
 3.  u = (z >> 11) / 2^53, in [0, 1)
-4.  p = softmax(logits / temperature) in float32, truncated to top-k, then to top-p, and renormalised
+4.  p = softmax(logits / temperature) in float32, truncated to top-k, then to top-p, and renormalised;
+    with epsilon, (1 - epsilon) p + epsilon / V
 5.  token = the first one, in the order of ids, whose cumulative probability (float64) is greater than u * (sum of p)
 
 Same up to rounding: a model's logits differ by about 1e-6 between batch sizes, and a uniform that falls into that gap
@@ -16,6 +17,7 @@ gives another token. That happens about once in 10^6 tokens in float32, and more
 """
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -79,7 +81,11 @@ def log_distribution(logits_NV: Tensor, sampling: Sampling) -> Tensor:
         logits_NV = logits_NV / sampling.temperature
     if sampling.top_k > 0 or sampling.top_p < 1.0:
         logits_NV = truncate(logits_NV, sampling.top_k, sampling.top_p)
-    return logits_NV.log_softmax(-1)
+    logp_NV = logits_NV.log_softmax(-1)
+    if sampling.epsilon == 0.0:
+        return logp_NV
+    uniform = logp_NV.new_tensor(sampling.epsilon / logp_NV.shape[-1]).log()
+    return torch.logaddexp(logp_NV + math.log1p(-sampling.epsilon), uniform)
 
 
 def draw(logp_NV: Tensor, uniform_N: Tensor) -> Tensor:

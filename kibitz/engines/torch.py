@@ -253,6 +253,7 @@ def check_sampling(sampling: Sampling) -> None:
         ("temperature", lambda x: 0.0 <= x < float("inf"), "0 (greedy) or greater"),
         ("top_p", lambda x: 0.0 < x <= 1.0, "greater than 0 and at most 1 (1 switches it off)"),
         ("top_k", lambda x: x >= 0, "0 (off) or greater"),
+        ("epsilon", lambda x: 0.0 <= x < 1.0, "at least 0 (off) and less than 1"),
     ]
     for name, holds, what in rules:
         value = getattr(sampling, name)
@@ -273,6 +274,6 @@ def check_prompts(prompts: Sequence[Prompt], sampling: Sampling, student: Studen
         if context is not None and length + sampling.max_tokens > context:
             raise ValueError(
                 f"prompt {prompt.key!r} has {length} tokens; with {sampling.max_tokens} new ones it exceeds the "
-                f"student's context of {context}: shorten the prompt to {max(context - sampling.max_tokens, 0)} tokens "
-                f"or set rollout.max_tokens to at most {max(context - length, 0)}"
+                f"student's context of {context}: "
+                + (f"write rollout.max_tokens={context - length} or less" if length < context else "shorten it")
             )

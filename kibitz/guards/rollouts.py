@@ -40,5 +40,6 @@ def rollout_metrics(rollouts: Sequence[Rollout], config: GuardConfig) -> dict[st
 
 
 def without_cut_off(scored: Sequence[Scored]) -> list[Scored]:
-    """The same rollouts in order, with weight 0 for all tokens of one that was cut off: `guards.mask_cut_off`."""
-    return [s if s.rollout.finished else replace(s, weight_T=torch.zeros_like(s.weight_T)) for s in scored]
+    """The same rollouts in order, with weight 0 for all tokens of one that was cut off: `guards.mask_cut_off`. One that was
+    shortened on purpose is whole as far as it goes, and keeps its weights."""
+    return [replace(s, weight_T=torch.zeros_like(s.weight_T)) if s.rollout.cut_off else s for s in scored]

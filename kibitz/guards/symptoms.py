@@ -114,7 +114,10 @@ def _log_ratio(a: float, b: float) -> float:
 
 
 def length_inflation(run: Numbers, config: GuardConfig) -> Reading:
-    """Growth is what a long-winded teacher teaches, so it must come without gain: of reward, or else of reverse KL."""
+    """Growth is what a long-winded teacher teaches, so it must come without gain: of reward, or else of reverse KL.
+    Where responses are stopped on purpose, their length says where, and nothing of the student."""
+    if "shortened" in run and max(run["shortened"].start, run["shortened"].now) > 0:
+        return NOTHING
     length, judge = run["response_tokens"], next((name for name in ("reward", "reverse_kl") if name in run), None)
     growth = _log_ratio(length.now, length.start)
     if growth <= 0 or (judge and _better(run[judge], 1 if judge == "reward" else -1)):

@@ -37,8 +37,8 @@ GUARDS = {
     "length_inflation": Guard(
         "response_tokens",
         symptoms.length_inflation,
-        "read some responses. If they ramble: check that both models end with the same EOS (kibitz check), lower optim.lr, "
-        "write method.support=full, mix in gold responses or a KL to the starting student (StableOPD, 2604.08527)",
+        "read some responses. If they ramble: check that both models end with the same EOS, lower optim.lr, "
+        "write method.support=full, or mix in gold responses by method.type=gkd (StableOPD, 2604.08527, mixes too)",
     ),
     "cut_off": Guard(
         "cut_off",
@@ -95,7 +95,9 @@ GUARDS = {
     ),
 }
 
-WATCHED = {"loss", "equal_groups", "teacher_entropy"} | {guard.needs for guard in GUARDS.values() if guard.read}
+WATCHED = {"loss", "equal_groups", "teacher_entropy", "shortened"} | {
+    guard.needs for guard in GUARDS.values() if guard.read
+}
 
 
 class Guards:

@@ -123,6 +123,8 @@ class PolicyGradient:
     `temperature` is the one that the rollouts were sampled at, so that the ratio compares like with like; a `Dense`
     teacher is taken at it too. Credit over later tokens needs whole sequences: put it into `advantage_T` with
     `discounted`, and set c to 0.
+
+    `mismatch` is |log S - log S_sampled|: at the first step on fresh rollouts, what engine and trainer disagree by.
     """
 
     loss: PolicyLoss = policy_gradient.sampled_token
@@ -138,6 +140,7 @@ class PolicyGradient:
         loss_C = self.loss(logp_C, tokens.logp_T, advantage_C)
         with torch.no_grad():
             metrics["ratio"] = policy_gradient.importance_ratio(logp_C, tokens.logp_T)
+            metrics["mismatch"] = (logp_C - tokens.logp_T).abs()
             uncorrected_C = policy_gradient.sampled_token(logp_C, tokens.logp_T, advantage_C)
             metrics["ratio_clipped"] = (loss_C != uncorrected_C).to(loss_C.dtype)
         return {"loss": loss_C, "advantage": advantage_C} | metrics

@@ -13,12 +13,15 @@ from torch import Tensor
 def top_share(score_T: Tensor, weight_T: Tensor, share: float) -> Tensor:
     """The weights, set to 0 for all but the `share` of the learnable tokens with the highest scores (rounded up).
 
-    With the student's entropy as score and share 0.2, the rule of Revisiting OPD (2603.25562)."""
+    With the student's entropy as score and share 0.2, the rule of Revisiting OPD (2603.25562). Scores that agree to four
+    decimals are equal, and of those the first tokens are kept: the first tokens of a prompt's samples have one score,
+    which another micro-batch changes in its last bits."""
     if not 0.0 < share <= 1.0:
         raise ValueError(f"The share of tokens to keep is {share}; it must be above 0 and at most 1.")
     learnable_T = weight_T > 0
     keep = math.ceil(share * int(learnable_T.sum()) - 1e-9)  # 0.1 * 30 is a little more than 3
-    best = score_T.masked_fill(~learnable_T, -torch.inf).topk(keep).indices
+    score_T = score_T.round(decimals=4).masked_fill(~learnable_T, -torch.inf)
+    best = score_T.sort(descending=True, stable=True).indices[:keep]
     return weight_T * torch.zeros_like(weight_T).index_fill(0, best, 1.0)
 
 
@@ -42,15 +45,14 @@ def prefix_drift(advantage_T: Tensor, weight_T: Tensor, gamma: float = 0.5) -> T
 
 
 def sequence_mean(weights: list[Tensor]) -> list[Tensor]:
-    """One weight tensor per sequence, rescaled so that every sequence counts alike and the total stays the same.
+    """One weight tensor per sequence, w_t N / (S n): n tokens of the sequence and N of all S sequences have a weight.
 
-    The sum of weight times loss, divided by the total weight, is then the mean over sequences of each one's weighted
-    mean; without it, it is the mean over tokens. Give it every sequence of the step, not those of one micro-batch. A
-    sequence with nothing to learn does not count."""
-    totals = [float(weight_T.sum()) for weight_T in weights]
-    num_sequences = sum(total > 0 for total in totals)
-    each = sum(totals) / max(num_sequences, 1)
-    return [weight_T * (each / total if total > 0 else 0.0) for weight_T, total in zip(weights, totals, strict=True)]
+    The sum of weight times loss, divided by N, is then the mean over sequences of (1/n) sum_t w_t loss_t; without it, it
+    is the mean over tokens of w_t loss_t. Give it every sequence of the step, not those of one micro-batch. A sequence
+    with nothing to learn does not count."""
+    counts = [int((weight_T > 0).sum()) for weight_T in weights]
+    each = sum(counts) / max(sum(count > 0 for count in counts), 1)
+    return [weight_T * (each / max(count, 1)) for weight_T, count in zip(weights, counts, strict=True)]
 
 
 def _scaled(value_T: Tensor, weight_T: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ from collections.abc import Callable
 
 from kibitz.config import MethodConfig, register_method
 from kibitz.methods import gkd, grpo, opd, sft, skd
-from kibitz.methods.parts import Method, Parts, token_loss
+from kibitz.methods.parts import Method, Parts, policy_loss, token_loss
+from kibitz.methods.weights import weighted
 
-__all__ = ["METHODS", "Method", "Parts", "build", "register", "token_loss"]
+__all__ = ["METHODS", "Method", "Parts", "build", "policy_loss", "register", "token_loss"]
 
 METHODS: dict[str, Callable[[Parts], Method]] = {
     "sft": sft.build,
@@ -27,8 +28,8 @@ METHODS: dict[str, Callable[[Parts], Method]] = {
 
 
 def build(parts: Parts) -> Method:
-    """The method that a recipe names."""
-    return METHODS[parts.recipe.method.type](parts)
+    """The method that a recipe names, with the recipe's token weights."""
+    return weighted(METHODS[parts.recipe.method.type](parts), parts)
 
 
 def register(name: str, config: type[MethodConfig], build: Callable[[Parts], Method]) -> None:

@@ -16,7 +16,7 @@ from kibitz.methods.sources import Source
 from kibitz.models import LanguageModel
 from kibitz.teachers import Teacher
 from kibitz.teachers.local import LocalTeacher
-from kibitz.types import Batch, Prompt, Rollout, Scored
+from kibitz.types import Batch, Prompt, Rollout, Scored, Step
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Distillation:
     criterion: Criterion
     chunk_tokens: int | None
 
-    def rollout(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
-        return self.source.rollout(prompts, seed)
+    def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
+        return self.source.rollout(prompts, step)
 
     def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
         return [Scored(r, r.weight_T(), s) for r, s in zip(rollouts, self.teacher.score(rollouts), strict=True)]

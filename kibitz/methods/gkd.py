@@ -8,7 +8,7 @@ from kibitz.config import GKDConfig
 from kibitz.engines.torch import TorchEngine
 from kibitz.methods.distillation import Distillation, distil
 from kibitz.methods.parts import Parts
-from kibitz.methods.sources import Demonstrations, Mix, Sampled
+from kibitz.methods.sources import Demonstrations, Linear, Mix, Sampled
 from kibitz.types import Writer
 
 
@@ -20,4 +20,6 @@ def build(parts: Parts) -> Distillation:
     else:
         engine = TorchEngine(parts.teacher, parts.recipe.rollout.max_rows)
         others = Sampled(engine, parts.sampling, Writer.TEACHER)
-    return distil(parts, config, Mix(Sampled(parts.engine, parts.sampling), others, config.on_policy))
+    end = config.on_policy if config.on_policy_end is None else config.on_policy_end
+    own = Sampled(parts.engine, parts.sampling)
+    return distil(parts, config, Mix(own, others, Linear(config.on_policy, end)))

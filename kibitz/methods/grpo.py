@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import cast
 
 import torch
@@ -10,11 +9,11 @@ from torch import Tensor
 
 from kibitz.config import GRPOConfig
 from kibitz.losses.criteria import PolicyGradient
-from kibitz.losses.policy_gradient import group_advantages, ppo_clip
-from kibitz.methods.parts import Parts, token_loss
+from kibitz.losses.policy_gradient import group_advantages
+from kibitz.methods.parts import Parts, policy_loss, token_loss
 from kibitz.methods.sources import Sampled
 from kibitz.models import LanguageModel
-from kibitz.types import Batch, Prompt, Rollout, Scored
+from kibitz.types import Batch, Prompt, Rollout, Scored, Step
 
 
 @dataclass(frozen=True)
@@ -22,8 +21,8 @@ class GRPO:
     config: GRPOConfig
     parts: Parts
 
-    def rollout(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
-        return Sampled(self.parts.engine, self.parts.sampling).rollout(prompts, seed)
+    def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
+        return Sampled(self.parts.engine, self.parts.sampling).rollout(prompts, step)
 
     def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
         """Every token of a rollout has the rollout's advantage; a group in which all did alike teaches nothing."""
@@ -35,8 +34,7 @@ class GRPO:
         ]
 
     def loss(self, student: LanguageModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        clip = partial(ppo_clip, low=self.config.clip_ratio, high=self.config.clip_ratio)
-        criterion = PolicyGradient(clip, temperature=self.parts.sampling.temperature)
+        criterion = PolicyGradient(policy_loss(self.config), temperature=self.parts.sampling.temperature)
         return token_loss(student, batch, criterion, self.parts.recipe.optim.chunk_tokens)
 
 

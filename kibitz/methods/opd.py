@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from kibitz.config import OPDConfig
+from kibitz.engines.torch import TorchEngine
 from kibitz.losses.criteria import PolicyGradient
 from kibitz.losses.policy_gradient import clipped, discounted, distillation_advantage, group_advantages
 from kibitz.methods.distillation import distil, local_teacher
-from kibitz.methods.parts import Method, Parts, token_loss
+from kibitz.methods.parts import Method, Parts, policy_loss, token_loss
+from kibitz.methods.sources import Linear, Seeded, Source, Stored
 from kibitz.methods.sources import Sampled as SampledFrom
-from kibitz.methods.sources import Source
 from kibitz.models import LanguageModel
 from kibitz.teachers import Teacher
-from kibitz.types import Batch, Prompt, Rollout, Sampled, Scored, Signal
+from kibitz.types import Batch, Prompt, Rollout, Sampled, Scored, Signal, Step, Writer
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class SampledTokenOPD:
     chunk_tokens: int | None
     group_size: int
 
-    def rollout(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
-        return self.source.rollout(prompts, seed)
+    def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
+        return self.source.rollout(prompts, step)
 
     def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
         """A token's own credit is the criterion's to give; what needs whole rollouts, rewards or a discount, is given here."""
@@ -58,14 +59,31 @@ class SampledTokenOPD:
         config = self.config
         clip = None if config.clip_advantage is None else (-config.clip_advantage, config.clip_advantage)
         coefficient = 0.0 if config.discount else config.kl_coef
-        criterion = PolicyGradient(coefficient=coefficient, baseline=config.baseline, advantage_clip=clip)
+        criterion = PolicyGradient(policy_loss(config), coefficient, config.baseline, clip)
         return token_loss(student, batch, criterion, self.chunk_tokens)
 
 
 def build(parts: Parts) -> Method:
     config = cast(OPDConfig, parts.recipe.method)
-    source = SampledFrom(parts.engine, parts.sampling)
+    source = _source(parts, config)
     if config.support != "sampled":
         return distil(parts, config, source)
     teacher = local_teacher(parts, config, "dense" if config.baseline else "sampled")
     return SampledTokenOPD(config, source, teacher, parts.recipe.optim.chunk_tokens, parts.sampling.num_samples)
+
+
+def _source(parts: Parts, config: OPDConfig) -> Source:
+    """The student, whole or cut to a prefix, alone or after the teacher; or what was written earlier."""
+    if parts.stored is not None:
+        return Stored(parts.stored, parts.sampling.num_samples)
+    limit = None
+    if config.prefix_tokens is not None:
+        end = parts.sampling.max_tokens if config.prefix_grows else config.prefix_tokens
+        limit = Linear(config.prefix_tokens, end)
+    student = SampledFrom(parts.engine, parts.sampling, limit=limit)
+    if not config.seed_tokens:
+        return student
+    assert parts.teacher is not None
+    teacher = SampledFrom(TorchEngine(parts.teacher, parts.recipe.rollout.max_rows), parts.sampling, Writer.TEACHER)
+    end = 0 if config.seed_decays else config.seed_tokens
+    return Seeded(teacher, student, Linear(config.seed_tokens, end), config.learn_seed)

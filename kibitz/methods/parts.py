@@ -1,23 +1,26 @@
 """What a method is, and what it is made of."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
 
-from kibitz.config import Recipe
+from kibitz.config import PolicyGradientConfig, Recipe
 from kibitz.engines import Engine
 from kibitz.losses.chunked import Criterion, over_chunks
+from kibitz.losses.criteria import PolicyLoss
+from kibitz.losses.policy_gradient import POLICY_LOSSES
 from kibitz.models import LanguageModel
-from kibitz.types import Batch, Prompt, Rollout, Sampling, Scored
+from kibitz.types import Batch, Prompt, Rollout, Sampling, Scored, Step
 
 
 class Method(Protocol):
     """Rewards, where there is a grader, stand in the rollouts before `signal` is called."""
 
-    def rollout(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
-        """What is learnt from in one step, in the same order for the same seed."""
+    def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
+        """What is learnt from in one step, in the same order for the same seed; schedules follow `step.progress`."""
         ...
 
     def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
@@ -31,19 +34,41 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """What methods are made of. `divergence` is the user's own `(student_CS, teacher_CS) -> loss_C`, if one was passed."""
+    """What methods are made of. `divergence` is the user's own `(student_CS, teacher_CS) -> loss_C`, if one was passed;
+    `mask_ids` are the tokens that nobody learns, `stored` the rollouts by prompt key that the method's section names."""
 
     recipe: Recipe
+    student: LanguageModel
     engine: Engine
     teacher: LanguageModel | None
     sampling: Sampling
     encode_response: Callable[[str], list[int]]
     divergence: Callable[[Tensor, Tensor], Tensor] | None = None
+    mask_ids: tuple[int, ...] = ()
+    stored: Mapping[str, Sequence[Rollout]] | None = None
 
 
 def token_loss(
     student: LanguageModel, batch: Batch, criterion: Criterion, chunk_tokens: int | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """A criterion over all response tokens of a batch, inside the student's own forward pass."""
+    """A criterion over all response tokens of a batch, inside the student's own forward pass. The `loss` among the values
+    is weighted, so that what is logged is what is learnt; the metrics are not."""
     size = chunk_tokens or student.chunk_tokens
-    return student(batch, lambda hidden_TD, head: over_chunks(criterion, hidden_TD, head, batch.tokens, size))
+    total, values = student(batch, lambda hidden_TD, head: over_chunks(criterion, hidden_TD, head, batch.tokens, size))
+    return total, values | {"loss": values["loss"] * batch.tokens.weight_T}
+
+
+def policy_loss(config: PolicyGradientConfig) -> PolicyLoss:
+    """The policy loss that a section names, with its bounds."""
+    function = POLICY_LOSSES[config.policy_loss]
+    match config.policy_loss:
+        case "ppo_clip":
+            return partial(function, low=config.clip_ratio, high=config.clip_ratio)
+        case "truncated":
+            return partial(function, cap=config.ratio_cap)
+        case "banded":
+            return partial(function, low=config.ratio_floor, high=config.ratio_cap)
+        case "one_sided":
+            return partial(function, drop=config.max_drop)
+        case "sampled_token":
+            return function

@@ -10,9 +10,9 @@ from kibitz.config import SFTConfig
 from kibitz.engines.torch import TorchEngine
 from kibitz.losses.criteria import CrossEntropy
 from kibitz.methods.parts import Parts, token_loss
-from kibitz.methods.sources import Demonstrations, Sampled, Source
+from kibitz.methods.sources import Demonstrations, Sampled, Source, Stored
 from kibitz.models import LanguageModel
-from kibitz.types import Batch, Prompt, Rollout, Scored, Writer
+from kibitz.types import Batch, Prompt, Rollout, Scored, Step, Writer
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class SFT:
     source: Source
     chunk_tokens: int | None
 
-    def rollout(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
-        return self.source.rollout(prompts, seed)
+    def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
+        return self.source.rollout(prompts, step)
 
     def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
         return [Scored(rollout, rollout.weight_T()) for rollout in rollouts]
@@ -32,6 +32,8 @@ class SFT:
 
 def build(parts: Parts) -> SFT:
     config, chunk_tokens = cast(SFTConfig, parts.recipe.method), parts.recipe.optim.chunk_tokens
+    if parts.stored is not None:
+        return SFT(Stored(parts.stored, parts.sampling.num_samples), chunk_tokens)
     if config.source == "dataset":
         return SFT(Demonstrations(parts.encode_response), chunk_tokens)
     assert parts.teacher is not None

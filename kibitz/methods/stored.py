@@ -1,0 +1,119 @@
+"""Rollouts in a JSONL file, token by token, for `method.rollouts` of a later run: one line each.
+
+    {"prompt_key", "prompt_ids", "sample", "response_ids", "logp", "finished"}
+
+and, where they say something, `writers` (numbers of `Writer`), `shortened`, `num_seeded` and `learn_seed`. A run with
+`rollout.store` writes it as `stored.jsonl`; `save_rollouts` writes whatever a source gave.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kibitz.metrics import write_atomically
+from kibitz.types import Prompt, Rollout, Writer
+
+
+def as_row(rollout: Rollout) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "prompt_key": rollout.prompt.key,
+        "prompt_ids": list(rollout.prompt.ids),
+        "sample": rollout.sample,
+        "response_ids": rollout.response_ids,
+        "logp": rollout.logp_T.tolist(),
+        "finished": rollout.finished,
+    }
+    if rollout.writer_T is not None:
+        row["writers"] = rollout.writer_T.tolist()
+    return row | {name: getattr(rollout, name) for name in _MARKS if getattr(rollout, name)}
+
+
+_MARKS = {"shortened": bool, "num_seeded": int, "learn_seed": bool}
+_NEEDED = {"prompt_key": str, "prompt_ids": list, "response_ids": list, "logp": list, "finished": bool}
+
+
+def save_rollouts(path: Path | str, rollouts: Iterable[Rollout]) -> None:
+    write_atomically(Path(path), "".join(json.dumps(as_row(rollout)) + "\n" for rollout in rollouts))
+
+
+def load_rollouts(
+    path: Path | str, prompts: Sequence[Prompt], vocab_size: int, num_samples: int, max_tokens: int
+) -> dict[str, list[Rollout]]:
+    """The rollouts by their prompts' keys, in the order of the file. Whoever wrote a token, here it is the data's: nobody
+    samples it again, and its reward says nothing of the student of today. (The environment's stay the environment's.)
+
+    ValueError unless every line fits a prompt of the data and the tokenizer, and every prompt has `num_samples`."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"method.rollouts: there is no file {file}")
+    by_key = {prompt.key: prompt for prompt in prompts}
+    found: dict[str, list[Rollout]] = {key: [] for key in by_key}
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if line.strip():
+            place = f"method.rollouts: {file}, line {number}"
+            rollout = _read(place, line, by_key, vocab_size)
+            if rollout.num_tokens > max_tokens:
+                raise ValueError(
+                    f"{place} has {rollout.num_tokens} tokens: write rollout.max_tokens={rollout.num_tokens} or more"
+                )
+            found[rollout.prompt.key].append(rollout)
+    for key, rollouts in found.items():
+        if len(rollouts) < num_samples:
+            raise ValueError(
+                f"method.rollouts: {file} has {len(rollouts)} rollouts of the prompt {by_key[key].text[:80]!r}, and a step "
+                f"takes {num_samples}: lower rollout.samples_per_prompt, or leave prompts without rollouts out of data"
+            )
+    return found
+
+
+def _read(place: str, line: str, prompts: Mapping[str, Prompt], vocab_size: int) -> Rollout:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not JSON: {error}") from None
+    _check_fields(place, row)
+    prompt = prompts.get(row["prompt_key"])
+    if prompt is None:
+        raise ValueError(
+            f"{place}: no prompt of data has the key {row['prompt_key']!r}: use the data that it was written for"
+        )
+    if tuple(row["prompt_ids"]) != prompt.ids:
+        raise ValueError(
+            f"{place} was written for other prompt tokens: use the tokenizer, the chat template and data.template of "
+            "the run that wrote it"
+        )
+    wrong = [i for i in row["response_ids"] if not isinstance(i, int) or not 0 <= i < vocab_size]
+    if wrong:
+        raise ValueError(
+            f"{place}: the tokenizer has {vocab_size} tokens and no token {wrong[0]}: was it written with another one?"
+        )
+    count = len(row["response_ids"])
+    writer_T = torch.tensor(row.get("writers") or [Writer.DATASET] * count, dtype=torch.uint8)
+    writer_T[writer_T != Writer.ENVIRONMENT] = Writer.DATASET
+    marks = {name: row[name] for name in _MARKS if name in row}
+    logp_T, sample = torch.tensor(row["logp"], dtype=torch.float32), row.get("sample", 0)
+    return Rollout(prompt, row["response_ids"], logp_T, row["finished"], sample, writer_T, **marks)
+
+
+def _check_fields(place: str, row: Any) -> None:
+    """That the line is whole, so that nothing after this has to guess."""
+    if not isinstance(row, dict) or not row.keys() >= _NEEDED.keys():
+        missing = ", ".join(_NEEDED) if not isinstance(row, dict) else ", ".join(k for k in _NEEDED if k not in row)
+        raise ValueError(f"{place} is no rollout, it lacks {missing}: a run with rollout.store=true writes such a file")
+    for name, kind in (_NEEDED | _MARKS).items():
+        if name in row and not isinstance(row[name], kind):
+            raise ValueError(f"{place}: {name} must be a {kind.__name__}, and is {row[name]!r:.80}")
+    count = len(row["response_ids"])
+    if count == 0:
+        raise ValueError(f"{place} has no tokens: leave it out")
+    for name in ("logp", "writers"):
+        if len(row.get(name, row["logp"])) != count:
+            raise ValueError(
+                f"{place} has {count} response_ids and {len(row[name])} {name}: there must be one for each"
+            )
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in row["logp"]):
+        raise ValueError(f"{place}: logp must hold finite numbers, the natural logarithms of probabilities")

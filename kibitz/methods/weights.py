@@ -1,0 +1,108 @@
+"""How much each token counts: the weights that a recipe asks for, around any method.
+
+They are settled for the whole step, before there are micro-batches, so that none depends on how a step is cut up.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kibitz.batching import group, pack
+from kibitz.config import DistillationConfig
+from kibitz.guards import without_cut_off
+from kibitz.losses.token_weights import prefix_drift, sequence_mean, tip_score, top_share
+from kibitz.methods.parts import Method, Parts
+from kibitz.models import LanguageModel
+from kibitz.types import Batch, Prompt, Rollout, Scored, Step
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """`method`, with its tokens weighed. Masked tokens and cut-off rollouts leave first, so that shares and means are of
+    what remains; then tokens are chosen; then sequences are evened out."""
+
+    method: Method
+    parts: Parts
+    selection: "Selection | None"
+
+    def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
+        return self.method.rollout(prompts, step)
+
+    def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+        recipe = self.parts.recipe
+        scored = [replace(s, weight_T=s.weight_T * self._allowed_T(s.rollout)) for s in self.method.signal(rollouts)]
+        if recipe.guards.mask_cut_off:
+            scored = without_cut_off(scored)
+        if self.selection is not None:
+            scored = self.selection(self.method, scored)
+        if recipe.method.normalize == "token":
+            return scored
+        weights = sequence_mean([s.weight_T for s in scored])
+        return [replace(s, weight_T=weight_T) for s, weight_T in zip(scored, weights, strict=True)]
+
+    def loss(self, student: LanguageModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.method.loss(student, batch)
+
+    def _allowed_T(self, rollout: Rollout) -> Tensor:
+        masked = set(self.parts.mask_ids)
+        return torch.tensor([float(token not in masked) for token in rollout.response_ids])
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Weights that need the student's entropy or its divergence from the teacher before the loss is made.
+
+    Both come from the method's own loss, on the micro-batches of training but without gradients. That is one more
+    forward pass of the student, head included: a third of what training costs. Its seconds count as scoring. The metrics
+    of a step are then those of the chosen tokens; the evaluation's are of all.
+
+    "tip" with a teacher that sends its top k takes the divergence over those and the tail; "iw" then takes the tail for
+    a token that was not sent.
+    """
+
+    rule: Literal["entropy", "tip", "iw"]
+    share: float
+    student: LanguageModel
+    tokens_per_micro_batch: int
+
+    def __call__(self, method: Method, scored: Sequence[Scored]) -> list[Scored]:
+        weights, values = [s.weight_T for s in scored], self._values(method, scored)
+        match self.rule:
+            case "iw":
+                pairs = zip(values["teacher_logp"], values["student_logp"], weights, strict=True)
+                weights = [prefix_drift(teacher_T - student_T, weight_T) for teacher_T, student_T, weight_T in pairs]
+            case "entropy":
+                weights = self._kept(torch.cat(values["student_entropy"]), weights)
+            case "tip":
+                both = torch.cat(values["student_entropy"]), torch.cat(values["reverse_kl"])
+                weights = self._kept(tip_score(*both, torch.cat(weights)), weights)
+        return [replace(s, weight_T=weight_T) for s, weight_T in zip(scored, weights, strict=True)]
+
+    def _kept(self, score_T: Tensor, weights: list[Tensor]) -> list[Tensor]:
+        return list(top_share(score_T, torch.cat(weights), self.share).split([len(weight_T) for weight_T in weights]))
+
+    @torch.no_grad()
+    def _values(self, method: Method, scored: Sequence[Scored]) -> dict[str, list[Tensor]]:
+        """By name, what the loss says of the tokens of each rollout, in the order of the rollouts."""
+        found: dict[str, dict[int, Tensor]] = {}
+        for indices in group([s.rollout for s in scored], self.tokens_per_micro_batch):
+            batch = pack([scored[i] for i in indices], self.student.device)
+            _, values = method.loss(self.student, batch)
+            sizes = [scored[i].rollout.num_tokens for i in indices]
+            for name, value_T in values.items():
+                found.setdefault(name, {}).update(zip(indices, value_T.cpu().split(sizes), strict=True))
+        return {name: [parts[i] for i in range(len(scored))] for name, parts in found.items()}
+
+
+def weighted(method: Method, parts: Parts) -> Method:
+    """`method` with the weights of its recipe; itself, where every token counts 1."""
+    config, selection = parts.recipe.method, None
+    if isinstance(config, DistillationConfig) and config.token_weight != "none":
+        tokens = parts.recipe.optim.tokens_per_micro_batch
+        selection = Selection(config.token_weight, config.token_share, parts.student, tokens)
+    if selection is None and config.normalize == "token" and not parts.mask_ids:
+        return method
+    return Weighted(method, parts, selection)
