@@ -5,25 +5,13 @@ what stands behind a rejected token is written over by the next block before a q
 """
 
 import warnings
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kibitz.engines.cache import CachedDecoder, PlainDecoder, SlotCache
-
-PREFILL_TOKENS = 16384  # the most tokens, padding included, in one forward pass over prompts: bounds its memory
-
-
-class Rows(Protocol):
-    """What every decoder does with rows; see `kibitz.engines.cache.Decoder`."""
-
-    def start(self, num_rows: int, num_slots: int) -> None: ...
-    def prefill(self, ids_GP: Tensor, prompt_R: Tensor, row_R: Tensor) -> None: ...
-    def move(self, source_M: Tensor, target_M: Tensor) -> None: ...
-    def stop(self) -> None: ...
+from kibitz.engines.cache import CachedDecoder, PlainDecoder, Rows, SlotCache
 
 
 class BlockDecoder(Rows, Protocol):
@@ -173,22 +161,3 @@ def rank(logits_NQV: Tensor, token_NQ: Tensor) -> Tensor:
     id_V = torch.arange(logits_NQV.shape[-1], device=logits_NQV.device)
     behind_NQV = (logits_NQV < logit_NQ1) | (logits_NQV == logit_NQ1) & (id_V >= token_NQ[..., None])
     return logits_NQV.shape[-1] - behind_NQV.sum(-1)
-
-
-def prefill(decoder: Rows, prefixes: Sequence[tuple[int, ...]], first_row: int, device: torch.device) -> None:
-    """Prefixes into the rows from `first_row` on, each read once however many rows share it, those of similar length
-    together."""
-    rows_of: dict[tuple[int, ...], list[int]] = {}
-    for row, prefix in enumerate(prefixes, first_row):
-        if prefix:
-            rows_of.setdefault(prefix, []).append(row)
-    left = sorted(rows_of, key=len, reverse=True)
-    while left:
-        size = max(1, PREFILL_TOKENS // len(left[0]))
-        group, left = left[:size], left[size:]
-        ids_GP = torch.zeros(len(group), len(group[0]), dtype=torch.long)
-        for index, prefix in enumerate(group):
-            ids_GP[index, : len(prefix)] = torch.tensor(prefix)
-        pairs = [(index, row) for index, prefix in enumerate(group) for row in rows_of[prefix]]
-        prompt_R, row_R = torch.tensor(pairs, device=device).unbind(1)
-        decoder.prefill(ids_GP.to(device), prompt_R, row_R)

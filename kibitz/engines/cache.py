@@ -6,14 +6,19 @@ feeds every live row its pending token (`step`), so a fresh row needs no special
 """
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+PREFILL_TOKENS = 16384  # the most tokens, padding included, in one forward pass over prompts: bounds its memory
 
-class Decoder(Protocol):
+
+class Rows(Protocol):
+    """What every decoder does with its rows."""
+
     def start(self, num_rows: int, num_slots: int) -> None:
         """Make room. Called at the beginning of a `generate`."""
         ...
@@ -24,10 +29,6 @@ class Decoder(Protocol):
         The padding is written too. It does no harm: a slot is written again before a query may look at it."""
         ...
 
-    def step(self, token_N: Tensor, position_N: Tensor, num_slots: int) -> Tensor:
-        """Append a token to each of the rows 0..N-1; logits [N, V] of the next ones. Positions are < num_slots."""
-        ...
-
     def move(self, source_M: Tensor, target_M: Tensor) -> None:
         """Copy rows over others."""
         ...
@@ -35,6 +36,31 @@ class Decoder(Protocol):
     def stop(self) -> None:
         """Let go of the memory."""
         ...
+
+
+class Decoder(Rows, Protocol):
+    def step(self, token_N: Tensor, position_N: Tensor, num_slots: int) -> Tensor:
+        """Append a token to each of the rows 0..N-1; logits [N, V] of the next ones. Positions are < num_slots."""
+        ...
+
+
+def prefill(decoder: Rows, prefixes: Sequence[tuple[int, ...]], first_row: int, device: torch.device) -> None:
+    """Prefixes into the rows from `first_row` on, each read once however many rows share it, those of similar length
+    together."""
+    rows_of: dict[tuple[int, ...], list[int]] = {}
+    for row, prefix in enumerate(prefixes, first_row):
+        if prefix:
+            rows_of.setdefault(prefix, []).append(row)
+    left = sorted(rows_of, key=len, reverse=True)
+    while left:
+        size = max(1, PREFILL_TOKENS // len(left[0]))
+        group, left = left[:size], left[size:]
+        ids_GP = torch.zeros(len(group), len(group[0]), dtype=torch.long)
+        for index, prefix in enumerate(group):
+            ids_GP[index, : len(prefix)] = torch.tensor(prefix)
+        pairs = [(index, row) for index, prefix in enumerate(group) for row in rows_of[prefix]]
+        prompt_R, row_R = torch.tensor(pairs, device=device).unbind(1)
+        decoder.prefill(ids_GP.to(device), prompt_R, row_R)
 
 
 class SlotCache(Cache):

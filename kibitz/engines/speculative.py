@@ -28,8 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kibitz.engines.blocks import BlockDecoder, choose_block_decoder, prefill, rank
-from kibitz.engines.cache import Decoder
+from kibitz.engines.blocks import BlockDecoder, choose_block_decoder, rank
+from kibitz.engines.cache import Decoder, prefill
 from kibitz.engines.sampling import row_seed, sample, uniforms
 from kibitz.engines.torch import Student, TorchEngine, check_prompts, check_sampling, evaluating
 from kibitz.types import Prompt, Rollout, Sampling, Writer

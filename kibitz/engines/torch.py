@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kibitz.engines.cache import CachedDecoder, Decoder, PlainDecoder, decoder_error
+from kibitz.engines.cache import CachedDecoder, Decoder, PlainDecoder, decoder_error, prefill
 from kibitz.engines.fused import FusedDecoder
 from kibitz.engines.sampling import row_seed, sample, uniforms
 from kibitz.types import Prompt, Rollout, Sampling
-
-PREFILL_TOKENS = 16384  # the most tokens, padding included, in one forward pass over prompts: bounds its memory
 
 
 class Student(Protocol):
@@ -132,27 +130,9 @@ class _Flight:
         self.count_R[new] = 0
         seed_N = self._tensor([row_seed(self.sampling.seed, prompt.key, index) for prompt, index in jobs])
         self.uniform_RT[new] = uniforms(seed_N[:, None], torch.arange(self.sampling.max_tokens, device=self.device))
-        self._prefill([prompt.ids[:-1] for prompt, _ in jobs], rows.start)
+        prefill(self.decoder, [prompt.ids[:-1] for prompt, _ in jobs], rows.start, self.device)
         self.num_started += num_new
         self.num_live += num_new
-
-    def _prefill(self, prefixes: list[tuple[int, ...]], first_row: int) -> None:
-        """The prompts but for their last token, each once however many samples it gets, those of similar length
-        together."""
-        rows_of: dict[tuple[int, ...], list[int]] = {}
-        for row, prefix in enumerate(prefixes, first_row):
-            if prefix:
-                rows_of.setdefault(prefix, []).append(row)
-        left = sorted(rows_of, key=len, reverse=True)
-        while left:
-            size = max(1, PREFILL_TOKENS // len(left[0]))
-            group, left = left[:size], left[size:]
-            ids_GP = torch.zeros(len(group), len(group[0]), dtype=torch.long)
-            for index, prefix in enumerate(group):
-                ids_GP[index, : len(prefix)] = torch.tensor(prefix)
-            pairs = [(index, row) for index, prefix in enumerate(group) for row in rows_of[prefix]]
-            prompt_R, row_R = self._tensor(pairs).unbind(1)
-            self.decoder.prefill(ids_GP.to(self.device), prompt_R, row_R)
 
     def step(self) -> Tensor:
         """One more token for every live row; which rows are done with it."""
