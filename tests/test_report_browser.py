@@ -11,6 +11,8 @@ import pytest
 from kibitz.report import build, rollout_page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+expect = playwright.expect  # waits: what an event draws may come after the click that caused it
+expect.set_options(timeout=20_000)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = ["--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
@@ -43,7 +45,7 @@ def visit(browser):
 
     def go(path: Path, width: int = 1200, scheme: str = "light"):
         page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-        page.set_default_timeout(5000)
+        page.set_default_timeout(20_000)
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
@@ -72,7 +74,7 @@ def test_hovering_a_token_shows_what_both_models_would_have_said(visit, report):
     assert page.locator("#card").is_hidden()
     fork.hover()
     card = page.locator("#card")
-    assert card.is_visible()
+    expect(card).to_be_visible()
     assert card.locator(".tally").all_inner_texts()[0].startswith("Student")
     assert [tally.locator(".bar").count() for tally in card.locator(".tally").all()] == [5, 5]
     said = card.locator(".bar.said code").first.inner_text()
@@ -80,7 +82,7 @@ def test_hovering_a_token_shows_what_both_models_would_have_said(visit, report):
     assert "less likely; it would rather say" in card.inner_text()
     assert "penalty" in card.inner_text()
     page.mouse.move(0, 0)
-    assert card.is_hidden()
+    expect(card).to_be_hidden()
 
 
 def test_keyboard_reaches_every_token(visit, report):
@@ -88,7 +90,7 @@ def test_keyboard_reaches_every_token(visit, report):
     first = page.locator(".rollout .t").first
     assert page.locator(".rollout").first.locator('[tabindex="0"]').count() == 1
     first.focus()
-    assert page.locator("#card").is_visible()
+    expect(page.locator("#card")).to_be_visible()
     assert first.get_attribute("aria-describedby") == "card"
     page.keyboard.press("ArrowRight")
     assert page.evaluate("document.activeElement.dataset.index") == "1"
@@ -100,7 +102,7 @@ def test_keyboard_reaches_every_token(visit, report):
     page.keyboard.press("ArrowLeft")
     assert page.evaluate("document.activeElement.dataset.index") == "0"
     page.keyboard.press("Escape")
-    assert page.locator("#card").is_hidden()
+    expect(page.locator("#card")).to_be_hidden()
 
 
 def test_switch_colours_by_the_divergence(visit, tmp_path):
@@ -138,8 +140,8 @@ def test_many_rollouts_fold_and_open(visit, report):
     last = page.locator(".pair").last
     assert last.locator(".t").count() == 0
     last.locator("summary").click()
+    expect(last.locator(".side")).to_have_count(2)  # drawn after the event, not in it
     assert last.locator(".t").count() > 10
-    assert last.locator(".side").count() == 2
 
 
 def test_theme_follows_the_system_until_chosen(visit, report):
@@ -166,9 +168,9 @@ def test_curves_are_drawn_in_the_theme_and_against_compute(visit, report):
     line.wait_for()
     before = line.evaluate("element => element.style.stroke")
     choose(page, "theme", "dark")
-    assert chart.locator(".js-line").first.evaluate("element => element.style.stroke") != before
+    expect(chart.locator(".js-line").first).not_to_have_css("stroke", before)
     choose(page, "axis", "flops")
-    assert "FLOP so far" in chart.text_content()
+    expect(chart).to_contain_text("FLOP so far")
 
 
 @pytest.mark.parametrize("width", [375, 1400])
@@ -177,6 +179,7 @@ def test_nothing_sticks_out(visit, report, width):
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.locator(".t.fork").first.hover()
+    expect(page.locator("#card")).to_be_visible()
     box = page.locator("#card").bounding_box()
     assert box["x"] >= 0
     assert box["x"] + box["width"] <= width
@@ -189,10 +192,10 @@ def test_long_rollout_stays_usable(visit, tmp_path):
     page = visit(path)
     assert page.locator(".t").count() == 2000
     page.get_by_text("go to the fork").click()
+    expect(page.locator(".t")).to_have_count(5000)
     assert page.evaluate("document.activeElement.dataset.index") == "3000"
-    assert page.locator(".t").count() == 5000
     page.get_by_text("more of 9000 tokens").click()
-    assert page.locator(".t").count() == 7000
+    expect(page.locator(".t")).to_have_count(7000)
 
 
 def test_what_models_write_is_text(visit, tmp_path):
@@ -204,7 +207,7 @@ def test_what_models_write_is_text(visit, tmp_path):
     SYNTHETIC["write_jsonl"](folder / "rollouts.jsonl", rows)
     page = visit(build([folder, folder], tmp_path / "page.html"))
     page.locator(".t").first.hover()
-    assert page.locator("#card .card-head code").inner_text() == EVIL.replace(" ", "·")
+    expect(page.locator("#card .card-head code")).to_have_text(EVIL.replace(" ", "·"))
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     page.locator('[data-chart="costs_flops"] .ytick').first.wait_for()
     assert page.locator("img").count() == 0
