@@ -21,7 +21,7 @@ from kibitz.batching import group, pack
 from kibitz.config import Recipe
 from kibitz.evaluate import grade
 from kibitz.graders import Grader
-from kibitz.guards import Alarm, Guards, rollout_metrics, without_cut_off
+from kibitz.guards import Alarm, Guards, rollout_metrics
 from kibitz.metrics import Ledger
 from kibitz.models import LanguageModel
 from kibitz.optim import Optimizer, lr_factor
@@ -140,8 +140,6 @@ class Trainer:
         self.progress.phase("teacher")
         with ledger.timed("scoring"):
             scored = self.method.signal(rollouts)
-        if recipe.guards.mask_cut_off:
-            scored = without_cut_off(scored)
         self.progress.phase("student")
         with ledger.timed("training"):
             means, num_tokens = self._accumulate(scored)

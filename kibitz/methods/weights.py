@@ -99,10 +99,10 @@ class Selection:
 
 def weighted(method: Method, parts: Parts) -> Method:
     """`method` with the weights of its recipe; itself, where every token counts 1."""
-    config, selection = parts.recipe.method, None
+    config, masks, selection = parts.recipe.method, parts.recipe.guards.mask_cut_off or bool(parts.mask_ids), None
     if isinstance(config, DistillationConfig) and config.token_weight != "none":
         tokens = parts.recipe.optim.tokens_per_micro_batch
         selection = Selection(config.token_weight, config.token_share, parts.student, tokens)
-    if selection is None and config.normalize == "token" and not parts.mask_ids:
+    if selection is None and config.normalize == "token" and not masks:
         return method
     return Weighted(method, parts, selection)
