@@ -204,6 +204,18 @@ def test_what_looks_like_a_collapse_and_is_learning():
     assert not [alarm for run in (longer, beyond, sharp) for alarm in alarms_of(run)]
 
 
+def test_supervised_training_may_become_certain():
+    """Cross-entropy from nothing: the entropy falls to a hundredth within 100 steps, and nothing is wrong. The same
+    numbers with a reward beside them are a collapse."""
+    rows = [
+        {"step": i, "loss": 3 * math.exp(-i / 30), "student_entropy": 2.5 * math.exp(-i / 25), "grad_norm": 1.0}
+        for i in range(1, 120)
+    ]
+    assert not alarms_of(rows)
+    rewarded = [row | {"reward": 0.3} for row in rows]
+    assert "entropy_collapse" in [alarm.name for alarm in alarms_of(rewarded)]
+
+
 # Rewards at steps 0, 75, ..., 300 of students of 7,500 parameters on a navigation task, and their last length; it was
 # 5.5 at first. A drop of more than a quarter that lasts is a collapse.
 TRACES = {

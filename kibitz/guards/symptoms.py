@@ -148,8 +148,11 @@ def repetition(run: Numbers, config: GuardConfig) -> Reading:
 
 
 def entropy_collapse(run: Numbers, config: GuardConfig) -> Reading:
-    """A student that becomes as certain as its teacher is what was wanted: the lesser of the two is the measure."""
+    """A student that becomes as certain as its teacher is what was wanted: the lesser of the two is the measure. With
+    neither a teacher nor a reward the run is supervised, and being certain of the data's text is what it is for."""
     student, teacher = run["student_entropy"], run.get("teacher_entropy")
+    if "reverse_kl" not in run and "reward" not in run:
+        return NOTHING
     normal = student.start if teacher is None else min(student.start, teacher.now)
     if normal < CERTAIN:
         return NOTHING
