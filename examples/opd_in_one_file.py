@@ -112,7 +112,9 @@ def pick(prompts: list, number: int) -> list:
         epoch, index = divmod(position, len(prompts))
         order = list(range(len(prompts)))
         random.Random(f"{SEED}|{epoch}").shuffle(order)
-        chosen.append(prompts[order[index]])
+        key, ids = prompts[order[index]]
+        copies = sum(other == ids for _, other in chosen)  # a second copy must not bring the same responses again
+        chosen.append((f"{key}+{copies}" if copies else key, ids))
     return chosen
 
 

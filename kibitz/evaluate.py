@@ -3,7 +3,6 @@
 The evaluation has its own seed, so two evaluations of one run differ by the weights only.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
@@ -95,11 +94,15 @@ def _pass_at_k(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def _by_prompt(rollouts: Sequence[Rollout]) -> list[list[float]]:
-    groups = defaultdict(list)
+    """Rewards of the samples of one prompt after another, as engines order them. A prompt that stands in the file twice
+    is two prompts: its rows may have different answers."""
+    groups: list[list[float]] = []
     for rollout in rollouts:
         assert rollout.reward is not None
-        groups[rollout.prompt.key].append(rollout.reward)
-    return list(groups.values())
+        if rollout.sample == 0:
+            groups.append([])
+        groups[-1].append(rollout.reward)
+    return groups
 
 
 @torch.no_grad()

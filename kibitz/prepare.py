@@ -55,6 +55,8 @@ def prepare(
     overwrite: bool = False,
 ) -> Setup:
     """Check a recipe against the world, then load it."""
+    if resume and overwrite:
+        raise ValueError("resume goes on with a run and overwrite throws it away: choose one of them")
     recipe = config.load(source, list(overrides))
     tokenizer = _tokenizers(recipe)
     mask_ids = single_tokens(tokenizer, recipe.method.mask_tokens, "method.mask_tokens")

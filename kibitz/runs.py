@@ -26,18 +26,21 @@ FREE_TO_CHANGE = {"steps", "eval", "save", "guards", "output", "threads", "devic
 class RunFolder:
     """The files of one run, opened for writing."""
 
-    def __init__(self, path: Path, recipe: Recipe):
-        self.path, self.recipe = path, recipe
-        files = [JSONL(path / f"{name}.jsonl") for name in FILES]
-        self.metrics, self.evals, self.rollouts, self.alarms, self.stored = files
+    def __init__(self, path: Path, recipe: Recipe, overwrite: bool = False):
+        self.path, self.recipe, self.overwrite = path, recipe, overwrite
+        self.files = [JSONL(path / f"{name}.jsonl") for name in FILES]
+        self.metrics, self.evals, self.rollouts, self.alarms, self.stored = self.files
         self.started = time.time()
         self.info: dict[str, Any] = {}
 
     def begin(self, done: int, student: LanguageModel, teacher: LanguageModel | None) -> None:
-        """Write what is known at the start; on resuming, drop what was written after the checkpoint."""
+        """Write what is known at the start; on resuming, drop what was written after the checkpoint. An old run is thrown
+        away only here, when all of the new one is checked and loaded: its checkpoint may be the new one's student."""
+        if self.overwrite:
+            _forget(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / "recipe.yaml", config.dump(self.recipe))
-        for file in (self.metrics, self.evals, self.rollouts, self.alarms, self.stored):
+        for file in self.files:
             file.keep(last_step=done)
         self.info = {
             "version": __version__,
@@ -98,15 +101,13 @@ class RunFolder:
 def open_folder(recipe: Recipe, resume: bool, overwrite: bool) -> tuple[RunFolder, Path | None]:
     """The folder of a new run, or that of an old one and the checkpoint to go on from."""
     path = Path(recipe.output)
-    folder = RunFolder(path, recipe)
+    folder = RunFolder(path, recipe, overwrite)
     if path.exists() and not path.is_dir():
         raise RecipeError(f"output: {path} is a file; write the name of a folder")
     held = (path / "recipe.yaml").exists() or (path / "metrics.jsonl").exists()
-    if overwrite:
-        _forget(path)
-    elif resume:
+    if resume:
         return folder, _to_resume(path, recipe, held)
-    elif held:
+    if held and not overwrite:
         raise RecipeError(
             f"output: {path} already holds a run: go on with it by --resume, replace it by --overwrite, or write output=ANOTHER"
         )

@@ -26,7 +26,7 @@ from kibitz.metrics import Ledger
 from kibitz.models import LanguageModel
 from kibitz.optim import Optimizer, lr_factor
 from kibitz.prepare import Setup, prepare
-from kibitz.types import Rollout, Scored, Step, Writer
+from kibitz.types import Rollout, Scored, Step, Writer, share_of_teacher
 
 
 class Progress(Protocol):
@@ -177,7 +177,7 @@ class Trainer:
             "response_tokens": fmean(r.num_tokens for r in rollouts),
             "cut_off": fmean(r.cut_off for r in rollouts),
             "shortened": fmean(r.shortened for r in rollouts),
-            "teacher_written": _share_of_teacher(rollouts),
+            "teacher_written": share_of_teacher(rollouts),
             **rollout_metrics(rollouts, self.recipe.guards),
             "tokens_per_second": num_tokens / sum(costs["seconds"].values()),
             "seconds": costs["seconds"],
@@ -225,12 +225,6 @@ class Trainer:
         position, ledger, guards = self.setup.stream.position, self.ledger.total, self.guards.state()
         state = {"position": position, "ledger": ledger, "guards": guards}
         checkpoint.save(self.folder.path, self.done, self.student, self.optimizer.state(), state, self.recipe.save.keep)
-
-
-def _share_of_teacher(rollouts: Sequence[Rollout]) -> float:
-    """Of the tokens, those that the teacher wrote: under skd the rejected drafts, 1 - acceptance."""
-    written = sum(int((r.writer_T == Writer.TEACHER).sum()) for r in rollouts if r.writer_T is not None)
-    return written / sum(r.num_tokens for r in rollouts)
 
 
 def _forward_flops(model: LanguageModel, rollouts: Sequence[Rollout], num_tokens: Sequence[int] = ()) -> float:

@@ -13,7 +13,7 @@ and seconds. Position t of a sequence scores token t+1, so a rollout with P prom
 by positions [P-1, P+T-1): `Batch.position_T` is the only place where that shift is written.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -126,6 +126,13 @@ class Rollout:
         if not self.learn_seed:
             weight_T[: self.num_seeded] = 0.0
         return weight_T
+
+
+def share_of_teacher(rollouts: Sequence[Rollout]) -> float:
+    """Of the response tokens, those that the teacher wrote. Under speculative KD that is the share of judged drafts that
+    it rejected, 1 - accepted / judged: those behind a rejected one are thrown away unjudged and do not count."""
+    written = sum(int((r.writer_T == Writer.TEACHER).sum()) for r in rollouts if r.writer_T is not None)
+    return written / max(1, sum(r.num_tokens for r in rollouts))
 
 
 # ------------------------------------------------------------------ signals: what the teacher said about each token

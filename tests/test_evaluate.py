@@ -1,6 +1,7 @@
 """Evaluation and annotation against brute force, and the whole path on tokenizers and architectures of real models."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,8 +85,8 @@ def test_annotation_without_a_teacher_has_no_fork(pair):
 
 def test_samples_of_one_prompt_are_one_observation():
     """Eight samples of each of two prompts are not sixteen independent trials."""
-    rollouts = [rollout([1], [2], key, reward) for key, reward in [("a", 1.0)] * 8 + [("b", 0.0)] * 8]
-    row = accuracy(rollouts)
+    rollouts = [replace(rollout([1], [2], "a", reward), sample=i) for reward in (1.0, 0.0) for i in range(8)]
+    row = accuracy(rollouts)  # of one key: the same prompt stands in the file twice, and is two observations
     assert row["accuracy"] == 0.5
     assert row["num"] == 2
     assert row["high"] - row["low"] > 0.8

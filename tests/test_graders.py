@@ -444,7 +444,7 @@ def test_a_program_dies_with_its_parent(tmp_path):
             child = until(lambda: [n for n in children_of(process.pid) if "Seccomp:\t2" in status(n)])[0]
         finally:
             process.send_signal(signal.SIGKILL)
-    until(lambda: not status(child) or "State:\tZ" in status(child))
+    assert until(lambda: not status(child) or "State:\tZ" in status(child))
 
 
 def status(pid: int) -> str:
@@ -484,4 +484,4 @@ def test_children_of_an_unconfined_program_die(monkeypatch):
         process.wait()
         until(lambda: "sleep" in status(child))
         sandbox._kill(process)
-        until(lambda: not status(child) or "State:\tZ" in status(child))
+        assert until(lambda: not status(child) or "State:\tZ" in status(child))

@@ -134,4 +134,4 @@ def test_stop_ids_hold_every_end(tmp_path):
 def test_no_warning_for_ordinary_models(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load(make_model(tmp_path))
+        assert load(make_model(tmp_path)).head_stands_alone

@@ -15,13 +15,13 @@ from kibitz import methods
 from kibitz.batching import pack
 from kibitz.engines.blocks import PlainBlocks, rank
 from kibitz.engines.sampling import log_distribution, row_seed, uniforms
-from kibitz.engines.speculative import SpeculativeEngine, decayed_top_k, rejection
+from kibitz.engines.speculative import SpeculativeEngine, decayed_top_k
 from kibitz.engines.torch import TorchEngine
 from kibitz.methods import skd
 from kibitz.methods.skd import SKDConfig
 from kibitz.prepare import prepare
 from kibitz.trainer import Silence, Trainer
-from kibitz.types import Dense, Prompt, Rollout, Sampling, Step, Writer
+from kibitz.types import Dense, Prompt, Rollout, Sampling, Step, Writer, share_of_teacher
 
 VOCAB = 29
 STOPS = (3, 17)
@@ -147,7 +147,7 @@ def test_every_token_is_the_one_of_the_definition(pair, changes):
     engine = SpeculativeEngine(*pair, **{"top_k": 9, "max_rows": 4, **changes})
     sampling = Sampling(max_tokens=14, temperature=0.8, top_p=0.95, stop_ids=STOPS)
     rollouts = assert_as_defined(engine, make_prompts([1, 9, 2, 30, 3, 17, 2, 8]), sampling)
-    assert 0.0 < rejection(rollouts) < 1.0
+    assert 0.0 < share_of_teacher(rollouts) < 1.0
     assert {r.finished for r in rollouts} == {True, False}
     assert len({r.num_tokens for r in rollouts}) >= 2
 
@@ -162,7 +162,7 @@ def test_the_whole_vocabulary_is_on_policy_token_by_token(pair):
         assert (one.response_ids, one.finished) == (other.response_ids, other.finished)
         torch.testing.assert_close(one.logp_T, other.logp_T, atol=1e-5, rtol=0)
         assert not one.writer_T.any()
-    assert rejection(ours) == rejection(theirs) == 0.0
+    assert share_of_teacher(ours) == share_of_teacher(theirs) == 0.0
 
 
 def test_a_k_of_one_with_a_greedy_teacher_follows_its_argmax(pair):
@@ -363,8 +363,8 @@ def test_rejection_counts_judged_tokens_only():
         writer_T = None if writers is None else torch.tensor(writers, dtype=torch.uint8)
         return Rollout(Prompt((1,), "", "a"), [1, 2], torch.zeros(2), False, writer_T=writer_T)
 
-    assert rejection([rollout([0, 1]), rollout([0, 0])]) == 0.25
-    assert rejection([rollout(None)]) == rejection([]) == 0.0
+    assert share_of_teacher([rollout([0, 1]), rollout([0, 0])]) == 0.25
+    assert share_of_teacher([rollout(None)]) == share_of_teacher([]) == 0.0
 
 
 def test_what_a_user_can_get_wrong(pair):
@@ -411,7 +411,7 @@ def test_the_loss_covers_the_first_token_the_teachers_tokens_and_the_end_and_not
     setup = set_up("run", SKDConfig(accept_top_k=4))
     method, student, teacher = methods.build(setup.parts), setup.student, setup.teacher
     rollouts = method.rollout(setup.stream.take(8), Step(0, 1, seed=1))
-    assert 0.0 < rejection(rollouts) < 1.0
+    assert 0.0 < share_of_teacher(rollouts) < 1.0
     scored = method.signal(rollouts)
     want, count = 0.0, 0
     for rollout, one in zip(rollouts, scored, strict=True):
@@ -444,7 +444,7 @@ def test_a_student_that_learns_is_rejected_less(set_up):
     setup = set_up("run", SKDConfig(accept_top_k=6), steps=30, optim={"lr": 1e-2})
     trainer = Trainer(setup, Silence())
     prompts = setup.stream.take(64)
-    before = rejection(trainer.method.rollout(prompts, Step(0, 1, seed=9)))
+    before = share_of_teacher(trainer.method.rollout(prompts, Step(0, 1, seed=9)))
     trainer.run()
-    after = rejection(trainer.method.rollout(prompts, Step(0, 1, seed=9)))
+    after = share_of_teacher(trainer.method.rollout(prompts, Step(0, 1, seed=9)))
     assert after < before - 0.04

@@ -407,3 +407,27 @@ def test_rewards_join_the_teachers_advantage(models, tmp_path):
 def test_settings_that_exclude_each_other(models, tmp_path, method, message):
     with pytest.raises(kibitz.RecipeError, match=message):
         kibitz.train(recipe(*models, tmp_path / "run", method={"type": "opd", **method}))
+
+
+def test_a_prompt_that_is_taken_twice_in_a_step_is_answered_twice(models, tmp_path):
+    """Fewer prompts than a step takes: each copy has samples of its own, under the prompt's own key."""
+    tree = recipe(*models, tmp_path / "run", steps=1, data={"limit": 1}, rollout={"prompts_per_step": 6, "store": True})
+    run = kibitz.train(tree)
+    rows = [json.loads(line) for line in (run.folder / "stored.jsonl").read_text().split("\n") if line]
+    assert len(rows) == 12
+    assert len({row["prompt_key"] for row in rows}) == 1
+    assert len({tuple(row["response_ids"]) for row in rows}) > 6  # two alike by chance: rare; six pairs: never
+
+
+def test_an_old_run_is_thrown_away_only_when_the_new_one_is_loaded(models, tmp_path):
+    """A recipe that is refused late leaves the old run whole, and the old checkpoint can be the new student."""
+    run = kibitz.train(recipe(*models, tmp_path / "run", steps=1))
+    tree = recipe(run.checkpoint, models[1], tmp_path / "run", steps=1)
+    with pytest.raises(kibitz.RecipeError, match="positions"):
+        kibitz.train(tree, ["rollout.max_tokens=1000"], overwrite=True)
+    assert run.checkpoint.is_dir()
+    again = kibitz.train(tree, overwrite=True)
+    assert again.metrics[0]["loss"] < run.metrics[0]["loss"] * 1.5
+    assert not torch.equal(*(weights(path)["lm_head.weight"] for path in (again.checkpoint, models[0])))
+    with pytest.raises(ValueError, match="choose one of them"):
+        kibitz.train(tree, resume=True, overwrite=True)

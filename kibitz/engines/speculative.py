@@ -35,15 +35,6 @@ from kibitz.engines.torch import Student, TorchEngine, check_prompts, check_samp
 from kibitz.types import Prompt, Rollout, Sampling, Writer
 
 
-def rejection(rollouts: Sequence[Rollout]) -> float:
-    """The share of judged drafts that the teacher replaced: 1 - accepted / judged, 0 where the student writes alone.
-
-    Drafts behind a rejected one are thrown away unjudged and do not count, so the number does not depend on gamma."""
-    written = [r.writer_T for r in rollouts if r.writer_T is not None]
-    judged = sum(r.num_tokens for r in rollouts)
-    return sum(int((writer_T == Writer.TEACHER).sum()) for writer_T in written) / max(1, judged)
-
-
 def decayed_top_k(top_k: int, expected_blocks: int | None, block: int) -> int:
     """K of a response's block (from 0): with n = max(L // K, 1), less by max(ceil(K / L), 1) after blocks 0, n, 2n, ...
     and never below 1. L, `expected_seq_len` in the authors' code, counts blocks there and here."""
