@@ -25,11 +25,14 @@ def annotate(
     teacher: LanguageModel | None,
     rollouts: Sequence[Rollout],
     top: int = 5,
-    max_tokens: int = 8192,
+    max_tokens: int | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per rollout, in order, as in `rollouts.jsonl`. Log-probabilities are at temperature 1."""
+    """One row per rollout, in order, as in `rollouts.jsonl`. Log-probabilities are at temperature 1.
+
+    Both models' whole distributions over `max_tokens` tokens are in memory at a time; by default that goes with the
+    vocabulary, and only a single longer rollout takes more."""
     rows: dict[int, dict[str, Any]] = {}
-    for indices in group(rollouts, max_tokens):
+    for indices in group(rollouts, max_tokens or min(8192, 4 * student.chunk_tokens)):
         members = [rollouts[i] for i in indices]
         batch = pack([Scored(r, r.weight_T()) for r in members], student.device)
         tokens = [_tokens(model, batch, top) for model in (student, teacher) if model is not None]
