@@ -1,24 +1,25 @@
 """Checkpoints: a plain Hugging Face folder, and beside the weights what training needs to go on.
 
     checkpoints/step-000050/            loads with AutoModelForCausalLM.from_pretrained
-    checkpoints/step-000050/training/   optimizer.safetensors, state.json
+    checkpoints/step-000050/training/   optimizer.safetensors, state.json, and NAME.safetensors of what else is kept
 
 A folder appears under its name only when it is whole. Sampling is seeded by prompt and step, and dropout is off, so
-the step, the position in the data and the optimizer's moments are the whole state of a run.
+the step, the position in the data and the optimizer's moments are the whole state of a run, but for what its method
+or its teacher keeps (`Stateful`).
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from kibitz.models import LanguageModel
+from kibitz.types import Stateful
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -28,16 +29,18 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save(
-    folder: Path, step: int, student: LanguageModel, moments: dict[str, Tensor], state: dict[str, Any], keep: int
+    folder: Path, step: int, student: LanguageModel, keeps: Mapping[str, Stateful], state: dict[str, Any], keep: int
 ) -> Path:
-    """Write the checkpoint of a step, then delete all but the last `keep`. If that fails, the older ones stay whole."""
+    """Write the checkpoint of a step, then delete all but the last `keep`. If that fails, the older ones stay whole.
+    `keeps` are the optimizer and what else has a state, by the names of their files."""
     final = folder / "checkpoints" / f"step-{step:06d}"
 
     def write(temporary: Path) -> None:
         student.model.save_pretrained(temporary)
         student.tokenizer.save_pretrained(temporary)
         (temporary / "training").mkdir()
-        save_file(moments, temporary / "training" / "optimizer.safetensors")
+        for name, kept in keeps.items():
+            save_file(kept.state(), temporary / "training" / f"{name}.safetensors")
         (temporary / "training" / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
 
     write_folder(final, write)
@@ -46,10 +49,17 @@ def save(
     return final
 
 
-def load_state(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The state and the optimizer's moments of a checkpoint."""
-    state = json.loads((checkpoint / "training" / "state.json").read_text(encoding="utf-8"))
-    return state, load_file(checkpoint / "training" / "optimizer.safetensors")
+def load_state(checkpoint: Path, keeps: Mapping[str, Stateful]) -> dict[str, Any]:
+    """The state of a checkpoint. All of `keeps` get back what they had."""
+    for name, kept in keeps.items():
+        path = checkpoint / "training" / f"{name}.safetensors"
+        if not path.is_file():
+            raise ValueError(
+                f"{checkpoint} has no training/{path.name}, and this run keeps a {name}: it was made by another version or "
+                "without it, and cannot be gone on with; start anew from it with student.model"
+            )
+        kept.load_state(load_file(path))
+    return json.loads((checkpoint / "training" / "state.json").read_text(encoding="utf-8"))
 
 
 def write_folder(final: Path, write: Callable[[Path], None]) -> None:

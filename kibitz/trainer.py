@@ -26,7 +26,7 @@ from kibitz.metrics import Ledger
 from kibitz.models import LanguageModel
 from kibitz.optim import Optimizer, lr_factor
 from kibitz.prepare import Setup, prepare
-from kibitz.types import Rollout, Scored, Step, Writer, share_of_teacher
+from kibitz.types import Rollout, Scored, Stateful, Step, Writer, share_of_teacher
 
 
 class Progress(Protocol):
@@ -96,11 +96,12 @@ class Trainer:
         self.recipe, self.student, self.folder = self.setup.recipe, self.setup.student, self.setup.folder
         self.method = methods.build(self.setup.parts)
         self.optimizer = Optimizer(self.student.model, self.recipe.optim)
+        assert "optimizer" not in self.setup.parts.keeps, "that is the name of the student's own"
+        self.keeps: dict[str, Stateful] = {**self.setup.parts.keeps, "optimizer": self.optimizer}
         self.done, self.ledger = 0, Ledger()
         self.guards = Guards(self.recipe.guards)
         if self.setup.resumed_from is not None:
-            state, moments = checkpoint.load_state(self.setup.resumed_from)
-            self.optimizer.load_state(moments)
+            state = checkpoint.load_state(self.setup.resumed_from, self.keeps)
             self.done, self.setup.stream.position = state["step"], state["position"]
             self.ledger, self.guards = Ledger(state["ledger"]), Guards(self.recipe.guards, state["guards"])
         self.folder.begin(self.done, self.student, self.setup.teacher)
@@ -171,7 +172,9 @@ class Trainer:
         self._count_flops(rollouts)
         costs = self.ledger.close_step()
         rewards = [r.reward for r in rollouts if r.reward is not None]
-        row: dict[str, Any] = {"step": self.done, **means, **more, "num_tokens": num_tokens}
+        notes = self.setup.parts.notes
+        row: dict[str, Any] = {"step": self.done, **means, **notes.metrics, **more, "num_tokens": num_tokens}
+        notes.clear()
         row |= {"reward": fmean(rewards)} if rewards else {}
         row |= {
             "response_tokens": fmean(r.num_tokens for r in rollouts),
@@ -207,6 +210,8 @@ class Trainer:
                 self.ledger.add("flops", f"{writer.name.lower()}_sampling", _forward_flops(model, written, read))
         if self.setup.teacher is not None and self.recipe.method.scores_with_teacher():
             self.ledger.add("flops", "teacher_scoring", _forward_flops(self.setup.teacher, rollouts))
+        for phase, amount in self.setup.parts.notes.flops.items():
+            self.ledger.add("flops", phase, amount)
 
     def evaluate(self) -> None:
         if self.setup.evaluator is None:
@@ -224,7 +229,7 @@ class Trainer:
         self.progress.phase("checkpoint")
         position, ledger, guards = self.setup.stream.position, self.ledger.total, self.guards.state()
         state = {"position": position, "ledger": ledger, "guards": guards}
-        checkpoint.save(self.folder.path, self.done, self.student, self.optimizer.state(), state, self.recipe.save.keep)
+        checkpoint.save(self.folder.path, self.done, self.student, self.keeps, state, self.recipe.save.keep)
 
 
 def _forward_flops(model: LanguageModel, rollouts: Sequence[Rollout], num_tokens: Sequence[int] = ()) -> float:

@@ -16,7 +16,7 @@ by positions [P-1, P+T-1): `Batch.position_T` is the only place where that shift
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -133,6 +133,18 @@ def share_of_teacher(rollouts: Sequence[Rollout]) -> float:
     it rejected, 1 - accepted / judged: those behind a rejected one are thrown away unjudged and do not count."""
     written = sum(int((r.writer_T == Writer.TEACHER).sum()) for r in rollouts if r.writer_T is not None)
     return written / max(1, sum(r.num_tokens for r in rollouts))
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What changes from step to step and is no part of the student: an optimizer's moments, a discriminator, an average of
+    the student. A run that goes on from a checkpoint needs it back."""
+
+    def state(self) -> dict[str, Tensor]:
+        """All of it, fit for safetensors: on the CPU, contiguous, no two tensors in the same memory."""
+        ...
+
+    def load_state(self, state: dict[str, Tensor]) -> None: ...
 
 
 # ------------------------------------------------------------------ signals: what the teacher said about each token

@@ -15,6 +15,7 @@ from kibitz.config import MethodConfig, register_method
 from kibitz.methods import gkd, grpo, opd, sft, skd
 from kibitz.methods.parts import Method, Parts, policy_loss, token_loss
 from kibitz.methods.weights import weighted
+from kibitz.types import Stateful
 
 __all__ = ["METHODS", "Method", "Parts", "build", "policy_loss", "register", "token_loss"]
 
@@ -29,7 +30,10 @@ METHODS: dict[str, Callable[[Parts], Method]] = {
 
 def build(parts: Parts) -> Method:
     """The method that a recipe names, with the recipe's token weights."""
-    return weighted(METHODS[parts.recipe.method.type](parts), parts)
+    method = METHODS[parts.recipe.method.type](parts)
+    if isinstance(method, Stateful):
+        parts.keeps["method"] = method
+    return weighted(method, parts)
 
 
 def register(name: str, config: type[MethodConfig], build: Callable[[Parts], Method]) -> None:

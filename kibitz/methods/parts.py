@@ -1,7 +1,7 @@
 """What a method is, and what it is made of."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from kibitz.losses.chunked import Criterion, over_chunks
 from kibitz.losses.criteria import PolicyLoss
 from kibitz.losses.policy_gradient import POLICY_LOSSES
 from kibitz.models import LanguageModel
-from kibitz.types import Batch, Prompt, Rollout, Sampling, Scored, Step
+from kibitz.types import Batch, Prompt, Rollout, Sampling, Scored, Stateful, Step
 
 
 class Method(Protocol):
@@ -33,9 +33,28 @@ class Method(Protocol):
 
 
 @dataclass(frozen=True)
+class Notes:
+    """What was done in a step beside the student, which the trainer cannot know of: FLOPs by phase, and numbers to log.
+    The trainer writes them into the step's row and empties them."""
+
+    flops: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def spend(self, phase: str, flops: float) -> None:
+        self.flops[phase] = self.flops.get(phase, 0.0) + flops
+
+    def clear(self) -> None:
+        self.flops.clear()
+        self.metrics.clear()
+
+
+@dataclass(frozen=True)
 class Parts:
     """What methods are made of. `divergence` is the user's own `(student_CS, teacher_CS) -> loss_C`, if one was passed;
-    `mask_ids` are the tokens that nobody learns, `stored` the rollouts by prompt key that the method's section names."""
+    `mask_ids` are the tokens that nobody learns, `stored` the rollouts by prompt key that the method's section names.
+
+    Who has a state beyond the student's enters it in `keeps` while the method is built; a `Stateful` method is entered as
+    "method". Checkpoints hold each as training/NAME.safetensors."""
 
     recipe: Recipe
     student: LanguageModel
@@ -46,6 +65,8 @@ class Parts:
     divergence: Callable[[Tensor, Tensor], Tensor] | None = None
     mask_ids: tuple[int, ...] = ()
     stored: Mapping[str, Sequence[Rollout]] | None = None
+    keeps: dict[str, Stateful] = field(default_factory=dict)
+    notes: Notes = field(default_factory=Notes)
 
 
 def token_loss(

@@ -1,0 +1,129 @@
+"""What a run keeps beside the student: a method's own state, and what others enter under a name."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Literal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import make_model, recipe
+
+import kibitz
+from kibitz import methods
+from kibitz.config import METHOD_CONFIGS, MethodConfig, OPDConfig
+from kibitz.methods import opd
+from kibitz.trainer import Silence
+from kibitz.types import Stateful
+
+TIMES = {"seconds", "tokens_per_second"}
+
+
+class DriftConfig(MethodConfig):
+    type: Literal["drift"] = "drift"
+
+    def needs_teacher(self) -> bool:
+        return True
+
+
+class Drift:
+    """opd, whose weights follow a running mean of the responses' length: a step differs by what came before it."""
+
+    def __init__(self, inner, count, notes):
+        self.inner, self.count, self.notes, self.mean = inner, count, notes, torch.tensor(1.0)
+        self.rollout, self.loss = inner.rollout, inner.loss
+
+    def signal(self, rollouts):
+        length = fmean(r.num_tokens for r in rollouts)
+        self.mean = 0.7 * self.mean + 0.3 * length
+        self.count.number += 1
+        self.notes.spend("counting", 5.0)
+        self.notes.spend("counting", 2.0)
+        self.notes.metrics["mean_length"] = self.mean.item() * self.count.number
+        scale = self.mean * self.count.number
+        return [dataclasses.replace(s, weight_T=s.weight_T * scale) for s in self.inner.signal(rollouts)]
+
+    def state(self):
+        return {"mean": self.mean}
+
+    def load_state(self, state):
+        self.mean = state["mean"]
+
+
+class Count:
+    number = 0
+
+    def state(self):
+        return {"number": torch.tensor(self.number)}
+
+    def load_state(self, state):
+        self.number = int(state["number"])
+
+
+def build(parts):
+    inner = parts.recipe.model_copy(update={"method": OPDConfig()})
+    parts.keeps["count"] = Count()
+    return Drift(opd.build(dataclasses.replace(parts, recipe=inner)), parts.keeps["count"], parts.notes)
+
+
+@pytest.fixture
+def drift() -> Iterator[None]:
+    """The method, registered for one test."""
+    before = dict(METHOD_CONFIGS)
+    methods.register("drift", DriftConfig, build)
+    yield
+    del methods.METHODS["drift"]
+    METHOD_CONFIGS.clear()
+    METHOD_CONFIGS.update(before)
+    methods.register("opd", OPDConfig, opd.build)  # builds the recipe anew, without the stranger
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return make_model(folder / "student", seed=1), make_model(folder / "teacher", seed=2)
+
+
+class Crash(Silence):
+    def step(self, row):
+        if row["step"] == 3:
+            raise RuntimeError("power cut")
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+@pytest.mark.parametrize("mask_cut_off", [False, True])  # True: inside the wrapper of token weights
+def test_a_state_comes_back_bit_for_bit(models, tmp_path, drift, mask_cut_off):
+    sections = {"method": {"type": "drift"}, "save": {"every": 2}, "guards": {"mask_cut_off": mask_cut_off}}
+    whole = kibitz.train(recipe(*models, tmp_path / "whole", **sections))
+    tree = recipe(*models, tmp_path / "part", **sections)
+    with pytest.raises(RuntimeError, match="power cut"):
+        kibitz.train(tree, progress=Crash())
+    run = kibitz.train(tree, resume=True)
+    assert timeless(run.metrics) == timeless(whole.metrics)
+    assert (run.checkpoint / "model.safetensors").read_bytes() == (whole.checkpoint / "model.safetensors").read_bytes()
+    assert load_file(run.checkpoint / "training" / "count.safetensors")["number"] == 4
+    assert (run.checkpoint / "training" / "method.safetensors").is_file()
+
+
+def test_notes_stand_in_the_row_of_their_step(models, tmp_path, drift):
+    run = kibitz.train(recipe(*models, tmp_path / "run", method={"type": "drift"}, steps=2))
+    assert [row["flops"]["counting"] for row in run.metrics] == [7.0, 7.0]
+    assert run.metrics[1]["mean_length"] > run.metrics[0]["mean_length"] > 1
+
+
+def test_a_checkpoint_without_a_state_that_is_kept_is_refused(models, tmp_path, drift):
+    tree = recipe(*models, tmp_path / "run", method={"type": "drift"}, save={"every": 2})
+    run = kibitz.train(tree)
+    (run.checkpoint / "training" / "count.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no training/count.safetensors, and this run keeps a count"):
+        kibitz.train(tree, resume=True)
+
+
+def test_who_has_a_state_is_known_by_its_methods():
+    assert isinstance(Count(), Stateful)
+    assert not isinstance(object(), Stateful)
