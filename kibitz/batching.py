@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kibitz.types import Batch, Rollout, Scored, Tokens, cat_signals
+from kibitz.types import Anchor, Batch, Rollout, Scored, Tokens, cat_signals
 
 
 def group(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[int]]:
@@ -25,21 +25,37 @@ def group(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[int]]:
     return groups
 
 
+def micro_batches(scored: Sequence[Scored], max_tokens: int) -> list[list[int]]:
+    """`group`, an objective at a time."""
+    by_objective: dict[str, list[int]] = {}
+    for index, one in enumerate(scored):
+        by_objective.setdefault(one.objective, []).append(index)
+    return [
+        [members[place] for place in places]
+        for members in by_objective.values()
+        for places in group([scored[index].rollout for index in members], max_tokens)
+    ]
+
+
 def pack(scored: Sequence[Scored], device: torch.device | str = "cpu") -> Batch:
     """One micro-batch of these rollouts."""
     rollouts = [s.rollout for s in scored]
     ids_BL, position_T = _rows(rollouts)
     signals = [s.signal for s in scored if s.signal is not None]
     advantages = [s.advantage_T for s in scored if s.advantage_T is not None]
-    assert len(signals) in (0, len(scored)) and len(advantages) in (0, len(scored)), "a micro-batch mixes kinds"
+    anchors = [s.anchor for s in scored if s.anchor is not None]
+    assert all(len(kind) in (0, len(scored)) for kind in (signals, advantages, anchors)), "a micro-batch mixes kinds"
+    assert len({(s.objective, *s.numbers) for s in scored}) == 1, "a micro-batch mixes objectives"
     tokens = Tokens(
         token_T=torch.tensor([t for r in rollouts for t in r.response_ids], device=device),
         weight_T=torch.cat([s.weight_T for s in scored]).to(device),
         logp_T=torch.cat([r.logp_T for r in rollouts]).to(device),
         signal=cat_signals(signals) if signals else None,
         advantage_T=torch.cat(advantages).to(device) if advantages else None,
+        numbers={name: torch.cat([s.numbers[name] for s in scored]).to(device) for name in scored[0].numbers},
+        anchor=Anchor(cat_signals([a.signal for a in anchors]), anchors[0].coefficient) if anchors else None,
     )
-    return Batch(ids_BL.to(device), position_T.to(device), tokens)
+    return Batch(ids_BL.to(device), position_T.to(device), tokens, scored[0].objective)
 
 
 def _rows(rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:

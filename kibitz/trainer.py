@@ -5,8 +5,8 @@ A run is a folder: recipe.yaml, run.json, metrics.jsonl, evals.jsonl, rollouts.j
 
 import signal
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kibitz import checkpoint, methods
 from kibitz.annotate import annotate
-from kibitz.batching import group, pack
+from kibitz.batching import micro_batches, pack
 from kibitz.config import Recipe
 from kibitz.evaluate import grade
 from kibitz.graders import Grader
@@ -153,18 +153,21 @@ class Trainer:
         self._write_metrics(rollouts, means, num_tokens, {"grad_norm": norm, "lr": recipe.optim.lr * factor})
 
     def _accumulate(self, scored: list[Scored]) -> tuple[dict[str, float], int]:
-        """Gradients of the mean over all tokens of the step, whatever the micro-batches; and the mean of each value."""
-        num_tokens = int(sum((s.weight_T > 0).sum().item() for s in scored))
-        sums: dict[str, float] = defaultdict(float)
-        for indices in group([s.rollout for s in scored], self.recipe.optim.tokens_per_micro_batch):
+        """Gradients of the mean over all tokens of the step, whatever the micro-batches; and the mean of each value. Where
+        there are several objectives, each is the mean over its own tokens."""
+        counts: Counter[str] = Counter()
+        for one in scored:
+            counts[one.objective] += int((one.weight_T > 0).sum())
+        sums: dict[str, Counter[str]] = defaultdict(Counter)
+        for indices in micro_batches(scored, self.recipe.optim.tokens_per_micro_batch):
             batch = pack([scored[i] for i in indices], self.student.device)
             total, values = self.method.loss(self.student, batch)
             if total.requires_grad:
-                (total / max(1, num_tokens)).backward()
+                (total / max(1, counts[batch.objective])).backward()
             learnt_T = batch.tokens.weight_T > 0
             for name, value_T in values.items():
-                sums[name] += value_T[learnt_T].sum(dtype=torch.float64).item()
-        return {name: total / max(1, num_tokens) for name, total in sums.items()}, num_tokens
+                sums[name][batch.objective] += value_T[learnt_T].sum(dtype=torch.float64).item()
+        return _means(sums, counts), counts.total()
 
     def _write_metrics(
         self, rollouts: list[Rollout], means: dict[str, float], num_tokens: int, more: dict[str, float]
@@ -230,6 +233,16 @@ class Trainer:
         position, ledger, guards = self.setup.stream.position, self.ledger.total, self.guards.state()
         state = {"position": position, "ledger": ledger, "guards": guards}
         checkpoint.save(self.folder.path, self.done, self.student, self.keeps, state, self.recipe.save.keep)
+
+
+def _means(sums: Mapping[str, Mapping[str, float]], counts: Mapping[str, int]) -> dict[str, float]:
+    """The mean of each value over the tokens that have it; of the loss, the sum of its objectives' means."""
+    means = {
+        name: sum(parts.values()) / max(1, sum(counts[objective] for objective in parts))
+        for name, parts in sums.items()
+    }
+    loss = sum(total / max(1, counts[objective]) for objective, total in sums["loss"].items())
+    return means | {"loss": loss}
 
 
 def _forward_flops(model: LanguageModel, rollouts: Sequence[Rollout], num_tokens: Sequence[int] = ()) -> float:

@@ -16,7 +16,7 @@ by positions [P-1, P+T-1): `Batch.position_T` is the only place where that shift
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -206,18 +206,32 @@ def slice_signal(signal: Signal, tokens: slice) -> Signal:
             return Sampled(logp_T[tokens])
 
 
+class Anchor(NamedTuple):
+    """What holds the student back: `coefficient` times the KL to the model whose signal this is joins the loss."""
+
+    signal: Signal
+    coefficient: float
+
+
 @dataclass
 class Scored:
     """A rollout with all that the loss needs to know about it.
 
     `advantage_T` credits each sampled token (rewards, or the teacher's log-ratio); `weight_T` is 0 where nothing is
     to be learnt. Either a signal, or an advantage, or both, or neither (the tokens themselves are the target: SFT).
+    `numbers` are what else a criterion wants to know of each token, by name, each `[T]`.
+
+    A method that learns two things in one step names them by `objective`: a micro-batch holds one of them, each is the
+    mean over its own tokens, and the loss is their sum.
     """
 
     rollout: Rollout
     weight_T: Tensor
     signal: Signal | None = None
     advantage_T: Tensor | None = None
+    numbers: Mapping[str, Tensor] = field(default_factory=dict)
+    anchor: Anchor | None = None
+    objective: str = ""
 
 
 @dataclass
@@ -229,6 +243,8 @@ class Tokens:
     logp_T: Tensor  # its log-probability when it was sampled
     signal: Signal | None = None
     advantage_T: Tensor | None = None
+    numbers: Mapping[str, Tensor] = field(default_factory=dict)
+    anchor: Anchor | None = None
 
     def __getitem__(self, tokens: slice) -> "Tokens":
         return Tokens(
@@ -237,6 +253,8 @@ class Tokens:
             self.logp_T[tokens],
             None if self.signal is None else slice_signal(self.signal, tokens),
             None if self.advantage_T is None else self.advantage_T[tokens],
+            {name: number_T[tokens] for name, number_T in self.numbers.items()},
+            None if self.anchor is None else Anchor(slice_signal(self.anchor.signal, tokens), self.anchor.coefficient),
         )
 
 
@@ -250,3 +268,4 @@ class Batch:
     ids_BL: Tensor
     position_T: Tensor  # index into the flattened [B*L] of the position that scores each response token
     tokens: Tokens
+    objective: str = ""

@@ -2,9 +2,10 @@
 
 import random
 
+import pytest
 import torch
 
-from kibitz.batching import group, pack
+from kibitz.batching import group, micro_batches, pack
 from kibitz.types import Dense, Prompt, Rollout, Sampled, Scored, TopK, Writer
 
 
@@ -73,3 +74,20 @@ def test_nobody_learns_from_the_environment():
     writer_T = torch.tensor([Writer.STUDENT, Writer.ENVIRONMENT, Writer.TEACHER, Writer.DATASET], dtype=torch.uint8)
     rollout = Rollout(Prompt((1,), "", "a"), [2, 3, 4, 5], torch.zeros(4), True, writer_T=writer_T)
     assert rollout.weight_T().tolist() == [1, 0, 1, 1]
+
+
+def test_a_micro_batch_holds_one_objective_and_its_numbers_stay_with_their_tokens():
+    rollouts = random_rollouts(random.Random(3), 5)
+    scored = [
+        Scored(r, torch.ones(r.num_tokens), numbers={"n": torch.arange(r.num_tokens) + 10.0 * i}, objective="ab"[i % 2])
+        for i, r in enumerate(rollouts)
+    ]
+    found = micro_batches(scored, 1000)
+    assert sorted(sorted(indices) for indices in found) == [[0, 2, 4], [1, 3]]
+    batch = pack([scored[i] for i in found[0]])
+    assert batch.objective == scored[found[0][0]].objective
+    want = torch.cat([scored[i].numbers["n"] for i in found[0]])
+    assert torch.equal(batch.tokens.numbers["n"], want)
+    assert torch.equal(batch.tokens[2:4].numbers["n"], want[2:4])
+    with pytest.raises(AssertionError, match="mixes objectives"):
+        pack(scored)

@@ -9,7 +9,6 @@ names the nearest right one. Paths are relative to the current folder.
 from kibitz.config.base import RecipeError, Section
 from kibitz.config.guards import GuardConfig
 from kibitz.config.methods import (
-    METHOD_CONFIGS,
     DistillationConfig,
     DivergenceName,
     GKDConfig,
@@ -33,6 +32,7 @@ from kibitz.config.sections import (
     StudentConfig,
     TeacherConfig,
 )
+from kibitz.config.table import METHOD_CONFIGS
 
 __all__ = [
     "METHOD_CONFIGS", "Columns", "DataConfig", "DistillationConfig", "DivergenceName", "EvalConfig", "GKDConfig",

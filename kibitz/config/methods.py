@@ -1,8 +1,8 @@
-"""The `method` section: one class per method, chosen by `type`."""
+"""The sections of methods: what they share, and those that came first."""
 
-from typing import Annotated, Any, Literal, Union
+from typing import Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field
 
 from kibitz.config.base import Section
 from kibitz.config.sections import RolloutConfig
@@ -270,23 +270,3 @@ class GRPOConfig(PolicyGradientConfig):
             raise ValueError("grpo's importance ratio needs untruncated rollouts: drop rollout.top_p and rollout.top_k")
         if rollout.epsilon:
             raise ValueError("grpo's importance ratio starts from the student itself: drop rollout.epsilon")
-
-
-METHOD_CONFIGS: dict[str, type[MethodConfig]] = {
-    "sft": SFTConfig,
-    "opd": OPDConfig,
-    "gkd": GKDConfig,
-    "skd": SKDConfig,
-    "grpo": GRPOConfig,
-}
-
-
-def method_type(value: Any) -> str | None:
-    """The `type` of a method's section, read or not."""
-    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-
-
-def method_union() -> Any:
-    """All sections of `METHOD_CONFIGS` as one type that pydantic tells apart by `type`."""
-    members = tuple(Annotated[section, Tag(name)] for name, section in METHOD_CONFIGS.items())
-    return Annotated[Union[members], Discriminator(method_type)]  # noqa: UP007  # of a tuple made at run time

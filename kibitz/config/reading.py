@@ -9,8 +9,8 @@ import yaml
 from pydantic import ValidationError
 
 from kibitz.config.base import RecipeError, Section
-from kibitz.config.methods import METHOD_CONFIGS, method_type
 from kibitz.config.recipe import Recipe
+from kibitz.config.table import METHOD_CONFIGS, method_type
 
 
 def load(source: "str | Path | dict | Recipe", overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -5,7 +5,7 @@ from pydantic.fields import FieldInfo
 
 from kibitz.config.base import Section
 from kibitz.config.guards import GuardConfig
-from kibitz.config.methods import METHOD_CONFIGS, MethodConfig, OPDConfig, method_union
+from kibitz.config.methods import MethodConfig, OPDConfig
 from kibitz.config.sections import (
     DataConfig,
     EvalConfig,
@@ -15,6 +15,7 @@ from kibitz.config.sections import (
     StudentConfig,
     TeacherConfig,
 )
+from kibitz.config.table import METHOD_CONFIGS, method_union
 
 
 class Recipe(Section):

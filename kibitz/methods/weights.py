@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kibitz.batching import group, pack
+from kibitz.batching import micro_batches, pack
 from kibitz.config import DistillationConfig
 from kibitz.guards import without_cut_off
 from kibitz.losses.token_weights import prefix_drift, sequence_mean, tip_score, top_share
@@ -40,8 +40,7 @@ class Weighted:
             scored = self.selection(self.method, scored)
         if recipe.method.normalize == "token":
             return scored
-        weights = sequence_mean([s.weight_T for s in scored])
-        return [replace(s, weight_T=weight_T) for s, weight_T in zip(scored, weights, strict=True)]
+        return _by_sequence(scored)
 
     def loss(self, student: LanguageModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return self.method.loss(student, batch)
@@ -49,6 +48,15 @@ class Weighted:
     def _allowed_T(self, rollout: Rollout) -> Tensor:
         masked = set(self.parts.mask_ids)
         return torch.tensor([float(token not in masked) for token in rollout.response_ids])
+
+
+def _by_sequence(scored: Sequence[Scored]) -> list[Scored]:
+    """The mean over responses of each one's mean, within each objective."""
+    weights: dict[int, Tensor] = {}
+    for objective in {s.objective for s in scored}:
+        members = [i for i, s in enumerate(scored) if s.objective == objective]
+        weights.update(zip(members, sequence_mean([scored[i].weight_T for i in members]), strict=True))
+    return [replace(s, weight_T=weights[i]) for i, s in enumerate(scored)]
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ class Selection:
     def _values(self, method: Method, scored: Sequence[Scored]) -> dict[str, list[Tensor]]:
         """By name, what the loss says of the tokens of each rollout, in the order of the rollouts."""
         found: dict[str, dict[int, Tensor]] = {}
-        for indices in group([s.rollout for s in scored], self.tokens_per_micro_batch):
+        for indices in micro_batches(scored, self.tokens_per_micro_batch):
             batch = pack([scored[i] for i in indices], self.student.device)
             _, values = method.loss(self.student, batch)
             sizes = [scored[i].rollout.num_tokens for i in indices]
