@@ -1,4 +1,5 @@
-"""Writes those parts of docs/methods.md that the code knows: what stands between `<!-- generated: name -->` and `<!-- end -->`.
+"""Writes those parts of docs/methods.md that the code knows: what stands between `<!-- generated: name -->` and `<!-- end -->`;
+and what the files in results/ say: the tables and plots beside them, and those of docs/comparison.md.
 
     python docs/generate.py
 
@@ -17,10 +18,12 @@ from pydantic.fields import FieldInfo
 
 from kibitz import methods
 from kibitz.config import METHOD_CONFIGS, DistillationConfig, GuardConfig, MethodConfig, Section
+from kibitz.experiments import EXPERIMENTS, pages
 from kibitz.guards import GUARDS
 from kibitz.losses import DIVERGENCES, POLICY_LOSSES
 
 PAGE = Path(__file__).with_name("methods.md")
+RESULT_PAGES = (PAGE.with_name("comparison.md"),)
 BLOCK = re.compile(r"(?P<begin><!-- generated: (?P<name>[^>]*?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 NEXT_METHOD = "<!-- the next method's section goes above this line -->"
 CREDIT = ("discount", "clip_advantage", "baseline", "reward_coef", "normalize_std")
@@ -303,5 +306,15 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def write_results() -> None:
+    """What the results say, beside them and on the page that discusses them."""
+    results = PAGE.parents[1] / "results"
+    for name in sorted(EXPERIMENTS.keys() & {folder.name for folder in results.glob("*/")}):
+        pages.write(EXPERIMENTS[name], results / name)
+    for page in RESULT_PAGES:
+        page.write_text(pages.render(page.read_text(encoding="utf-8"), EXPERIMENTS, results), encoding="utf-8")
+
+
 if __name__ == "__main__":
     PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    write_results()

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 import kibitz
-from kibitz.cli import data, models, training
+from kibitz.cli import data, experiments, models, training
 from kibitz.cli.output import Output, sentence
 
 ANYWHERE = ("--quiet", "-q", "--json", "--debug")
@@ -76,6 +76,7 @@ app.command(name="eval")(models.evaluate)
 app.command()(models.score)
 app.command()(data.report)
 app.add_typer(data.worlds, name="worlds")
+app.command()(experiments.reproduce)
 app.command()(data.schema)
 
 

@@ -1,0 +1,26 @@
+"""Experiments: a question, the arms that answer it, and what came out, each number from a run that anybody can repeat.
+
+    kibitz reproduce methods
+
+An experiment is data: a recipe and the changes that make each arm of it. All of them run through `kibitz.train` and are
+measured by `kibitz.evaluate`, on the toy worlds or, by naming other checkpoints, on real models.
+"""
+
+import difflib
+
+from kibitz.experiments.design import Arm, Experiment, Subject
+from kibitz.experiments.methods import METHODS
+
+__all__ = ["Arm", "EXPERIMENTS", "Experiment", "Subject", "get"]
+
+EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in (METHODS,)}
+
+
+def get(name: str) -> Experiment:
+    """The experiment of that name."""
+    if name in EXPERIMENTS:
+        return EXPERIMENTS[name]
+    nearest = difflib.get_close_matches(name, EXPERIMENTS, n=1, cutoff=0.0)[0]
+    raise ValueError(
+        f"there is no experiment {name!r}; did you mean {nearest!r}? The experiments are: {', '.join(EXPERIMENTS)}"
+    )

@@ -1,0 +1,78 @@
+"""What came out, as files: one JSON for each run. Tables and plots are made from these alone."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from kibitz.experiments.design import Experiment
+from kibitz.metrics import write_atomically
+
+Record = dict[str, Any]
+
+# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, the last is a little too wide.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def name_of(arm: str, rate: float, seed: int) -> str:
+    return f"{arm}-{rate:g}-{seed}"
+
+
+def read(path: Path) -> Record | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def write(path: Path, record: Record) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_all(folder: Path) -> list[Record]:
+    """Of the runs of an experiment, in the order of their names; models that were only measured are not among them."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return [record for record in found if "arm" in record]
+
+
+def score(record: Record) -> float:
+    """What a rate is chosen by: accuracy at temperature 1 on the dev split, or nearness to the teacher without answers."""
+    dev = record["dev"]
+    return dev["sampled"]["accuracy"] if "sampled" in dev else -dev["reverse_kl"]
+
+
+def best_rate(sweep: Mapping[float, Record]) -> float:
+    """The rate of the best run; of equal ones the lowest."""
+    return max(sorted(sweep), key=lambda rate: score(sweep[rate]))
+
+
+def sweeps(records: Iterable[Record]) -> dict[str, dict[float, Record]]:
+    """arm -> rate -> its run with seed 0."""
+    found: dict[str, dict[float, Record]] = {}
+    for record in records:
+        if record["seed"] == 0:
+            found.setdefault(record["arm"], {})[record["lr"]] = record
+    return found
+
+
+def finals(experiment: Experiment, folder: Path) -> dict[str, list[Record]]:
+    """arm -> its runs at the best rate that were measured on the test split, in the experiment's order."""
+    records = read_all(folder)
+    found = {}
+    for arm, sweep in sweeps(records).items():
+        rate = best_rate(sweep)
+        found[arm] = [r for r in records if r["arm"] == arm and r["lr"] == rate and "test" in r]
+    return {arm.name: found[arm.name] for arm in experiment.arms if found.get(arm.name)}
+
+
+def share_with_interval(shares: list[float], num_problems: int) -> tuple[float, float]:
+    """Mean over seeds of a share of problems, and half its 95% interval: Student's t over seeds and the normal one over
+    problems, added in quadrature. All seeds meet the same problems, so each counts once, not once a seed."""
+    mean = fmean(shares)
+    return mean, (half_of_seeds(shares) ** 2 + 1.96**2 * mean * (1 - mean) / num_problems) ** 0.5
+
+
+def half_of_seeds(values: list[float]) -> float:
+    """Half the 95% interval of a mean over seeds; 0 if there is one only, which says nothing."""
+    if len(values) < 2:
+        return 0.0
+    return T_QUANTILES[min(len(values) - 2, len(T_QUANTILES) - 1)] * stdev(values) / len(values) ** 0.5

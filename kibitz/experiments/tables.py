@@ -1,0 +1,160 @@
+"""From the files of an experiment to one row an arm, and to Markdown. No number comes from anywhere else."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from kibitz.experiments.design import ROLES, Experiment
+from kibitz.experiments.records import Record, finals, half_of_seeds, read, read_all, share_with_interval
+
+Estimate = tuple[float, float]
+"""A mean, and half its 95% interval."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm at its best rate. Shares and nats; costs are means over the seeds, in GFLOP and seconds of one core."""
+
+    arm: str
+    about: str
+    rate: float
+    num_seeds: int
+    sampled: Estimate | None
+    greedy: Estimate | None
+    reverse_kl: Estimate
+    student_gflop: float
+    teacher_gflop: float
+    cpu_seconds: float
+
+    def against(self, other: "Row") -> Estimate | None:
+        """How much better it is at temperature 1. The two met the same problems, so the interval is on the safe side."""
+        if self.sampled is None or other.sampled is None:
+            return None
+        return self.sampled[0] - other.sampled[0], (self.sampled[1] ** 2 + other.sampled[1] ** 2) ** 0.5
+
+
+def rows(experiment: Experiment, folder: Path) -> list[Row]:
+    """Best first, by accuracy at temperature 1, or by reverse KL where there are no answers."""
+    abouts = {arm.name: arm.about for arm in experiment.arms}
+    found = [_row(arm, abouts[arm], records) for arm, records in finals(experiment, folder).items()]
+    return sorted(found, key=lambda row: (-row.sampled[0] if row.sampled else 0.0, row.reverse_kl[0]))
+
+
+def _row(arm: str, about: str, records: list[Record]) -> Row:
+    return Row(
+        arm=arm,
+        about=about,
+        rate=records[0]["lr"],
+        num_seeds=len(records),
+        sampled=_accuracy(records, "sampled"),
+        greedy=_accuracy(records, "greedy"),
+        reverse_kl=_nats([record["test"]["reverse_kl"] for record in records]),
+        student_gflop=_gflop(records, "student"),
+        teacher_gflop=_gflop(records, "teacher"),
+        cpu_seconds=fmean(record["cpu_seconds"] for record in records),
+    )
+
+
+def models(folder: Path) -> dict[str, Record]:
+    """role -> the evaluation of the untrained student, and of the teacher."""
+    found = {role: read(folder / f"{role}.json") for role in ROLES}
+    return {role: record["test"] for role, record in found.items() if record is not None}
+
+
+def _accuracy(records: list[Record], how: str) -> Estimate | None:
+    if how not in records[0]["test"]:
+        return None
+    shares = [record["test"][how]["accuracy"] for record in records]
+    return share_with_interval(shares, records[0]["test"]["num_prompts"])
+
+
+def _nats(values: list[float]) -> Estimate:
+    return fmean(values), half_of_seeds(values)
+
+
+def _gflop(records: list[Record], who: str) -> float:
+    sums = [sum(v for kind, v in record["flops"].items() if kind.startswith(who)) for record in records]
+    return fmean(sums) / 1e9
+
+
+# ------------------------------------------------------------------ words
+
+
+def markdown(experiment: Experiment, folder: Path) -> str:
+    """The table, what it was made from, and which arms are told apart from the reference."""
+    found = rows(experiment, folder)
+    head = ("arm", "what is learnt", "rate", "T=1", "greedy", "reverse KL", "GFLOP: student, teacher", "CPU s")
+    body = [_cells(row) for row in found] + [_model_cells(role, row) for role, row in models(folder).items()]
+    lines = [head, ("---", "---", *["--:"] * 6), *body]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n\n".join(part for part in (table, _separation(experiment, found), _made_from(experiment, folder)) if part)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        f"`{row.arm}`",
+        row.about,
+        f"{row.rate:g}",
+        percent(row.sampled),
+        percent(row.greedy),
+        nats(row.reverse_kl),
+        f"{row.student_gflop:.0f}, {row.teacher_gflop:.0f}",
+        f"{row.cpu_seconds:.0f}",
+    )
+
+
+def _model_cells(role: str, test: Record) -> tuple[str, ...]:
+    name = "the student before" if role == "student" else "the teacher"
+    shares = [share_with_interval([test[how]["accuracy"]], test["num_prompts"]) if how in test else None
+              for how in ("sampled", "greedy")]  # fmt: skip
+    return (f"*{name}*", "", "", *map(percent, shares), nats((test["reverse_kl"], 0.0)), "", "")
+
+
+def percent(share: Estimate | None) -> str:
+    return "–" if share is None else f"{100 * share[0]:.1f} ± {100 * share[1]:.1f}"
+
+
+def nats(value: Estimate) -> str:
+    return f"{value[0]:.3f}" + (f" ± {value[1]:.3f}" if value[1] else "")
+
+
+def _separation(experiment: Experiment, found: list[Row]) -> str:
+    """Who is above, below or not told apart from the reference at temperature 1."""
+    reference = next((row for row in found if row.arm == experiment.reference), None)
+    if reference is None or reference.sampled is None:
+        return ""
+    groups: dict[str, list[str]] = {"above": [], "below": [], "not told apart from": []}
+    for row in found:
+        if row is reference or (difference := row.against(reference)) is None:
+            continue
+        side = "above" if difference[0] > 0 else "below"
+        groups[side if abs(difference[0]) > difference[1] else "not told apart from"].append(f"`{row.arm}`")
+    lines = [f"- {side} `{reference.arm}`: {', '.join(names) or 'none'}" for side, names in groups.items()]
+    return "At temperature 1, by the 95% interval of the difference:\n\n" + "\n".join(lines)
+
+
+def _made_from(experiment: Experiment, folder: Path) -> str:
+    """Runs, seeds, problems, dates, commits: what the numbers stand for."""
+    records, chosen = read_all(folder), finals(experiment, folder)
+    if not chosen:
+        return "Nothing has been run yet."
+    seeds = sorted({len(runs) for runs in chosen.values()})
+    first = next(iter(chosen.values()))[0]
+    problems = (
+        f"{first['dev']['num_prompts']} dev problems choose the rate, {first['test']['num_prompts']} test problems"
+    )
+    return (
+        f"{len(records)} run{'' if len(records) == 1 else 's'}, {_range(seeds)} an arm; {problems} make the table. "
+        f"Commits {_listed(r['commit'] for r in records)}; {_listed((r['date'] or '')[:10] for r in records)}; "
+        f"{_listed(r['machine'] for r in records)}, {_listed(str(r['threads']) for r in records)} thread."
+    )
+
+
+def _range(values: list[int]) -> str:
+    text = str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
+    return f"{text} seed{'' if text == '1' else 's'}"
+
+
+def _listed(values: Iterable[str | None]) -> str:
+    return ", ".join(sorted({value or "unknown" for value in values}))

@@ -1,0 +1,249 @@
+"""Experiments: the arithmetic of their tables, what is run again and what is not, and pages that say what the files say."""
+
+import json
+import math
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support import make_model
+from typer.testing import CliRunner
+
+import kibitz
+from kibitz import experiments
+from kibitz.cli import app
+from kibitz.experiments import pages, records, tables
+from kibitz.experiments.design import Subject, cut, merged
+from kibitz.experiments.plot import svg
+from kibitz.experiments.study import Study
+
+ROOT = Path(__file__).parents[1]
+METHODS = experiments.get("methods")
+TINY = replace(METHODS.quick(), dev_problems=4, test_problems=8)
+
+
+def record(arm: str, lr: float, seed: int, dev: float, test: float | None = None, **more) -> dict:
+    """As a run writes it, with accuracies in the place of a run."""
+
+    def measured(share: float, num: int) -> dict:
+        return {
+            "num_prompts": num,
+            "sampled": {"accuracy": share},
+            "greedy": {"accuracy": share},
+            "reverse_kl": 1 - share,
+        }
+
+    found = {"arm": arm, "lr": lr, "seed": seed, "settings": {}, "dev": measured(dev, 512)}
+    found |= {"commit": "c0ffee", "date": "2026-11-22T10:00:00", "machine": "toy", "threads": 1, "cpu_seconds": 2.0}
+    found |= {"flops": {"student_training": 3e9, "student_sampling": 1e9, "teacher_scoring": 2e9}, **more}
+    return found | ({} if test is None else {"test": measured(test, 100)})
+
+
+def put(folder: Path, *found: dict) -> Path:
+    for one in found:
+        records.write(folder / f"{records.name_of(one['arm'], one['lr'], one['seed'])}.json", one)
+    return folder
+
+
+# ------------------------------------------------------------------ arithmetic
+
+
+def test_quantiles_of_t_hold_95_percent():
+    """By Simpson's rule over the density between minus and plus the quantile."""
+    for index, quantile in enumerate(records.T_QUANTILES):
+        nu = index + 1
+        constant = math.gamma((nu + 1) / 2) / (math.sqrt(nu * math.pi) * math.gamma(nu / 2))
+        num, width = 20_000, 2 * quantile / 20_000
+        density = [constant * (1 + (i * width - quantile) ** 2 / nu) ** (-(nu + 1) / 2) for i in range(num + 1)]
+        inside = width / 3 * (density[0] + density[-1] + 4 * sum(density[1:-1:2]) + 2 * sum(density[2:-1:2]))
+        assert inside == pytest.approx(0.95, abs=2e-4)
+
+
+def test_the_interval_adds_seeds_and_problems():
+    mean, half = records.share_with_interval([0.8, 0.9, 0.7], 100)
+    assert mean == pytest.approx(0.8)
+    assert half == pytest.approx(math.hypot(4.303 * 0.1 / math.sqrt(3), 1.96 * math.sqrt(0.8 * 0.2 / 100)))
+    assert records.share_with_interval([0.8], 100)[1] == pytest.approx(1.96 * 0.04)
+    assert records.half_of_seeds([0.1] * 12) == 0.0
+
+
+def test_the_rate_is_chosen_on_the_dev_split_and_the_table_shows_the_test_split(tmp_path):
+    put(
+        tmp_path,
+        record("opd", 1e-3, 0, dev=0.9, test=0.5),
+        record("opd", 1e-3, 1, dev=0.1, test=0.6),
+        record("opd", 2e-3, 0, dev=0.8, test=1.0),
+        record("grpo", 1e-3, 0, dev=0.7, test=0.7),
+        record("gkd", 1e-3, 0, dev=0.7),  # chosen, and not measured yet
+    )
+    first, second = tables.rows(METHODS, tmp_path)
+    assert (first.arm, first.rate, first.num_seeds) == ("grpo", 1e-3, 1)
+    assert (second.arm, second.rate, second.num_seeds) == ("opd", 1e-3, 2)
+    assert second.sampled[0] == pytest.approx(0.55)
+    assert second.reverse_kl == (pytest.approx(0.45), pytest.approx(12.706 * 0.1 / 2))
+    assert (second.student_gflop, second.teacher_gflop, second.cpu_seconds) == (4.0, 2.0, 2.0)
+
+
+def test_of_equal_rates_the_lowest_is_taken():
+    sweep = {rate: record("opd", rate, 0, dev) for rate, dev in ((4e-3, 0.9), (1e-3, 0.9), (2e-3, 0.9), (5e-4, 0.8))}
+    assert records.best_rate(sweep) == 1e-3
+
+
+def test_without_answers_the_nearest_to_the_teacher_is_taken():
+    assert records.score({"dev": {"reverse_kl": 0.1}}) > records.score({"dev": {"reverse_kl": 0.2}})
+
+
+def test_arms_are_told_apart_by_the_interval_of_their_difference(tmp_path):
+    shares = {"opd": 0.8, "grpo": 0.5, "gkd": 0.79, "opd-fkl": 0.99}
+    text = tables.markdown(METHODS, put(tmp_path, *(record(arm, 1e-3, 0, 0.5, share) for arm, share in shares.items())))
+    assert "- above `opd`: `opd-fkl`\n- below `opd`: `grpo`\n- not told apart from `opd`: `gkd`" in text
+    assert "| `grpo` | reward only, 8 samples a prompt | 0.001 | 50.0 ± 9.8 |" in text
+
+
+# ------------------------------------------------------------------ designs
+
+
+def test_sections_are_merged_and_methods_replaced():
+    whole = merged({"optim": {"a": 1}, "method": {"type": "x", "k": 1}}, {"optim": {"b": 2}, "method": {"type": "y"}})
+    assert whole == {"optim": {"a": 1, "b": 2}, "method": {"type": "y"}}
+
+
+@pytest.mark.parametrize("experiment", experiments.EXPERIMENTS.values(), ids=lambda e: e.name)
+def test_every_arm_is_a_recipe_with_as_many_rollouts(experiment):
+    names = [arm.name for arm in experiment.arms]
+    assert len(set(names)) == len(names)
+    assert {experiment.reference, *experiment.quick_arms} <= set(names)
+    for arm in experiment.arms:
+        recipe = Subject().recipe(experiment, arm, 1e-3, 7)
+        assert recipe.optim.lr == 1e-3 and recipe.seed == 7
+        assert recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt == 64
+        assert recipe.data.limit == recipe.steps * recipe.rollout.prompts_per_step
+
+
+def test_rates_move_together():
+    moved = METHODS.around(5e-5)
+    assert moved.rates == pytest.approx([r / 20 for r in METHODS.rates])
+
+
+def test_mistyped_names_are_told():
+    with pytest.raises(ValueError, match="did you mean 'grpo'"):
+        METHODS.choose(["gpro"])
+    with pytest.raises(ValueError, match="did you mean 'methods'"):
+        experiments.get("method")
+
+
+def test_a_file_is_cut_into_splits_that_share_no_prompt(tmp_path):
+    rows = [{"prompt": f"{i % 150}+1", "answer": i} for i in range(300)]  # each prompt twice
+    source = tmp_path / "p.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    cut(source, tmp_path / "cut")
+    parts = {
+        split: [json.loads(line) for line in (tmp_path / "cut" / f"{split}.jsonl").read_text().splitlines()]
+        for split in ("train", "dev", "test")
+    }
+    assert sorted(row["answer"] for part in parts.values() for row in part) == list(range(300))
+    prompts = [{row["prompt"] for row in part} for part in parts.values()]
+    assert not (prompts[0] & prompts[1] or prompts[0] & prompts[2] or prompts[1] & prompts[2])
+    source.write_text('{"prompt": "1"}\n[]\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="line 2 is no JSON object"):
+        cut(source, tmp_path / "cut")
+    source.write_text('{"prompt": "1"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="one of them is empty"):
+        cut(source, tmp_path / "cut")
+
+
+# ------------------------------------------------------------------ studies
+
+
+@pytest.mark.parametrize(
+    ("peak", "tried"), [(1e-3, 3), (9e-3, 5), (4e-3, 5), (1e-4, 5)], ids=["inside", "far above", "above", "below"]
+)
+def test_a_best_rate_at_the_edge_is_tried_against_one_beyond(monkeypatch, tmp_path, peak, tried):
+    made = []
+
+    def trained(self, arm, rate, seed):
+        made.append(rate)
+        return record(arm.name, rate, seed, dev=1 / (1 + abs(math.log(rate / peak))))
+
+    monkeypatch.setattr(Study, "trained", trained)
+    best = Study(METHODS, Subject(), tmp_path, tmp_path).sweep(METHODS.arms[0])
+    assert len(made) == tried
+    assert best == min(made, key=lambda rate: abs(math.log(rate / peak)))
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory) -> Subject:
+    """Models of another architecture than the shipped ones, from folders."""
+    folder = tmp_path_factory.mktemp("models")
+    student, teacher = (str(make_model(folder / name, seed, kind="llama")) for seed, name in enumerate(("s", "t")))
+    return Subject(student, teacher, overrides=("rollout.max_tokens=6", "steps=1"))
+
+
+def test_what_was_run_is_not_run_again(monkeypatch, tmp_path, subject):
+    study = Study(TINY, subject, tmp_path / "results", tmp_path / "work")
+    study.run(seeds=2)
+    files = sorted(path.name for path in study.folder.glob("*.json"))
+    wanted = [f"{arm}-0.001-{seed}.json" for arm in ("grpo", "opd", "sft-teacher") for seed in (0, 1)]
+    assert files == [*wanted, "student.json", "teacher.json"]
+    found = json.loads((study.folder / "opd-0.001-1.json").read_text())
+    assert found["settings"]["student"] == subject.student and found["settings"]["recipe"]["seed"] == 1
+    assert found["dev"]["split"] == "dev" and found["dev"]["num_prompts"] == 4
+    assert found["test"]["split"] == "test" and found["test"]["num_prompts"] == 8
+    assert set(found["flops"]) == {"student_sampling", "student_training", "teacher_scoring"}
+
+    runs = []
+    monkeypatch.setattr(kibitz, "train", lambda *_, **__: runs.append(1) or pytest.fail("it trains again"))
+    study.run(seeds=2)
+    assert not runs
+    monkeypatch.undo()
+    (study.folder / "opd-0.001-1.json").unlink()  # as if it had been killed before this one
+    study.run(seeds=2)
+    again = json.loads((study.folder / "opd-0.001-1.json").read_text())
+    timeless = ("settings", "flops", "dev", "test", "tokens")
+    assert {name: again[name] for name in timeless} == {name: found[name] for name in timeless}
+    longer = replace(subject, overrides=("rollout.max_tokens=6", "steps=2"))
+    changed = Study(TINY, longer, study.folder, study.work).trained(TINY.arms[0], 1e-3, 0)
+    assert changed["settings"]["recipe"]["steps"] == 2 and "test" not in changed
+
+
+def test_on_the_command_line_with_prompts_of_ones_own(monkeypatch, tmp_path, subject):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{i % 10}+{i // 10}", "answer": str(i)} for i in range(60)]
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    words = ["reproduce", "methods", "--quick", "--only", "opd", "--prompts", "p.jsonl", "--output", "out", "--json"]
+    models = ["--student", subject.student, "--teacher", subject.teacher, "rollout.max_tokens=6", "optim.lr=5e-5"]
+    answer = CliRunner().invoke(app, [*words, *models])
+    assert answer.exit_code == 0, answer.output
+    (row,) = json.loads(answer.stdout)["rows"]
+    assert row["arm"] == "opd" and row["rate"] == 5e-5
+    assert str(tmp_path) not in (tmp_path / "out" / "methods" / "opd-5e-05-0.json").read_text().replace(
+        subject.student, ""
+    )
+    assert "`opd`" in Path("out/methods/table.md").read_text(encoding="utf-8")
+
+
+def test_the_list_of_experiments():
+    answer = CliRunner().invoke(app, ["reproduce", "--json"])
+    assert [row["name"] for row in json.loads(answer.stdout)["experiments"]] == list(experiments.EXPERIMENTS)
+
+
+# ------------------------------------------------------------------ pages
+
+
+def test_the_plot_is_an_svg_of_every_arm(tmp_path):
+    put(tmp_path, record("opd", 1e-3, 0, 0.5, 0.8), record("grpo", 1e-3, 0, 0.5, 0.55))
+    root = ET.fromstring(svg(METHODS, tmp_path))
+    names = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert names.index("opd") < names.index("grpo") and "40%" in names and "30%" not in names
+
+
+def test_the_pages_say_what_the_results_say():
+    """No number is typed by hand."""
+    for name, experiment in experiments.EXPERIMENTS.items():
+        folder = ROOT / "results" / name
+        if folder.is_dir():
+            assert (folder / "table.md").read_text(encoding="utf-8") == tables.markdown(experiment, folder) + "\n"
+            assert (folder / "plot.svg").read_text(encoding="utf-8") == svg(experiment, folder)
+    page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+    assert pages.render(page, experiments.EXPERIMENTS, ROOT / "results") == page, "stale: python docs/generate.py"
