@@ -1,6 +1,6 @@
 """Checkpoints: a plain Hugging Face folder, and beside the weights what training needs to go on.
 
-    checkpoints/step-000050/            loads with AutoModelForCausalLM.from_pretrained
+    checkpoints/step-000050/            loads with AutoModelForCausalLM.from_pretrained; of LoRA, with peft
     checkpoints/step-000050/training/   optimizer.safetensors, state.json, and NAME.safetensors of what else is kept
 
 A folder appears under its name only when it is whole. Sampling is seeded by prompt and step, and dropout is off, so
@@ -15,10 +15,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
-from kibitz.models import LanguageModel
+from kibitz import lora
+from kibitz.config import ModelConfig
+from kibitz.models import LanguageModel, load_tokenizer, load_weights
 from kibitz.types import Stateful
 
 
@@ -36,8 +40,7 @@ def save(
     final = folder / "checkpoints" / f"step-{step:06d}"
 
     def write(temporary: Path) -> None:
-        student.model.save_pretrained(temporary)
-        student.tokenizer.save_pretrained(temporary)
+        student.save(temporary)
         (temporary / "training").mkdir()
         for name, kept in keeps.items():
             save_file(kept.state(), temporary / "training" / f"{name}.safetensors")
@@ -60,6 +63,29 @@ def load_state(checkpoint: Path, keeps: Mapping[str, Stateful]) -> dict[str, Any
             )
         kept.load_state(load_file(path))
     return json.loads((checkpoint / "training" / "state.json").read_text(encoding="utf-8"))
+
+
+def export(source: str, output: Path, merge: bool) -> None:
+    """A folder for others: what is in a checkpoint or model folder, without what training needs; an adapter may be merged
+    into its base. That is done in float32 and then rounded once, to the dtype of the base."""
+    config = ModelConfig(model=source)
+    tokenizer = load_tokenizer(config, "model")
+    if merge and not lora.is_adapter(source):
+        raise ValueError(f"{source} holds no adapter to merge: it is whole already; leave out --merge")
+    if not Path(source).is_dir():
+        raise ValueError(f"there is no folder at {source} to export")
+    if output.exists():
+        raise ValueError(f"{output} is there already: write --output ANOTHER")
+
+    def write(temporary: Path) -> None:
+        if merge:
+            dtype = AutoConfig.from_pretrained(lora.base_of(source)).dtype or torch.float32
+            load_weights(config, "model", torch.device("cpu")).to(dtype).save_pretrained(temporary)
+        else:
+            shutil.copytree(source, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns("training"))
+        tokenizer.save_pretrained(temporary)
+
+    write_folder(output, write)
 
 
 def write_folder(final: Path, write: Callable[[Path], None]) -> None:

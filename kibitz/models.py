@@ -7,7 +7,8 @@ Logits are cut to the tokenizer's size, because models of one family pad their v
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from kibitz.config import ModelConfig
+from kibitz import lora
+from kibitz.config import ModelConfig, StudentConfig
 from kibitz.types import Batch
 
 transformers_logging.disable_progress_bar()  # kibitz draws its own
@@ -32,6 +34,11 @@ class Head(nn.Module):
         super().__init__()
         self.projection, self.vocab_size, self.scale, self.softcap = projection, vocab_size, scale, softcap
 
+    def without_adapter(self) -> "Head":
+        """The same head, or one that reads its own matrix where LoRA stands on it."""
+        base = getattr(self.projection, "base_layer", None)
+        return self if base is None else Head(base, self.vocab_size, self.scale, self.softcap)
+
     def forward(self, hidden_CD: Tensor) -> Tensor:
         logits_CV = self.projection(hidden_CD)[..., : self.vocab_size]
         if self.scale != 1.0:
@@ -43,13 +50,16 @@ class Head(nn.Module):
 
 class LanguageModel(nn.Module):
     """A causal language model and its tokenizer, in eval mode always: dropout would make the student disagree with
-    the log-probabilities that it sampled with."""
+    the log-probabilities that it sampled with. `adapter`: what of `model` is LoRA, if that alone is to learn."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, name: str = "model"):
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, name: str = "model", adapter: lora.Adapter | None = None
+    ):
         super().__init__()
         self.model = model.eval()
         self.tokenizer: Any = tokenizer  # a PreTrainedTokenizerBase, whose methods return unions of everything
         self.name = name
+        self.adapter = adapter
         self.vocab_size: int = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
         self.head, self.head_stands_alone = _build_head(model, self.vocab_size, name)
 
@@ -70,6 +80,31 @@ class LanguageModel(nn.Module):
     @property
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """The base that the adapter stands on, without a second copy of its weights; the head too, for later use."""
+        if self.adapter is None:
+            raise ValueError(f"the {self.name} has no adapter that could be switched off: write student.lora")
+        adapted = self.head
+        self.head = adapted.without_adapter()
+        try:
+            with self.adapter.off():
+                yield
+        finally:
+            self.head = adapted
+
+    def save(self, folder: Path) -> None:
+        """A Hugging Face folder: the whole model, or of LoRA the adapter in peft's format; and the tokenizer."""
+        if self.adapter is None:
+            self.model.save_pretrained(folder)
+        else:
+            self.adapter.save(folder)
+        self.tokenizer.save_pretrained(folder)
 
     def hidden(self, ids_BL: Tensor) -> Tensor:
         """The last hidden states `[B, L, D]` of right-padded rows. No attention mask: padding stands on the right."""
@@ -129,9 +164,12 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def check_folder(name: str, role: str) -> None:
-    """That `name` can be a model, before anything is loaded from it."""
+    """That `name` can be a model, or an adapter whose base can be one, before anything is loaded from it."""
     path = Path(name)
-    if path.is_dir():
+    if lora.is_adapter(path):
+        lora.require_peft()
+        check_folder(lora.base_of(path), f"{role}.model: {name} adapts another model; {role}")
+    elif path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"{role}.model: {name} is not a model: it has no config.json")
         if not any(path.glob("*.safetensors")):
@@ -145,7 +183,8 @@ def check_folder(name: str, role: str) -> None:
 def load_tokenizer(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
     check_folder(config.model, role)
     try:
-        AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+        base = lora.base_of(config.model) if lora.is_adapter(config.model) else config.model
+        AutoConfig.from_pretrained(base, trust_remote_code=config.trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # whatever a broken folder makes transformers raise
         raise ValueError(_unreadable(config.model, role, error)) from error
@@ -159,18 +198,45 @@ def load_tokenizer(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
 def load_model(
     config: ModelConfig, role: str, device: torch.device, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> LanguageModel:
-    """The model of a recipe's `student` or `teacher` section, on a device."""
+    """The model of a recipe's `student` or `teacher` section, on a device; of an adapter's folder, base and adapter as one."""
     tokenizer = tokenizer or load_tokenizer(config, role)
+    return LanguageModel(load_weights(config, role, device).to(device), tokenizer, name=role)
+
+
+def load_student(
+    config: StudentConfig,
+    device: torch.device,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int = 0,
+    resumed_from: Path | None = None,
+) -> LanguageModel:
+    """The model to train, as the recipe's `student` begins or as a checkpoint left it. `seed` draws a new adapter."""
+    if config.lora is None:
+        began = config if resumed_from is None else config.model_copy(update={"model": str(resumed_from)})
+        return load_model(began, "student", device, tokenizer)
+    if lora.is_adapter(config.model):
+        raise ValueError(
+            f"student.model: {config.model} is an adapter itself: write a whole folder of it by "
+            "`kibitz export FOLDER --merge --output NEW`, and student.model=NEW"
+        )
+    model = load_weights(config, "student", device)
+    adapter = lora.attach(model, config.lora, seed) if resumed_from is None else lora.load(model, resumed_from)
+    return LanguageModel(model.to(device), tokenizer, "student", adapter)
+
+
+def load_weights(config: ModelConfig, role: str, device: torch.device) -> Any:
+    """The bare model, still on the CPU, in the dtype that `device` wants."""
+    is_adapter = lora.is_adapter(config.model)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            config.model,
+            lora.base_of(config.model) if is_adapter else config.model,
             dtype=_dtype(config.dtype, device),
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
         )
+        return lora.merged(model, Path(config.model)) if is_adapter else model
     except Exception as error:
         raise ValueError(_unreadable(config.model, role, error)) from error
-    return LanguageModel(model.to(device), tokenizer, name=role)
 
 
 def _unreadable(name: str, role: str, error: Exception) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kibitz import config
+from kibitz import config, lora
 from kibitz.config import DataConfig, Recipe, RecipeError
 from kibitz.data import PromptStream, encode_response, load_grader, load_prompts
 from kibitz.engines import Engine
@@ -22,6 +22,7 @@ from kibitz.models import (
     LanguageModel,
     check_same_tokenizer,
     load_model,
+    load_student,
     load_tokenizer,
     pick_device,
     single_tokens,
@@ -58,6 +59,8 @@ def prepare(
     if resume and overwrite:
         raise ValueError("resume goes on with a run and overwrite throws it away: choose one of them")
     recipe = config.load(source, list(overrides))
+    if recipe.student.lora is not None:
+        lora.require_peft()
     tokenizer = _tokenizers(recipe)
     mask_ids = single_tokens(tokenizer, recipe.method.mask_tokens, "method.mask_tokens")
     prompts = load_prompts(recipe.data, tokenizer, recipe.seed, recipe.method.needs_responses())
@@ -76,10 +79,7 @@ def prepare(
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     device = pick_device(recipe.device)
-    student_config = (
-        recipe.student if resumed_from is None else recipe.student.model_copy(update={"model": str(resumed_from)})
-    )
-    student = load_model(student_config, "student", device, tokenizer)
+    student = load_student(recipe.student, device, tokenizer, recipe.seed, resumed_from)
     teacher = None if recipe.teacher is None else load_model(recipe.teacher, "teacher", device)
     if teacher is not None:
         teacher.requires_grad_(False)

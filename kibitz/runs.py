@@ -52,6 +52,7 @@ class RunFolder:
             "machine": platform.machine(),
             "torch": torch.__version__,
             "student_params": student.num_parameters,
+            "trainable_params": student.num_trainable,
             "teacher_params": None if teacher is None else teacher.num_parameters,
             "first_step": done,
         }

@@ -203,7 +203,9 @@ class Trainer:
     def _count_flops(self, rollouts: list[Rollout]) -> None:
         """What each model did for these rollouts. Whoever wrote a token of one read all of it, but for a teacher that
         wrote its beginning only."""
-        passes = 3 + self.recipe.method.scores_with_student()  # forward, and twice that backward
+        # Forward; backward to the activations, and to the weights that learn.
+        learns = self.student.num_trainable / self.student.num_parameters
+        passes = 2 + learns + self.recipe.method.scores_with_student()
         self.ledger.add("flops", "student_training", passes * _forward_flops(self.student, rollouts))
         models = {Writer.STUDENT: self.student, Writer.TEACHER: self.setup.teacher}
         for writer, model in models.items():

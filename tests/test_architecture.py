@@ -26,6 +26,7 @@ LEVELS = {
     "batching": 1,
     "graders": 1,
     "guards": 1,
+    "lora": 1,
     "worlds": 1,
     "distributed": 2,
     "metrics": 2,

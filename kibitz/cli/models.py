@@ -1,4 +1,4 @@
-"""`kibitz eval` and `kibitz score`: what a model can do, and what a teacher says about one text."""
+"""`kibitz eval`, `score` and `export`: what a model can do, what a teacher says about one text, and a model for others."""
 
 from pathlib import Path
 from typing import Annotated
@@ -90,6 +90,25 @@ def score(
     ctx.obj.result({"rollouts": rows, "html": html}, for_a_person)
     if html is not None:
         ctx.obj.say(f"heat-map   {html}")
+
+
+def export(
+    ctx: typer.Context,
+    model: Annotated[
+        str, typer.Argument(help="A run folder (its last checkpoint), or the folder of a model or adapter.")
+    ],
+    output: Annotated[Path, typer.Option(help="The folder to write.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge a LoRA adapter into its base: a whole model.")] = False,
+) -> None:
+    """Write a checkpoint as a folder for transformers, peft or vLLM, without what only training needs."""
+    from kibitz.checkpoint import export as write
+
+    source = _resolved(model)
+    write(source, output, merge)
+    ctx.obj.result(
+        {"model": source, "output": output, "merged": merge},
+        lambda console: console.print(f"model      {output}", markup=False),
+    )
 
 
 def _resolved(model: str) -> str:

@@ -25,6 +25,7 @@ from kibitz.config.sections import (
     Columns,
     DataConfig,
     EvalConfig,
+    LoraConfig,
     ModelConfig,
     OptimConfig,
     RolloutConfig,
@@ -36,7 +37,7 @@ from kibitz.config.table import METHOD_CONFIGS
 
 __all__ = [
     "METHOD_CONFIGS", "Columns", "DataConfig", "DistillationConfig", "DivergenceName", "EvalConfig", "GKDConfig",
-    "GRPOConfig", "GuardConfig", "MethodConfig", "ModelConfig", "OPDConfig", "OptimConfig", "PolicyGradientConfig",
+    "GRPOConfig", "GuardConfig", "LoraConfig", "MethodConfig", "ModelConfig", "OPDConfig", "OptimConfig", "PolicyGradientConfig",
     "Recipe", "RecipeError", "RolloutConfig", "SFTConfig", "SKDConfig", "SaveConfig", "Section", "StudentConfig",
     "TeacherConfig", "dump", "json_schema", "load", "register_method",
 ]  # fmt: skip

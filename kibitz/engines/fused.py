@@ -167,4 +167,6 @@ def refuse_unless_covered(model: PreTrainedModel) -> None:
     for layer in body.layers:
         for name, module in [*layer.self_attn.named_children(), *layer.mlp.named_children()]:
             if name.endswith("_proj") and type(module) is not nn.Linear:
-                raise NotImplementedError(f"{name} is a {type(module).__name__}")
+                raise NotImplementedError(f"{name} is a {type(module).__module__}.{type(module).__name__}")
+    if type(model.get_output_embeddings()) is not nn.Linear:
+        raise NotImplementedError("an output head that is more than a matrix")
