@@ -121,14 +121,19 @@ class LanguageModel(nn.Module):
     def forward_flops(self, num_positions: int, num_squared: int, num_scored: int) -> float:
         """Multiply-adds x 2 of one forward pass: body on all positions, causal attention (`num_squared` = the sum of
         squared lengths), head on the scored positions. Backward costs twice this again."""
-        config = self.model.config.get_text_config()
-        head = self.model.get_output_embeddings().weight.numel()
-        embedding = self.model.get_input_embeddings().weight
-        tied = embedding is self.model.get_output_embeddings().weight
-        body = self.num_parameters - embedding.numel() - (0 if tied else head)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        attention = 2.0 * config.num_hidden_layers * config.num_attention_heads * head_dim * num_squared
-        return 2.0 * body * num_positions + attention + 2.0 * head * num_scored
+        return forward_flops(self.model, num_positions, num_squared, num_scored)
+
+
+def forward_flops(model: Any, num_positions: float, num_squared: float, num_scored: float) -> float:
+    """As `LanguageModel.forward_flops`, of a model with or without weights."""
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings().weight.numel()
+    embedding = model.get_input_embeddings().weight
+    tied = embedding is model.get_output_embeddings().weight
+    body = sum(p.numel() for p in model.parameters()) - embedding.numel() - (0 if tied else head)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 2.0 * config.num_hidden_layers * config.num_attention_heads * head_dim * num_squared
+    return 2.0 * body * num_positions + attention + 2.0 * head * num_scored
 
 
 def _build_head(model: Any, vocab_size: int, name: str) -> tuple[Head, bool]:
@@ -157,7 +162,7 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return getattr(torch, name)
@@ -230,7 +235,7 @@ def load_weights(config: ModelConfig, role: str, device: torch.device) -> Any:
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             lora.base_of(config.model) if is_adapter else config.model,
-            dtype=_dtype(config.dtype, device),
+            dtype=pick_dtype(config.dtype, device),
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
         )

@@ -51,6 +51,8 @@ LEVELS = {
 WITHIN_A_LEVEL = {
     ("teachers", "models"),
     ("runs", "checkpoint"),
+    ("preflight", "evaluate"),
+    ("preflight", "prepare"),
     ("prepare", "runs"),
     ("prepare", "evaluate"),
     ("trainer", "checkpoint"),

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 import kibitz
-from kibitz.cli import data, experiments, models, training
+from kibitz.cli import check, data, experiments, models, training
 from kibitz.cli.output import Output, sentence
 
 ANYWHERE = ("--quiet", "-q", "--json", "--debug")
@@ -72,6 +72,7 @@ def options(
 
 app.command()(training.demo)
 app.command()(training.train)
+app.command()(check.check)
 app.command(name="eval")(models.evaluate)
 app.command()(models.score)
 app.command()(models.export)

@@ -65,6 +65,8 @@ def run_training(out: Output, recipe: "Recipe", again: list[str], *, resume: boo
     from kibitz import report, trainer
 
     try:
+        if out.live:
+            _look_first(out, recipe)
         with Bar(out.errors) if out.live else nullcontext() as bar:
             run = trainer.train(recipe, resume=resume, overwrite=overwrite, progress=bar)
         report.build([run.folder])
@@ -76,6 +78,17 @@ def run_training(out: Output, recipe: "Recipe", again: list[str], *, resume: boo
             f"stopped; the run is in {recipe.output}, go on with: {shlex.join(again)}", markup=False, soft_wrap=True
         )
         raise typer.Exit(130) from None
+
+
+def _look_first(out: Output, recipe: "Recipe") -> None:
+    """The short form of `kibitz check`: what is not green. The run goes on, because memory is an estimate; what would
+    train wrongly is refused where it is loaded."""
+    from kibitz.cli.check import show
+    from kibitz.preflight import check_files
+
+    for finding in check_files(recipe):
+        if finding.light != "green":
+            show(out.errors, finding)
 
 
 def finish(out: Output, run: "Run", show_more: Callable[[Console, Path], None] | None = None) -> None:

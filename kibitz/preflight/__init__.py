@@ -1,0 +1,99 @@
+"""`kibitz check`: everything about a recipe that can be known before training, as lights with a sentence each.
+
+First text and sizes, without weights: tokenizers, templates, ends, lengths, memory, cost. Then, with the models loaded, a
+few rollouts: does the student read 0 against itself, do engine and trainer agree, how far is the teacher, is it better?
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from kibitz.config import Recipe
+from kibitz.data import load_prompts
+from kibitz.engines.torch import TorchEngine
+from kibitz.models import load_tokenizer, pick_device, pick_dtype
+from kibitz.preflight import budget, measured, texts
+from kibitz.preflight.finding import Finding, Light, worst
+from kibitz.preflight.shapes import shape_of
+from kibitz.prepare import Setup, prepare
+from kibitz.teachers.local import LocalTeacher
+from kibitz.types import TopK
+
+__all__ = ["Finding", "Light", "Options", "check", "check_files", "worst"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a check may assume. `price` is of one device for one hour; `teraflops` what one really does in matrix products
+    (measured if not said); `gibibytes` its memory; `prompts` how many are answered by both models."""
+
+    price: float | None = None
+    teraflops: float | None = None
+    gibibytes: float | None = None
+    devices: int = 1
+    prompts: int = 32
+
+
+def check(recipe: Recipe, options: Options = Options()) -> Iterator[Finding]:
+    """All findings, one after another as they are made. Mistakes of the recipe raise ValueError as in training."""
+    findings = list(check_files(recipe, options))
+    yield from findings
+    if worst(findings) != "red":  # what is loaded now could not be trained
+        yield from _measured(prepare(recipe, overwrite=True), options)
+
+
+def check_files(recipe: Recipe, options: Options = Options()) -> Iterator[Finding]:
+    """The short form, before weights load: what `kibitz train` says of itself."""
+    student, teacher = load_tokenizer(recipe.student, "student"), None
+    prompts = load_prompts(recipe.data, student, recipe.seed, recipe.method.needs_responses())
+    if recipe.teacher is not None:
+        teacher = load_tokenizer(recipe.teacher, "teacher")
+        yield texts.tokenizers(student, teacher)
+        yield texts.first_token(student, teacher, prompts)
+        yield texts.chat_template(recipe, student, teacher)
+        stops = (
+            texts.stop_tokens(recipe.student, student, recipe.rollout.stop),
+            texts.stop_tokens(recipe.teacher, teacher),
+        )
+        yield texts.ends(student, teacher, *stops)
+    yield texts.thinking(recipe, student)
+    yield from _sizes(recipe, options, [len(prompt.ids) for prompt in prompts])
+
+
+def _sizes(recipe: Recipe, options: Options, prompt_lengths: list[int]) -> Iterator[Finding]:
+    device, sections = pick_device(recipe.device), [s for s in (recipe.student, recipe.teacher) if s is not None]
+    try:
+        shapes = [shape_of(section, pick_dtype(section.dtype, device)) for section in sections]
+    except ValueError as error:
+        yield Finding("sizes", "amber", f"{error}; lengths, memory and cost are not planned")
+        return
+    student, teacher = shapes[0], shapes[1] if len(shapes) > 1 else None
+    yield texts.lengths(recipe, prompt_lengths, [shape.max_positions for shape in shapes])
+    plan = budget.memory(recipe, student, teacher, max(prompt_lengths), options.devices)
+    room, what = (
+        budget.device_room(device) if options.gibibytes is None else (options.gibibytes * budget.GIB, "the device")
+    )
+    yield budget.memory_finding(plan, room, what)
+    speed = budget.matrix_speed(device) if options.teraflops is None else options.teraflops * 1e12
+    yield budget.cost_finding(
+        budget.cost(recipe, student, teacher, prompt_lengths, speed, options.price, options.devices), speed
+    )
+
+
+def _measured(setup: Setup, options: Options) -> Iterator[Finding]:
+    recipe = setup.recipe
+    rollouts = measured.write(setup, options.prompts)
+    yield measured.endings(rollouts, recipe.rollout.max_tokens)
+    yield measured.itself(setup, rollouts)
+    yield measured.engine_gap(setup, rollouts)
+    written = None
+    if setup.teacher is not None:
+        scorer = LocalTeacher(setup.teacher, tokens_per_micro_batch=recipe.optim.tokens_per_micro_batch)
+        yield from measured.opinions(setup, rollouts, scorer.score(rollouts))
+        first, second = (replace(scorer, kind="top_k", temperature=tau).score(rollouts[:1])[0] for tau in (1.0, 2.0))
+        assert isinstance(first, TopK) and isinstance(second, TopK)
+        yield measured.loss_temperature(first, second)
+        engine = TorchEngine(setup.teacher, recipe.rollout.max_rows)
+        written = measured.write_with(setup, engine, options.prompts) if setup.grader is not None else None
+    finding = measured.task(setup, written, rollouts)
+    if finding is not None:
+        yield finding

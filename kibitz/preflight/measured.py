@@ -1,0 +1,182 @@
+"""Checks with the loaded models, on a few rollouts of the student: the numbers a run would start from, and whether the
+machinery between the two models is straight."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from kibitz.batching import group, pack
+from kibitz.engines import Engine
+from kibitz.evaluate import accuracy, grade
+from kibitz.losses.chunked import Criterion
+from kibitz.losses.criteria import Divergence, PolicyGradient
+from kibitz.methods import token_loss
+from kibitz.models import LanguageModel
+from kibitz.preflight.finding import Finding
+from kibitz.prepare import Setup
+from kibitz.teachers.local import LocalTeacher
+from kibitz.types import Rollout, Sampled, Scored, Signal, TopK
+
+LARGE_GAP, HUGE_GAP = 0.02, 0.2
+"""Nats between engine and trainer: bf16 gives 0.005 to 0.02 on average at a large vocabulary, other weights give more."""
+
+
+@torch.no_grad()
+def values_of(
+    student: LanguageModel, rollouts: Sequence[Rollout], signals: Sequence[Signal], criterion: Criterion, tokens: int
+) -> dict[str, Tensor]:
+    """What a criterion says of every token that counts, in no particular order."""
+    found: dict[str, list[Tensor]] = {}
+    for indices in group(rollouts, tokens):
+        batch = pack([Scored(rollouts[i], rollouts[i].weight_T(), signals[i]) for i in indices], student.device)
+        _, values = token_loss(student, batch, criterion, None)
+        for name, value_T in values.items():
+            found.setdefault(name, []).append(value_T[batch.tokens.weight_T > 0].cpu())
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def write(setup: Setup, num_prompts: int) -> list[Rollout]:
+    """One response of the student to each of the first prompts, as the run would write it, graded."""
+    return write_with(setup, setup.engine, num_prompts)
+
+
+def write_with(setup: Setup, engine: Engine, num_prompts: int) -> list[Rollout]:
+    """The same with an engine of the teacher's."""
+    sampling = replace(setup.parts.sampling, num_samples=1, seed=setup.recipe.seed)
+    rollouts = engine.generate(setup.stream.prompts[:num_prompts], sampling)
+    grade(setup.grader, setup.student, rollouts)
+    return rollouts
+
+
+def itself(setup: Setup, rollouts: Sequence[Rollout], model: LanguageModel | None = None) -> Finding:
+    """A student that is its own teacher has nothing to learn: shift, masks, vocabulary and precision are straight."""
+    tokens = setup.recipe.optim.tokens_per_micro_batch
+    signals = LocalTeacher(model or setup.student, tokens_per_micro_batch=tokens).score(rollouts)
+    kl_T = values_of(setup.student, rollouts, signals, Divergence(), tokens)["reverse_kl"]
+    most = kl_T.abs().max().item()
+    if most == 0.0:
+        return Finding("student against itself", "green", "reads 0 at every token", {"reverse_kl": 0.0})
+    text = f"reads {most:.1e} nats where it must read 0: scoring depends on the shape of a batch, or on the precision"
+    return Finding("student against itself", "amber" if most < 1e-4 else "red", text, {"reverse_kl": most})
+
+
+def engine_gap(setup: Setup, rollouts: Sequence[Rollout]) -> Finding:
+    """What sampled the tokens and what trains on them must mean the same model."""
+    sampling = setup.parts.sampling
+    if sampling.temperature != 1 or sampling.top_p < 1 or sampling.top_k or sampling.epsilon:
+        return Finding(
+            "engine against trainer", "green", "not compared: rollouts are not from the student's own distribution"
+        )
+    tokens = setup.recipe.optim.tokens_per_micro_batch
+    signals = LocalTeacher(setup.student, "sampled", tokens_per_micro_batch=tokens).score(rollouts)
+    gaps = torch.cat([(s.logp_T.cpu() - r.logp_T).abs() for s, r in zip(signals, rollouts, strict=True)])  # type: ignore
+    mean, most = gaps.mean().item(), gaps.max().item()
+    text = f"log-probabilities differ by {mean:.1e} nats on average, {most:.1e} at most"
+    light = "green" if mean < LARGE_GAP else "amber" if mean < HUGE_GAP else "red"
+    if light == "amber":
+        text += ": write method.policy_loss=truncated, or sample and train in the same precision"
+    if light == "red":
+        text += ": the engine has other weights, another temperature or another model"
+    return Finding("engine against trainer", light, text, {"mean": mean, "max": most})
+
+
+def opinions(setup: Setup, rollouts: Sequence[Rollout], signals: Sequence[Signal]) -> list[Finding]:
+    """How far apart the two models are where the student goes, and whether the teacher's numbers look like a teacher's."""
+    values = values_of(setup.student, rollouts, signals, _criterion(signals), setup.recipe.optim.tokens_per_micro_batch)
+    means = {name: value_T.mean().item() for name, value_T in values.items()}
+    findings = [_distance(means)]
+    if "top_k_overlap" in means:
+        share, mass = means["top_k_overlap"], means["overlap_mass"]
+        text = f"{share:.0%} of the likeliest 16 tokens are shared; they hold {mass:.1%} of the student's probability"
+        weak = mass < 0.8
+        if weak:
+            text += ": the teacher has little to say about such text; begin with method.type=sft source=teacher, or skd"
+        findings.append(Finding("overlap", "amber" if weak else "green", text, {"share": share, "mass": mass}))
+    if "teacher_entropy" in means:
+        findings.append(_sharpness(means["teacher_entropy"], means["student_entropy"]))
+    return findings
+
+
+def _criterion(signals: Sequence[Signal]) -> Criterion:
+    match signals[0]:
+        case Sampled():
+            return PolicyGradient()
+        case TopK() as signal:
+            return Divergence(support="teacher", temperature=signal.temperature)
+        case _:
+            return Divergence()
+
+
+def _distance(means: dict[str, float]) -> Finding:
+    kl, teacher_logp, student_logp = means["reverse_kl"], means["teacher_logp"], means["student_logp"]
+    text = (
+        f"reverse KL {kl:.3g} nats a token; the student gives its tokens {student_logp:.3g} nats on average, the teacher "
+        f"{teacher_logp:.3g}"
+    )
+    numbers = {"reverse_kl": kl, "student_logp": student_logp, "teacher_logp": teacher_logp}
+    if kl > 5:
+        return Finding(
+            "distance", "red", text + ": the teacher reads something else; compare tokenizers and templates", numbers
+        )
+    if kl < 1e-4:
+        return Finding("distance", "amber", text + ": there is nothing to learn; are the two the same model?", numbers)
+    return Finding("distance", "amber" if kl > 2 else "green", text, numbers)
+
+
+def _sharpness(teacher: float, student: float) -> Finding:
+    numbers = {"teacher_entropy": teacher, "student_entropy": student}
+    text = f"entropy {teacher:.3g} nats a token, the student's {student:.3g}"
+    if teacher < 1e-3 * max(student, 1e-6):
+        return Finding(
+            "teacher's temperature",
+            "amber",
+            text + ": as sharp as at temperature 0; does it apply one?",
+            numbers,
+        )
+    return Finding("teacher's temperature", "green", text, numbers)
+
+
+def loss_temperature(first: TopK, second: TopK) -> Finding:
+    """A teacher's top k at temperatures 1 and 2. Log-ratios between two tokens must halve, whatever k is: log-probabilities
+    are logits minus a constant. A server that leaves out the temperature, or applies it twice, does not pass."""
+    ratios = [signal.logp_TK - signal.logp_TK[:, :1] for signal in (first, second)]
+    gap = (ratios[0] / 2 - ratios[1]).abs().max().item()
+    if gap < 1e-3:
+        return Finding("loss temperature", "green", "the teacher applies the one it is asked for", {"gap": gap})
+    text = f"at temperature 2 the teacher's log-ratios are up to {gap:.2g} nats from half of those at 1: it does not apply it"
+    return Finding("loss temperature", "red", text, {"gap": gap})
+
+
+def task(setup: Setup, teacher_rollouts: Sequence[Rollout] | None, rollouts: Sequence[Rollout]) -> Finding | None:
+    """Whether the teacher is better at what the student should learn."""
+    if setup.grader is None:
+        return None
+    ours = accuracy(rollouts)
+    if teacher_rollouts is None:
+        return Finding(
+            "task", "green", f"the student solves {ours['accuracy']:.0%} of {ours['num']} prompts", {"student": ours}
+        )
+    theirs = accuracy(teacher_rollouts)
+    numbers = {"student": ours, "teacher": theirs}
+    text = f"the student solves {ours['accuracy']:.0%} of {ours['num']} prompts, the teacher {theirs['accuracy']:.0%}"
+    if theirs["accuracy"] > ours["accuracy"]:
+        sure = theirs["low"] > ours["high"]
+        return Finding("task", "green", text + ("" if sure else "; too few to be sure, see --prompts"), numbers)
+    if theirs["high"] < ours["low"]:
+        return Finding(
+            "task", "red", text + ": it has nothing to teach here; choose another, or look at its template", numbers
+        )
+    return Finding("task", "amber", text + ": no gain is to be expected here, or the prompts are too few", numbers)
+
+
+def endings(rollouts: Sequence[Rollout], limit: int) -> Finding:
+    """How long the responses are, and how many never end."""
+    cut, mean = fmean(r.cut_off for r in rollouts), fmean(r.num_tokens for r in rollouts)
+    numbers = {"mean": mean, "cut_off": cut}
+    text = f"{mean:.0f} tokens on average, {cut:.0%} cut off at {limit}"
+    if cut > 0.3:
+        return Finding("responses", "amber", f"{text}: raise rollout.max_tokens, or see whether it ever ends", numbers)
+    return Finding("responses", "green", text, numbers)

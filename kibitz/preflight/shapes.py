@@ -1,0 +1,103 @@
+"""Models without weights: how large they are, and what training them keeps in memory.
+
+A model is built on torch's `meta` device from its config.json alone, so that a plan for 32 billion parameters takes seconds
+and no memory. What the backward pass keeps is counted, not guessed: one forward pass on `meta` with a hook on every saved
+tensor. It runs on sequences of one token, where attention keeps nothing that grows with the square of the length, which is
+what fused attention does at any length.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kibitz.config import ModelConfig
+
+PROBED_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes. `model` has no weights."""
+
+    model: Any
+
+    @property
+    def config(self) -> Any:
+        return self.model.config.get_text_config()
+
+    @cached_property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def width(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def max_positions(self) -> int | None:
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def rows(self) -> int:
+        """Of the output layer: the tokenizer's size, padded."""
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    @property
+    def itemsize(self) -> int:
+        return next(self.model.parameters()).element_size()
+
+    def lora_parameters(self, rank: int, targets: str | list[str]) -> int:
+        """Of adapters on the linear layers that are named, or on all but the output head."""
+        head = self.model.get_output_embeddings()
+        linear = [(name, m) for name, m in self.model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+        chosen = [m for name, m in linear if targets == "all-linear" or name.rpartition(".")[2] in targets]
+        return sum(rank * (m.in_features + m.out_features) for m in chosen)
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Keys and values of all layers."""
+        config = self.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 2 * self.num_layers * heads * head_dim * self.itemsize
+
+    @cached_property
+    def activation_bytes_per_token(self) -> float:
+        """What the body keeps of each token until the backward pass, without gradient checkpointing."""
+        kept: dict[int, Tensor] = {}
+        parameters = {p.untyped_storage()._cdata for p in self.model.parameters()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept.setdefault(tensor.untyped_storage()._cdata, tensor)  # kept alive, so that no address comes twice
+            return tensor
+
+        ids = torch.zeros(PROBED_TOKENS, 1, dtype=torch.long, device="meta")
+        mask = torch.ones(PROBED_TOKENS, 1, 1, 1, dtype=torch.bool, device="meta")
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            self.model.base_model(ids, attention_mask=mask, use_cache=False)
+        total = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in parameters)
+        return total / PROBED_TOKENS
+
+
+def shape_of(config: ModelConfig, dtype: torch.dtype) -> Shape:
+    """The model of a recipe's section, without its weights. ValueError for an architecture that cannot be built so."""
+    try:
+        architecture = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                architecture, dtype=dtype, trust_remote_code=config.trust_remote_code
+            )
+        shape = Shape(model.train(False))
+        _ = shape.activation_bytes_per_token
+    except Exception as error:  # whatever an architecture makes of a device without numbers
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{config.model} cannot be built without its weights: {reason}") from error
+    return shape

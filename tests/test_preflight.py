@@ -1,0 +1,343 @@
+"""The preflight check: sizes against real models, and each accident that it exists for, planted."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from support import make_model, recipe, tokenizer
+from typer.testing import CliRunner
+
+from kibitz import config, preflight
+from kibitz.cli import app
+from kibitz.config import ModelConfig
+from kibitz.models import LanguageModel, load_model, load_tokenizer
+from kibitz.preflight import budget, measured, texts
+from kibitz.preflight.finding import Finding, worst
+from kibitz.preflight.shapes import shape_of
+from kibitz.prepare import prepare
+from kibitz.teachers.local import LocalTeacher
+from kibitz.types import Prompt, TopK
+
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}={% endif %}"
+)
+THINKING = CHATML + "{% if enable_thinking is defined and not enable_thinking %}();{% endif %}"
+SILENT = Path("no-run-is-made-here")
+
+
+def loaded(small_models, **sections) -> config.Recipe:
+    return config.load(recipe(small_models / "student", small_models / "teacher", SILENT, **sections), [])
+
+
+def lights(findings) -> dict[str, str]:
+    return {finding.name: finding.light for finding in findings}
+
+
+# ------------------------------------------------------------------ sizes, against real models
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_sizes_are_those_of_the_loaded_model(kind, tmp_path):
+    folder = make_model(tmp_path / "m", kind=kind, num_hidden_layers=3, num_key_value_heads=1)
+    shape = shape_of(ModelConfig(model=str(folder)), torch.float32)
+    model = load_model(ModelConfig(model=str(folder)), "student", torch.device("cpu"))
+    assert shape.num_parameters == model.num_parameters
+    assert next(shape.model.parameters()).device.type == "meta"
+    from transformers import DynamicCache
+
+    cache = model.model(torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
+    assert isinstance(cache, DynamicCache)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert 5 * shape.cache_bytes_per_token == held
+
+
+@pytest.mark.parametrize(("rows", "length"), [(64, 1), (4, 32)])
+def test_activations_are_what_the_backward_pass_really_keeps(rows, length, small_models):
+    model = load_model(ModelConfig(model=str(small_models / "student")), "student", torch.device("cpu"))
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(t.untyped_storage()._cdata, t) is None or t, lambda t: t
+    ):
+        model.hidden(torch.zeros(rows, length, dtype=torch.long))
+    real = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in parameters)
+    planned = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32).activation_bytes_per_token
+    assert rows * length * planned == pytest.approx(real, rel=0.05)
+
+
+def test_the_cost_is_what_the_ledger_counts(small_models, tmp_path):
+    import kibitz
+
+    tree = recipe(small_models / "student", small_models / "teacher", tmp_path / "run", steps=1)
+    run = kibitz.train(tree)
+    row, prompts = run.metrics[0], 16
+    shapes = [shape_of(ModelConfig(model=str(small_models / n)), torch.float32) for n in ("student", "teacher")]
+    loaded_recipe = config.load(
+        {**tree, "rollout": {**tree["rollout"], "max_tokens": round(row["response_tokens"])}}, []
+    )
+    lengths = [len(p.ids) for p in prepare(loaded_recipe, overwrite=True).stream.prompts]
+    estimate = budget.cost(loaded_recipe, *shapes, lengths, 1e12, price=None)
+    assert prompts == tree["rollout"]["prompts_per_step"] * tree["rollout"]["samples_per_prompt"]
+    assert sum(estimate.flops.values()) == pytest.approx(sum(row["flops"].values()), rel=0.1)
+    assert estimate.hours == pytest.approx(sum(estimate.flops.values()) / (1e12 * budget.UTILISATION) / 3600)
+
+
+def test_memory_that_does_not_fit_is_red_and_names_the_largest_part(small_models):
+    shape = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32)
+    plan = budget.memory(loaded(small_models), shape, shape, 20)
+    fits = budget.memory_finding(plan, 2 * plan.peak, "the device")
+    tight = budget.memory_finding(plan, 1.05 * plan.peak, "the device")
+    over = budget.memory_finding(plan, 0.99 * plan.peak, "the device")
+    assert [f.light for f in (fits, tight, over)] == ["green", "amber", "red"]
+    assert "optim.tokens_per_micro_batch" in over.text
+    none = budget.memory_finding(plan, 0.5 * sum(plan.held.values()), "the device")
+    assert "do not fit" in none.text
+    halves = budget.memory(loaded(small_models), shape, shape, 20, devices=2)
+    assert sum(halves.held.values()) == sum(plan.held.values()) / 2
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"]])
+def test_an_adapter_is_as_large_as_the_one_that_is_trained(targets, small_models):
+    asks = loaded(
+        small_models, student={"model": str(small_models / "student"), "lora": {"rank": 4, "targets": targets}}
+    )
+    shape = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32)
+    trained = prepare(asks, overwrite=True).student.num_trainable
+    assert shape.lora_parameters(4, targets) == trained
+    assert budget.memory(asks, shape, None, 20).held["moments of the optimizer"] == 8 * trained
+
+
+def test_money_is_hours_times_devices_times_price(small_models):
+    shape = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32)
+    one = budget.cost(loaded(small_models), shape, None, [10], 1e9, price=2.0)
+    two = budget.cost(loaded(small_models), shape, None, [10], 1e9, price=2.0, devices=2)
+    assert one.money == pytest.approx(2.0 * one.hours)
+    assert two.hours == pytest.approx(one.hours / 2)
+    assert two.money == pytest.approx(one.money)
+
+
+# ------------------------------------------------------------------ planted accidents: text
+
+
+def test_other_token_ids_are_red():
+    other = tokenizer()
+    other.add_tokens(["x"])
+    finding = texts.tokenizers(tokenizer(), other)
+    assert finding.light == "red"
+    assert finding.numbers["shared"] == len(tokenizer())
+    assert texts.tokenizers(tokenizer(), tokenizer()).light == "green"
+
+
+def test_a_teacher_that_ends_elsewhere_is_named_with_the_remedy():
+    tok = tokenizer()
+    semicolon = tok.encode("=", add_special_tokens=False)[0]
+    finding = texts.ends(tok, tok, {tok.eos_token_id}, {tok.eos_token_id, semicolon})
+    assert finding.light == "amber"
+    assert "rollout.stop: ['=']" in finding.text
+    assert texts.ends(tok, tok, {tok.eos_token_id}, {semicolon}).light == "red"
+    assert texts.ends(tok, tok, {tok.eos_token_id, semicolon}, {semicolon}).light == "green"
+
+
+def test_ends_are_read_from_the_generation_settings(tmp_path):
+    folder = make_model(tmp_path / "m")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": [2, 7]}))
+    where = ModelConfig(model=str(folder))
+    assert texts.stop_tokens(where, load_tokenizer(where, "teacher")) == {2, 7}
+    assert texts.stop_tokens(where, load_tokenizer(where, "teacher"), ["="]) > {2, 7}
+
+
+def test_templates_that_differ_are_shown_line_by_line(small_models):
+    ours, theirs = tokenizer(), tokenizer()
+    ours.chat_template = "{{ messages[0].content }}="
+    theirs.chat_template = "({{ messages[0].content }})="
+    finding = texts.chat_template(loaded(small_models), ours, theirs, [{"role": "user", "content": "1+1"}])
+    assert finding.light == "amber"
+    assert any("(" in theirs_line and "(" not in ours_line for ours_line, theirs_line in finding.differences)
+    ours.chat_template = None
+    assert "no" in texts.chat_template(loaded(small_models), ours, theirs).text
+    theirs.chat_template = None
+    assert texts.chat_template(loaded(small_models), ours, theirs).light == "green"
+
+
+def test_a_thinking_mode_left_open_is_amber_and_says_which_way_it_stands(small_models):
+    tok = tokenizer()
+    tok.chat_template = THINKING.replace("<|{{ m.role }}|>", "").replace("\\n", "")
+    messages = [{"role": "user", "content": "1+1"}]
+    left = texts.thinking(loaded(small_models), tok, messages)
+    assert left.light == "amber"
+    assert left.numbers == {"default": True}
+    chosen = loaded(small_models, data={"template": {"enable_thinking": False}})
+    assert texts.thinking(chosen, tok, messages).light == "green"
+
+
+def test_a_doubled_beginning_is_red():
+    tok = tokenizer()
+    bos = tok.bos_token_id
+    if bos is None:
+        tok.add_special_tokens({"bos_token": "<bos>"})
+        bos = tok.bos_token_id
+    prompts = [Prompt(ids=(bos, bos, 4), text="1", key="a"), Prompt(ids=(bos, 4), text="2", key="b")]
+    finding = texts.first_token(tok, tok, prompts)
+    assert finding.light == "red"
+    assert "1 prompts" in finding.text
+    assert texts.first_token(tok, tok, prompts[1:]).light == "green"
+
+
+def test_lengths_against_positions(small_models):
+    prompts = [20, 3]
+    asks = loaded(small_models, rollout={"max_tokens": 30})
+    assert texts.lengths(asks, prompts, [64, None]).light == "green"
+    finding = texts.lengths(asks, prompts, [64, 40])
+    assert finding.light == "red"
+    assert "rollout.max_tokens=20" in finding.text
+
+
+# ------------------------------------------------------------------ planted accidents: models
+
+
+@pytest.fixture(scope="module")
+def setup(small_models):
+    return prepare(loaded(small_models), overwrite=True)
+
+
+def test_a_student_reads_zero_against_itself_and_not_against_other_weights(setup):
+    rollouts = measured.write(setup, 6)
+    assert measured.itself(setup, rollouts).light == "green"
+    other = copy.deepcopy(setup.student)
+    with torch.no_grad():
+        other.model.get_output_embeddings().weight[3, 3] += 0.5
+    assert measured.itself(setup, rollouts, other).light == "red"
+
+
+def test_an_engine_with_other_weights_is_red(setup):
+    rollouts = measured.write(setup, 6)
+    assert measured.engine_gap(setup, rollouts).light == "green"
+    for rollout in rollouts:
+        rollout.logp_T = rollout.logp_T - 0.1
+    assert measured.engine_gap(setup, rollouts).light == "amber"
+    for rollout in rollouts:
+        rollout.logp_T = rollout.logp_T - 0.4
+    assert measured.engine_gap(setup, rollouts).light == "red"
+
+
+def test_a_teacher_that_ignores_the_temperature_is_red(setup):
+    rollouts = measured.write(setup, 2)
+    teacher = setup.teacher if isinstance(setup.teacher, LanguageModel) else setup.teacher.model
+    scores = [LocalTeacher(teacher, "top_k", 5, tau).score(rollouts)[0] for tau in (1.0, 2.0)]
+    assert all(isinstance(score, TopK) for score in scores)
+    assert measured.loss_temperature(*scores).light == "green"
+    assert measured.loss_temperature(scores[0], scores[0]).light == "red"
+
+
+def test_distance_from_every_kind_of_signal(setup):
+    rollouts = measured.write(setup, 6)
+    teacher = setup.teacher if isinstance(setup.teacher, LanguageModel) else setup.teacher.model
+    exact, coarse, sampled = (
+        measured.opinions(setup, rollouts, LocalTeacher(teacher, kind, 4).score(rollouts))
+        for kind in ("dense", "top_k", "sampled")
+    )
+    kl = [found[0].numbers["reverse_kl"] for found in (exact, coarse, sampled)]
+    assert 0 < kl[1] < kl[0]
+    assert kl[2] > 0
+    assert exact[0].numbers["teacher_logp"] == pytest.approx(sampled[0].numbers["teacher_logp"], abs=1e-4)
+    same = measured.opinions(setup, rollouts, LocalTeacher(setup.student).score(rollouts))
+    assert same[0].light == "amber"
+    assert "nothing to learn" in same[0].text
+
+
+def test_a_teacher_as_sharp_as_greedy_is_noticed(setup):
+    assert measured._sharpness(0.3, 0.5).light == "green"
+    assert measured._sharpness(1e-5, 0.5).light == "amber"
+
+
+def test_who_is_better_at_the_task(setup):
+    def answers(*rewards: float):
+        rollouts = [measured.write(setup, 1)[0] for _ in rewards]
+        for rollout, reward in zip(rollouts, rewards, strict=True):
+            rollout.reward = reward
+        return rollouts
+
+    good, bad = answers(*[1.0] * 12), answers(*[0.0] * 12)
+    assert measured.task(setup, good, bad).light == "green"
+    assert measured.task(setup, bad, good).light == "red"
+    assert measured.task(setup, good, good).light == "amber"
+
+
+def test_responses_that_never_end_are_noticed(setup):
+    rollouts = measured.write(setup, 6)
+    for number, rollout in enumerate(rollouts):
+        rollout.finished = number < 3
+    finding = measured.endings(rollouts, 12)
+    assert finding.light == "amber"
+    assert "50% cut off" in finding.text
+
+
+def test_an_architecture_that_cannot_be_planned_is_said_and_stops_nothing(small_models, tmp_path):
+    folder = make_model(tmp_path / "m")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "hidden_size": -3}))
+    asks = config.load(recipe(folder, small_models / "teacher", SILENT), [])
+    found = lights(preflight.check_files(asks, preflight.Options(teraflops=1)))
+    assert found["sizes"] == "amber"
+    assert "memory" not in found
+
+
+def test_the_worst_light_is_that_of_the_whole():
+    assert worst([]) == "green"
+    assert worst([Finding("a", "green", ""), Finding("b", "red", ""), Finding("c", "amber", "")]) == "red"
+
+
+# ------------------------------------------------------------------ the command
+
+
+def says(*args: object):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+@pytest.fixture
+def file(tmp_path, small_models) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(small_models / "student", small_models / "teacher", tmp_path / "run")))
+    return path
+
+
+def test_the_command_prints_lights_and_makes_nothing(file, tmp_path):
+    answer = says("check", file, "--prompts", 4, "--teraflops", 1, "--price", 2)
+    assert answer.exit_code == 0, answer.output
+    for name in ("tokenizer", "memory", "cost", "student against itself", "distance", "task"):
+        assert f"{name}:" in answer.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_json_holds_every_finding(file):
+    answer = says("check", file, "--prompts", 4, "--json", "--teraflops", 1)
+    tree = json.loads(answer.stdout)
+    assert {"tokenizer", "memory", "cost", "overlap"} <= {row["name"] for row in tree["findings"]}
+    assert tree["light"] == preflight.worst([Finding("", row["light"], "") for row in tree["findings"]])
+
+
+def test_a_red_light_is_exit_code_1_and_loads_no_weights(file):
+    answer = says("check", file, "--memory", "0.000001", "--teraflops", 1)
+    assert answer.exit_code == 1
+    assert "STOP memory" in answer.stdout
+    assert "student against itself" not in answer.stdout
+
+
+def test_a_mistaken_recipe_is_exit_code_2(file):
+    answer = says("check", file, "rollout.max_token=3")
+    assert answer.exit_code == 2
+    assert "max_tokens" in answer.stderr
+
+
+def test_what_models_say_cannot_reach_the_terminal():
+    from rich.console import Console
+
+    from kibitz.cli.check import show
+
+    console = Console(record=True, width=80, force_terminal=False)
+    show(console, Finding("x", "amber", "\x1b[31mred[/]", {}, (("[bold]a\x1b[2J", "b"),)))
+    assert "\x1b" not in console.export_text()
