@@ -4,15 +4,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kibitz.batching import group, pack
 from kibitz.config import ModelConfig
 from kibitz.data import encode_prompt
 from kibitz.engines.torch import TorchEngine
-from kibitz.losses.divergences import reverse_kl
+from kibitz.losses.criteria import ReverseKL, likeliest
 from kibitz.models import LanguageModel, check_same_tokenizer, load_model, load_tokenizer, pick_device, stop_ids
-from kibitz.types import Prompt, Rollout, Sampling, Scored
+from kibitz.teachers import Teacher
+from kibitz.teachers.local import local_teacher
+from kibitz.types import Batch, Prompt, Rollout, Sampling, Scored
 
 DEFAULT_TOKENS = 256
 FORK_NATS = 1.0
@@ -22,7 +24,7 @@ FORK_NATS = 1.0
 @torch.no_grad()
 def annotate(
     student: LanguageModel,
-    teacher: LanguageModel | None,
+    teacher: Teacher | None,
     rollouts: Sequence[Rollout],
     top: int = 5,
     max_tokens: int | None = None,
@@ -32,55 +34,57 @@ def annotate(
     Both models' whole distributions over `max_tokens` tokens are in memory at a time; by default that goes with the
     vocabulary, and only a single longer rollout takes more."""
     rows: dict[int, dict[str, Any]] = {}
-    for indices in group(rollouts, max_tokens or min(8192, 4 * student.chunk_tokens)):
+    size = max_tokens or min(8192, 4 * student.chunk_tokens)
+    for indices in group(rollouts, size):
         members = [rollouts[i] for i in indices]
-        batch = pack([Scored(r, r.weight_T()) for r in members], student.device)
-        tokens = [_tokens(model, batch, top) for model in (student, teacher) if model is not None]
-        start = 0
+        signals = [None] * len(members) if teacher is None else teacher.score(members, size)
+        batch = pack([Scored(r, r.weight_T(), s) for r, s in zip(members, signals, strict=True)], student.device)
+        tokens, start = _tokens(student, batch, top), 0
         for index, rollout in zip(indices, members, strict=True):
-            part = slice(start, start + rollout.num_tokens)
-            rows[index] = _row(student, rollout, [one[part] for one in tokens])
+            rows[index] = _row(student, rollout, tokens[start : start + rollout.num_tokens])
             start += rollout.num_tokens
     return [rows[i] for i in range(len(rollouts))]
 
 
-class _Opinion:
-    """One model's log-probabilities of the written tokens, its top few, and the whole distribution."""
+def _tokens(student: LanguageModel, batch: Batch, top: int) -> list[dict[str, Any]]:
+    """What there is to say of each response token of a batch: by the student, and by the teacher's signal."""
+    ids = batch.tokens.token_T.tolist()
+    tokens: list[dict[str, Any]] = [{"text": _decoded(student, token), "id": token} for token in ids]
 
-    def __init__(self, logp_TV: Tensor, token_T: Tensor, top: int):
-        self.logp_TV, self.token_T, self.top = logp_TV, token_T, top
+    def say(**columns: Sequence[Any]) -> None:
+        for name, column in columns.items():
+            for token, value in zip(tokens, column, strict=True):
+                token[name] = value
 
-    def __getitem__(self, part: slice) -> "_Opinion":
-        return _Opinion(self.logp_TV[part], self.token_T[part], self.top)
+    def look(hidden_TD: Tensor, head: nn.Module) -> tuple:
+        logits_TV = head(hidden_TD).float()
+        logp_TV = torch.log_softmax(logits_TV, -1)
+        best = logp_TV.topk(min(top, logp_TV.shape[-1]), dim=-1)
+        written_T = logp_TV.gather(-1, batch.tokens.token_T[:, None])[:, 0]
+        say(student_logp=written_T.tolist(), student_top=_named(student, best.indices, best.values))
+        if (signal := batch.tokens.signal) is not None:
+            heard = ReverseKL()(logits_TV, batch.tokens)
+            say(teacher_logp=heard["teacher_logp"].tolist(), teacher_top=_named(student, *likeliest(signal, top)))
+            say(reverse_kl=heard["reverse_kl"].tolist())
+        return ()
 
-    def written(self) -> list[float]:
-        return self.logp_TV.gather(-1, self.token_T[:, None])[:, 0].tolist()
-
-    def best(self, decode) -> list[list[tuple[str, float]]]:
-        logp_TK, ids_TK = self.logp_TV.topk(min(self.top, self.logp_TV.shape[-1]), dim=-1)
-        pairs = zip(ids_TK.tolist(), logp_TK.exp().tolist(), strict=True)
-        return [[(decode(i), p) for i, p in zip(ids, probabilities, strict=True)] for ids, probabilities in pairs]
+    student(batch, look)
+    return tokens
 
 
-def _tokens(model: LanguageModel, batch, top: int) -> _Opinion:
-    (logp_TV,) = model(batch, lambda hidden_TD, head: (torch.log_softmax(head(hidden_TD).float(), -1),))
-    return _Opinion(logp_TV, batch.tokens.token_T, top)
+def _named(student: LanguageModel, ids_TK: Tensor, logp_TK: Tensor) -> list[list[tuple[str, float]]]:
+    """Tokens as text with their probabilities."""
+    pairs = zip(ids_TK.tolist(), logp_TK.exp().tolist(), strict=True)
+    return [[(_decoded(student, i), p) for i, p in zip(ids, shares, strict=True)] for ids, shares in pairs]
 
 
-def _row(student: LanguageModel, rollout: Rollout, opinions: list[_Opinion]) -> dict[str, Any]:
-    def decode(token: int) -> str:
-        return student.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+def _decoded(student: LanguageModel, token: int) -> str:
+    return student.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    ours, theirs = opinions[0], opinions[-1] if len(opinions) > 1 else None
-    tokens = [
-        {"text": decode(token), "id": token, "student_logp": logp, "student_top": best}
-        for token, logp, best in zip(rollout.response_ids, ours.written(), ours.best(decode), strict=True)
-    ]
+
+def _row(student: LanguageModel, rollout: Rollout, tokens: list[dict[str, Any]]) -> dict[str, Any]:
     fork = None
-    if theirs is not None:
-        kl = reverse_kl(ours.logp_TV, theirs.logp_TV).tolist()
-        for token, logp, best, nats in zip(tokens, theirs.written(), theirs.best(decode), kl, strict=True):
-            token |= {"teacher_logp": logp, "teacher_top": best, "reverse_kl": nats}
+    if "teacher_logp" in tokens[0]:
         penalties = [token["student_logp"] - token["teacher_logp"] for token in tokens]
         worst = max(range(len(tokens)), key=penalties.__getitem__)
         fork = worst if penalties[worst] > FORK_NATS else None
@@ -129,7 +133,7 @@ def score_texts(
         raise ValueError(
             f"prompt and response have {longest} tokens together, and the models {_room(ours, theirs)} positions"
         )
-    return annotate(ours, theirs, rollouts)
+    return annotate(ours, local_teacher(theirs), rollouts)
 
 
 def _prompt(model: LanguageModel, number: int, text: str, template: dict[str, Any]) -> Prompt:

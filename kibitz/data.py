@@ -125,6 +125,7 @@ def _prompt(
         answer=None if answer is None else str(answer),
         response=response,
         columns=row,
+        messages=tuple(messages),
     )
 
 

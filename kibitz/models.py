@@ -7,7 +7,7 @@ Logits are cut to the tokenizer's size, because models of one family pad their v
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from kibitz import lora
-from kibitz.config import ModelConfig, StudentConfig
-from kibitz.types import Batch
+from kibitz.config import ModelConfig, RecipeError, StudentConfig
+from kibitz.types import Batch, Prompt, Rollout
 
 transformers_logging.disable_progress_bar()  # kibitz draws its own
 
@@ -118,6 +118,12 @@ class LanguageModel(nn.Module):
         hidden_BLD = self.hidden(batch.ids_BL)
         return use(hidden_BLD.flatten(0, 1)[batch.position_T], self.head)
 
+    def pass_flops(self, rollouts: Sequence[Rollout], num_tokens: Sequence[int] = ()) -> float:
+        """Of one forward pass over the prompts and so many response tokens of each, all if none are said."""
+        num_tokens = num_tokens or [r.num_tokens for r in rollouts]
+        lengths = [len(r.prompt.ids) + num for r, num in zip(rollouts, num_tokens, strict=True)]
+        return self.forward_flops(sum(lengths), sum(n * n for n in lengths), sum(num_tokens))
+
     def forward_flops(self, num_positions: int, num_squared: int, num_scored: int) -> float:
         """Multiply-adds x 2 of one forward pass: body on all positions, causal attention (`num_squared` = the sum of
         squared lengths), head on the scored positions. Backward costs twice this again."""
@@ -134,6 +140,16 @@ def forward_flops(model: Any, num_positions: float, num_squared: float, num_scor
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 2.0 * config.num_hidden_layers * config.num_attention_heads * head_dim * num_squared
     return 2.0 * body * num_positions + attention + 2.0 * head * num_scored
+
+    def check_lengths(self, prompts: Sequence[Prompt], max_tokens: int) -> None:
+        """Raise ValueError where a prompt with `max_tokens` more has no room."""
+        longest, room = max(len(prompt.ids) for prompt in prompts), self.max_positions
+        if room is None or longest + max_tokens <= room:
+            return
+        where = f"the longest prompt has {longest} tokens and the {self.name} has {room} positions"
+        if longest < room:
+            raise RecipeError(f"rollout.max_tokens: {where}: write rollout.max_tokens={room - longest} or less")
+        raise RecipeError(f"data: {where}: leave out long prompts")
 
 
 def _build_head(model: Any, vocab_size: int, name: str) -> tuple[Head, bool]:

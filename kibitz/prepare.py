@@ -18,17 +18,10 @@ from kibitz.evaluate import Evaluator
 from kibitz.graders import Grader
 from kibitz.methods import Parts
 from kibitz.methods.stored import load_rollouts
-from kibitz.models import (
-    LanguageModel,
-    check_same_tokenizer,
-    load_model,
-    load_student,
-    load_tokenizer,
-    pick_device,
-    single_tokens,
-    stop_ids,
-)
+from kibitz.models import LanguageModel, load_student, load_tokenizer, pick_device, single_tokens, stop_ids
 from kibitz.runs import RunFolder, open_folder
+from kibitz.teachers import Teacher
+from kibitz.teachers import build as teachers
 from kibitz.types import Prompt, Sampling
 
 
@@ -38,7 +31,7 @@ class Setup:
     folder: RunFolder
     resumed_from: Path | None
     student: LanguageModel
-    teacher: LanguageModel | None
+    teacher: Teacher | None
     engine: Engine
     stream: PromptStream
     grader: Grader | None
@@ -61,7 +54,8 @@ def prepare(
     recipe = config.load(source, list(overrides))
     if recipe.student.lora is not None:
         lora.require_peft()
-    tokenizer = _tokenizers(recipe)
+    tokenizer = load_tokenizer(recipe.student, "student")
+    teachers.check(recipe.teacher, tokenizer)
     mask_ids = single_tokens(tokenizer, recipe.method.mask_tokens, "method.mask_tokens")
     prompts = load_prompts(recipe.data, tokenizer, recipe.seed, recipe.method.needs_responses())
     grader = grader or load_grader(recipe.data, prompts)
@@ -80,10 +74,9 @@ def prepare(
         torch.set_num_threads(recipe.threads)
     device = pick_device(recipe.device)
     student = load_student(recipe.student, device, tokenizer, recipe.seed, resumed_from)
-    teacher = None if recipe.teacher is None else load_model(recipe.teacher, "teacher", device)
-    if teacher is not None:
-        teacher.requires_grad_(False)
-    _check_lengths([student, teacher], [*prompts, *held_out], recipe)
+    teacher = teachers.load(recipe.teacher, device)
+    for reader in (student.check_lengths, *([] if teacher is None else [teacher.check])):
+        reader([*prompts, *held_out], recipe.rollout.max_tokens)
     engine = TorchEngine(student, recipe.rollout.max_rows)
     sampling = _sampling(recipe, student)
     evaluator = None
@@ -94,14 +87,6 @@ def prepare(
     parts = Parts(recipe, student, engine, teacher, sampling, encode, loss, mask_ids, stored)
     stream = PromptStream(prompts, recipe.seed, recipe.data.shuffle)
     return Setup(recipe, folder, resumed_from, student, teacher, engine, stream, grader, evaluator, parts)
-
-
-def _tokenizers(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The student's, after a look at the teacher's."""
-    tokenizer = load_tokenizer(recipe.student, "student")
-    if recipe.teacher is not None:
-        check_same_tokenizer(tokenizer, load_tokenizer(recipe.teacher, "teacher"))
-    return tokenizer
 
 
 def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
@@ -125,15 +110,3 @@ def _sampling(recipe: Recipe, student: LanguageModel) -> Sampling:
         num_samples=rollout.samples_per_prompt,
         stop_ids=stop_ids(student, rollout.stop),
     )
-
-
-def _check_lengths(models: Sequence[LanguageModel | None], prompts: Sequence[Prompt], recipe: Recipe) -> None:
-    longest, asked = max(len(prompt.ids) for prompt in prompts), recipe.rollout.max_tokens
-    for model in models:
-        room = None if model is None else model.max_positions
-        if room is None or longest + asked <= room:
-            continue
-        where = f"the longest prompt has {longest} tokens and the {model.name} has {room} positions"
-        if longest < room:
-            raise RecipeError(f"rollout.max_tokens: {where}: write rollout.max_tokens={room - longest} or less")
-        raise RecipeError(f"data: {where}: leave out long prompts")

@@ -16,6 +16,7 @@ from kibitz.config import Recipe, RecipeError
 from kibitz.methods.stored import as_row
 from kibitz.metrics import JSONL, write_atomically
 from kibitz.models import LanguageModel
+from kibitz.teachers import Teacher
 from kibitz.types import Rollout
 
 FILES = ("metrics", "evals", "rollouts", "alarms", "stored")
@@ -33,7 +34,7 @@ class RunFolder:
         self.started = time.time()
         self.info: dict[str, Any] = {}
 
-    def begin(self, done: int, student: LanguageModel, teacher: LanguageModel | None) -> None:
+    def begin(self, done: int, student: LanguageModel, teacher: Teacher | None) -> None:
         """Write what is known at the start; on resuming, drop what was written after the checkpoint. An old run is thrown
         away only here, when all of the new one is checked and loaded: its checkpoint may be the new one's student."""
         if self.overwrite:

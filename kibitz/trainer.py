@@ -23,7 +23,6 @@ from kibitz.evaluate import grade
 from kibitz.graders import Grader
 from kibitz.guards import Alarm, Guards, rollout_metrics
 from kibitz.metrics import Ledger
-from kibitz.models import LanguageModel
 from kibitz.optim import Optimizer, lr_factor
 from kibitz.prepare import Setup, prepare
 from kibitz.types import Rollout, Scored, Stateful, Step, Writer, share_of_teacher
@@ -119,6 +118,8 @@ class Trainer:
                     self.evaluate()
                 if _due(recipe.save.every, self.done) or last or self.stopping:
                     self.save()
+        if self.setup.teacher is not None:
+            self.setup.teacher.close()
         self.folder.finish("finished" if self.done == recipe.steps else "stopped")
         if self.interrupted and self.done < recipe.steps:
             raise KeyboardInterrupt
@@ -147,6 +148,8 @@ class Trainer:
             norm = self.optimizer.step(factor)
         with ledger.timed("sampling"):
             self.setup.engine.sync(self.student)
+            if self.setup.teacher is not None:
+                self.setup.teacher.sync(self.student)
         self.done += 1
         if recipe.rollout.store:
             self.folder.store(self.done, rollouts)
@@ -189,6 +192,8 @@ class Trainer:
             "seconds": costs["seconds"],
             "flops": costs["flops"],
         }
+        if self.setup.teacher is not None:
+            row |= self.setup.teacher.metrics()
         self.folder.metrics.append(row)
         self.progress.step(row)
         self._sound(self.guards.watch_step(row))
@@ -204,17 +209,18 @@ class Trainer:
         """What each model did for these rollouts. Whoever wrote a token of one read all of it, but for a teacher that
         wrote its beginning only."""
         # Forward; backward to the activations, and to the weights that learn.
-        learns = self.student.num_trainable / self.student.num_parameters
+        learns, teacher = self.student.num_trainable / self.student.num_parameters, self.setup.teacher
         passes = 2 + learns + self.recipe.method.scores_with_student()
-        self.ledger.add("flops", "student_training", passes * _forward_flops(self.student, rollouts))
-        models = {Writer.STUDENT: self.student, Writer.TEACHER: self.setup.teacher}
-        for writer, model in models.items():
+        self.ledger.add("flops", "student_training", passes * self.student.pass_flops(rollouts))
+        flops = {Writer.STUDENT: self.student.pass_flops}
+        flops |= {} if teacher is None else {Writer.TEACHER: teacher.flops}
+        for writer, flops_of in flops.items():
             written = [r for r in rollouts if r.has_tokens_of(writer)]
-            if model is not None and written:
+            if written:
                 read = [(writer == Writer.TEACHER and r.num_seeded) or r.num_tokens for r in written]
-                self.ledger.add("flops", f"{writer.name.lower()}_sampling", _forward_flops(model, written, read))
-        if self.setup.teacher is not None and self.recipe.method.scores_with_teacher():
-            self.ledger.add("flops", "teacher_scoring", _forward_flops(self.setup.teacher, rollouts))
+                self.ledger.add("flops", f"{writer.name.lower()}_sampling", flops_of(written, read))
+        if teacher is not None and self.recipe.method.scores_with_teacher():
+            self.ledger.add("flops", "teacher_scoring", teacher.flops(rollouts, ()))
         for phase, amount in self.setup.parts.notes.flops.items():
             self.ledger.add("flops", phase, amount)
 
@@ -245,13 +251,6 @@ def _means(sums: Mapping[str, Mapping[str, float]], counts: Mapping[str, int]) -
     }
     loss = sum(total / max(1, counts[objective]) for objective, total in sums["loss"].items())
     return means | {"loss": loss}
-
-
-def _forward_flops(model: LanguageModel, rollouts: Sequence[Rollout], num_tokens: Sequence[int] = ()) -> float:
-    """One pass over the prompts and so many response tokens of each, all if not said."""
-    num_tokens = num_tokens or [r.num_tokens for r in rollouts]
-    lengths = [len(r.prompt.ids) + num for r, num in zip(rollouts, num_tokens, strict=True)]
-    return model.forward_flops(sum(lengths), sum(n * n for n in lengths), sum(num_tokens))
 
 
 def _due(every: int, step: int) -> bool:

@@ -36,7 +36,8 @@ class Prompt:
     """One problem, rendered and tokenized for the student.
 
     `key` names the row for good: seeds are drawn from it, so a prompt gives the same rollout in any batch.
-    `response` is the demonstration, where the data has one.
+    `response` is the demonstration, where the data has one. `messages` is the conversation before it was rendered, for
+    those who read it by another chat template.
     """
 
     ids: tuple[int, ...]
@@ -46,6 +47,7 @@ class Prompt:
     answer: str | None = None
     response: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    messages: tuple[Mapping[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,11 @@ def make_model(folder: Path, seed: int = 0, kind: str = "qwen3", **changes: Any)
     return folder
 
 
+def teacher_model(setup) -> Any:
+    """The model behind a teacher that is one."""
+    return setup.teacher.writer(lambda model: model)
+
+
 def recipe(student: Path, teacher: Path | None, output: Path, **sections: Any) -> dict[str, Any]:
     """A recipe small enough for a test: 8 prompts of 2 samples a step, 12 tokens each."""
     base: dict[str, Any] = {

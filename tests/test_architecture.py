@@ -50,6 +50,7 @@ LEVELS = {
 }
 WITHIN_A_LEVEL = {
     ("teachers", "models"),
+    ("teachers", "engines"),
     ("runs", "checkpoint"),
     ("preflight", "evaluate"),
     ("preflight", "prepare"),

@@ -16,6 +16,7 @@ from kibitz.annotate import FORK_NATS, annotate, score_texts
 from kibitz.config import DataConfig, EvalConfig, ModelConfig, RolloutConfig
 from kibitz.evaluate import accuracy, evaluate_model, mean_reverse_kl
 from kibitz.models import load_model
+from kibitz.teachers.local import local_teacher
 from kibitz.types import Prompt, Rollout
 
 CPU = torch.device("cpu")
@@ -54,12 +55,14 @@ def test_mean_reverse_kl_is_over_tokens_not_rollouts(pair):
         ours, theirs = full_logp(student, r), full_logp(teacher, r)
         kls += (ours.exp() * (ours - theirs)).sum(-1).tolist()
     for max_tokens in (4, 16384):
-        assert mean_reverse_kl(student, teacher, ROLLOUTS, max_tokens) == pytest.approx(sum(kls) / len(kls), rel=1e-5)
+        assert mean_reverse_kl(student, local_teacher(teacher), ROLLOUTS, max_tokens) == pytest.approx(
+            sum(kls) / len(kls), rel=1e-5
+        )
 
 
 def test_annotation_against_full_forward_passes(pair):
     student, teacher = pair
-    for r, row in zip(ROLLOUTS, annotate(student, teacher, ROLLOUTS, max_tokens=12), strict=True):
+    for r, row in zip(ROLLOUTS, annotate(student, local_teacher(teacher), ROLLOUTS, max_tokens=12), strict=True):
         ours, theirs = full_logp(student, r), full_logp(teacher, r)
         assert len(row["tokens"]) == r.num_tokens
         penalties = []

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import recipe
+from support import recipe, teacher_model
 
 import kibitz
 from kibitz import methods
@@ -38,7 +38,7 @@ def world(models, tmp_path_factory) -> SimpleNamespace:
     """Loaded models, prompts, and both as sources: `student` and `teacher`."""
     setup = prepare(recipe(*models, tmp_path_factory.mktemp("world") / "run"))
     setup.student.requires_grad_(False)
-    engines = {"student": TorchEngine(setup.student), "teacher": TorchEngine(setup.teacher)}
+    engines = {"student": TorchEngine(setup.student), "teacher": TorchEngine(teacher_model(setup))}
     student = Sampled(engines["student"], setup.parts.sampling)
     teacher = Sampled(engines["teacher"], setup.parts.sampling, Writer.TEACHER)
     return SimpleNamespace(setup=setup, prompts=setup.stream.prompts[:8], student=student, teacher=teacher)
@@ -236,7 +236,7 @@ def test_everybody_wrote_what_the_marks_say(world):
         token_T1 = torch.tensor(rollout.response_ids)[:, None]
         student_T, teacher_T = (
             m.model(ids).logits[0, first:-1, : m.vocab_size].log_softmax(-1).gather(-1, token_T1)[:, 0]
-            for m in (world.setup.student, world.setup.teacher)
+            for m in (world.setup.student, teacher_model(world.setup))
         )
         want_T = torch.where(rollout.writer_T == Writer.TEACHER, teacher_T, student_T)
         torch.testing.assert_close(rollout.logp_T, want_T.detach(), rtol=1e-4, atol=1e-4)
@@ -309,7 +309,7 @@ def test_the_loss_of_a_seeded_step_is_that_of_the_students_tokens(models, tmp_pa
         with torch.no_grad():
             student_TV, teacher_TV = (
                 m.model(ids).logits[0, first:-1, : m.vocab_size].double().log_softmax(-1)
-                for m in (setup.student, setup.teacher)
+                for m in (setup.student, teacher_model(setup))
             )
         gap_TV = (student_TV - teacher_TV)[rollout.num_seeded :]
         if not method:

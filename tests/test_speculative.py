@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import make_model, recipe
+from support import make_model, recipe, teacher_model
 from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, MistralConfig, Qwen3Config
 
 from kibitz import methods
@@ -409,7 +409,7 @@ def set_up(tmp_path, monkeypatch):
 
 def test_the_loss_covers_the_first_token_the_teachers_tokens_and_the_end_and_nothing_else(set_up):
     setup = set_up("run", SKDConfig(accept_top_k=4))
-    method, student, teacher = methods.build(setup.parts), setup.student, setup.teacher
+    method, student, teacher = methods.build(setup.parts), setup.student, teacher_model(setup)
     rollouts = method.rollout(setup.stream.take(8), Step(0, 1, seed=1))
     assert 0.0 < share_of_teacher(rollouts) < 1.0
     scored = method.signal(rollouts)

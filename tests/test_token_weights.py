@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import recipe
+from support import recipe, teacher_model
 
 import kibitz
 from kibitz import methods, prepare
@@ -54,7 +54,7 @@ class Lab:
             return model.model(ids).logits[0, first:-1, : model.vocab_size].double().log_softmax(-1)
 
     def both(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.log_probs(self.setup.student, rollout), self.log_probs(self.setup.teacher, rollout)
+        return self.log_probs(self.setup.student, rollout), self.log_probs(teacher_model(self.setup), rollout)
 
 
 @pytest.fixture

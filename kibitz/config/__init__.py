@@ -31,13 +31,14 @@ from kibitz.config.sections import (
     RolloutConfig,
     SaveConfig,
     StudentConfig,
-    TeacherConfig,
 )
 from kibitz.config.table import METHOD_CONFIGS
+from kibitz.config.teachers import TEACHER_CONFIGS, LocalTeacherConfig, SignalKind, TeacherConfig
 
 __all__ = [
-    "METHOD_CONFIGS", "Columns", "DataConfig", "DistillationConfig", "DivergenceName", "EvalConfig", "GKDConfig",
-    "GRPOConfig", "GuardConfig", "LoraConfig", "MethodConfig", "ModelConfig", "OPDConfig", "OptimConfig", "PolicyGradientConfig",
-    "Recipe", "RecipeError", "RolloutConfig", "SFTConfig", "SKDConfig", "SaveConfig", "Section", "StudentConfig",
-    "TeacherConfig", "dump", "json_schema", "load", "register_method",
+    "METHOD_CONFIGS", "TEACHER_CONFIGS", "Columns", "DataConfig", "DistillationConfig", "DivergenceName",
+    "EvalConfig", "GKDConfig", "GRPOConfig", "GuardConfig", "LocalTeacherConfig", "LoraConfig", "MethodConfig", "ModelConfig",
+    "OPDConfig", "OptimConfig", "PolicyGradientConfig", "Recipe", "RecipeError", "RolloutConfig", "SFTConfig",
+    "SKDConfig", "SaveConfig", "Section", "SignalKind", "StudentConfig", "TeacherConfig", "dump", "json_schema",
+    "load", "register_method",
 ]  # fmt: skip

@@ -6,7 +6,14 @@ from pydantic import Field
 
 from kibitz.config.base import Section
 from kibitz.config.sections import RolloutConfig
+from kibitz.config.teachers import SignalKind, TeacherConfig
 from kibitz.config.writing import WritingConfig
+
+HOW_TO_ASK: dict[SignalKind, str] = {
+    "dense": "full",
+    "top_k": "top_k with method.top_k_of=teacher",
+    "sampled": "sampled",
+}
 
 
 class MethodConfig(Section):
@@ -36,8 +43,16 @@ class MethodConfig(Section):
         """Whether every row of the data must bring a response."""
         return False
 
+    def asks(self) -> tuple[SignalKind, ...]:
+        """The signals that the loss can do with, the one with the least work first; none: no teacher scores."""
+        return ()
+
     def scores_with_teacher(self) -> bool:
         """Whether the teacher reads each rollout: its cost then counts."""
+        return bool(self.asks())
+
+    def writes_with_teacher(self) -> bool:
+        """Whether the teacher writes any of the text."""
         return False
 
     def scores_with_student(self) -> bool:
@@ -50,6 +65,18 @@ class MethodConfig(Section):
 
     def check(self, rollout: RolloutConfig) -> None:
         """Raise ValueError, with what to write instead, for settings that exclude each other."""
+
+    def check_teacher(self, teacher: TeacherConfig) -> None:
+        """Raise ValueError for a teacher that cannot give what this method asks for."""
+        asked, given = self.asks(), teacher.answers()
+        if asked and not set(asked) & set(given):
+            raise ValueError(
+                f"method {self.type} asks its teacher for {' or '.join(asked)} signals and this one gives "
+                f"{' and '.join(given) or 'none'}: "
+                + (f"write method.support={HOW_TO_ASK[given[0]]}" if given else "choose one that scores tokens")
+            )
+        if self.writes_with_teacher() and not teacher.writes():
+            raise ValueError(f"method {self.type} lets the teacher write, and this one cannot: choose one that can")
 
 
 PolicyLossName = Literal["sampled_token", "ppo_clip", "truncated", "banded", "one_sided"]
@@ -92,8 +119,8 @@ class DistillationConfig(MethodConfig):
     def needs_teacher(self) -> bool:
         return True
 
-    def scores_with_teacher(self) -> bool:
-        return True
+    def asks(self) -> tuple[SignalKind, ...]:
+        return ("top_k", "dense") if self.support == "top_k" and self.top_k_of == "teacher" else ("dense",)
 
     def scores_with_student(self) -> bool:
         return self.token_weight != "none"
@@ -144,6 +171,14 @@ class OPDConfig(WritingConfig, DistillationConfig, PolicyGradientConfig):
 
     def needs_reward(self) -> bool:
         return self.reward_coef > 0
+
+    def asks(self) -> tuple[SignalKind, ...]:
+        if self.support != "sampled":
+            return super().asks()
+        return ("dense", "top_k") if self.baseline else ("sampled",)
+
+    def writes_with_teacher(self) -> bool:
+        return self.seed_tokens > 0
 
     def check(self, rollout: RolloutConfig) -> None:
         self.check_writing(rollout, sampled=self.support == "sampled")
@@ -203,6 +238,9 @@ class GKDConfig(DistillationConfig):
         end = self.on_policy if self.on_policy_end is None else self.on_policy_end
         return self.source == "dataset" and min(self.on_policy, end) < 1
 
+    def writes_with_teacher(self) -> bool:
+        return self.source == "teacher"
+
 
 class SKDConfig(DistillationConfig):
     """Speculative KD: the student drafts, the teacher replaces what is not among its K likeliest tokens, and scores all."""
@@ -225,6 +263,9 @@ class SKDConfig(DistillationConfig):
     )
     teacher_top_p: float = Field(1.0, gt=0, le=1, description="Of the teacher's draws. The paper's runs: 0.5.")
 
+    def writes_with_teacher(self) -> bool:
+        return True
+
 
 class SFTConfig(MethodConfig):
     """Supervised fine-tuning: cross-entropy on demonstrations, or on what the teacher writes (off-policy distillation)."""
@@ -236,6 +277,9 @@ class SFTConfig(MethodConfig):
     )
 
     def needs_teacher(self) -> bool:
+        return self.source == "teacher"
+
+    def writes_with_teacher(self) -> bool:
         return self.source == "teacher"
 
     def needs_responses(self) -> bool:

@@ -11,6 +11,10 @@ from pydantic import ValidationError
 from kibitz.config.base import RecipeError, Section
 from kibitz.config.recipe import Recipe
 from kibitz.config.table import METHOD_CONFIGS, method_type
+from kibitz.config.teachers import TEACHER_CONFIGS
+
+TAGGED: dict[str, dict[str, Any]] = {"method": METHOD_CONFIGS, "teacher": TEACHER_CONFIGS}
+"""The sections that are one of several kinds."""
 
 
 def load(source: "str | Path | dict | Recipe", overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -81,20 +85,17 @@ def _explain(error: ValidationError, tree: dict) -> str:
 
 def _without_tags(location: tuple) -> list:
     """pydantic puts the tag of a union (`opd`) into the path; people did not write it."""
-    parts = list(location)
-    if len(parts) > 1 and parts[0] == "method" and parts[1] in METHOD_CONFIGS:
+    parts, tags = list(location), TAGGED.get(location[0], {}) if location else {}
+    if tags and len(parts) > 1 and parts[1] in tags:
         del parts[1]
     return parts
 
 
 def _nearest(location: tuple) -> str:
-    section: Any = Recipe
-    for part in location[:-1]:
-        if section is Recipe and part == "method":
-            continue
-        if part in METHOD_CONFIGS:
-            section = METHOD_CONFIGS[part]
-            continue
+    section, tags, inside = Recipe, TAGGED.get(location[0], {}), location[:-1]
+    if tags and len(inside) > 1:
+        section, inside = tags[inside[1]], inside[2:]
+    for part in inside:
         section = _section_of(section.model_fields[part].annotation)
     names = list(section.model_fields)
     near = difflib.get_close_matches(str(location[-1]), names, 1, cutoff=0.5)

@@ -13,16 +13,16 @@ from kibitz.config.sections import (
     RolloutConfig,
     SaveConfig,
     StudentConfig,
-    TeacherConfig,
 )
 from kibitz.config.table import METHOD_CONFIGS, method_union
+from kibitz.config.teachers import teacher_union
 
 
 class Recipe(Section):
     """A whole run. `student`, `teacher` (where the method has one) and `data` have no default."""
 
     student: StudentConfig
-    teacher: TeacherConfig | None = None
+    teacher: teacher_union() | None = None  # pyright: ignore[reportInvalidTypeForm]
     data: DataConfig
     method: method_union() = OPDConfig()  # pyright: ignore[reportInvalidTypeForm]  # grows by `register_method`
     rollout: RolloutConfig = RolloutConfig()
@@ -40,6 +40,8 @@ class Recipe(Section):
     def _consistent(self) -> "Recipe":
         if self.method.needs_teacher() and self.teacher is None:
             raise ValueError(f"method {self.method.type} needs a teacher: write teacher: {{model: folder-or-name}}")
+        if self.teacher is not None:
+            self.method.check_teacher(self.teacher)
         self.method.check(self.rollout)
         return self
 

@@ -56,10 +56,6 @@ class StudentConfig(ModelConfig):
     )
 
 
-class TeacherConfig(ModelConfig):
-    """The model that comments: it scores every token and is never changed."""
-
-
 class Columns(Section):
     """Names of the columns in your file, where they differ from kibitz's."""
 

@@ -195,6 +195,22 @@ class PolicyGradient:
                 return metrics["teacher_logp"], None, metrics
 
 
+@dataclass(frozen=True)
+class ReverseKL:
+    """The metrics of any signal, its `reverse_kl` as the loss: what evaluation reports, and nobody learns from."""
+
+    def __call__(self, logits_CV: Tensor, tokens: Tokens) -> dict[str, Tensor]:
+        student_CV = log_probs(logits_CV)
+        match tokens.signal:
+            case Dense() as signal:
+                metrics = _dense_metrics(student_CV, log_probs(teacher_logits(signal, logits_CV)), tokens)
+            case TopK() | Sampled() as signal:
+                metrics = _student_metrics(student_CV, tokens) | _signal_metrics(student_CV, tokens, signal)
+            case None:
+                raise ValueError("There is no teacher's signal to measure the student against.")
+        return {"loss": metrics["reverse_kl"]} | metrics
+
+
 # -------------------------------------------------------------------------------------------------------- metrics
 
 
@@ -233,6 +249,22 @@ def _signal_metrics(student_CV: Tensor, tokens: Tokens, signal: TopK | Sampled) 
         "teacher_logp": teacher_C,
         "reverse_kl": policy_gradient.k3(gather_tokens(student_CV, tokens.token_T), teacher_C),
     }
+
+
+@torch.no_grad()
+def likeliest(signal: Signal, num: int) -> tuple[Tensor, Tensor]:
+    """The teacher's likeliest tokens at each position and their log-probabilities `[C, num]`, as many as it told."""
+    match signal:
+        case Dense(hidden_CD, head):
+            logp_CV = log_probs(head(hidden_CD).float())
+            best = logp_CV.topk(min(num, logp_CV.shape[-1]), dim=-1)
+            return best.indices, best.values
+        case TopK(ids_CK, logp_CK):
+            best = logp_CK.topk(min(num, logp_CK.shape[-1]), dim=-1)
+            return ids_CK.gather(-1, best.indices), best.values
+        case Sampled(logp_C):
+            nothing_C0 = logp_C[:, None][:, :0]
+            return nothing_C0.long(), nothing_C0
 
 
 def _masses(buckets: Buckets) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 from torch import Tensor
 
@@ -11,18 +10,17 @@ from kibitz.config import DistillationConfig
 from kibitz.losses.chunked import Criterion
 from kibitz.losses.criteria import Divergence
 from kibitz.losses.divergences import DIVERGENCES
-from kibitz.methods.parts import Parts, token_loss
+from kibitz.methods.parts import Parts, scorer, token_loss
 from kibitz.methods.sources import Source
 from kibitz.models import LanguageModel
-from kibitz.teachers import Teacher
-from kibitz.teachers.local import LocalTeacher
+from kibitz.teachers import Scorer
 from kibitz.types import Batch, Prompt, Rollout, Scored, Step
 
 
 @dataclass(frozen=True)
 class Distillation:
     source: Source
-    teacher: Teacher
+    teacher: Scorer
     criterion: Criterion
     chunk_tokens: int | None
 
@@ -39,16 +37,9 @@ class Distillation:
 def distil(parts: Parts, config: DistillationConfig, source: Source) -> Distillation:
     """The method that learns `config`'s divergence on what `source` writes."""
     top_k = config.support == "top_k"
-    kind = "top_k" if top_k and config.top_k_of == "teacher" else "dense"  # the least that the loss can do with
     function = parts.divergence or divergence(config)
     criterion = Divergence(function, config.top_k_of if top_k else "full", config.top_k, config.temperature)
-    return Distillation(source, local_teacher(parts, config, kind), criterion, parts.recipe.optim.chunk_tokens)
-
-
-def local_teacher(parts: Parts, config: DistillationConfig, kind: Literal["dense", "top_k", "sampled"]) -> LocalTeacher:
-    assert parts.teacher is not None
-    tokens = parts.recipe.optim.tokens_per_micro_batch
-    return LocalTeacher(parts.teacher, kind, config.top_k, config.temperature, tokens)
+    return Distillation(source, scorer(parts, config), criterion, parts.recipe.optim.chunk_tokens)
 
 
 def divergence(config: DistillationConfig) -> Callable[[Tensor, Tensor], Tensor]:

@@ -5,21 +5,18 @@ the data or the teacher; the same divergence on both, and no gradient through th
 from typing import cast
 
 from kibitz.config import GKDConfig
-from kibitz.engines.torch import TorchEngine
 from kibitz.methods.distillation import Distillation, distil
-from kibitz.methods.parts import Parts
+from kibitz.methods.parts import Parts, teacher_engine
 from kibitz.methods.sources import Demonstrations, Linear, Mix, Sampled
 from kibitz.types import Writer
 
 
 def build(parts: Parts) -> Distillation:
     config = cast(GKDConfig, parts.recipe.method)
-    assert parts.teacher is not None
     if config.source == "dataset":
         others = Demonstrations(parts.encode_response)
     else:
-        engine = TorchEngine(parts.teacher, parts.recipe.rollout.max_rows)
-        others = Sampled(engine, parts.sampling, Writer.TEACHER)
+        others = Sampled(teacher_engine(parts), parts.sampling, Writer.TEACHER)
     end = config.on_policy if config.on_policy_end is None else config.on_policy_end
     own = Sampled(parts.engine, parts.sampling)
     return distil(parts, config, Mix(own, others, Linear(config.on_policy, end)))

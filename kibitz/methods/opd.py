@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from kibitz.config import OPDConfig
-from kibitz.engines.torch import TorchEngine
 from kibitz.losses.criteria import PolicyGradient
 from kibitz.losses.policy_gradient import clipped, discounted, distillation_advantage, group_advantages
-from kibitz.methods.distillation import distil, local_teacher
-from kibitz.methods.parts import Method, Parts, policy_loss, token_loss
+from kibitz.methods.distillation import distil
+from kibitz.methods.parts import Method, Parts, policy_loss, scorer, teacher_engine, token_loss
 from kibitz.methods.sources import Linear, Seeded, Source, Stored
 from kibitz.methods.sources import Sampled as SampledFrom
 from kibitz.models import LanguageModel
-from kibitz.teachers import Teacher
+from kibitz.teachers import Scorer
 from kibitz.types import Batch, Prompt, Rollout, Sampled, Scored, Signal, Step, Writer
 
 
@@ -28,7 +27,7 @@ from kibitz.types import Batch, Prompt, Rollout, Sampled, Scored, Signal, Step, 
 class SampledTokenOPD:
     config: OPDConfig
     source: Source
-    teacher: Teacher
+    teacher: Scorer
     chunk_tokens: int | None
     group_size: int
 
@@ -68,8 +67,9 @@ def build(parts: Parts) -> Method:
     source = _source(parts, config)
     if config.support != "sampled":
         return distil(parts, config, source)
-    teacher = local_teacher(parts, config, "dense" if config.baseline else "sampled")
-    return SampledTokenOPD(config, source, teacher, parts.recipe.optim.chunk_tokens, parts.sampling.num_samples)
+    return SampledTokenOPD(
+        config, source, scorer(parts, config), parts.recipe.optim.chunk_tokens, parts.sampling.num_samples
+    )
 
 
 def _source(parts: Parts, config: OPDConfig) -> Source:
@@ -83,7 +83,6 @@ def _source(parts: Parts, config: OPDConfig) -> Source:
     student = SampledFrom(parts.engine, parts.sampling, limit=limit)
     if not config.seed_tokens:
         return student
-    assert parts.teacher is not None
-    teacher = SampledFrom(TorchEngine(parts.teacher, parts.recipe.rollout.max_rows), parts.sampling, Writer.TEACHER)
+    teacher = SampledFrom(teacher_engine(parts), parts.sampling, Writer.TEACHER)
     end = 0 if config.seed_decays else config.seed_tokens
     return Seeded(teacher, student, Linear(config.seed_tokens, end), config.learn_seed)

@@ -7,12 +7,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kibitz.config import PolicyGradientConfig, Recipe
+from kibitz.config import DistillationConfig, PolicyGradientConfig, Recipe
 from kibitz.engines import Engine
+from kibitz.engines.torch import TorchEngine
 from kibitz.losses.chunked import Criterion, over_chunks
 from kibitz.losses.criteria import PolicyLoss
 from kibitz.losses.policy_gradient import POLICY_LOSSES
 from kibitz.models import LanguageModel
+from kibitz.teachers import Ask, MakeEngine, Scorer, Teacher
 from kibitz.types import Batch, Prompt, Rollout, Sampling, Scored, Stateful, Step
 
 
@@ -59,7 +61,7 @@ class Parts:
     recipe: Recipe
     student: LanguageModel
     engine: Engine
-    teacher: LanguageModel | None
+    teacher: Teacher | None
     sampling: Sampling
     encode_response: Callable[[str], list[int]]
     divergence: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -67,6 +69,20 @@ class Parts:
     stored: Mapping[str, Sequence[Rollout]] | None = None
     keeps: dict[str, Stateful] = field(default_factory=dict)
     notes: Notes = field(default_factory=Notes)
+
+
+def scorer(parts: Parts, config: DistillationConfig) -> Scorer:
+    """Who scores for a method: its teacher, asked for the first signal of `config.asks()` that it can give."""
+    assert parts.teacher is not None
+    kind = next(kind for kind in config.asks() if kind in parts.teacher.kinds)
+    tokens = parts.recipe.optim.tokens_per_micro_batch
+    return parts.teacher.scorer(Ask(kind, config.top_k, config.temperature, tokens))
+
+
+def teacher_engine(parts: Parts, make: MakeEngine | None = None) -> Engine:
+    """Who writes as the teacher. `make` drives a teacher that is a model in this process; by default one that writes alone."""
+    assert parts.teacher is not None
+    return parts.teacher.writer(make or (lambda model: TorchEngine(model, parts.recipe.rollout.max_rows)))
 
 
 def token_loss(

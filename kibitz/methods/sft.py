@@ -7,9 +7,8 @@ from typing import cast
 from torch import Tensor
 
 from kibitz.config import SFTConfig
-from kibitz.engines.torch import TorchEngine
 from kibitz.losses.criteria import CrossEntropy
-from kibitz.methods.parts import Parts, token_loss
+from kibitz.methods.parts import Parts, teacher_engine, token_loss
 from kibitz.methods.sources import Demonstrations, Sampled, Source, Stored
 from kibitz.models import LanguageModel
 from kibitz.types import Batch, Prompt, Rollout, Scored, Step, Writer
@@ -36,6 +35,4 @@ def build(parts: Parts) -> SFT:
         return SFT(Stored(parts.stored, parts.sampling.num_samples), chunk_tokens)
     if config.source == "dataset":
         return SFT(Demonstrations(parts.encode_response), chunk_tokens)
-    assert parts.teacher is not None
-    engine = TorchEngine(parts.teacher, parts.recipe.rollout.max_rows)
-    return SFT(Sampled(engine, parts.sampling, Writer.TEACHER), chunk_tokens)
+    return SFT(Sampled(teacher_engine(parts), parts.sampling, Writer.TEACHER), chunk_tokens)

@@ -2,24 +2,24 @@
 unlikely (Xu et al., ICLR 2025, 2410.11325). The loss covers all of that text, the teacher's tokens included.
 """
 
+from functools import partial
 from typing import cast
 
 from kibitz.config import SKDConfig
 from kibitz.engines.speculative import SpeculativeEngine
 from kibitz.engines.torch import TorchEngine
 from kibitz.methods.distillation import Distillation, distil
-from kibitz.methods.parts import Parts
+from kibitz.methods.parts import Parts, teacher_engine
 from kibitz.methods.sources import Sampled
 
 
 def build(parts: Parts) -> Distillation:
     config = cast(SKDConfig, parts.recipe.method)
-    assert parts.teacher is not None
     if not isinstance(parts.engine, TorchEngine):
         raise ValueError("skd drafts with a student in this process: write rollout.engine: torch")
-    engine = SpeculativeEngine(
+    make = partial(
+        SpeculativeEngine,
         parts.engine.student,
-        parts.teacher,
         top_k=config.accept_top_k,
         draft_tokens=config.draft_tokens,
         decay=config.decay,
@@ -27,4 +27,4 @@ def build(parts: Parts) -> Distillation:
         teacher_temperature=config.teacher_temperature,
         teacher_top_p=config.teacher_top_p,
     )
-    return distil(parts, config, Sampled(engine, parts.sampling))
+    return distil(parts, config, Sampled(teacher_engine(parts, make), parts.sampling))

@@ -1,12 +1,75 @@
-"""Teachers: rollouts in, what they say about each token out."""
+"""Teachers: rollouts in, what they say about each token out.
 
-from collections.abc import Sequence
+A `Teacher` is a value. One file here makes each kind of it from its section of the recipe, and what several kinds have
+in common is put around it, as `replace(teacher, scorer=...)` does. From the outside in:
+
+    several teachers      who speaks about which rollout, and how several voices become one
+    a store of signals    of one teacher, so that a change of one leaves the others' stored
+    context               what this teacher's prompt has and the student's has not
+    another tokenizer     the response's tokens become the teacher's, and their scores go back to the student's
+    the model or server
+
+The outer ones see the student's rollouts. Context comes before the tokenizer, because each teacher's prompt is rendered
+by its own chat template; from there on inwards, `prompt.ids` are the teacher's.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from kibitz.types import Rollout, Signal
+from kibitz.config import SignalKind
+from kibitz.engines import Engine
+from kibitz.models import LanguageModel
+from kibitz.types import Prompt, Rollout, Signal
 
 
-class Teacher(Protocol):
+@dataclass(frozen=True)
+class Ask:
+    """What somebody wants to hear. `top_k` belongs to the signal of that name; `temperature` divides the teacher's logits
+    in all but a dense one, which has no temperature yet. `tokens_per_micro_batch` is the asker's own, so that a
+    teacher that equals its student reads the same micro-batches and gives bit-equal numbers."""
+
+    kind: SignalKind = "dense"
+    top_k: int = 64
+    temperature: float = 1.0
+    tokens_per_micro_batch: int = 16384
+
+
+class Scorer(Protocol):
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
         """One signal per rollout, in order, an entry for each response token."""
         ...
+
+
+MakeEngine = Callable[[LanguageModel], Engine]
+"""How the method that asks for text would drive a model in this process."""
+
+
+def _nothing(*_: object) -> None:
+    """For teachers that need not be told."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """All that a run knows of its teacher. `kinds` are the signals that it can give, the most telling first.
+
+    `flops(rollouts, num_tokens)`: of one pass over their prompts and so many response tokens of each, all if none are
+    said. `writer(make)`: an engine that writes as this teacher; a model in this process is driven by what `make` makes
+    of it, and who cannot do that raises ValueError. `check(prompts, max_tokens)` raises ValueError where the longest
+    do not fit. `sync(student)`: the student has learnt, after each step. `metrics()`: numbers of the step since the
+    last call. `close()`: nobody asks any more."""
+
+    name: str
+    kinds: tuple[SignalKind, ...]
+    scorer: Callable[[Ask], Scorer]
+    writer: Callable[[MakeEngine], Engine]
+    num_parameters: int
+    flops: Callable[[Sequence[Rollout], Sequence[int]], float]
+    check: Callable[[Sequence[Prompt], int], None] = _nothing
+    sync: Callable[[LanguageModel], None] = _nothing
+    metrics: Callable[[], dict[str, float]] = dict
+    close: Callable[[], None] = _nothing
+
+    def score(self, rollouts: Sequence[Rollout], tokens_per_micro_batch: int = 16384) -> list[Signal]:
+        """The most telling signals that it has, at temperature 1: for evaluation and the heat-map."""
+        return self.scorer(Ask(self.kinds[0], tokens_per_micro_batch=tokens_per_micro_batch)).score(rollouts)

@@ -2,32 +2,42 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kibitz.batching import group, pack
+from kibitz.config import SignalKind
 from kibitz.models import LanguageModel
+from kibitz.teachers import Ask, Teacher
 from kibitz.types import Dense, Rollout, Sampled, Scored, Signal, TopK, cat_signals, slice_signal
+
+KINDS: tuple[SignalKind, ...] = ("dense", "top_k", "sampled")
+
+
+def local_teacher(model: LanguageModel) -> Teacher:
+    """A model of this process as a teacher. Its parameters learn nothing any more."""
+    model.requires_grad_(False)
+    return Teacher(
+        name=model.name,
+        kinds=KINDS,
+        scorer=lambda ask: LocalScorer(model, ask),
+        writer=lambda make: make(model),
+        num_parameters=model.num_parameters,
+        flops=model.pass_flops,
+        check=model.check_lengths,
+    )
 
 
 @dataclass(frozen=True)
-class LocalTeacher:
-    """`kind` is what it hands on: `dense` (hidden states and head), `top_k` (its K likeliest tokens), `sampled`.
-
-    `tokens_per_micro_batch` should be the student's, so that equal models give bit-equal numbers."""
-
+class LocalScorer:
     model: LanguageModel
-    kind: Literal["dense", "top_k", "sampled"] = "dense"
-    top_k: int = 64
-    temperature: float = 1.0
-    tokens_per_micro_batch: int = 16384
+    ask: Ask
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
         signals: dict[int, Signal] = {}
-        for indices in group(rollouts, self.tokens_per_micro_batch):
+        for indices in group(rollouts, self.ask.tokens_per_micro_batch):
             members = [rollouts[i] for i in indices]
             signal, start = self._score_together(members), 0
             for index, rollout in zip(indices, members, strict=True):
@@ -37,19 +47,26 @@ class LocalTeacher:
 
     def _score_together(self, rollouts: Sequence[Rollout]) -> Signal:
         batch = pack([Scored(r, r.weight_T()) for r in rollouts], self.model.device)
-        (signal,) = self.model(batch, lambda hidden_TD, head: (self._signal(hidden_TD, head, batch.tokens.token_T),))
+        (signal,) = self.model(
+            batch, lambda hidden_TD, head: (self._signal(Dense(hidden_TD, head), batch.tokens.token_T),)
+        )
         return signal
 
-    def _signal(self, hidden_TD: Tensor, head: nn.Module, token_T: Tensor) -> Signal:
-        if self.kind == "dense":
-            return Dense(hidden_TD, head)
-        parts: list[Signal] = []
-        size = self.model.chunk_tokens
-        for hidden_CD, token_C in zip(hidden_TD.split(size), token_T.split(size), strict=True):
-            logp_CV = torch.log_softmax(head(hidden_CD).float() / self.temperature, dim=-1)
-            if self.kind == "sampled":
-                parts.append(Sampled(logp_CV.gather(-1, token_C[:, None])[:, 0]))
-            else:
-                logp_CK, ids_CK = logp_CV.topk(min(self.top_k, logp_CV.shape[-1]), dim=-1)
-                parts.append(TopK(ids_CK, logp_CK, self.temperature))
-        return cat_signals(parts)
+    def _signal(self, dense: Dense, token_T: Tensor) -> Signal:
+        return narrowed(dense, token_T, self.ask, self.model.chunk_tokens)
+
+
+def narrowed(dense: Dense, token_T: Tensor, ask: Ask, chunk_tokens: int) -> Signal:
+    """What was asked for, of a whole distribution, chunk by chunk: a dense signal as it is, its `top_k` likeliest tokens,
+    or the written token's log-probability."""
+    if ask.kind == "dense":
+        return dense
+    parts: list[Signal] = []
+    for hidden_CD, token_C in zip(dense.hidden_TD.split(chunk_tokens), token_T.split(chunk_tokens), strict=True):
+        logp_CV = torch.log_softmax(dense.head(hidden_CD).float() / ask.temperature, dim=-1)
+        if ask.kind == "sampled":
+            parts.append(Sampled(logp_CV.gather(-1, token_C[:, None])[:, 0]))
+        else:
+            logp_CK, ids_CK = logp_CV.topk(min(ask.top_k, logp_CV.shape[-1]), dim=-1)
+            parts.append(TopK(ids_CK, logp_CK, ask.temperature))
+    return cat_signals(parts)
