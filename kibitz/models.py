@@ -129,6 +129,16 @@ class LanguageModel(nn.Module):
         squared lengths), head on the scored positions. Backward costs twice this again."""
         return forward_flops(self.model, num_positions, num_squared, num_scored)
 
+    def check_lengths(self, prompts: Sequence[Prompt], max_tokens: int) -> None:
+        """Raise ValueError where a prompt with `max_tokens` more has no room."""
+        longest, room = max(len(prompt.ids) for prompt in prompts), self.max_positions
+        if room is None or longest + max_tokens <= room:
+            return
+        where = f"the longest prompt has {longest} tokens and the {self.name} has {room} positions"
+        if longest < room:
+            raise RecipeError(f"rollout.max_tokens: {where}: write rollout.max_tokens={room - longest} or less")
+        raise RecipeError(f"data: {where}: leave out long prompts")
+
 
 def forward_flops(model: Any, num_positions: float, num_squared: float, num_scored: float) -> float:
     """As `LanguageModel.forward_flops`, of a model with or without weights."""
@@ -140,16 +150,6 @@ def forward_flops(model: Any, num_positions: float, num_squared: float, num_scor
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 2.0 * config.num_hidden_layers * config.num_attention_heads * head_dim * num_squared
     return 2.0 * body * num_positions + attention + 2.0 * head * num_scored
-
-    def check_lengths(self, prompts: Sequence[Prompt], max_tokens: int) -> None:
-        """Raise ValueError where a prompt with `max_tokens` more has no room."""
-        longest, room = max(len(prompt.ids) for prompt in prompts), self.max_positions
-        if room is None or longest + max_tokens <= room:
-            return
-        where = f"the longest prompt has {longest} tokens and the {self.name} has {room} positions"
-        if longest < room:
-            raise RecipeError(f"rollout.max_tokens: {where}: write rollout.max_tokens={room - longest} or less")
-        raise RecipeError(f"data: {where}: leave out long prompts")
 
 
 def _build_head(model: Any, vocab_size: int, name: str) -> tuple[Head, bool]:
