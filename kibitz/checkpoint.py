@@ -1,17 +1,21 @@
 """Checkpoints: a plain Hugging Face folder, and beside the weights what training needs to go on.
 
     checkpoints/step-000050/            loads with AutoModelForCausalLM.from_pretrained; of LoRA, with peft
-    checkpoints/step-000050/training/   optimizer.safetensors, state.json, and NAME.safetensors of what else is kept
+    checkpoints/step-000050/training/   state.json, optimizer.safetensors, NAME.safetensors of what else is kept,
+                                        and manifest.json
 
-A folder appears under its name only when it is whole. Sampling is seeded by prompt and step, and dropout is off, so
-the step, the position in the data and the optimizer's moments are the whole state of a run, but for what its method
-or its teacher keeps (`Stateful`).
+A folder appears under its name only when it is whole, and gives it up before the first of its files goes. The manifest,
+written last, holds the SHA-256 of every other file. Sampling is seeded by prompt and step, and dropout is off, so the
+step, the position in the data and the optimizer's moments are the whole state of a run, but for what its method or its
+teacher keeps (`Stateful`).
 """
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +29,37 @@ from kibitz.config import ModelConfig
 from kibitz.models import LanguageModel, load_tokenizer, load_weights
 from kibitz.types import Stateful
 
+MANIFEST = Path("training") / "manifest.json"
+
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run folder, oldest first."""
-    found = (folder / "checkpoints").glob("step-*")
-    return sorted(path for path in found if (path / "training" / "state.json").is_file())
+    """The checkpoints of a run folder, oldest first. Whether their files are sound, `damage` says."""
+    return sorted(path for path in (folder / "checkpoints").glob("step-*") if path.is_dir())
+
+
+def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is as it was written, and what is wrong with those after it."""
+    wrong = []
+    for path in reversed(checkpoints(folder)):
+        problem = damage(path)
+        if problem is None:
+            return path, wrong
+        wrong.append(f"the checkpoint {path.name} is damaged: {problem}")
+    return None, wrong
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None if every one is as it was written."""
+    try:
+        wanted = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        missing = [name for name in wanted if not (checkpoint / name).is_file()]
+        if missing:
+            return f"{missing[0]} is missing"
+        found = _sums(checkpoint, wanted)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {MANIFEST.name} cannot be read ({type(error).__name__})"
+    changed = [name for name in wanted if found[name] != wanted[name]]
+    return f"{changed[0]} is not as it was written" if changed else None
 
 
 def save(
@@ -38,6 +68,8 @@ def save(
     """Write the checkpoint of a step, then delete all but the last `keep`. If that fails, the older ones stay whole.
     `keeps` are the optimizer and what else has a state, by the names of their files."""
     final = folder / "checkpoints" / f"step-{step:06d}"
+    for left_by_a_kill in final.parent.glob(".step-*"):
+        shutil.rmtree(left_by_a_kill)
 
     def write(temporary: Path) -> None:
         student.save(temporary)
@@ -45,11 +77,30 @@ def save(
         for name, kept in keeps.items():
             save_file(kept.state(), temporary / "training" / f"{name}.safetensors")
         (temporary / "training" / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+        sums = _sums(temporary, sorted(str(path.relative_to(temporary)) for path in _files(temporary)))
+        (temporary / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=1), encoding="utf-8")
 
     write_folder(final, write)
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        remove(old)
     return final
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint, which gives up its name first: killed on the way, it leaves none that is half there."""
+    gone = checkpoint.with_name(f".{checkpoint.name}.deleted")
+    shutil.rmtree(gone, ignore_errors=True)
+    checkpoint.rename(gone)
+    shutil.rmtree(gone)
+
+
+def set_aside(folder: Path, last_step: int) -> None:
+    """Take the name from checkpoints of later steps than a run goes on from: they are damaged, and not of it any more."""
+    for path in checkpoints(folder):
+        if int(path.name.removeprefix("step-")) > last_step:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
 
 
 def load_state(checkpoint: Path, keeps: Mapping[str, Stateful]) -> dict[str, Any]:
@@ -98,7 +149,7 @@ def write_folder(final: Path, write: Callable[[Path], None]) -> None:
         for path in [*temporary.rglob("*"), temporary]:
             _sync(path)
         if final.exists():
-            shutil.rmtree(final)
+            remove(final)
         temporary.rename(final)
         _sync(final.parent)
     except (OSError, SafetensorError) as error:
@@ -113,3 +164,18 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _sums(folder: Path, names: Collection[str]) -> dict[str, str]:
+    """The SHA-256 of each file; several at a time, because hashing is slower than a disk."""
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(names, pool.map(lambda name: _sum(folder / name), names), strict=True))
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

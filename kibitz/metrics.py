@@ -55,6 +55,11 @@ class JSONL:
                 continue
         return rows
 
+    def sync(self) -> None:
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
     def keep(self, last_step: int) -> None:
         """Drop what was written after a step, when a run goes on from there."""
         rows = [row for row in self.read() if row["step"] <= last_step]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kibitz import __version__, config
-from kibitz.checkpoint import checkpoints
+from kibitz.checkpoint import checkpoints, newest_sound, remove, set_aside
 from kibitz.config import Recipe, RecipeError
 from kibitz.methods.stored import as_row
 from kibitz.metrics import JSONL, write_atomically
@@ -33,16 +33,20 @@ class RunFolder:
         self.metrics, self.evals, self.rollouts, self.alarms, self.stored = self.files
         self.started = time.time()
         self.info: dict[str, Any] = {}
+        self.notes: list[str] = []
+        """What a person should know about how the run was taken up."""
 
     def begin(self, done: int, student: LanguageModel, teacher: Teacher | None) -> None:
-        """Write what is known at the start; on resuming, drop what was written after the checkpoint. An old run is thrown
-        away only here, when all of the new one is checked and loaded: its checkpoint may be the new one's student."""
+        """Write what is known at the start; on resuming, drop what was written after the checkpoint, and everything if
+        there is none. An old run is thrown away only here, when all of the new one is checked and loaded: its checkpoint
+        may be the new one's student."""
         if self.overwrite:
             _forget(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
+        set_aside(self.path, last_step=done)
         write_atomically(self.path / "recipe.yaml", config.dump(self.recipe))
         for file in self.files:
-            file.keep(last_step=done)
+            file.keep(last_step=done or -1)
         self.info = {
             "version": __version__,
             "commit": _commit(),
@@ -56,6 +60,7 @@ class RunFolder:
             "trainable_params": student.num_trainable,
             "teacher_params": None if teacher is None else teacher.num_parameters,
             "first_step": done,
+            "notes": self.notes,
         }
         self._write_info()
 
@@ -70,8 +75,10 @@ class RunFolder:
     def _write_info(self) -> None:
         write_atomically(self.path / "run.json", json.dumps(self.info, indent=1))
 
-    def evaluated(self, step: int) -> bool:
-        return any(row["step"] == step for row in self.evals.read())
+    def sync(self) -> None:
+        """Have the disk hold every row, before a checkpoint counts on them."""
+        for file in self.files:
+            file.sync()
 
     def choose_shown(self, rollouts: list[Rollout], num: int) -> list[Rollout]:
         """The rollouts that the heat-map shows: of those before training two thirds wrong ones, and the same prompts
@@ -108,7 +115,8 @@ def open_folder(recipe: Recipe, resume: bool, overwrite: bool) -> tuple[RunFolde
         raise RecipeError(f"output: {path} is a file; write the name of a folder")
     held = (path / "recipe.yaml").exists() or (path / "metrics.jsonl").exists()
     if resume:
-        return folder, _to_resume(path, recipe, held)
+        resumed_from, folder.notes = _to_resume(path, recipe, held)
+        return folder, resumed_from
     if held and not overwrite:
         raise RecipeError(
             f"output: {path} already holds a run: go on with it by --resume, replace it by --overwrite, or write output=ANOTHER"
@@ -117,15 +125,19 @@ def open_folder(recipe: Recipe, resume: bool, overwrite: bool) -> tuple[RunFolde
 
 
 def _forget(path: Path) -> None:
-    """Only what a run writes; other files in the folder are not ours to delete."""
-    for name in ("recipe.yaml", "run.json", "report.html", *(f"{name}.jsonl" for name in FILES)):
-        (path / name).unlink(missing_ok=True)
+    """Only what a run writes; other files in the folder are not ours to delete. The recipe goes last: as long as it is
+    there, what is left is known as a run."""
+    for old in reversed(checkpoints(path)):
+        remove(old)
     shutil.rmtree(path / "checkpoints", ignore_errors=True)
+    for name in ("run.json", "report.html", *(f"{name}.jsonl" for name in FILES), "recipe.yaml"):
+        (path / name).unlink(missing_ok=True)
 
 
-def _to_resume(path: Path, recipe: Recipe, held: bool) -> Path | None:
+def _to_resume(path: Path, recipe: Recipe, held: bool) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, none if there is none yet, and what to tell about the choice."""
     if not held:
-        raise RecipeError(f"output: there is no run at {path} to go on with: leave out --resume")
+        return None, [f"there is no run at {path} yet: it starts from step 0"]
     old = config.load(path / "recipe.yaml").model_dump(mode="json")
     new = recipe.model_dump(mode="json")
     changed = [key for key in new if key not in FREE_TO_CHANGE and new[key] != old.get(key)]
@@ -134,8 +146,14 @@ def _to_resume(path: Path, recipe: Recipe, held: bool) -> Path | None:
             f"output: the run at {path} was made with another {', '.join(changed)}: "
             "keep them as they were, or write output=ANOTHER"
         )
-    found = checkpoints(path)
-    return found[-1] if found else None
+    found, damaged = newest_sound(path)
+    if found is not None:
+        return found, [f"{one}; {found.name} is taken" for one in damaged]
+    if damaged:
+        raise RecipeError(
+            f"output: {'; '.join(damaged)}. No other is left: put a copy back, or begin anew by --overwrite"
+        )
+    return None, [f"the run at {path} had saved no checkpoint: it starts again from step 0"]
 
 
 def _commit() -> str | None:

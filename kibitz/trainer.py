@@ -88,7 +88,8 @@ class Trainer:
     progress: Progress
     ledger: Ledger = field(init=False)
     optimizer: Optimizer = field(init=False)
-    interrupted: bool = False
+    interrupted: int = 0
+    """The number of the signal that asked the run to stop."""
     stopped_by: Alarm | None = None
 
     def __post_init__(self) -> None:
@@ -103,30 +104,34 @@ class Trainer:
             state = checkpoint.load_state(self.setup.resumed_from, self.keeps)
             self.done, self.setup.stream.position = state["step"], state["position"]
             self.ledger, self.guards = Ledger(state["ledger"]), Guards(self.recipe.guards, state["guards"])
+        self.saved = self.done
         self.folder.begin(self.done, self.student, self.setup.teacher)
 
     def run(self) -> None:
         recipe = self.recipe
         self.progress.start(recipe, self.done)
+        for text in self.folder.notes:
+            self.progress.note(text)
         with _stop_between_steps(self):
-            if not self.folder.evaluated(self.done):
+            if not self.folder.evals.read():
                 self.evaluate()
             while self.done < recipe.steps and not self.stopping:
                 self.step()
-                last = self.done == recipe.steps
-                if _due(recipe.eval.every, self.done) or last:
+                if _due(recipe.eval.every, self.done) or self.done == recipe.steps:
                     self.evaluate()
-                if _due(recipe.save.every, self.done) or last or self.stopping:
+                if _due(recipe.save.every, self.done):
                     self.save()
+            if self.saved < self.done:
+                self.save()
         if self.setup.teacher is not None:
             self.setup.teacher.close()
         self.folder.finish("finished" if self.done == recipe.steps else "stopped")
         if self.interrupted and self.done < recipe.steps:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(self.interrupted)
 
     @property
     def stopping(self) -> bool:
-        return self.interrupted or self.stopped_by is not None
+        return bool(self.interrupted) or self.stopped_by is not None
 
     def step(self) -> None:
         """One update of the student: write, score, learn."""
@@ -238,9 +243,11 @@ class Trainer:
 
     def save(self) -> None:
         self.progress.phase("checkpoint")
+        self.folder.sync()
         position, ledger, guards = self.setup.stream.position, self.ledger.total, self.guards.state()
         state = {"position": position, "ledger": ledger, "guards": guards}
         checkpoint.save(self.folder.path, self.done, self.student, self.keeps, state, self.recipe.save.keep)
+        self.saved = self.done
 
 
 def _means(sums: Mapping[str, Mapping[str, float]], counts: Mapping[str, int]) -> dict[str, float]:
@@ -258,7 +265,8 @@ def _due(every: int, step: int) -> bool:
 
 
 class _stop_between_steps:
-    """Ctrl-C or SIGTERM lets the step end and saves; a second Ctrl-C stops at once."""
+    """Ctrl-C or SIGTERM lets the step end and saves; a second Ctrl-C stops at once. A second SIGTERM changes nothing:
+    schedulers send several, and kill by other means."""
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.previous = trainer, {}
@@ -273,6 +281,8 @@ class _stop_between_steps:
 
     def _stop(self, number: int, _: object) -> None:
         if self.trainer.interrupted:
-            raise KeyboardInterrupt
-        self.trainer.interrupted = True
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt(number)
+            return
+        self.trainer.interrupted = number
         self.trainer.progress.note("stopping after this step; press Ctrl-C again to stop at once")

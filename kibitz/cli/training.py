@@ -1,6 +1,7 @@
 """`kibitz demo` and `kibitz train`."""
 
 import shlex
+import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -61,7 +62,8 @@ def demo(
 
 
 def run_training(out: Output, recipe: "Recipe", again: list[str], *, resume: bool, overwrite: bool) -> "Run":
-    """Train with a bar; on Ctrl-C say where the run is and how to go on."""
+    """Train with a bar; on Ctrl-C or SIGTERM say where the run is and how to go on. The exit code is that of a process
+    which the signal ended, 130 or 143."""
     from kibitz import report, trainer
 
     try:
@@ -71,13 +73,13 @@ def run_training(out: Output, recipe: "Recipe", again: list[str], *, resume: boo
             run = trainer.train(recipe, resume=resume, overwrite=overwrite, progress=bar)
         report.build([run.folder])
         return run
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         if (folder := Path(recipe.output)).is_dir():
             report.build([folder])
         out.errors.print(
             f"stopped; the run is in {recipe.output}, go on with: {shlex.join(again)}", markup=False, soft_wrap=True
         )
-        raise typer.Exit(130) from None
+        raise typer.Exit(128 + (stopped.args or (signal.SIGINT,))[0]) from None
 
 
 def _look_first(out: Output, recipe: "Recipe") -> None:
