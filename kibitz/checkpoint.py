@@ -52,6 +52,8 @@ def damage(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint; None if every one is as it was written."""
     try:
         wanted = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        if not isinstance(wanted, dict) or not wanted:
+            return f"its {MANIFEST.name} names no file"
         missing = [name for name in wanted if not (checkpoint / name).is_file()]
         if missing:
             return f"{missing[0]} is missing"

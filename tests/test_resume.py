@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 from support import make_model, recipe
 
 import kibitz
 from kibitz import checkpoint
+from kibitz.trainer import Silence
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are forked and killed the POSIX way")
 
@@ -69,9 +68,8 @@ class Launcher:
 @pytest.fixture(scope="module")
 def launcher(tmp_path_factory) -> Iterator[Launcher]:
     launcher = Launcher(tmp_path_factory.mktemp("launcher"))
-    yield launcher
-    launcher.process.stdin.close()
-    launcher.process.wait(timeout=60)
+    with launcher.process:  # closes its input, at which it ends
+        yield launcher
 
 
 @pytest.fixture(scope="module")
@@ -87,36 +85,54 @@ def write_recipe(models, folder: Path, name: str, **sections) -> Path:
     return path
 
 
+def read(run: Path, name: str) -> list[dict]:
+    """The rows of a file, of which no half one may be left."""
+    path = run / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().split("\n") if line] if path.exists() else []
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
 def outcome(run: Path) -> dict[str, object]:
     """All that a run leaves, but for the seconds that it took."""
     found: dict[str, object] = {}
     for name in ("metrics", "evals", "rollouts", "stored"):
-        rows = [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]  # no half line is left
-        found[name] = [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+        found[name] = timeless(read(run, name))
     (*_, last) = checkpoint.checkpoints(run)
     assert checkpoint.damage(last) is None
     found["step"], found["weights"] = last.name, (last / "model.safetensors").read_bytes()
     found["moments"] = (last / "training" / "optimizer.safetensors").read_bytes()
     state = json.loads((last / "training" / "state.json").read_text())
-    found["state"] = {key: value for key, value in state.items() if key != "ledger"} | {"flops": state["ledger"]["flops"]}
+    found["state"] = {key: value for key, value in state.items() if key != "ledger"} | {
+        "flops": state["ledger"]["flops"]
+    }
     return found
 
 
 def kill_at_random(launcher: Launcher, draws: random.Random, run: Path, seconds_per_step: float, *args: object) -> int:
-    """Start, and kill while it loads, or within the next two steps or so."""
-    info = run / "run.json"
-    before = info.stat().st_mtime_ns if info.exists() else None
+    """Start, and kill: some while they load, some while they learn, half of them after they have begun to save."""
+    part = draws.choice(["loading", "learning", "saving", "saving"])
+    sign = ".step-*" if part == "saving" else "run.json"
+    before, patience = _version_of(run, sign), time.monotonic() + 60
     child = launcher.start(*args)
-    if draws.random() < 0.15:
-        time.sleep(draws.uniform(0, 0.4))
-    else:
-        patience = time.monotonic() + 60
-        while not info.exists() or info.stat().st_mtime_ns == before:  # written anew when all is loaded
-            assert time.monotonic() < patience, launcher.log.read_text()
-            time.sleep(0.002)
-        time.sleep(draws.uniform(0, 2) * seconds_per_step)
+    while part != "loading" and _version_of(run, sign) in (None, before):
+        assert time.monotonic() < patience, launcher.log.read_text()
+        time.sleep(0.001)
+    time.sleep(draws.uniform(0, 0.4) if part == "loading" else draws.uniform(0, 1) * seconds_per_step)
     os.kill(child, signal.SIGKILL)
     return launcher.wait()
+
+
+def _version_of(run: Path, sign: str) -> int | None:
+    """A number that is another one when the file or folder is another one."""
+    for path in [*run.glob(sign), *run.glob(f"checkpoints/{sign}")]:
+        try:
+            return path.stat().st_ino
+        except FileNotFoundError:
+            continue
+    return None
 
 
 def killed_and_resumed(launcher: Launcher, models, folder: Path, *, steps: int, kills: int) -> int:
@@ -142,5 +158,138 @@ def test_killed_three_times_a_run_ends_as_if_it_had_not_been(launcher, models, t
 
 @pytest.mark.slow
 def test_killed_twenty_times_a_run_ends_as_if_it_had_not_been(launcher, models, tmp_path):
-    """More than a third of the time goes into saving; that none of 20 kills falls into it has a chance of 3e-4."""
+    """Half of the kills wait for a save to begin; that it is over before each of ten comes has no measurable chance."""
     assert killed_and_resumed(launcher, models, tmp_path, steps=40, kills=20) > 0
+
+
+# ------------------------------------------------------------------ signals
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_saves_and_gives_the_usual_exit_code(launcher, models, tmp_path, number, code):
+    """What a scheduler that wants its machine back does; going on ends as if it had not."""
+    path = write_recipe(models, tmp_path, "run", steps=200, save={"every": 0})
+    child = launcher.start("train", path, "--quiet")
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    os.kill(child, number)
+    if number == signal.SIGTERM:
+        os.kill(child, number)  # some send several
+    assert launcher.wait() == code, launcher.log.read_text()
+    (saved,) = checkpoint.checkpoints(tmp_path / "run")
+    done = int(saved.name.removeprefix("step-"))
+    assert checkpoint.damage(saved) is None
+    assert 1 <= done < 200
+    assert [row["step"] for row in read(tmp_path / "run", "metrics")] == list(range(1, done + 1))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"
+
+
+# ------------------------------------------------------------------ what lies in the folder
+
+
+class Notes(Silence):
+    def __init__(self):
+        self.texts = []
+
+    def note(self, text):
+        self.texts.append(text)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 4
+    path.write_bytes(bytes(content))
+
+
+@pytest.fixture(scope="module")
+def finished(models, tmp_path_factory) -> Path:
+    """A run of 4 steps with the checkpoints of steps 2 and 4."""
+    tree = recipe(*models, tmp_path_factory.mktemp("runs") / "run", steps=4, save={"every": 2})
+    return kibitz.train(tree).folder
+
+
+@pytest.mark.parametrize("harm", [truncate, flip_a_bit, Path.unlink], ids=["truncated", "flipped", "missing"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "config.json", "tokenizer.json", "training/optimizer.safetensors", "training/state.json"],
+)
+def test_a_damaged_checkpoint_is_named(finished, tmp_path, harm, name):
+    shutil.copytree(finished, tmp_path / "run")
+    old, new = checkpoint.checkpoints(tmp_path / "run")
+    harm(new / name)
+    found, (told,) = checkpoint.newest_sound(tmp_path / "run")
+    assert found == old
+    assert name in told
+
+
+@pytest.mark.parametrize("harm", [truncate, flip_a_bit, Path.unlink], ids=["truncated", "flipped", "missing"])
+def test_a_damaged_manifest_is_damage(finished, tmp_path, harm):
+    shutil.copytree(finished, tmp_path / "run")
+    (*_, new) = checkpoint.checkpoints(tmp_path / "run")
+    manifest = new / checkpoint.MANIFEST
+    harm(manifest)
+    assert checkpoint.damage(new) is not None
+    manifest.write_text('{"sha256": {}}')
+    assert checkpoint.damage(new) is not None
+    manifest.write_text('{"sha256": ["model.safetensors"]}')
+    assert checkpoint.damage(new) is not None
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(models, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    flip_a_bit(run / "checkpoints" / "step-000004" / "model.safetensors")
+    notes = Notes()
+    tree = recipe(*models, run, steps=4, save={"every": 2})
+    tree["output"] = str(run)
+    resumed = kibitz.train(tree, resume=True, progress=notes)
+    (told,) = notes.texts
+    assert told == (
+        "the checkpoint step-000004 is damaged: model.safetensors is not as it was written; step-000002 is taken"
+    )
+    assert json.loads((run / "run.json").read_text())["notes"] == [told]
+    assert outcome(run) == outcome(finished)
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {"step-000002", "step-000004", "damaged-step-000004"}
+    assert resumed.checkpoint.name == "step-000004"
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(models, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for path in checkpoint.checkpoints(run):
+        truncate(path / "model.safetensors")
+    with pytest.raises(kibitz.RecipeError, match="step-000004 is damaged.*step-000002 is damaged.*put a copy back"):
+        kibitz.train(recipe(*models, run, steps=4, save={"every": 2}), resume=True)
+
+
+def test_resume_starts_a_run_that_is_not_there_yet_and_says_so(models, tmp_path):
+    """One command line serves the first start and every later one, as a scheduler that starts jobs again wants it."""
+    tree, notes = recipe(*models, tmp_path / "run", steps=2), Notes()
+    whole = kibitz.train(tree, resume=True, progress=notes)
+    assert notes.texts == [f"there is no run at {tmp_path / 'run'} yet: it starts from step 0"]
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    notes = Notes()
+    again = kibitz.train(tree, resume=True, progress=notes)
+    assert notes.texts == [f"the run at {tmp_path / 'run'} had saved no checkpoint: it starts again from step 0"]
+    assert [timeless(rows) for rows in (again.metrics, again.evals)] == [
+        timeless(rows) for rows in (whole.metrics, whole.evals)
+    ]
+
+
+def test_going_on_between_two_evaluations_adds_none(models, tmp_path):
+    """An evaluation more would be a point more on the curve, and one more thing that guards have seen."""
+
+    class StopAt3(Silence):
+        def step(self, row):
+            if row["step"] == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    tree = recipe(*models, tmp_path / "run", steps=4, eval={"every": 2})
+    with pytest.raises(KeyboardInterrupt):
+        kibitz.train(tree, progress=StopAt3())
+    assert [row["step"] for row in kibitz.train(tree, resume=True).evals] == [0, 2, 4]
