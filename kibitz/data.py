@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from kibitz import graders, worlds
@@ -107,7 +108,10 @@ def _prompt(
             f"{place} has no response to learn from: sft needs a column {config.columns.response!r}, or messages that end "
             "with the assistant's; or write method.source=teacher"
         )
-    ids = encode_prompt(tokenizer, messages, config.template)
+    try:
+        ids = encode_prompt(tokenizer, messages, config.template)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"{place}: the chat template cannot render it: {error}") from error
     if not ids:
         raise ValueError(f"{place} is empty: the tokenizer makes no token of its prompt")
     if len(ids) > config.max_prompt_tokens:
@@ -134,11 +138,8 @@ def _messages(place: str, row: dict[str, Any], config: DataConfig) -> tuple[list
     response = row.get(config.columns.response)
     if "messages" in row:
         messages = row["messages"]
-        whole = isinstance(messages, list) and all(
-            isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
-        )
-        if not whole or not messages:
-            raise ValueError(f"{place}: messages must be a list of {{role, content}}")
+        if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+            raise ValueError(f"{place}: messages must be a list of {{role, content}}, both of them text")
         if messages[-1]["role"] == "assistant":
             messages, response = messages[:-1], messages[-1]["content"]
         if not messages:
@@ -156,6 +157,10 @@ def _messages(place: str, row: dict[str, Any], config: DataConfig) -> tuple[list
     if config.system is not None:
         messages = [{"role": "system", "content": config.system}, *messages]
     return messages, None if response is None else str(response)
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 def encode_prompt(tokenizer: Any, messages: list[dict[str, str]], template: dict[str, Any]) -> list[int]:

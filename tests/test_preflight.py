@@ -101,9 +101,9 @@ def test_memory_that_does_not_fit_is_red_and_names_the_largest_part(small_models
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"]])
 def test_an_adapter_is_as_large_as_the_one_that_is_trained(targets, small_models):
-    asks = loaded(
-        small_models, student={"model": str(small_models / "student"), "lora": {"rank": 4, "targets": targets}}
-    )
+    tree = recipe(small_models / "student", small_models / "teacher", SILENT)
+    tree["student"]["lora"] = {"rank": 4, "targets": targets}
+    asks = config.load(tree, [])
     shape = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32)
     trained = prepare(asks, overwrite=True).student.num_trainable
     assert shape.lora_parameters(4, targets) == trained
