@@ -55,7 +55,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) --editable '.[dev,lora]'
+	$(PIP) --editable '.[dev,lora,bitsandbytes]'
 	@touch $@ $(VENV)/.installed
 
 $(BIN)/python:

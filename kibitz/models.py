@@ -9,12 +9,15 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from kibitz import lora
@@ -111,6 +114,25 @@ class LanguageModel(nn.Module):
         if not self.head_stands_alone:
             return self.model(ids_BL, use_cache=False).logits
         return self.model.base_model(ids_BL, use_cache=False).last_hidden_state
+
+    def recompute_activations(self) -> None:
+        """Keep only the input of each layer for the backward pass, and compute its inside again there."""
+        layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not layers:
+            raise ValueError(
+                f"optim.checkpointing: {type(self.model).__name__} has no layers that can be recomputed: leave it out"
+            )
+        ids_BL = torch.arange(min(8, self.vocab_size), device=self.device)[None]
+        with torch.no_grad():
+            before = self.hidden(ids_BL)
+            for layer in layers:
+                layer.gradient_checkpointing = layer.training = True  # wanted together; dropout has a flag of its own
+                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            same = torch.equal(before, self.hidden(ids_BL))
+        if not same:
+            raise ValueError(
+                f"optim.checkpointing: {type(self.model).__name__} computes something else then (dropout?): leave it out"
+            )
 
     def forward(self, batch: Batch, use: Callable[[Tensor, nn.Module], tuple]) -> tuple:
         """`use(hidden_TD, head)` on the positions that score response tokens. The loss runs in here, where a sharded

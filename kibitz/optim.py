@@ -1,6 +1,8 @@
 """The optimizer, and how its learning rate goes."""
 
+import importlib.util
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +26,26 @@ def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
 
 
 class Optimizer:
-    """AdamW, or Muon on the matrices with AdamW on the rest (embedding, output head, norms), as one thing to step."""
+    """AdamW, plain or with moments of 8 bits, or Muon on the matrices with AdamW on the rest (embedding, output head,
+    norms), as one thing to step.
+
+    What is not float32 learns through a float32 master copy: gradients are summed there, the update is made there, and
+    the weight is its rounding. In bfloat16 itself, steps of less than 1/256 of a weight would be lost.
+    """
 
     def __init__(self, model: nn.Module, config: OptimConfig):
         self.config = config
-        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        learnt = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        self.masters: dict[Tensor, Tensor] = {p: _master(p) for p in learnt if p.dtype != torch.float32}
+        self.names: dict[Tensor, str] = {self.masters.get(p, p): name for p, name in learnt.items()}
         self.parameters = list(self.names)
         outer = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
-        matrices = [p for p in self.parameters if config.name == "muon" and p.ndim == 2 and id(p) not in outer]
+        matrices = [
+            self.masters.get(p, p) for p in learnt if config.name == "muon" and p.ndim == 2 and id(p) not in outer
+        ]
         chosen = {id(p) for p in matrices}
         rest = [p for p in self.parameters if id(p) not in chosen]
-        adam = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
-        self.parts: list[torch.optim.Optimizer] = (
-            [torch.optim.AdamW(rest, lr=config.lr, fused=True, **adam)] if rest else []
-        )
+        self.parts: list[torch.optim.Optimizer] = [_adam(rest, config)] if rest else []
         if matrices:
             muon = {"momentum": config.momentum, "weight_decay": config.weight_decay, "adjust_lr_fn": "original"}
             self.parts.append(torch.optim.Muon(matrices, lr=config.muon_lr or 10 * config.lr, **muon))
@@ -53,28 +61,73 @@ class Optimizer:
         if math.isfinite(norm):
             for part in self.parts:
                 part.step()
+            self._round()
         self.zero_grad()
         return norm
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        for parameter, master in self.masters.items():
+            parameter.copy_(master)
 
     def zero_grad(self) -> None:
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """All moments by the names of their parameters, fit for safetensors."""
-        return {
-            f"{self.names[parameter]}|{key}": value.detach().cpu().contiguous()
+        """All moments, and the master copies, by the names of their parameters; fit for safetensors."""
+        moments = {
+            f"{self.names[parameter]}|{key}": torch.as_tensor(value).detach().cpu().contiguous()
             for part in self.parts
             for parameter, moments in part.state.items()
             for key, value in moments.items()
         }
+        masters = {f"{self.names[p]}|master": p.detach().cpu().contiguous() for p in self.masters.values()}
+        return moments | masters
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         for part in self.parts:
             for parameter in (p for group in part.param_groups for p in group["params"]):
                 prefix = self.names[parameter] + "|"
                 moments = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+                if (master := moments.pop("master", None)) is not None:
+                    parameter.data.copy_(master)
                 part.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                    key: self._step(value) if key == "step" else value.to(parameter.device, copy=True)
                     for key, value in moments.items()
                 }
+
+    def _step(self, value: Tensor) -> Any:
+        return int(value) if self.config.name == "adamw_8bit" else value.clone()
+
+
+def _adam(parameters: list[Tensor], config: OptimConfig) -> torch.optim.Optimizer:
+    options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    if config.name != "adamw_8bit":
+        return torch.optim.AdamW(parameters, fused=True, **options)
+    require(config)
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(parameters, **options)
+
+
+def require(config: OptimConfig) -> None:
+    """Raise ValueError with what to install, before any weights load."""
+    if config.name == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "optim.name: adamw_8bit needs the package bitsandbytes: pip install 'kibitz[bitsandbytes]', or write adamw"
+        )
+
+
+def _master(parameter: Tensor) -> Tensor:
+    """A float32 copy that takes over the gradients as they come, so that micro-batches are summed in float32 too."""
+    master = nn.Parameter(parameter.detach().float())
+
+    def take_gradient(_: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient = parameter.grad.float()
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        parameter.grad = None
+
+    parameter.register_post_accumulate_grad_hook(take_gradient)
+    return master

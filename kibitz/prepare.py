@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kibitz import config, lora
+from kibitz import config, lora, optim
 from kibitz.config import DataConfig, Recipe, RecipeError
 from kibitz.data import PromptStream, encode_response, load_grader, load_prompts
 from kibitz.engines import Engine
@@ -54,6 +54,7 @@ def prepare(
     recipe = config.load(source, list(overrides))
     if recipe.student.lora is not None:
         lora.require_peft()
+    optim.require(recipe.optim)
     tokenizer = load_tokenizer(recipe.student, "student")
     teachers.check(recipe.teacher, tokenizer)
     mask_ids = single_tokens(tokenizer, recipe.method.mask_tokens, "method.mask_tokens")
@@ -74,6 +75,8 @@ def prepare(
         torch.set_num_threads(recipe.threads)
     device = pick_device(recipe.device)
     student = load_student(recipe.student, device, tokenizer, recipe.seed, resumed_from)
+    if recipe.optim.checkpointing:
+        student.recompute_activations()
     teacher = teachers.load(recipe.teacher, device)
     for reader in (student.check_lengths, *([] if teacher is None else [teacher.check])):
         reader([*prompts, *held_out], recipe.rollout.max_tokens)

@@ -12,7 +12,9 @@ class ModelConfig(Section):
 
     model: str = Field(description="Folder of a Hugging Face checkpoint (safetensors), or a name on the hub.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: float32 on a CPU (bf16 log-probs are off by 5e-3 there), bfloat16 on a GPU."
+        "auto",
+        description="auto: float32 on a CPU (bf16 log-probs are off by 5e-3 there), bfloat16 on a GPU. What learns in bfloat16 "
+        "has a float32 master copy in the optimizer.",
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the checkpoint. Off: it is a risk."
@@ -133,8 +135,10 @@ class RolloutConfig(Section):
 class OptimConfig(Section):
     """The optimizer and its schedule."""
 
-    name: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: on the matrices, AdamW on the rest; for training from nothing."
+    name: Literal["adamw", "adamw_8bit", "muon"] = Field(
+        "adamw",
+        description="adamw_8bit: moments of 8 bits, 2 bytes a parameter instead of 8 (2110.02861), by bitsandbytes; muon: on the "
+        "matrices, AdamW on the rest; for training from nothing.",
     )
     lr: float = Field(
         5e-5,
@@ -157,6 +161,11 @@ class OptimConfig(Section):
     muon_lr: float | None = Field(None, gt=0, description="Rate of the matrices under muon; 10 x lr if not set.")
     momentum: float = Field(0.95, ge=0, lt=1, description="Of muon.")
     tokens_per_micro_batch: int = Field(16384, ge=1, description="Bounds activations. The loss does not depend on it.")
+    checkpointing: bool = Field(
+        False,
+        description="Keep each layer's input only and compute its inside again in the backward pass: less memory, a third more "
+        "time. The loss does not depend on it.",
+    )
     chunk_tokens: int | None = Field(
         None,
         ge=1,
