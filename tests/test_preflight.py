@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 from kibitz import config, preflight
 from kibitz.cli import app
 from kibitz.config import ModelConfig
-from kibitz.models import LanguageModel, load_model, load_tokenizer
+from kibitz.models import load_model, load_tokenizer
 from kibitz.preflight import budget, measured, texts
 from kibitz.preflight.finding import Finding, worst
 from kibitz.preflight.shapes import shape_of
 from kibitz.prepare import prepare
-from kibitz.teachers.local import LocalTeacher
+from kibitz.teachers import Ask
 from kibitz.types import Prompt, TopK
 
 CHATML = (
@@ -226,8 +226,7 @@ def test_an_engine_with_other_weights_is_red(setup):
 
 def test_a_teacher_that_ignores_the_temperature_is_red(setup):
     rollouts = measured.write(setup, 2)
-    teacher = setup.teacher if isinstance(setup.teacher, LanguageModel) else setup.teacher.model
-    scores = [LocalTeacher(teacher, "top_k", 5, tau).score(rollouts)[0] for tau in (1.0, 2.0)]
+    scores = [setup.teacher.scorer(Ask("top_k", 5, tau)).score(rollouts)[0] for tau in (1.0, 2.0)]
     assert all(isinstance(score, TopK) for score in scores)
     assert measured.loss_temperature(*scores).light == "green"
     assert measured.loss_temperature(scores[0], scores[0]).light == "red"
@@ -235,9 +234,8 @@ def test_a_teacher_that_ignores_the_temperature_is_red(setup):
 
 def test_distance_from_every_kind_of_signal(setup):
     rollouts = measured.write(setup, 6)
-    teacher = setup.teacher if isinstance(setup.teacher, LanguageModel) else setup.teacher.model
     exact, coarse, sampled = (
-        measured.opinions(setup, rollouts, LocalTeacher(teacher, kind, 4).score(rollouts))
+        measured.opinions(setup, rollouts, setup.teacher.scorer(Ask(kind, 4)).score(rollouts))
         for kind in ("dense", "top_k", "sampled")
     )
     kl = [found[0].numbers["reverse_kl"] for found in (exact, coarse, sampled)]

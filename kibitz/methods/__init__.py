@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 from kibitz.config import MethodConfig, register_method
 from kibitz.methods import gkd, grpo, opd, sft, skd
-from kibitz.methods.parts import Method, Parts, policy_loss, token_loss
+from kibitz.methods.parts import Method, Parts, policy_loss, scorer, teacher_engine, token_loss
 from kibitz.methods.weights import weighted
 from kibitz.types import Stateful
 
-__all__ = ["METHODS", "Method", "Parts", "build", "policy_loss", "register", "token_loss"]
+__all__ = ["METHODS", "Method", "Parts", "build", "policy_loss", "register", "scorer", "teacher_engine", "token_loss"]
 
 METHODS: dict[str, Callable[[Parts], Method]] = {
     "sft": sft.build,

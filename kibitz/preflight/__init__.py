@@ -5,17 +5,17 @@ few rollouts: does the student read 0 against itself, do engine and trainer agre
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from kibitz.config import Recipe
 from kibitz.data import load_prompts
-from kibitz.engines.torch import TorchEngine
+from kibitz.methods import teacher_engine
 from kibitz.models import load_tokenizer, pick_device, pick_dtype
 from kibitz.preflight import budget, measured, texts
 from kibitz.preflight.finding import Finding, Light, worst
 from kibitz.preflight.shapes import shape_of
 from kibitz.prepare import Setup, prepare
-from kibitz.teachers.local import LocalTeacher
+from kibitz.teachers import Ask
 from kibitz.types import TopK
 
 __all__ = ["Finding", "Light", "Options", "check", "check_files", "worst"]
@@ -87,13 +87,15 @@ def _measured(setup: Setup, options: Options) -> Iterator[Finding]:
     yield measured.engine_gap(setup, rollouts)
     written = None
     if setup.teacher is not None:
-        scorer = LocalTeacher(setup.teacher, tokens_per_micro_batch=recipe.optim.tokens_per_micro_batch)
-        yield from measured.opinions(setup, rollouts, scorer.score(rollouts))
-        first, second = (replace(scorer, kind="top_k", temperature=tau).score(rollouts[:1])[0] for tau in (1.0, 2.0))
-        assert isinstance(first, TopK) and isinstance(second, TopK)
-        yield measured.loss_temperature(first, second)
-        engine = TorchEngine(setup.teacher, recipe.rollout.max_rows)
-        written = measured.write_with(setup, engine, options.prompts) if setup.grader is not None else None
+        signals = setup.teacher.score(rollouts, recipe.optim.tokens_per_micro_batch)
+        yield from measured.opinions(setup, rollouts, signals)
+        if "top_k" in setup.teacher.kinds:
+            asks = (Ask("top_k", temperature=tau) for tau in (1.0, 2.0))
+            first, second = (setup.teacher.scorer(ask).score(rollouts[:1])[0] for ask in asks)
+            assert isinstance(first, TopK) and isinstance(second, TopK)
+            yield measured.loss_temperature(first, second)
+        if setup.grader is not None and recipe.teacher.writes():
+            written = measured.write_with(setup, teacher_engine(setup.parts), options.prompts)
     finding = measured.task(setup, written, rollouts)
     if finding is not None:
         yield finding
