@@ -33,7 +33,7 @@ def teacher_model(setup) -> Any:
     return setup.teacher.writer(lambda model: model)
 
 
-def recipe(student: Path, teacher: Path | None, output: Path, **sections: Any) -> dict[str, Any]:
+def recipe(student: Path, teacher: Path | None, output: Path, /, **sections: Any) -> dict[str, Any]:
     """A recipe small enough for a test: 8 prompts of 2 samples a step, 12 tokens each."""
     base: dict[str, Any] = {
         "student": {"model": str(student)},

@@ -19,6 +19,7 @@ from kibitz.preflight.finding import Finding, worst
 from kibitz.preflight.shapes import shape_of
 from kibitz.prepare import prepare
 from kibitz.teachers import Ask
+from kibitz.teachers.local import LocalScorer
 from kibitz.types import Prompt, TopK
 
 CHATML = (
@@ -242,7 +243,7 @@ def test_distance_from_every_kind_of_signal(setup):
     assert 0 < kl[1] < kl[0]
     assert kl[2] > 0
     assert exact[0].numbers["teacher_logp"] == pytest.approx(sampled[0].numbers["teacher_logp"], abs=1e-4)
-    same = measured.opinions(setup, rollouts, LocalTeacher(setup.student).score(rollouts))
+    same = measured.opinions(setup, rollouts, LocalScorer(setup.student, Ask()).score(rollouts))
     assert same[0].light == "amber"
     assert "nothing to learn" in same[0].text
 
