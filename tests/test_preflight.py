@@ -80,7 +80,7 @@ def test_the_cost_is_what_the_ledger_counts(small_models, tmp_path):
         {**tree, "rollout": {**tree["rollout"], "max_tokens": round(row["response_tokens"])}}, []
     )
     lengths = [len(p.ids) for p in prepare(loaded_recipe, overwrite=True).stream.prompts]
-    estimate = budget.cost(loaded_recipe, *shapes, lengths, 1e12, price=None)
+    estimate = budget.cost(loaded_recipe, shapes[0], shapes[1:], lengths, 1e12, price=None)
     assert prompts == tree["rollout"]["prompts_per_step"] * tree["rollout"]["samples_per_prompt"]
     assert sum(estimate.flops.values()) == pytest.approx(sum(row["flops"].values()), rel=0.1)
     assert estimate.hours == pytest.approx(sum(estimate.flops.values()) / (1e12 * budget.UTILISATION) / 3600)
@@ -88,7 +88,7 @@ def test_the_cost_is_what_the_ledger_counts(small_models, tmp_path):
 
 def test_memory_that_does_not_fit_is_red_and_names_the_largest_part(small_models):
     shape = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32)
-    plan = budget.memory(loaded(small_models), shape, shape, 20)
+    plan = budget.memory(loaded(small_models), shape, [shape], 20)
     fits = budget.memory_finding(plan, 2 * plan.peak, "the device")
     tight = budget.memory_finding(plan, 1.05 * plan.peak, "the device")
     over = budget.memory_finding(plan, 0.99 * plan.peak, "the device")
@@ -96,7 +96,7 @@ def test_memory_that_does_not_fit_is_red_and_names_the_largest_part(small_models
     assert "optim.tokens_per_micro_batch" in over.text
     none = budget.memory_finding(plan, 0.5 * sum(plan.held.values()), "the device")
     assert "do not fit" in none.text
-    halves = budget.memory(loaded(small_models), shape, shape, 20, devices=2)
+    halves = budget.memory(loaded(small_models), shape, [shape], 20, devices=2)
     assert sum(halves.held.values()) == sum(plan.held.values()) / 2
 
 
@@ -108,13 +108,13 @@ def test_an_adapter_is_as_large_as_the_one_that_is_trained(targets, small_models
     shape = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32)
     trained = prepare(asks, overwrite=True).student.num_trainable
     assert shape.lora_parameters(4, targets) == trained
-    assert budget.memory(asks, shape, None, 20).held["moments of the optimizer"] == 8 * trained
+    assert budget.memory(asks, shape, [], 20).held["moments of the optimizer"] == 8 * trained
 
 
 def test_money_is_hours_times_devices_times_price(small_models):
     shape = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32)
-    one = budget.cost(loaded(small_models), shape, None, [10], 1e9, price=2.0)
-    two = budget.cost(loaded(small_models), shape, None, [10], 1e9, price=2.0, devices=2)
+    one = budget.cost(loaded(small_models), shape, [], [10], 1e9, price=2.0)
+    two = budget.cost(loaded(small_models), shape, [], [10], 1e9, price=2.0, devices=2)
     assert one.money == pytest.approx(2.0 * one.hours)
     assert two.hours == pytest.approx(one.hours / 2)
     assert two.money == pytest.approx(one.money)

@@ -7,7 +7,7 @@ few rollouts: does the student read 0 against itself, do engine and trainer agre
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kibitz.config import Recipe
+from kibitz.config import ModelConfig, Recipe
 from kibitz.data import load_prompts
 from kibitz.methods import teacher_engine
 from kibitz.models import load_tokenizer, pick_device, pick_dtype
@@ -43,39 +43,42 @@ def check(recipe: Recipe, options: Options = Options()) -> Iterator[Finding]:
 
 def check_files(recipe: Recipe, options: Options = Options()) -> Iterator[Finding]:
     """The short form, before weights load: what `kibitz train` says of itself."""
-    student, teacher = load_tokenizer(recipe.student, "student"), None
+    student = load_tokenizer(recipe.student, "student")
     prompts = load_prompts(recipe.data, student, recipe.seed, recipe.method.needs_responses())
-    if recipe.teacher is not None:
-        teacher = load_tokenizer(recipe.teacher, "teacher")
+    for section in _local_teachers(recipe):
+        teacher = load_tokenizer(section, "teacher")
         yield texts.tokenizers(student, teacher)
         yield texts.first_token(student, teacher, prompts)
         yield texts.chat_template(recipe, student, teacher)
-        stops = (
-            texts.stop_tokens(recipe.student, student, recipe.rollout.stop),
-            texts.stop_tokens(recipe.teacher, teacher),
-        )
+        stops = texts.stop_tokens(recipe.student, student, recipe.rollout.stop), texts.stop_tokens(section, teacher)
         yield texts.ends(student, teacher, *stops)
     yield texts.thinking(recipe, student)
     yield from _sizes(recipe, options, [len(prompt.ids) for prompt in prompts])
 
 
+def _local_teachers(recipe: Recipe) -> list[ModelConfig]:
+    """Those that are folders or hub names; a server answers for itself when it is asked."""
+    sections = recipe.teacher if isinstance(recipe.teacher, list) else [recipe.teacher]
+    return [section for section in sections if isinstance(section, ModelConfig)]
+
+
 def _sizes(recipe: Recipe, options: Options, prompt_lengths: list[int]) -> Iterator[Finding]:
-    device, sections = pick_device(recipe.device), [s for s in (recipe.student, recipe.teacher) if s is not None]
+    device, sections = pick_device(recipe.device), [recipe.student, *_local_teachers(recipe)]
     try:
         shapes = [shape_of(section, pick_dtype(section.dtype, device)) for section in sections]
     except ValueError as error:
         yield Finding("sizes", "amber", f"{error}; lengths, memory and cost are not planned")
         return
-    student, teacher = shapes[0], shapes[1] if len(shapes) > 1 else None
+    student, teachers = shapes[0], shapes[1:]
     yield texts.lengths(recipe, prompt_lengths, [shape.max_positions for shape in shapes])
-    plan = budget.memory(recipe, student, teacher, max(prompt_lengths), options.devices)
+    plan = budget.memory(recipe, student, teachers, max(prompt_lengths), options.devices)
     room, what = (
         budget.device_room(device) if options.gibibytes is None else (options.gibibytes * budget.GIB, "the device")
     )
     yield budget.memory_finding(plan, room, what)
     speed = budget.matrix_speed(device) if options.teraflops is None else options.teraflops * 1e12
     yield budget.cost_finding(
-        budget.cost(recipe, student, teacher, prompt_lengths, speed, options.price, options.devices), speed
+        budget.cost(recipe, student, teachers, prompt_lengths, speed, options.price, options.devices), speed
     )
 
 

@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -34,13 +35,13 @@ class Memory:
         return {"held": self.held, **self.phases}
 
 
-def memory(recipe: Recipe, student: Shape, teacher: Shape | None, longest_prompt: int, devices: int = 1) -> Memory:
+def memory(recipe: Recipe, student: Shape, teachers: Sequence[Shape], longest_prompt: int, devices: int = 1) -> Memory:
     """One step's memory on one of `devices`, over which weights, gradients and moments are divided."""
     lora = recipe.student.lora
     trained = student.num_parameters if lora is None else student.lora_parameters(lora.rank, lora.targets)
     held = {"student weights": student.num_parameters * student.itemsize / devices}
-    if teacher is not None:
-        held["teacher weights"] = teacher.num_parameters * teacher.itemsize / devices
+    if teachers:
+        held["teacher weights"] = sum(t.num_parameters * t.itemsize for t in teachers) / devices
     held["moments of the optimizer"] = 2 * 4 * trained / devices
     if student.itemsize < 4:
         held["float32 copy of what is trained"] = 4 * trained / devices
@@ -51,9 +52,8 @@ def memory(recipe: Recipe, student: Shape, teacher: Shape | None, longest_prompt
     logits = LOSS_TENSORS * 4.0 * min(chunk, tokens) * student.rows
     rows = min(rollout.max_rows, rollout.prompts_per_step * rollout.samples_per_prompt)
     step_tokens = rollout.prompts_per_step * rollout.samples_per_prompt * rollout.max_tokens
-    kept = (
-        {} if teacher is None else {"teacher's hidden states": step_tokens * teacher.width * teacher.itemsize / devices}
-    )
+    width = max((t.width * t.itemsize for t in teachers), default=0)
+    kept = {"teacher's hidden states": step_tokens * width / devices} if teachers else {}
     per_token = student.activation_bytes_per_token
     if getattr(optim, "checkpointing", False):
         per_token = student.num_layers * student.width * student.itemsize + per_token / student.num_layers
@@ -103,7 +103,7 @@ class Cost:
 
 
 def cost(
-    recipe: Recipe, student: Shape, teacher: Shape | None, prompt_lengths: list[int], flops_per_second: float,
+    recipe: Recipe, student: Shape, teachers: Sequence[Shape], prompt_lengths: list[int], flops_per_second: float,
     price: float | None, devices: int = 1,
 ) -> Cost:  # fmt: skip
     """Tokens, floating-point operations, hours and money, if every response were as long as it may be. `price` is of one
@@ -117,8 +117,8 @@ def cost(
 
     passes = 3 + recipe.method.scores_with_student()
     flops = {"student_sampling": forward(student), "student_training": passes * forward(student)}
-    if teacher is not None and recipe.method.scores_with_teacher():
-        flops["teacher_scoring"] = forward(teacher)
+    if teachers and recipe.method.scores_with_teacher():
+        flops["teacher_scoring"] = sum(map(forward, teachers))
     hours = sum(flops.values()) / (flops_per_second * UTILISATION * devices) / 3600
     return Cost(
         float(recipe.steps * rollouts * response), flops, hours, None if price is None else hours * price * devices
