@@ -26,7 +26,7 @@ PAGE = Path(__file__).with_name("methods.md")
 RESULT_PAGES = (PAGE.with_name("comparison.md"),)
 BLOCK = re.compile(r"(?P<begin><!-- generated: (?P<name>[^>]*?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 NEXT_METHOD = "<!-- the next method's section goes above this line -->"
-CREDIT = ("discount", "clip_advantage", "baseline", "reward_coef", "normalize_std")
+CREDIT = ("discount", "clip_advantage", "extrapolation", "baseline", "reward_coef", "normalize_std")
 NEEDS = {"needs_teacher": "a teacher", "needs_reward": "a grader", "needs_responses": "responses in the data"}
 SAMPLES = {bool: [True, False], float: [0.0, 1.0], int: [0, 1], str: ["some.file"]}
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
@@ -205,7 +205,7 @@ def _settings_table(section: type[Section], prefix: str, names: Iterable[str]) -
 
 def _bases(section: type[MethodConfig]) -> list[type[MethodConfig]]:
     """The sections that this one shares settings with others through."""
-    between = section.__mro__[1 : section.__mro__.index(MethodConfig) + 1]
+    between = section.__mro__[1 : section.__mro__.index(Section)]
     return [base for base in between if issubclass(base, Section) and _own(base)]
 
 

@@ -288,7 +288,9 @@ def _unreadable(name: str, role: str, error: Exception) -> str:
     return f"{role}.model: {name} is not a model that transformers can load: {' '.join(str(error).split())[:300]}"
 
 
-def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+def check_same_tokenizer(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, other: str = "teacher"
+) -> None:
     """The teacher scores the student's token ids, so both must mean the same text by them."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours == theirs:
@@ -298,9 +300,9 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
         key=lambda t: ours.get(t, theirs.get(t, 0)),
     )
     raise ValueError(
-        f"student and teacher have different tokenizers ({len(ours)} and {len(theirs)} tokens; {token!r} is "
-        f"{ours.get(token, 'missing')} for the student and {theirs.get(token, 'missing')} for the teacher): "
-        "choose a teacher of the student's family"
+        f"student and {other} have different tokenizers ({len(ours)} and {len(theirs)} tokens; {token!r} is "
+        f"{ours.get(token, 'missing')} for the student and {theirs.get(token, 'missing')} for the {other}): "
+        f"choose a {other} of the student's family"
     )
 
 

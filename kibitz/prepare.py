@@ -18,10 +18,20 @@ from kibitz.evaluate import Evaluator
 from kibitz.graders import Grader
 from kibitz.methods import Parts
 from kibitz.methods.stored import load_rollouts
-from kibitz.models import LanguageModel, load_student, load_tokenizer, pick_device, single_tokens, stop_ids
+from kibitz.models import (
+    LanguageModel,
+    check_same_tokenizer,
+    load_model,
+    load_student,
+    load_tokenizer,
+    pick_device,
+    single_tokens,
+    stop_ids,
+)
 from kibitz.runs import RunFolder, open_folder
 from kibitz.teachers import Teacher
 from kibitz.teachers import build as teachers
+from kibitz.teachers.local import local_teacher
 from kibitz.types import Prompt, Sampling
 
 
@@ -57,8 +67,10 @@ def prepare(
     optim.require(recipe.optim)
     tokenizer = load_tokenizer(recipe.student, "student")
     teachers.check(recipe.teacher, tokenizer)
+    if recipe.method.reference is not None:
+        check_same_tokenizer(tokenizer, load_tokenizer(recipe.method.reference, "method.reference"), "method.reference")
     mask_ids = single_tokens(tokenizer, recipe.method.mask_tokens, "method.mask_tokens")
-    prompts = load_prompts(recipe.data, tokenizer, recipe.seed, recipe.method.needs_responses())
+    prompts = load_prompts(recipe.data, tokenizer, recipe.seed, _needs_responses(recipe))
     grader = grader or load_grader(recipe.data, prompts)
     if recipe.method.needs_reward() and grader is None:
         raise RecipeError(
@@ -78,8 +90,12 @@ def prepare(
     if recipe.optim.checkpointing:
         student.recompute_activations()
     teacher = teachers.load(recipe.teacher, device)
-    for reader in (student.check_lengths, *([] if teacher is None else [teacher.check])):
-        reader([*prompts, *held_out], recipe.rollout.max_tokens)
+    reference = None
+    if recipe.method.needs_reference():  # never the checkpoint that a run goes on from
+        reference = local_teacher(load_model(recipe.method.reference or recipe.student, "reference", device, tokenizer))
+    checks = [student.check_lengths, *(model.check for model in (teacher, reference) if model is not None)]
+    for check in checks:
+        check([*prompts, *held_out], recipe.rollout.max_tokens)
     engine = TorchEngine(student, recipe.rollout.max_rows)
     sampling = _sampling(recipe, student)
     evaluator = None
@@ -87,9 +103,13 @@ def prepare(
         eval_sampling = replace(sampling, num_samples=recipe.eval.samples, seed=recipe.eval.seed)
         evaluator = Evaluator(student, engine, teacher, held_out, grader, eval_sampling, recipe.eval.split)
     encode = partial(encode_response, tokenizer)
-    parts = Parts(recipe, student, engine, teacher, sampling, encode, loss, mask_ids, stored)
+    parts = Parts(recipe, student, engine, teacher, sampling, encode, loss, mask_ids, stored, reference)
     stream = PromptStream(prompts, recipe.seed, recipe.data.shuffle)
     return Setup(recipe, folder, resumed_from, student, teacher, engine, stream, grader, evaluator, parts)
+
+
+def _needs_responses(recipe: Recipe) -> bool:
+    return recipe.method.needs_responses() or recipe.method.replay > 0
 
 
 def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

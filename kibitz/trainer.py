@@ -144,6 +144,7 @@ class Trainer:
             # The beginning of a response has no reward, and the responses that ended before it are not typical.
             if not any(r.shortened for r in rollouts):
                 grade(self.setup.grader, self.student, [r for r in rollouts if r.has_tokens_of(Writer.STUDENT)])
+        rollouts = self.guards.mask(rollouts)
         self.progress.phase("teacher")
         with ledger.timed("scoring"):
             scored = self.method.signal(rollouts)
@@ -157,7 +158,7 @@ class Trainer:
                 self.setup.teacher.sync(self.student)
         self.done += 1
         if recipe.rollout.store:
-            self.folder.store(self.done, rollouts)
+            self.folder.store(self.done, [r for r in rollouts if not r.replayed])
         self._write_metrics(rollouts, means, num_tokens, {"grad_norm": norm, "lr": recipe.optim.lr * factor})
 
     def _accumulate(self, scored: list[Scored]) -> tuple[dict[str, float], int]:
@@ -181,6 +182,7 @@ class Trainer:
         self, rollouts: list[Rollout], means: dict[str, float], num_tokens: int, more: dict[str, float]
     ) -> None:
         self._count_flops(rollouts)
+        rollouts = [r for r in rollouts if not r.replayed]
         costs = self.ledger.close_step()
         rewards = [r.reward for r in rollouts if r.reward is not None]
         notes = self.setup.parts.notes
@@ -189,7 +191,9 @@ class Trainer:
         row |= {"reward": fmean(rewards)} if rewards else {}
         row |= {
             "response_tokens": fmean(r.num_tokens for r in rollouts),
+            "longest_response": max(r.num_tokens for r in rollouts),
             "cut_off": fmean(r.cut_off for r in rollouts),
+            "masked": fmean(r.masked for r in rollouts),
             "shortened": fmean(r.shortened for r in rollouts),
             "teacher_written": share_of_teacher(rollouts),
             **rollout_metrics(rollouts, self.recipe.guards),
@@ -213,10 +217,13 @@ class Trainer:
     def _count_flops(self, rollouts: list[Rollout]) -> None:
         """What each model did for these rollouts. Whoever wrote a token of one read all of it, but for a teacher that
         wrote its beginning only."""
+        own = [r for r in rollouts if not r.replayed]
         # Forward; backward to the activations, and to the weights that learn.
         learns, teacher = self.student.num_trainable / self.student.num_parameters, self.setup.teacher
-        passes = 2 + learns + self.recipe.method.scores_with_student()
-        self.ledger.add("flops", "student_training", passes * self.student.pass_flops(rollouts))
+        training = (2 + learns) * self.student.pass_flops(rollouts)
+        if self.recipe.method.scores_with_student():
+            training += self.student.pass_flops(own)
+        self.ledger.add("flops", "student_training", training)
         flops = {Writer.STUDENT: self.student.pass_flops}
         flops |= {} if teacher is None else {Writer.TEACHER: teacher.flops}
         for writer, flops_of in flops.items():
@@ -225,7 +232,7 @@ class Trainer:
                 read = [(writer == Writer.TEACHER and r.num_seeded) or r.num_tokens for r in written]
                 self.ledger.add("flops", f"{writer.name.lower()}_sampling", flops_of(written, read))
         if teacher is not None and self.recipe.method.scores_with_teacher():
-            self.ledger.add("flops", "teacher_scoring", teacher.flops(rollouts, ()))
+            self.ledger.add("flops", "teacher_scoring", teacher.flops(own, ()))
         for phase, amount in self.setup.parts.notes.flops.items():
             self.ledger.add("flops", phase, amount)
 

@@ -92,6 +92,8 @@ class Rollout:
     applied). `finished` means that the last id is a stop token; a rollout cut off at the limit has none, and none is
     invented for it. `shortened`: it was stopped on purpose before that limit, and says nothing about how long the
     student would have gone on. The teacher wrote the first `num_seeded` tokens, and read no further to write them.
+    `replayed`: a gold response of the data that joins what a method learns from. `masked`: a guard took it out, and
+    nobody learns from it.
     """
 
     prompt: Prompt
@@ -101,6 +103,8 @@ class Rollout:
     sample: int = 0
     writer_T: Tensor | None = None  # uint8 of Writer; None: the student wrote all of it
     shortened: bool = False
+    replayed: bool = False
+    masked: bool = False
     num_seeded: int = 0
     learn_seed: bool = False
     text: str = ""
@@ -121,7 +125,10 @@ class Rollout:
         return bool((self.writer_T == writer).any())
 
     def weight_T(self) -> Tensor:
-        """1 for each token to learn from, 0 for those of the environment and of a seed that is context only."""
+        """1 for each token to learn from, 0 for those of the environment, of a seed that is context only, and of a masked
+        rollout."""
+        if self.masked:
+            return torch.zeros(self.num_tokens)
         if self.writer_T is None:
             return torch.ones(self.num_tokens)
         weight_T = (self.writer_T != Writer.ENVIRONMENT).float()

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -10,9 +11,9 @@ import torch
 
 from kibitz import config
 from kibitz.config import GuardConfig
-from kibitz.guards import GUARDS, Alarm, Guards, repetition, rollout_metrics, without_cut_off
+from kibitz.guards import GUARDS, Alarm, Guards, repetition, rollout_metrics
 from kibitz.losses.overlap import top_k_overlap
-from kibitz.types import Prompt, Rollout, Scored
+from kibitz.types import Prompt, Rollout
 
 # ------------------------------------------------------------------ runs made up
 
@@ -436,12 +437,39 @@ def test_rollouts_tell_repetition_and_groups_of_equal_reward():
     assert rollout_metrics([rollout("a", None), rollout("a", None)], GuardConfig()) == {"repetition": 0.0}
 
 
-def test_cut_off_rollouts_can_be_masked():
-    scored = [Scored(r, r.weight_T()) for r in (rollout("a", None), rollout("b", None, finished=False))]
-    masked = without_cut_off(scored)
-    assert [s.weight_T.tolist() for s in masked] == [[1.0, 1.0], [0.0, 0.0]]
-    assert [s.weight_T.tolist() for s in scored] == [[1.0, 1.0], [1.0, 1.0]]
-    assert [s.rollout for s in masked] == [s.rollout for s in scored]
+def test_rollouts_that_show_a_symptom_can_be_masked():
+    loop = [1, 2] + [7] * 18
+    rollouts = [
+        rollout("a", None),
+        rollout("b", None, finished=False),
+        rollout("c", None, loop),
+        rollout("d", None, list(range(40))),
+    ]
+    rows = [{"step": step, "longest_response": 30} for step in range(1, 21)]
+
+    def masked(rows, **actions) -> list[str]:
+        guards = Guards(GuardConfig(**actions))
+        alarms_of(rows, guards)
+        marked = guards.mask(rollouts)
+        assert [r.masked for r in marked] == [not r.weight_T().any() for r in marked]
+        return [r.prompt.key for r in marked if r.masked]
+
+    assert masked(rows) == masked(rows, cut_off="stop") == []
+    assert masked([], cut_off="mask") == ["b"]
+    assert masked([], repetition="mask") == ["c"]
+    assert masked(rows, length_inflation="mask") == ["d"]
+    assert masked(rows[:-1], length_inflation="mask") == []  # nobody knows yet what is long
+    assert masked(rows, length_inflation="mask", length_ratio=1.4) == []
+    assert masked(rows, cut_off="mask", repetition="mask", length_inflation="mask") == ["b", "c", "d"]
+    rollouts = [replace(r, replayed=True) for r in rollouts]
+    assert masked(rows, cut_off="mask", repetition="mask", length_inflation="mask") == []
+
+
+@pytest.mark.parametrize("name", sorted(GUARDS.keys() - {"cut_off", "repetition", "length_inflation"}))
+def test_a_guard_of_the_whole_run_masks_nothing(name):
+    tree = {"student": {"model": "a"}, "teacher": {"model": "b"}, "data": {"world": "arithmetic"}}
+    with pytest.raises(config.RecipeError, match=f"guards.{name}.*mask leaves out single rollouts.*write warn or stop"):
+        config.load(tree, [f"guards.{name}=mask"])
 
 
 # ------------------------------------------------------------------ overlap

@@ -16,12 +16,12 @@ from kibitz.batching import pack
 from kibitz.config import GuardConfig, RecipeError
 from kibitz.engines.fake import FakeEngine
 from kibitz.engines.torch import TorchEngine
-from kibitz.guards import Guards, without_cut_off
+from kibitz.guards import Guards
 from kibitz.methods.sources import Linear, Mix, Sampled, Seeded, Stored
 from kibitz.methods.stored import as_row, load_rollouts, save_rollouts
 from kibitz.prepare import prepare
 from kibitz.trainer import Silence
-from kibitz.types import Prompt, Rollout, Sampling, Scored, Step, Writer
+from kibitz.types import Prompt, Rollout, Sampling, Step, Writer
 
 NOW = Step(0, 1, seed=7)
 LIMIT = 12  # rollout.max_tokens of `support.recipe`
@@ -131,8 +131,8 @@ def test_a_prefix_is_the_beginning_of_the_whole_response(world):
 def test_shortened_rollouts_are_not_cut_off_ones(world):
     whole = world.student.rollout(world.prompts, NOW)
     short = replace(world.student, limit=Linear(5, 5)).rollout(world.prompts, NOW)
-    masked = without_cut_off([Scored(r, r.weight_T()) for r in [*short, *whole]])
-    assert [bool(s.weight_T.any()) for s in masked] == [True] * len(short) + [r.finished for r in whole]
+    masked = Guards(GuardConfig(cut_off="mask")).mask([*short, *whole])
+    assert [bool(r.weight_T().any()) for r in masked] == [True] * len(short) + [r.finished for r in whole]
 
 
 def test_a_growing_prefix_is_that_long_at_each_step_and_has_no_reward(models, tmp_path):

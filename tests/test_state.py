@@ -96,9 +96,9 @@ def timeless(rows: list[dict]) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
-@pytest.mark.parametrize("mask_cut_off", [False, True])  # True: inside the wrapper of token weights
-def test_a_state_comes_back_bit_for_bit(models, tmp_path, drift, mask_cut_off):
-    sections = {"method": {"type": "drift"}, "save": {"every": 2}, "guards": {"mask_cut_off": mask_cut_off}}
+@pytest.mark.parametrize("normalize", ["token", "sequence"])  # sequence: inside the wrapper of token weights
+def test_a_state_comes_back_bit_for_bit(models, tmp_path, drift, normalize):
+    sections = {"method": {"type": "drift", "normalize": normalize}, "save": {"every": 2}}
     whole = kibitz.train(recipe(*models, tmp_path / "whole", **sections))
     tree = recipe(*models, tmp_path / "part", **sections)
     with pytest.raises(RuntimeError, match="power cut"):

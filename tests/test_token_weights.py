@@ -13,6 +13,7 @@ import kibitz
 from kibitz import methods, prepare
 from kibitz.batching import group, pack
 from kibitz.config import GRPOConfig, OPDConfig, RecipeError
+from kibitz.guards import Guards
 from kibitz.losses import POLICY_LOSSES, token_weights
 from kibitz.models import single_tokens
 from kibitz.types import Rollout, Scored
@@ -106,7 +107,8 @@ def test_the_mean_of_means_for_every_kind_of_loss(lab, method):
 
 def test_cut_off_responses_are_not_among_those_that_are_averaged(lab):
     """Masked before the shares and the means are taken, not after."""
-    one = lab({"type": "opd", "normalize": "sequence"}, guards={"mask_cut_off": True}, rollout={"max_tokens": 5})
+    one = lab({"type": "opd", "normalize": "sequence"}, guards={"cut_off": "mask"}, rollout={"max_tokens": 5})
+    one.rollouts = Guards(one.setup.recipe.guards).mask(one.rollouts)
     whole = [i for i, r in enumerate(one.rollouts) if r.finished]
     assert 0 < len(whole) < len(one.rollouts)
     scored = one.scored()

@@ -279,9 +279,9 @@ def test_a_guard_that_stops_says_why_and_the_run_can_go_on(models, tmp_path):
 
 
 def test_cut_off_rollouts_can_be_masked(models, tmp_path):
-    tree = recipe(*models, tmp_path / "run", steps=1, rollout={"max_tokens": 4}, guards={"mask_cut_off": True})
+    tree = recipe(*models, tmp_path / "run", steps=1, rollout={"max_tokens": 4}, guards={"cut_off": "mask"})
     (row,) = kibitz.train(tree).metrics
-    plain = kibitz.train(tree, ["guards.mask_cut_off=false", f"output={tmp_path / 'plain'}"]).metrics[0]
+    plain = kibitz.train(tree, ["guards.cut_off=warn", f"output={tmp_path / 'plain'}"]).metrics[0]
     assert row["cut_off"] == plain["cut_off"] > 0.3
     assert row["num_tokens"] < plain["num_tokens"]
 

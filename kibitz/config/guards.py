@@ -1,21 +1,34 @@
 """When a run is called sick, and what then."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from kibitz.config.base import Section
 
-GuardAction = Annotated[
-    Literal["off", "warn", "stop"],
-    BeforeValidator(lambda value: "off" if value is False else value),  # YAML reads off as false
-]
+
+def _action(value: Any) -> Any:
+    if value == "mask":
+        raise ValueError(
+            "mask leaves out single rollouts, and this guard is about the whole run: write warn or stop. "
+            "cut_off, repetition and length_inflation can mask"
+        )
+    return _off(value)
+
+
+def _off(value: Any) -> Any:
+    return "off" if value is False else value  # YAML reads off as false
+
+
+GuardAction = Annotated[Literal["off", "warn", "stop"], BeforeValidator(_action)]
+RolloutGuardAction = Annotated[Literal["off", "warn", "mask", "stop"], BeforeValidator(_off)]
 
 
 class GuardConfig(Section):
     """Collapse guards. Each compares the last steps with the run's first or best ones and speaks once per problem.
 
-    A field that bears a guard's name is its action: off, warn, or stop (after the step, with a checkpoint)."""
+    A field that bears a guard's name is its action: off, warn, stop (after the step, with a checkpoint), or mask: warn, and
+    learn nothing, in any step, from the rollouts that show the symptom themselves."""
 
     early: int = Field(
         20,
@@ -35,23 +48,37 @@ class GuardConfig(Section):
         description="A change must also be this many deviations of a window's median. 5: of flat toy rewards (0.1, 64 "
         "rollouts a step) 4 called 5 of 80 runs falling, 5 none.",
     )
-    length_inflation: GuardAction = Field("warn", description="Responses grow, and nothing gets better.")
+    length_inflation: RolloutGuardAction = Field(
+        "warn",
+        description="Responses grow, and nothing gets better. mask: those length_ratio times as long as the longest of a step "
+        "at first.",
+    )
     length_ratio: float = Field(
         1.2, gt=1, description="Growth of responses without gain. 1.2: a toy collapse went from 5.5 to 7.2."
     )
-    cut_off: GuardAction = Field("warn", description="More responses reach the token limit.")
+    cut_off: RolloutGuardAction = Field(
+        "warn",
+        description="More responses reach the token limit. mask: learn nothing from any of these (DAPO's overlong filter, "
+        "2503.14476). Not by default: each token's signal is sound; when they take over it helps (StableOPD).",
+    )
     cut_off_rise: float = Field(
         0.1, gt=0, lt=1, description="Rise of the cut-off share. 0.1: 0 to 0.17 when raw OPD burst."
     )
     cut_off_share: float = Field(
         0.6, gt=0, le=1, description="Share that is too high from the start. StableOPD's stable phases: to 0.5."
     )
-    repetition: GuardAction = Field("warn", description="Responses repeat themselves.")
+    repetition: RolloutGuardAction = Field(
+        "warn",
+        description="Responses repeat themselves. mask: those of whose own tokens more than repetition_share repeat.",
+    )
     repetition_ngram: int = Field(
         8, ge=2, description="Tokens of a repeated n-gram. 8: healthy mathematics repeats 18% of its 4-grams."
     )
     repetition_rise: float = Field(
         0.1, gt=0, lt=1, description="0.1: StableOPD saw 0 before its collapse and 0.25-0.35 after."
+    )
+    repetition_share: float = Field(
+        0.5, gt=0, lt=1, description="Of repetition: mask. 0.5: half a response is a loop; StableOPD's mean was 0.3."
     )
     entropy_collapse: GuardAction = Field("warn", description="The student becomes certain of everything.")
     entropy_share: float = Field(
@@ -88,11 +115,6 @@ class GuardConfig(Section):
     )
     not_finite: GuardAction = Field(
         "warn", description="The loss or the gradient is NaN or infinite; the step is skipped."
-    )
-    mask_cut_off: bool = Field(
-        False,
-        description="Learn nothing from rollouts that were cut off (DAPO's overlong filter, 2503.14476). Off: each token's "
-        "signal is sound; turn it on when cut-off rollouts take over (StableOPD).",
     )
 
     @model_validator(mode="after")

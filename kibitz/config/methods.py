@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from kibitz.config.base import Section
+from kibitz.config.extras import ExtrasConfig
 from kibitz.config.sections import RolloutConfig
 from kibitz.config.teachers import SignalKind, TeacherConfig
 from kibitz.config.writing import WritingConfig
@@ -16,7 +16,7 @@ HOW_TO_ASK: dict[SignalKind, str] = {
 }
 
 
-class MethodConfig(Section):
+class MethodConfig(ExtrasConfig):
     """What a method shares with every other one."""
 
     type: str
@@ -163,6 +163,12 @@ class OPDConfig(WritingConfig, DistillationConfig, PolicyGradientConfig):
         False,
         description="Of support: sampled; adds KL(S || T) to the advantage: unbiased, less variance (vOPD, 2605.07865).",
     )
+    extrapolation: float = Field(
+        1.0,
+        gt=0,
+        description="Of support: sampled; the teacher's advance over the reference counts this much: above 1 goes past the "
+        "teacher (ExOPD, 2602.12125: 1.25). 1: off.",
+    )
     reward_coef: float = Field(
         0.0,
         ge=0,
@@ -180,12 +186,19 @@ class OPDConfig(WritingConfig, DistillationConfig, PolicyGradientConfig):
     def writes_with_teacher(self) -> bool:
         return self.seed_tokens > 0
 
+    def needs_reference(self) -> bool:
+        return super().needs_reference() or self.extrapolation != 1
+
     def check(self, rollout: RolloutConfig) -> None:
         self.check_writing(rollout, sampled=self.support == "sampled")
         if self.support != "sampled":
             for name in ("discount", "clip_advantage", "baseline", "reward_coef"):
                 if getattr(self, name):
                     raise ValueError(f"{name} belongs to the policy gradient: write method.support=sampled, or drop it")
+            if self.extrapolation != 1:
+                raise ValueError(
+                    "extrapolation belongs to the policy gradient: write method.support=sampled, or drop it"
+                )
             if self.policy_loss != "sampled_token":
                 raise ValueError("policy_loss belongs to the policy gradient: write method.support=sampled, or drop it")
             return
@@ -207,9 +220,9 @@ class OPDConfig(WritingConfig, DistillationConfig, PolicyGradientConfig):
             raise ValueError(
                 "discount credits a token with later ones, those of mask_tokens too: write method.discount=0"
             )
-        if self.baseline and self.discount:
+        if self.baseline and (self.discount or self.extrapolation != 1):
             raise ValueError(
-                "the baseline is that of a token's own advantage: write method.discount=0, or drop baseline"
+                "the baseline is that of a token's own log-ratio: drop it, or write method.discount=0 without extrapolation"
             )
         if self.reward_coef and (self.prefix_tokens is not None or self.seed_tokens):
             raise ValueError(
@@ -289,6 +302,8 @@ class SFTConfig(MethodConfig):
         return self.rollouts
 
     def check(self, rollout: RolloutConfig) -> None:
+        if self.replay and self.needs_responses():
+            raise ValueError("sft learns the data's responses anyway: drop method.replay")
         if self.rollouts is not None and self.source == "teacher":
             raise ValueError(
                 "rollouts are stored and the teacher writes none: drop method.source=teacher or method.rollouts"

@@ -42,6 +42,7 @@ class Recipe(Section):
             raise ValueError(f"method {self.method.type} needs a teacher: write teacher: {{model: folder-or-name}}")
         if self.teacher is not None:
             self.method.check_teacher(self.teacher)
+        self.method.check_extras()
         self.method.check(self.rollout)
         return self
 

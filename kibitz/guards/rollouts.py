@@ -1,14 +1,11 @@
-"""What the guards need to know of a step's rollouts, and what may be done with those that were cut off."""
+"""What the guards need to know of a step's rollouts, and which of these may be left out."""
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from statistics import fmean
 
-import torch
-
 from kibitz.config import GuardConfig
-from kibitz.types import Rollout, Scored
+from kibitz.types import Rollout
 
 
 def repetition(response_ids: Sequence[int], n: int = 8) -> float:
@@ -39,7 +36,21 @@ def rollout_metrics(rollouts: Sequence[Rollout], config: GuardConfig) -> dict[st
     return metrics | ({"equal_groups": fmean(len(set(rewards)) == 1 for rewards in several)} if several else {})
 
 
-def without_cut_off(scored: Sequence[Scored]) -> list[Scored]:
-    """The same rollouts in order, with weight 0 for all tokens of one that was cut off: `guards.mask_cut_off`. One that was
-    shortened on purpose is whole as far as it goes, and keeps its weights."""
-    return [replace(s, weight_T=torch.zeros_like(s.weight_T)) if s.rollout.cut_off else s for s in scored]
+def shows_symptom(rollout: Rollout, config: GuardConfig, longest: float | None) -> bool:
+    """Whether a guard whose action is `mask` takes this rollout out. `longest` is the longest response of the first steps,
+    None while these go on. One that was shortened on purpose is not cut off; gold responses are never left out."""
+    if rollout.replayed:
+        return False
+    return (
+        (config.cut_off == "mask" and rollout.cut_off)
+        or (config.repetition == "mask" and _repeats(rollout, config))
+        or (config.length_inflation == "mask" and longest is not None and _inflated(rollout, config, longest))
+    )
+
+
+def _repeats(rollout: Rollout, config: GuardConfig) -> bool:
+    return repetition(rollout.response_ids, config.repetition_ngram) > config.repetition_share
+
+
+def _inflated(rollout: Rollout, config: GuardConfig, longest: float) -> bool:
+    return rollout.num_tokens > config.length_ratio * longest

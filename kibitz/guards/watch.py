@@ -1,18 +1,20 @@
 """The guards of a run together: rows in, alarms out."""
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from kibitz.config import GuardConfig
 from kibitz.guards import symptoms
+from kibitz.guards.rollouts import shows_symptom
 from kibitz.guards.symptoms import CALM, NOTHING, Numbers, Reading, Series
+from kibitz.types import Rollout
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """What went wrong, by which sign, and what to do. `action` is `warn` or `stop`, as the recipe has it."""
+    """What went wrong, by which sign, and what to do. `action` is `warn`, `mask` or `stop`, as the recipe has it."""
 
     name: str
     symptom: str
@@ -38,19 +40,20 @@ GUARDS = {
         "response_tokens",
         symptoms.length_inflation,
         "read some responses. If they ramble: check that both models end with the same EOS, lower optim.lr, "
-        "write method.support=full, or mix in gold responses by method.type=gkd (StableOPD, 2604.08527, mixes too)",
+        "write method.support=full, or hold it to its start by method.reference_kl=0.05 and mix in gold responses by "
+        "method.replay=0.25 (both: StableOPD, 2604.08527)",
     ),
     "cut_off": Guard(
         "cut_off",
         symptoms.cut_off,
-        "read some responses. If they are sound, raise rollout.max_tokens; if they ramble, write guards.mask_cut_off=true "
+        "read some responses. If they are sound, raise rollout.max_tokens; if they ramble, write guards.cut_off=mask "
         "and do what helps against length inflation",
     ),
     "repetition": Guard(
         "repetition",
         symptoms.repetition,
         "go back to an earlier checkpoint: teachers find repeated text likely, so it feeds itself (2604.08527). Lower "
-        "optim.lr, write guards.mask_cut_off=true, mix in gold responses or a KL to the starting student",
+        "optim.lr, write guards.repetition=mask, method.replay=0.25 (gold responses) or method.reference_kl=0.05",
     ),
     "entropy_collapse": Guard(
         "student_entropy",
@@ -95,7 +98,7 @@ GUARDS = {
     ),
 }
 
-WATCHED = {"loss", "equal_groups", "teacher_entropy", "shortened"} | {
+WATCHED = {"loss", "equal_groups", "teacher_entropy", "shortened", "longest_response"} | {
     guard.needs for guard in GUARDS.values() if guard.read
 }
 
@@ -120,6 +123,12 @@ class Guards:
             "raised": dict(self.raised),
             **counts,
         }
+
+    def mask(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """The rollouts, marked where a guard whose action is `mask` takes one out of this step."""
+        series = self.series.get("longest_response")
+        longest = series.start if series is not None and series.ready else None
+        return [replace(r, masked=True) if shows_symptom(r, self.config, longest) else r for r in rollouts]
 
     def watch_step(self, row: dict[str, Any]) -> list[Alarm]:
         """The alarms that this row of `metrics.jsonl` sets off. NaN, or the null that JSON has for it, in `loss` or

@@ -48,6 +48,14 @@ def distillation_advantage(sampled_logp_T: Tensor, teacher_logp_T: Tensor, coeff
     return -coefficient * k1(sampled_logp_T, teacher_logp_T).detach()
 
 
+def extrapolated(teacher_logp_T: Tensor, reference_logp_T: Tensor, factor: float) -> Tensor:
+    """log T + (factor - 1) (log T - log R): what a teacher would say that had gone further from the reference R.
+
+    In `distillation_advantage` it gives ExOPD's factor (log T - log R) - (log S - log R) (2602.12125, factor 1.25); at
+    1 it is the teacher's own. With the student's start as R, the teacher's advance over it counts `factor` times."""
+    return teacher_logp_T + (factor - 1) * (teacher_logp_T - reference_logp_T)
+
+
 def with_baseline(advantage_T: Tensor, reverse_kl_T: Tensor, coefficient: float = 1.0) -> Tensor:
     """A_t + c KL(S || T)_t, detached (vOPD, 2605.07865).
 

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from kibitz.config import MethodConfig, register_method
 from kibitz.methods import gkd, grpo, opd, sft, skd
 from kibitz.methods.parts import Method, Parts, policy_loss, scorer, teacher_engine, token_loss
+from kibitz.methods.reference import anchored
+from kibitz.methods.replay import replayed
 from kibitz.methods.weights import weighted
 from kibitz.types import Stateful
 
@@ -29,11 +31,11 @@ METHODS: dict[str, Callable[[Parts], Method]] = {
 
 
 def build(parts: Parts) -> Method:
-    """The method that a recipe names, with the recipe's token weights."""
+    """The method that a recipe names, with the recipe's token weights, its reference and its gold responses."""
     method = METHODS[parts.recipe.method.type](parts)
     if isinstance(method, Stateful):
         parts.keeps["method"] = method
-    return weighted(method, parts)
+    return replayed(anchored(weighted(method, parts), parts), parts)
 
 
 def register(name: str, config: type[MethodConfig], build: Callable[[Parts], Method]) -> None:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from kibitz.config import OPDConfig
 from kibitz.losses.criteria import PolicyGradient
-from kibitz.losses.policy_gradient import clipped, discounted, distillation_advantage, group_advantages
+from kibitz.losses.policy_gradient import clipped, discounted, distillation_advantage, extrapolated, group_advantages
 from kibitz.methods.distillation import distil
 from kibitz.methods.parts import Method, Parts, policy_loss, scorer, teacher_engine, token_loss
+from kibitz.methods.reference import reference_scorer
 from kibitz.methods.sources import Linear, Seeded, Source, Stored
 from kibitz.methods.sources import Sampled as SampledFrom
 from kibitz.models import LanguageModel
@@ -30,6 +31,7 @@ class SampledTokenOPD:
     teacher: Scorer
     chunk_tokens: int | None
     group_size: int
+    reference: Scorer | None = None
 
     def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
         return self.source.rollout(prompts, step)
@@ -37,9 +39,12 @@ class SampledTokenOPD:
     def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
         """A token's own credit is the criterion's to give; what needs whole rollouts, rewards or a discount, is given here."""
         scored = [Scored(r, r.weight_T(), s) for r, s in zip(rollouts, self.teacher.score(rollouts), strict=True)]
-        if self.config.discount:
+        if self.reference is not None:
+            for one, signal in zip(scored, self.reference.score(rollouts), strict=True):
+                one.advantage_T = self._credited(one.rollout, one.signal, signal)
+        elif self.config.discount:
             for one in scored:
-                one.advantage_T = self._discounted(one.rollout, one.signal)
+                one.advantage_T = self._credited(one.rollout, one.signal)
         if self.config.reward_coef:
             rewards_GN = torch.tensor([r.reward for r in rollouts]).view(-1, self.group_size)
             for one, advantage in zip(scored, group_advantages(rewards_GN).flatten(), strict=True):
@@ -47,9 +52,14 @@ class SampledTokenOPD:
                 one.advantage_T = reward_T if one.advantage_T is None else one.advantage_T + reward_T
         return scored
 
-    def _discounted(self, rollout: Rollout, signal: Signal | None) -> Tensor:
+    def _credited(self, rollout: Rollout, signal: Signal | None, reference: Signal | None = None) -> Tensor:
+        """A token's whole advantage: extrapolated beyond the teacher, clipped, with credit for what follows."""
         assert isinstance(signal, Sampled)
-        advantage_T = distillation_advantage(rollout.logp_T, signal.logp_T.cpu(), self.config.kl_coef)
+        teacher_T = signal.logp_T
+        if reference is not None:
+            assert isinstance(reference, Sampled)
+            teacher_T = extrapolated(teacher_T, reference.logp_T.to(teacher_T.device), self.config.extrapolation)
+        advantage_T = distillation_advantage(rollout.logp_T, teacher_T.cpu(), self.config.kl_coef)
         if self.config.clip_advantage is not None:
             advantage_T, _ = clipped(advantage_T, -self.config.clip_advantage, self.config.clip_advantage)
         return discounted(advantage_T * rollout.weight_T(), self.config.discount)
@@ -57,7 +67,7 @@ class SampledTokenOPD:
     def loss(self, student: LanguageModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
         clip = None if config.clip_advantage is None else (-config.clip_advantage, config.clip_advantage)
-        coefficient = 0.0 if config.discount else config.kl_coef
+        coefficient = 0.0 if config.discount or self.reference is not None else config.kl_coef
         criterion = PolicyGradient(policy_loss(config), coefficient, config.baseline, clip)
         return token_loss(student, batch, criterion, self.chunk_tokens)
 
@@ -67,9 +77,9 @@ def build(parts: Parts) -> Method:
     source = _source(parts, config)
     if config.support != "sampled":
         return distil(parts, config, source)
-    return SampledTokenOPD(
-        config, source, scorer(parts, config), parts.recipe.optim.chunk_tokens, parts.sampling.num_samples
-    )
+    reference = reference_scorer(parts, "sampled") if config.extrapolation != 1 else None
+    chunk_tokens, group_size = parts.recipe.optim.chunk_tokens, parts.sampling.num_samples
+    return SampledTokenOPD(config, source, scorer(parts, config), chunk_tokens, group_size, reference)
 
 
 def _source(parts: Parts, config: OPDConfig) -> Source:

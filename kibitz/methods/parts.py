@@ -11,7 +11,7 @@ from kibitz.config import DistillationConfig, PolicyGradientConfig, Recipe
 from kibitz.engines import Engine
 from kibitz.engines.torch import TorchEngine
 from kibitz.losses.chunked import Criterion, over_chunks
-from kibitz.losses.criteria import PolicyLoss
+from kibitz.losses.criteria import Anchored, PolicyLoss
 from kibitz.losses.policy_gradient import POLICY_LOSSES
 from kibitz.models import LanguageModel
 from kibitz.teachers import Ask, MakeEngine, Scorer, Teacher
@@ -53,7 +53,8 @@ class Notes:
 @dataclass(frozen=True)
 class Parts:
     """What methods are made of. `divergence` is the user's own `(student_CS, teacher_CS) -> loss_C`, if one was passed;
-    `mask_ids` are the tokens that nobody learns, `stored` the rollouts by prompt key that the method's section names.
+    `mask_ids` are the tokens that nobody learns, `stored` the rollouts by prompt key that the method's section names,
+    `reference` the frozen model that it compares the student with.
 
     Who has a state beyond the student's enters it in `keeps` while the method is built; a `Stateful` method is entered as
     "method". Checkpoints hold each as training/NAME.safetensors."""
@@ -67,6 +68,7 @@ class Parts:
     divergence: Callable[[Tensor, Tensor], Tensor] | None = None
     mask_ids: tuple[int, ...] = ()
     stored: Mapping[str, Sequence[Rollout]] | None = None
+    reference: Teacher | None = None
     keeps: dict[str, Stateful] = field(default_factory=dict)
     notes: Notes = field(default_factory=Notes)
 
@@ -91,6 +93,8 @@ def token_loss(
     """A criterion over all response tokens of a batch, inside the student's own forward pass. The `loss` among the values
     is weighted, so that what is logged is what is learnt; the metrics are not."""
     size = chunk_tokens or student.chunk_tokens
+    if batch.tokens.anchor is not None:
+        criterion = Anchored(criterion)
     total, values = student(batch, lambda hidden_TD, head: over_chunks(criterion, hidden_TD, head, batch.tokens, size))
     return total, values | {"loss": values["loss"] * batch.tokens.weight_T}
 

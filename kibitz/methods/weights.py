@@ -12,7 +12,6 @@ from torch import Tensor
 
 from kibitz.batching import micro_batches, pack
 from kibitz.config import DistillationConfig
-from kibitz.guards import without_cut_off
 from kibitz.losses.token_weights import prefix_drift, sequence_mean, tip_score, top_share
 from kibitz.methods.parts import Method, Parts
 from kibitz.models import LanguageModel
@@ -21,8 +20,8 @@ from kibitz.types import Batch, Prompt, Rollout, Scored, Step
 
 @dataclass(frozen=True)
 class Weighted:
-    """`method`, with its tokens weighed. Masked tokens and cut-off rollouts leave first, so that shares and means are of
-    what remains; then tokens are chosen; then sequences are evened out."""
+    """`method`, with its tokens weighed. Masked tokens leave first (masked rollouts are gone already), so that shares and
+    means are of what remains; then tokens are chosen; then sequences are evened out."""
 
     method: Method
     parts: Parts
@@ -34,8 +33,6 @@ class Weighted:
     def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
         recipe = self.parts.recipe
         scored = [replace(s, weight_T=s.weight_T * self._allowed_T(s.rollout)) for s in self.method.signal(rollouts)]
-        if recipe.guards.mask_cut_off:
-            scored = without_cut_off(scored)
         if self.selection is not None:
             scored = self.selection(self.method, scored)
         if recipe.method.normalize == "token":
@@ -105,12 +102,12 @@ class Selection:
         return {name: [parts[i] for i in range(len(scored))] for name, parts in found.items()}
 
 
-def weighted(method: Method, parts: Parts) -> Method:
-    """`method` with the weights of its recipe; itself, where every token counts 1."""
-    config, masks, selection = parts.recipe.method, parts.recipe.guards.mask_cut_off or bool(parts.mask_ids), None
-    if isinstance(config, DistillationConfig) and config.token_weight != "none":
+def weighted(method: Method, parts: Parts, select: bool = True) -> Method:
+    """`method` with the weights of its recipe; itself, where every token counts 1. `select`: with its choice of tokens."""
+    config, selection = parts.recipe.method, None
+    if select and isinstance(config, DistillationConfig) and config.token_weight != "none":
         tokens = parts.recipe.optim.tokens_per_micro_batch
         selection = Selection(config.token_weight, config.token_share, parts.student, tokens)
-    if selection is None and config.normalize == "token" and not masks:
+    if selection is None and config.normalize == "token" and not parts.mask_ids:
         return method
     return Weighted(method, parts, selection)

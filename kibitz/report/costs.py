@@ -24,6 +24,7 @@ ELSE = "Everything else"
 PHASES = (
     Phase("Student writes", "student_sampling", "sampling"),
     Phase("Teacher scores", "teacher_scoring", "scoring"),
+    Phase("Reference scores", "reference_scoring", "scoring"),
     Phase("Student learns", "student_training", "training"),
     Phase("Teacher writes", "teacher_sampling", "sampling"),
 )

@@ -1,0 +1,45 @@
+"""What may join any method: a hold on a reference model, and gold responses beside what it learns from."""
+
+from pydantic import Field
+
+from kibitz.config.base import Section
+from kibitz.config.sections import ModelConfig
+
+
+class ReferenceConfig(ModelConfig):
+    """A frozen model with the student's tokenizer."""
+
+
+class ExtrasConfig(Section):
+    """What may join any method. Both together, with opd, are StableOPD (2604.08527)."""
+
+    reference_kl: float = Field(
+        0.0,
+        ge=0,
+        description="Adds this times KL(S || reference), exact at each token, to the loss: a hold on the start (StableOPD, "
+        "2604.08527; the KL penalty of RLHF). Try 0.05. 0: off; it costs one forward pass of the reference.",
+    )
+    reference: ReferenceConfig | None = Field(
+        None, description="What reference_kl and extrapolation compare with. Off: the student before its first step."
+    )
+    replay: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Of a step's prompts, the share whose response in the data is learnt too, by cross-entropy (StableOPD "
+        "mixes in gold solutions). Try 0.25. 0: off.",
+    )
+    replay_coef: float = Field(
+        1.0, gt=0, description="Of replay: how much the mean over its tokens counts beside the method's own. 1: alike."
+    )
+
+    def needs_reference(self) -> bool:
+        """Whether a frozen model is to be loaded beside student and teacher."""
+        return self.reference_kl > 0
+
+    def check_extras(self) -> None:
+        """Raise ValueError for extras that nothing asks for. For every method, whatever its own `check` says."""
+        if self.reference is not None and not self.needs_reference():
+            raise ValueError(
+                "nothing is compared with method.reference: write method.reference_kl=0.05 too, or drop it"
+            )

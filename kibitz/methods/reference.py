@@ -1,0 +1,62 @@
+"""A frozen model that the student is held to: its own beginning, or another (StableOPD, 2604.08527; RLHF's KL penalty)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from kibitz.config import SignalKind
+from kibitz.methods.parts import Method, Notes, Parts
+from kibitz.models import LanguageModel
+from kibitz.teachers import Ask, Scorer, Teacher
+from kibitz.types import Anchor, Batch, Prompt, Rollout, Scored, Signal, Step
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The reference model as one that scores, its work counted as `reference_scoring`."""
+
+    teacher: Teacher
+    scorer: Scorer
+    notes: Notes
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
+        self.notes.spend("reference_scoring", self.teacher.flops(rollouts, ()))
+        return self.scorer.score(rollouts)
+
+
+def reference_scorer(parts: Parts, kind: SignalKind) -> Reference:
+    assert parts.reference is not None
+    ask = Ask(kind, tokens_per_micro_batch=parts.recipe.optim.tokens_per_micro_batch)
+    return Reference(parts.reference, parts.reference.scorer(ask), parts.notes)
+
+
+@dataclass(frozen=True)
+class Anchored:
+    """`method`, with `coefficient` KL(S || R) at every token that it learns. `token_loss` adds it, in the same pass."""
+
+    method: Method
+    reference: Scorer
+    coefficient: float
+
+    def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
+        return self.method.rollout(prompts, step)
+
+    def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+        signals = self.reference.score(rollouts)
+        pairs = zip(self.method.signal(rollouts), signals, strict=True)
+        return [replace(one, anchor=Anchor(signal, self.coefficient)) for one, signal in pairs]
+
+    def loss(self, student: LanguageModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        total, values = self.method.loss(student, batch)
+        if "reference_kl" not in values:
+            raise ValueError(
+                f"{type(self.method).__name__} makes its loss without token_loss, so method.reference_kl cannot join it: "
+                "write method.reference_kl=0"
+            )
+        return total, values
+
+
+def anchored(method: Method, parts: Parts) -> Method:
+    coefficient = parts.recipe.method.reference_kl
+    return Anchored(method, reference_scorer(parts, "dense"), coefficient) if coefficient else method

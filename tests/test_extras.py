@@ -1,0 +1,293 @@
+"""What joins any method: the hold on a reference model, gold responses, going past the teacher."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import make_model, recipe
+
+import kibitz
+from kibitz import methods, prepare
+from kibitz.batching import micro_batches, pack
+from kibitz.losses.policy_gradient import distillation_advantage, extrapolated
+from kibitz.methods.opd import SampledTokenOPD
+from kibitz.methods.reference import reference_scorer
+from kibitz.trainer import Silence
+from kibitz.types import Step
+
+METHODS = {
+    "opd": {"type": "opd"},
+    "sampled": {"type": "opd", "support": "sampled"},
+    "gkd": {"type": "gkd", "on_policy": 0.5},
+    "skd": {"type": "skd", "accept_top_k": 3},
+    "grpo": {"type": "grpo"},
+}
+TIMES = {"seconds", "tokens_per_second"}
+
+
+def odd(prompt, text) -> float:
+    return float(len(text) % 2)
+
+
+class Lab:
+    """A method with the rollouts of its first step, without a run around it."""
+
+    def __init__(self, models: Path, output: Path, method: dict, **sections):
+        tree = recipe(models / "student", models / "teacher", output, method=method, **sections)
+        self.setup = prepare.prepare(tree, grader=odd)
+        self.parts, self.student = self.setup.parts, self.setup.student
+        self.method = methods.build(self.parts)
+        self.rollouts = self.method.rollout(self.setup.stream.take(8), Step(0, 4, 7))
+        for i, rollout in enumerate(self.rollouts):
+            rollout.reward = float(i % 3)
+        self.scored = self.method.signal(self.rollouts)
+
+    def log_probs(self, model, rollout) -> torch.Tensor:
+        """[T, V] in float64, from the plain model, one sequence at a time."""
+        ids, first = torch.tensor([[*rollout.prompt.ids, *rollout.response_ids]]), len(rollout.prompt.ids) - 1
+        return model.model(ids).logits[0, first:-1, : model.vocab_size].double().log_softmax(-1)
+
+    def values(self, scored=None, method=None) -> tuple[float, torch.Tensor]:
+        """What the trainer minimises, and its gradient: each objective is the mean over its own tokens."""
+        scored, method = self.scored if scored is None else scored, method or self.method
+        counts = {
+            s.objective: sum(int((o.weight_T > 0).sum()) for o in scored if o.objective == s.objective) for s in scored
+        }
+        self.student.zero_grad()
+        loss = 0.0
+        for indices in micro_batches(scored, 200):
+            batch = pack([scored[i] for i in indices])
+            total, _ = method.loss(self.student, batch)
+            (total / counts[batch.objective]).backward()
+            loss += total.item() / counts[batch.objective]
+        return loss, torch.cat([p.grad.flatten() for p in self.student.parameters() if p.grad is not None])
+
+
+def model_of(teacher):
+    return teacher.writer(lambda model: model)
+
+
+@pytest.fixture
+def lab(small_models, tmp_path):
+    def build(method: dict, name: str = "run", **sections) -> Lab:
+        return Lab(small_models, tmp_path / name, method, **sections)
+
+    return build
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+# ------------------------------------------------------------------ the hold on a reference
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_hold_adds_the_kl_to_the_reference_at_every_token(lab, small_models, name):
+    """Loss and gradient, against the plain method and a sum over the vocabulary in float64."""
+    other = {"reference": {"model": str(small_models / "teacher")}}
+    held = lab(METHODS[name] | other | {"reference_kl": 0.3})
+    plain_method = methods.build(replace(held.parts, recipe=lab(METHODS[name], "plain").setup.recipe))
+    plain_loss, plain_gradient = held.values(plain_method.signal(held.rollouts), plain_method)
+    loss, gradient = held.values()
+    held.student.zero_grad()
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for rollout in held.rollouts:
+        student = held.log_probs(held.student, rollout)
+        reference = held.log_probs(model_of(held.parts.reference), rollout).detach()
+        total, count = total + (student.exp() * (student - reference)).sum(), count + rollout.num_tokens
+    (0.3 * total / count).backward()
+    want = torch.cat([p.grad.flatten() for p in held.student.parameters()])
+    assert loss == pytest.approx(plain_loss + 0.3 * total.item() / count, rel=1e-4)
+    torch.testing.assert_close(gradient, plain_gradient + want, rtol=1e-3, atol=1e-4 * want.abs().max().item())
+
+
+def test_the_reference_is_the_start_and_the_kl_to_it_is_zero_there(small_models, tmp_path):
+    tree = recipe(
+        small_models / "student",
+        small_models / "teacher",
+        tmp_path / "run",
+        method={"type": "opd", "reference_kl": 0.5},
+        optim={"lr": 1e-2},
+    )
+    run = kibitz.train(tree)
+    free = kibitz.train(tree, ["method.reference_kl=0", f"output={tmp_path / 'free'}"])
+    distances = [row["reference_kl"] for row in run.metrics]
+    assert abs(distances[0]) < 1e-6
+    assert distances[-1] > 0.05
+    assert run.metrics[0]["loss"] == pytest.approx(free.metrics[0]["loss"], abs=1e-5)
+    assert "reference_kl" not in free.metrics[0]
+    flops = run.metrics[0]["flops"]
+    assert flops["reference_scoring"] == pytest.approx(flops["student_training"] / 3)
+    assert "reference_scoring" not in free.metrics[0]["flops"]
+
+
+def test_a_strong_hold_keeps_the_student_where_it_was(small_models, tmp_path):
+    def moved(name: str, strength: float) -> float:
+        run = kibitz.train(
+            recipe(
+                small_models / "student",
+                small_models / "teacher",
+                tmp_path / name,
+                method={"type": "opd", "reference_kl": strength},
+                steps=10,
+                optim={"lr": 5e-3},
+            )
+        )
+        return run.evals[0]["reverse_kl"] - run.evals[-1]["reverse_kl"]
+
+    assert moved("held", 100.0) < 0.5 * moved("free", 0.0)
+
+
+class Crash(Silence):
+    def step(self, row):
+        if row["step"] == 3:
+            raise RuntimeError("power cut")
+
+
+def test_a_run_that_goes_on_is_held_to_the_first_start_and_replays_the_same(small_models, tmp_path):
+    method = {"type": "opd", "reference_kl": 0.5, "replay": 0.5}
+    sections = {"method": method, "save": {"every": 2}, "optim": {"lr": 1e-2}}
+    models = small_models / "student", small_models / "teacher"
+    whole = kibitz.train(recipe(*models, tmp_path / "whole", **sections))
+    tree = recipe(*models, tmp_path / "part", **sections)
+    with pytest.raises(RuntimeError, match="power cut"):
+        kibitz.train(tree, progress=Crash())
+    run = kibitz.train(tree, resume=True)
+    assert timeless(run.metrics) == timeless(whole.metrics)
+    first, second = (load_file(r.checkpoint / "model.safetensors") for r in (whole, run))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_references_that_cannot_be_are_refused(small_models, tmp_path):
+    def train(method: dict):
+        tree = recipe(small_models / "student", small_models / "teacher", tmp_path / "run", method=method)
+        kibitz.train(tree)
+
+    with pytest.raises(kibitz.RecipeError, match="nothing is compared with method.reference"):
+        train({"type": "opd", "reference": {"model": str(small_models / "teacher")}})
+    with pytest.raises(ValueError, match="student and method.reference have different tokenizers"):
+        train({"type": "opd", "reference_kl": 0.1, "reference": {"model": str(small_models / "stranger")}})
+    short = make_model(tmp_path / "short", max_position_embeddings=16)
+    with pytest.raises(kibitz.RecipeError, match="the reference has 16 positions"):
+        train({"type": "opd", "reference_kl": 0.1, "reference": {"model": str(short)}})
+    with pytest.raises(kibitz.RecipeError, match="drop method.replay"):
+        train({"type": "sft", "replay": 0.5})
+
+
+# ------------------------------------------------------------------ gold responses
+
+
+@pytest.mark.parametrize("normalize", ["token", "sequence"])
+@pytest.mark.parametrize("name", ["opd", "gkd", "grpo"])
+def test_replay_adds_the_mean_cross_entropy_of_gold_responses(lab, name, normalize):
+    mixed = lab(METHODS[name] | {"replay": 0.3, "replay_coef": 0.7, "normalize": normalize})
+    gold = [r for r in mixed.rollouts if r.replayed]
+    own = [r for r in mixed.rollouts if not r.replayed]
+    assert len(gold) == 3  # 0.3 of 8, rounded up
+    assert all(r.text == r.prompt.response for r in gold)
+    plain = lab(METHODS[name] | {"normalize": normalize}, "plain")
+    losses = [
+        -mixed.log_probs(mixed.student, r).gather(-1, torch.tensor(r.response_ids)[:, None])[:, 0].detach()
+        for r in gold
+    ]
+    each = torch.stack([x.mean() for x in losses]) if normalize == "sequence" else torch.cat(losses)
+    method = methods.build(replace(mixed.parts, recipe=plain.setup.recipe))
+    plain_loss, _ = mixed.values(method.signal(own), method)
+    assert mixed.values()[0] == pytest.approx(plain_loss + 0.7 * each.mean().item(), rel=1e-4)
+
+
+def test_gold_responses_leave_the_methods_own_numbers_alone(small_models, tmp_path):
+    """The first step writes the same rollouts, and all but the loss, the gradient and the costs reads the same."""
+    tree = recipe(
+        small_models / "student",
+        small_models / "teacher",
+        tmp_path / "run",
+        method={"type": "opd", "support": "sampled", "reward_coef": 1.0, "replay": 1.0},
+        rollout={"store": True},
+        steps=1,
+    )
+    run = kibitz.train(tree, grader=odd)
+    plain = kibitz.train(tree, ["method.replay=0", f"output={tmp_path / 'plain'}"], grader=odd)
+    row, other = run.metrics[0], plain.metrics[0]
+    assert row["loss"] == pytest.approx(other["loss"] + row["replay_loss"], rel=1e-5)
+    changed = {"loss", "grad_norm", "num_tokens", "replay_loss", "flops", *TIMES}
+    assert {k: v for k, v in row.items() if k not in changed} == pytest.approx(
+        {k: v for k, v in other.items() if k not in changed}
+    )
+    assert row["flops"]["teacher_scoring"] == other["flops"]["teacher_scoring"]
+    assert row["flops"]["student_sampling"] == other["flops"]["student_sampling"]
+    assert row["flops"]["student_training"] > other["flops"]["student_training"]
+    stored = [json.loads(line) for line in (run.folder / "stored.jsonl").read_text().splitlines()]
+    assert len(stored) == 16
+
+
+def test_replay_teaches_what_the_data_says(small_models, tmp_path):
+    tree = recipe(
+        small_models / "student",
+        small_models / "teacher",
+        tmp_path / "run",
+        method={"type": "grpo", "replay": 1.0},
+        steps=20,
+        optim={"lr": 5e-3},
+    )
+    run = kibitz.train(tree)
+    assert run.metrics[-1]["replay_loss"] < run.metrics[0]["replay_loss"] - 0.3
+
+
+# ------------------------------------------------------------------ past the teacher
+
+
+def test_extrapolation_is_the_published_advantage():
+    torch.manual_seed(0)
+    student, teacher, reference = torch.randn(3, 50, dtype=torch.float64)
+    for factor in (0.5, 1.0, 1.25, 3.0):
+        want = factor * (teacher - reference) - (student - reference)
+        got = distillation_advantage(student, extrapolated(teacher, reference, factor))
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_a_factor_of_one_is_opd_in_loss_and_gradient(lab, small_models):
+    """Through the code of ExOPD, with a reference that is far from both models: bit for bit."""
+    plain = lab({"type": "opd", "support": "sampled"})
+    make_model(small_models / "far", seed=9)
+    other = {"reference": {"model": str(small_models / "far")}}
+    far = lab({"type": "opd", "support": "sampled", "extrapolation": 1.25} | other, "far")
+    inner = plain.method
+    assert isinstance(inner, SampledTokenOPD)
+    exopd = replace(inner, reference=reference_scorer(far.parts, "sampled"))
+    loss, gradient = plain.values()
+    same_loss, same_gradient = plain.values(exopd.signal(plain.rollouts), exopd)
+    assert same_loss == loss
+    assert torch.equal(same_gradient, gradient)
+    _, further = far.values(far.method.signal(plain.rollouts))
+    assert (further - gradient).norm() > 0.05 * gradient.norm()
+
+
+def test_extrapolation_against_the_plain_models(lab):
+    one = lab({"type": "opd", "support": "sampled", "extrapolation": 1.5, "kl_coef": 0.5, "discount": 0.9})
+    for scored in one.scored:
+        rollout, token_T1 = scored.rollout, torch.tensor(scored.rollout.response_ids)[:, None]
+        with torch.no_grad():
+            reference = one.log_probs(model_of(one.parts.reference), rollout).gather(-1, token_T1)[:, 0]
+            teacher = one.log_probs(model_of(one.parts.teacher), rollout).gather(-1, token_T1)[:, 0]
+            student = one.log_probs(one.student, rollout).gather(-1, token_T1)[:, 0]
+        each = 0.5 * (1.5 * (teacher - reference) - (student - reference))
+        want = [sum(0.9 ** (s - t) * each[s].item() for s in range(t, len(each))) for t in range(len(each))]
+        torch.testing.assert_close(scored.advantage_T, torch.tensor(want), rtol=1e-3, atol=1e-4)
+
+
+def test_extrapolation_is_a_recipe_and_says_where_it_belongs(small_models, tmp_path):
+    models = small_models / "student", small_models / "teacher"
+    sampled = {"type": "opd", "support": "sampled", "extrapolation": 1.25}
+    run = kibitz.train(recipe(*models, tmp_path / "run", method=sampled, steps=2))
+    assert run.metrics[0]["flops"]["reference_scoring"] > 0
+    for changes, message in (
+        ({"support": "full"}, "extrapolation belongs to the policy gradient"),
+        ({"baseline": True}, "drop it, or write method.discount=0 without extrapolation"),
+    ):
+        with pytest.raises(kibitz.RecipeError, match=message):
+            kibitz.train(recipe(*models, tmp_path / "no", method=sampled | changes))
