@@ -26,6 +26,11 @@ def load_prompts(
     prompts = [_prompt(number, row, config, tokenizer, demonstrations) for number, row in rows]
     if not prompts:
         raise ValueError(f"{config.prompts or config.world} holds no prompts")
+    if config.too_long == "drop":
+        prompts = [prompt for prompt in prompts if len(prompt.ids) <= config.max_prompt_tokens]
+    if not prompts:
+        raise ValueError(f"every prompt of {config.prompts or config.world} is longer than {config.max_prompt_tokens} tokens: "
+                         "raise data.max_prompt_tokens")  # fmt: skip
     return prompts
 
 
@@ -54,9 +59,16 @@ def _rows(config: DataConfig, seed: int, demonstrations: bool) -> Iterable[tuple
     path = Path(config.prompts)
     if path.suffix in (".jsonl", ".json", ".ndjson"):
         rows = _read_jsonl(path)
-    else:
-        rows = _read_dataset(config, path)
-    return rows[: config.limit]
+        return [rows[i] for i in _picked(len(rows), config)]
+    return _read_dataset(config, path)
+
+
+def _picked(count: int, config: DataConfig) -> Sequence[int]:
+    """The places of the rows that `limit` leaves, in the order of the file."""
+    limit = min(count, config.limit or count)
+    if config.pick == "first" or limit == count:
+        return range(limit)
+    return sorted(random.Random(f"rows|{count}").sample(range(count), limit))
 
 
 def _read_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -93,7 +105,9 @@ def _read_dataset(config: DataConfig, path: Path) -> list[tuple[str, dict[str, A
             table = datasets.load_dataset(config.prompts or "", split=config.split)
     except Exception as error:  # the library raises a dozen kinds
         raise ValueError(f"data.prompts: cannot read {config.prompts}: {' '.join(str(error).split())[:300]}") from error
-    return [(f"{config.prompts} row {i + 1}", dict(row)) for i, row in enumerate(table)]
+    places = _picked(len(table), config)
+    rows = table.select(places)  # before they are read: a data set can be larger than memory
+    return [(f"{config.prompts} row {i + 1}", dict(row)) for i, row in zip(places, rows, strict=True)]
 
 
 # ------------------------------------------------------------------ from a row to a prompt
@@ -114,10 +128,10 @@ def _prompt(
         raise ValueError(f"{place}: the chat template cannot render it: {error}") from error
     if not ids:
         raise ValueError(f"{place} is empty: the tokenizer makes no token of its prompt")
-    if len(ids) > config.max_prompt_tokens:
+    if len(ids) > config.max_prompt_tokens and config.too_long == "error":
         raise ValueError(
             f"{place}: the prompt has {len(ids)} tokens, the limit is {config.max_prompt_tokens}: "
-            "shorten it or raise data.max_prompt_tokens"
+            "shorten it, raise data.max_prompt_tokens, or leave such prompts out by data.too_long=drop"
         )
     answer = row.get(config.columns.answer)
     identity = json.dumps(messages, ensure_ascii=False, sort_keys=True)
@@ -136,8 +150,8 @@ def _prompt(
 def _messages(place: str, row: dict[str, Any], config: DataConfig) -> tuple[list[dict[str, str]], str | None]:
     """The conversation up to where the student speaks, and the demonstrated response if there is one."""
     response = row.get(config.columns.response)
-    if "messages" in row:
-        messages = row["messages"]
+    if "messages" in row or "conversations" in row:
+        messages = row["messages"] if "messages" in row else _as_messages(row["conversations"])
         if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
             raise ValueError(f"{place}: messages must be a list of {{role, content}}, both of them text")
         if messages[-1]["role"] == "assistant":
@@ -157,6 +171,21 @@ def _messages(place: str, row: dict[str, Any], config: DataConfig) -> tuple[list
     if config.system is not None:
         messages = [{"role": "system", "content": config.system}, *messages]
     return messages, None if response is None else str(response)
+
+
+SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+
+
+def _as_messages(conversation: Any) -> Any:
+    """ShareGPT's way of writing them, `{from, value}`, as OpenThoughts has; anything else as it is."""
+    if not isinstance(conversation, list) or not all(isinstance(turn, dict) for turn in conversation):
+        return conversation
+    return [
+        {"role": SPEAKERS.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
+        if "from" in turn
+        else turn
+        for turn in conversation
+    ]
 
 
 def _is_message(message: Any) -> bool:

@@ -145,3 +145,43 @@ def test_picking_a_grader():
     rows = load_prompts(data.model_copy(update={"limit": 3}), tokenizer())
     grader = load_grader(data, rows)
     assert [grader(row, "1=" + row.answer) for row in rows] == [1, 1, 1]
+
+
+def test_long_prompts_are_refused_or_left_out(tmp_path):
+    path = write(tmp_path / "p.jsonl", {"prompt": "1+1"}, {"prompt": "(((1+1)))"}, {"prompt": "2"})
+    whole = load_prompts(DataConfig(prompts=str(path)), tokenizer())
+    limit = sorted(len(p.ids) for p in whole)[1]
+    with pytest.raises(ValueError, match="too_long=drop"):
+        load_prompts(DataConfig(prompts=str(path), max_prompt_tokens=limit), tokenizer())
+    kept = load_prompts(DataConfig(prompts=str(path), max_prompt_tokens=limit, too_long="drop"), tokenizer())
+    assert [p.text for p in kept] == ["1+1", "2"]
+    with pytest.raises(ValueError, match="raise data.max_prompt_tokens"):
+        load_prompts(DataConfig(prompts=str(path), max_prompt_tokens=1, too_long="drop"), tokenizer())
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_random_rows_are_the_same_every_time_and_keep_their_order(suffix, tmp_path):
+    rows = [{"prompt": f"{i}+{i}"} for i in range(9)]
+    path = write(tmp_path / "rows.jsonl", *rows)
+    if suffix == "parquet":
+        import datasets
+
+        datasets.Dataset.from_list(rows).to_parquet(path := tmp_path / "rows.parquet")
+    first, again = (load_prompts(DataConfig(prompts=str(path), limit=4, pick="random"), tokenizer(), s) for s in (0, 1))
+    texts = [p.text for p in first]
+    assert texts == [p.text for p in again]
+    assert texts == sorted(texts)
+    assert len(texts) == 4
+    assert texts != [row["prompt"] for row in rows[:4]]
+    head = load_prompts(DataConfig(prompts=str(path), limit=4), tokenizer())
+    assert [p.text for p in head] == [row["prompt"] for row in rows[:4]]
+
+
+def test_conversations_of_from_and_value_are_messages(tmp_path):
+    turns = [{"from": "human", "value": "1+1"}, {"from": "gpt", "value": "2"}]
+    path = write(tmp_path / "c.jsonl", {"conversations": turns})
+    (prompt,) = load_prompts(DataConfig(prompts=str(path)), tokenizer(), demonstrations=True)
+    assert (prompt.text, prompt.response) == ("1+1", "2")
+    bad = write(tmp_path / "b.jsonl", {"conversations": [{"from": "human", "value": 3}]})
+    with pytest.raises(ValueError, match="both of them text"):
+        load_prompts(DataConfig(prompts=str(bad)), tokenizer())

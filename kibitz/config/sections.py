@@ -83,11 +83,13 @@ class DataConfig(Section):
         description="exact, math, choice, constraints, constraints_strict, code (unit tests in a confined process), or "
         "auto: the world's own, else math if rows have an answer.",
     )
-    limit: int | None = Field(
-        None, ge=1, description="Use only the first rows; a world makes this many (default 20000)."
+    limit: int | None = Field(None, ge=1, description="Use only so many rows; a world makes this many (default 20000).")
+    pick: Literal["first", "random"] = Field(
+        "first", description="Which rows `limit` leaves: random ones are the same for every seed of the run."
     )
-    max_prompt_tokens: int = Field(
-        1024, ge=1, description="A longer prompt is an error. 1024: Thinking Machines' cookbook."
+    max_prompt_tokens: int = Field(1024, ge=1, description="Of the rendered prompt. 1024: Thinking Machines' cookbook.")
+    too_long: Literal["error", "drop"] = Field(
+        "error", description="What becomes of a longer prompt. drop: it is left out; `kibitz check` says how many are."
     )
     shuffle: bool = Field(True, description="A new order each epoch, decided by the seed.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the world, such as {corrupted: 0.9}.")
