@@ -291,7 +291,7 @@ def _unreadable(name: str, role: str, error: Exception) -> str:
 def check_same_tokenizer(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, other: str = "teacher"
 ) -> None:
-    """The teacher scores the student's token ids, so both must mean the same text by them."""
+    """The teacher (or the `other` model) reads the student's token ids, so both must mean the same text by them."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours == theirs:
         return

@@ -39,10 +39,7 @@ class Optimizer:
         self.masters: dict[Tensor, Tensor] = {p: _master(p) for p in learnt if p.dtype != torch.float32}
         self.names: dict[Tensor, str] = {self.masters.get(p, p): name for p, name in learnt.items()}
         self.parameters = list(self.names)
-        outer = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
-        matrices = [
-            self.masters.get(p, p) for p in learnt if config.name == "muon" and p.ndim == 2 and id(p) not in outer
-        ]
+        matrices = [self.masters.get(p, p) for p in _inner_matrices(model)] if config.name == "muon" else []
         chosen = {id(p) for p in matrices}
         rest = [p for p in self.parameters if id(p) not in chosen]
         self.parts: list[torch.optim.Optimizer] = [_adam(rest, config)] if rest else []
@@ -51,7 +48,7 @@ class Optimizer:
             self.parts.append(torch.optim.Muon(matrices, lr=config.muon_lr or 10 * config.lr, **muon))
         self.rates = [group["lr"] for part in self.parts for group in part.param_groups]
 
-    def step(self, factor: float) -> float:
+    def step(self, factor: float = 1.0) -> float:
         """One update at `factor` times the learning rate; returns the gradient's norm before clipping. Gradients that
         are not finite change nothing."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf).item()
@@ -131,3 +128,9 @@ def _master(parameter: Tensor) -> Tensor:
 
     parameter.register_post_accumulate_grad_hook(take_gradient)
     return master
+
+
+def _inner_matrices(model: nn.Module) -> list[Tensor]:
+    """What Muon takes: the matrices of a language model but for its embedding and its output head."""
+    outer = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in outer]

@@ -67,8 +67,8 @@ def prepare(
     optim.require(recipe.optim)
     tokenizer = load_tokenizer(recipe.student, "student")
     teachers.check(recipe.teacher, tokenizer)
-    if recipe.method.reference is not None:
-        check_same_tokenizer(tokenizer, load_tokenizer(recipe.method.reference, "method.reference"), "method.reference")
+    for role, model in recipe.method.other_models().items():
+        check_same_tokenizer(tokenizer, load_tokenizer(model, role), role)
     mask_ids = single_tokens(tokenizer, recipe.method.mask_tokens, "method.mask_tokens")
     prompts = load_prompts(recipe.data, tokenizer, recipe.seed, _needs_responses(recipe))
     grader = grader or load_grader(recipe.data, prompts)

@@ -6,6 +6,7 @@ Every field has a default, and its description says where the default comes from
 names the nearest right one. Paths are relative to the current folder.
 """
 
+from kibitz.config.adversarial import AMMDConfig, DiscriminatorConfig, GADConfig
 from kibitz.config.base import RecipeError, Section
 from kibitz.config.guards import GuardConfig
 from kibitz.config.methods import (
@@ -36,9 +37,9 @@ from kibitz.config.table import METHOD_CONFIGS
 from kibitz.config.teachers import TEACHER_CONFIGS, LocalTeacherConfig, SignalKind, TeacherConfig
 
 __all__ = [
-    "METHOD_CONFIGS", "TEACHER_CONFIGS", "Columns", "DataConfig", "DistillationConfig", "DivergenceName",
-    "EvalConfig", "GKDConfig", "GRPOConfig", "GuardConfig", "LocalTeacherConfig", "LoraConfig", "MethodConfig", "ModelConfig",
-    "OPDConfig", "OptimConfig", "PolicyGradientConfig", "Recipe", "RecipeError", "RolloutConfig", "SFTConfig",
-    "SKDConfig", "SaveConfig", "Section", "SignalKind", "StudentConfig", "TeacherConfig", "dump", "json_schema",
-    "load", "register_method",
+    "METHOD_CONFIGS", "TEACHER_CONFIGS", "AMMDConfig", "Columns", "DataConfig", "DiscriminatorConfig",
+    "DistillationConfig", "DivergenceName", "EvalConfig", "GADConfig", "GKDConfig", "GRPOConfig", "GuardConfig",
+    "LocalTeacherConfig", "LoraConfig", "MethodConfig", "ModelConfig", "OPDConfig", "OptimConfig",
+    "PolicyGradientConfig", "Recipe", "RecipeError", "RolloutConfig", "SFTConfig", "SKDConfig", "SaveConfig",
+    "Section", "SignalKind", "StudentConfig", "TeacherConfig", "dump", "json_schema", "load", "register_method",
 ]  # fmt: skip

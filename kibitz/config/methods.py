@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from kibitz.config.extras import ExtrasConfig
-from kibitz.config.sections import RolloutConfig
+from kibitz.config.sections import ModelConfig, RolloutConfig
 from kibitz.config.teachers import SignalKind, TeacherConfig
 from kibitz.config.writing import WritingConfig
 
@@ -62,6 +62,10 @@ class MethodConfig(ExtrasConfig):
     def stored_rollouts(self) -> str | None:
         """The file of rollouts to learn from, if nobody is to write any."""
         return None
+
+    def other_models(self) -> dict[str, ModelConfig]:
+        """What it loads beside student and teacher, by the key of the recipe. They must share the student's tokenizer."""
+        return {} if self.reference is None else {"method.reference": self.reference}
 
     def check(self, rollout: RolloutConfig) -> None:
         """Raise ValueError, with what to write instead, for settings that exclude each other."""

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Union
 
 from pydantic import Discriminator, Tag
 
+from kibitz.config.adversarial import AMMDConfig, GADConfig
 from kibitz.config.methods import GKDConfig, GRPOConfig, MethodConfig, OPDConfig, SFTConfig, SKDConfig
 
 METHOD_CONFIGS: dict[str, type[MethodConfig]] = {
@@ -12,6 +13,8 @@ METHOD_CONFIGS: dict[str, type[MethodConfig]] = {
     "gkd": GKDConfig,
     "skd": SKDConfig,
     "grpo": GRPOConfig,
+    "ammd": AMMDConfig,
+    "gad": GADConfig,
 }
 
 

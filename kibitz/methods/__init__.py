@@ -7,12 +7,14 @@
 | gkd | the student in a share of the steps, else the data or the teacher | the teacher's distribution there | JSD, or another |
 | skd | the student; the teacher replaces what is not in its top K | the teacher's distribution there | forward KL, or another |
 | grpo | the student, a group per prompt | reward minus the group's mean | clipped policy gradient |
+| ammd | the student; for other prompts the teacher or the data | learnt values of all tokens | the policies' gap in value |
+| gad | at first the teacher or the data, then the student | a judge's score minus the group's mean | clipped policy gradient |
 """
 
 from collections.abc import Callable
 
 from kibitz.config import MethodConfig, register_method
-from kibitz.methods import gkd, grpo, opd, sft, skd
+from kibitz.methods import ammd, gad, gkd, grpo, opd, sft, skd
 from kibitz.methods.parts import Method, Parts, policy_loss, scorer, teacher_engine, token_loss
 from kibitz.methods.reference import anchored
 from kibitz.methods.replay import replayed
@@ -27,6 +29,8 @@ METHODS: dict[str, Callable[[Parts], Method]] = {
     "gkd": gkd.build,
     "skd": skd.build,
     "grpo": grpo.build,
+    "ammd": ammd.build,
+    "gad": gad.build,
 }
 
 

@@ -1,13 +1,13 @@
 """What a method is, and what it is made of."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
 from torch import Tensor
 
-from kibitz.config import DistillationConfig, PolicyGradientConfig, Recipe
+from kibitz.config import DistillationConfig, MethodConfig, PolicyGradientConfig, Recipe
 from kibitz.engines import Engine
 from kibitz.engines.torch import TorchEngine
 from kibitz.losses.chunked import Criterion, over_chunks
@@ -73,12 +73,14 @@ class Parts:
     notes: Notes = field(default_factory=Notes)
 
 
-def scorer(parts: Parts, config: DistillationConfig) -> Scorer:
+def scorer(parts: Parts, config: MethodConfig) -> Scorer:
     """Who scores for a method: its teacher, asked for the first signal of `config.asks()` that it can give."""
     assert parts.teacher is not None
     kind = next(kind for kind in config.asks() if kind in parts.teacher.kinds)
-    tokens = parts.recipe.optim.tokens_per_micro_batch
-    return parts.teacher.scorer(Ask(kind, config.top_k, config.temperature, tokens))
+    ask = Ask(kind, tokens_per_micro_batch=parts.recipe.optim.tokens_per_micro_batch)
+    if isinstance(config, DistillationConfig):
+        ask = replace(ask, top_k=config.top_k, temperature=config.temperature)
+    return parts.teacher.scorer(ask)
 
 
 def teacher_engine(parts: Parts, make: MakeEngine | None = None) -> Engine:

@@ -138,6 +138,19 @@ class Mix:
         return source.rollout(prompts, step)
 
 
+@dataclass(frozen=True)
+class Split:
+    """Both in each step: `first` answers a share of the prompts, `second` the others."""
+
+    first: Source
+    second: Source
+    share: float
+
+    def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
+        num = round(self.share * len(prompts))
+        return [*self.first.rollout(prompts[:num], step), *self.second.rollout(prompts[num:], step)]
+
+
 def _apart(prompts: Sequence[Prompt]) -> list[Prompt]:
     """The prompts, with keys of their own for those that stand here more than once (there are fewer prompts than a step
     takes): a key decides every token, and a second copy would bring the same responses again."""

@@ -1,0 +1,39 @@
+"""Losses with an opponent: it is trained to tell the student from the teacher, and the student to make it fail."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from kibitz.losses.criteria import Divergence
+from kibitz.types import Tokens
+
+
+def moment_gap(student_CS: Tensor, teacher_CS: Tensor, q_CS: Tensor) -> Tensor:
+    """E_T q - E_S q = sum_s (T_s - S_s) q_s: by how much the expected action value of the two policies differs.
+
+    Over all |q| <= 1 its largest value is 2 TV(S, T), at q = sign(T - S); the student lowers it, q raises it. Adversarial
+    moment matching (Jia, 2406.02959), with the expectation over both policies' actions taken exactly; the derivation is
+    ours, see docs/methods.md."""
+    return ((teacher_CS.exp() - student_CS.exp()) * q_CS).sum(-1)
+
+
+@dataclass(frozen=True)
+class MomentMatching:
+    """The student's side of the moment gap under a fixed `q`: the `numbers` named "state" [C, D] -> [C, V]. The gradient is
+    -sum_a q(a) grad S(a): a policy gradient over all actions at once, without the noise of a sampled one."""
+
+    q: Callable[[Tensor], Tensor]
+
+    def __call__(self, logits_CV: Tensor, tokens: Tokens) -> dict[str, Tensor]:
+        with torch.no_grad():
+            q_CV = self.q(tokens.numbers["state"])
+        return Divergence(partial(moment_gap, q_CS=q_CV))(logits_CV, tokens)
+
+
+def bradley_terry(better: Tensor, worse: Tensor) -> Tensor:
+    """-log sigmoid(better - worse): what a judge pays for preferring the wrong one of two (GAD, 2511.10643, eq. of D)."""
+    return softplus(worse - better)

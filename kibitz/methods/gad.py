@@ -1,0 +1,128 @@
+"""Generative adversarial distillation (2511.10643): of the teacher there is text only. A judge learns to tell it from the
+student's answers to the same prompts, and its score of an answer is the reward that the student learns from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from kibitz.batching import group, pack
+from kibitz.config import GADConfig
+from kibitz.losses.adversarial import bradley_terry
+from kibitz.losses.criteria import CrossEntropy, PolicyGradient
+from kibitz.losses.policy_gradient import group_advantages
+from kibitz.methods.opponent import Opponent, opponent
+from kibitz.methods.parts import Parts, policy_loss, teacher_engine, token_loss
+from kibitz.methods.sources import Demonstrations, Sampled, Source
+from kibitz.models import LanguageModel, load_model
+from kibitz.types import Batch, Prompt, Rollout, Scored, Step, Writer
+
+Duel = list[Rollout]
+"""All answers to one prompt: the teacher's, then each of the student's."""
+
+
+class Judge(nn.Module):
+    """D(x, y): one number on top of a language model's body, read at the last token of the response. Zero at first."""
+
+    def __init__(self, model: LanguageModel):
+        super().__init__()
+        self.body = model.model.base_model
+        self.score = nn.Linear(model.model.config.get_text_config().hidden_size, 1, bias=False, device=model.device)
+        nn.init.zeros_(self.score.weight)
+
+    def forward(self, ids_BL: Tensor, last_B: Tensor) -> Tensor:
+        hidden_BLD = self.body(ids_BL, use_cache=False).last_hidden_state
+        return self.score(hidden_BLD[torch.arange(len(last_B), device=last_B.device), last_B].float())[:, 0]
+
+
+@dataclass
+class GAD:
+    config: GADConfig
+    parts: Parts
+    student: Source
+    teacher: Source
+    judge: Opponent
+    model: LanguageModel  # what the judge stands on
+    duels: list[Duel] = field(default_factory=list)  # of this step
+    warming_up: bool = False
+
+    def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
+        """What is learnt from in this step. The other side's answers are for the judge alone."""
+        self.warming_up = step.number < round(self.config.warmup * step.total)
+        own = self.student.rollout(prompts, step)
+        theirs = self.teacher.rollout(prompts, replace(step, seed=~step.seed))  # not the student's random numbers
+        size = len(own) // len(prompts)
+        self.duels = [[answer, *own[i * size : (i + 1) * size]] for i, answer in enumerate(theirs)]
+        self._count_writing(theirs, own)
+        return theirs if self.warming_up else own
+
+    def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+        """Scores are those of the judge before it learns from them; a duel is one group of GRPO."""
+        rewards_GN = self._judge()
+        if self.warming_up:
+            return [Scored(rollout, rollout.weight_T()) for rollout in rollouts]
+        advantages = group_advantages(rewards_GN, self.config.normalize_std).flatten()
+        return [
+            Scored(rollout, rollout.weight_T(), advantage_T=advantage.expand(rollout.num_tokens))
+            for rollout, advantage in zip(rollouts, advantages, strict=True)
+        ]
+
+    def loss(self, student: LanguageModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        policy = PolicyGradient(policy_loss(self.config), temperature=self.parts.sampling.temperature)
+        criterion = CrossEntropy() if batch.tokens.advantage_T is None else policy
+        return token_loss(student, batch, criterion, self.parts.recipe.optim.chunk_tokens)
+
+    def _judge(self) -> Tensor:
+        """One step of the judge on all duels; its scores `[G, N]` of the student's answers, from before that step."""
+        size = len(self.duels[0])
+        scores_GM = torch.zeros(len(self.duels), size)
+        num_pairs, total = len(self.duels) * (size - 1), 0.0
+        longest = [max(duel, key=_length) for duel in self.duels]
+        for indices in group(longest, self.parts.recipe.optim.tokens_per_micro_batch // size):
+            given_GM = self._scores([answer for i in indices for answer in self.duels[i]]).view(-1, size)
+            loss = bradley_terry(given_GM[:, :1], given_GM[:, 1:]).sum() / num_pairs
+            loss.backward()
+            scores_GM[indices], total = given_GM.detach().cpu(), total + loss.item()
+        self.judge.optimizer.step()
+        theirs_G1, own_GN = scores_GM[:, :1], scores_GM[:, 1:]
+        notes, lengths = self.parts.notes, [_length(answer) for duel in self.duels for answer in duel]
+        notes.metrics["discriminator_loss"] = total
+        notes.metrics["discriminator_accuracy"] = (0.5 + 0.5 * (theirs_G1 - own_GN).sign()).mean().item()  # a tie: half
+        notes.metrics["score_teacher"] = theirs_G1.mean().item()
+        notes.metrics["score_student"] = own_GN.mean().item()
+        notes.spend("opponent_training", 3 * self.model.forward_flops(sum(lengths), sum(n * n for n in lengths), 0))
+        return own_GN
+
+    def _scores(self, rollouts: Sequence[Rollout]) -> Tensor:
+        ids_BL = pack([Scored(rollout, rollout.weight_T()) for rollout in rollouts], self.model.device).ids_BL
+        return self.judge.module(ids_BL, torch.tensor([_length(r) - 1 for r in rollouts], device=ids_BL.device))
+
+    def _count_writing(self, theirs: Sequence[Rollout], own: Sequence[Rollout]) -> None:
+        """Of the side that is not learnt from: the trainer sees the other."""
+        if self.warming_up:
+            self.parts.notes.spend("student_sampling", self.parts.student.pass_flops(own))
+        elif self.config.source == "teacher":
+            assert self.parts.teacher is not None
+            self.parts.notes.spend("teacher_sampling", self.parts.teacher.flops(theirs, ()))
+
+
+def _length(rollout: Rollout) -> int:
+    return len(rollout.prompt.ids) + rollout.num_tokens
+
+
+def build(parts: Parts) -> GAD:
+    config = cast(GADConfig, parts.recipe.method)
+    if config.source == "dataset":
+        teacher: Source = Demonstrations(parts.encode_response)
+    else:
+        teacher = Sampled(teacher_engine(parts), replace(parts.sampling, num_samples=1), Writer.TEACHER)
+    section = parts.recipe.student
+    if config.discriminator.model is not None:
+        section = section.model_copy(update={"model": config.discriminator.model})
+    model = load_model(section, "method.discriminator", parts.student.device)
+    lr = config.discriminator.lr or parts.recipe.optim.lr
+    kept = parts.keeps["discriminator"] = opponent(Judge(model), lr, parts.recipe.optim)
+    return GAD(config, parts, Sampled(parts.engine, parts.sampling), teacher, kept, model)
