@@ -55,7 +55,8 @@ def pack(scored: Sequence[Scored], device: torch.device | str = "cpu") -> Batch:
         numbers={name: torch.cat([s.numbers[name] for s in scored]).to(device) for name in scored[0].numbers},
         anchor=Anchor(cat_signals([a.signal for a in anchors]), anchors[0].coefficient) if anchors else None,
     )
-    return Batch(ids_BL.to(device), position_T.to(device), tokens, scored[0].objective)
+    length_B = torch.tensor([len(r.prompt.ids) + r.num_tokens for r in rollouts], device=device)
+    return Batch(ids_BL.to(device), length_B, position_T.to(device), tokens, scored[0].objective)
 
 
 def _rows(rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
@@ -68,3 +69,12 @@ def _rows(rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
         ids_BL[row, : num_prompt + num_tokens] = torch.tensor([*rollout.prompt.ids, *rollout.response_ids])
         positions.append(torch.arange(num_prompt - 1, num_prompt + num_tokens - 1) + row * length)
     return ids_BL, torch.cat(positions)
+
+
+def without_padding(ids_BL: Tensor, length_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same rows one behind the other: ids and positions `[1, N]`, each row counted from 0, and where in N each
+    place of the flattened `[B*L]` now stands (of padding, somewhere)."""
+    place_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
+    real_BL = place_L < length_B[:, None]
+    position_1N = place_L.expand_as(ids_BL)[real_BL][None]
+    return ids_BL[real_BL][None], position_1N, real_BL.flatten().cumsum(0) - 1

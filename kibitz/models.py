@@ -6,7 +6,6 @@ Logits are cut to the tokenizer's size, because models of one family pad their v
 
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,34 +20,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from kibitz import lora
+from kibitz.batching import without_padding
 from kibitz.config import ModelConfig, RecipeError, StudentConfig
+from kibitz.heads import build_head
 from kibitz.types import Batch, Prompt, Rollout
 
 transformers_logging.disable_progress_bar()  # kibitz draws its own
 
 CHUNK_NUMBERS = 2**25
 """Logits that exist at one time: 128 MiB in float32, of which an exact divergence needs about ten such tensors."""
-
-
-class Head(nn.Module):
-    """The output layer with all that the architecture does behind it: hidden states `[C, D]` to logits `[C, V]`."""
-
-    def __init__(self, projection: nn.Module, vocab_size: int, scale: float = 1.0, softcap: float | None = None):
-        super().__init__()
-        self.projection, self.vocab_size, self.scale, self.softcap = projection, vocab_size, scale, softcap
-
-    def without_adapter(self) -> "Head":
-        """The same head, or one that reads its own matrix where LoRA stands on it."""
-        base = getattr(self.projection, "base_layer", None)
-        return self if base is None else Head(base, self.vocab_size, self.scale, self.softcap)
-
-    def forward(self, hidden_CD: Tensor) -> Tensor:
-        logits_CV = self.projection(hidden_CD)[..., : self.vocab_size]
-        if self.scale != 1.0:
-            logits_CV = logits_CV * self.scale
-        if self.softcap is not None:
-            logits_CV = torch.tanh(logits_CV / self.softcap) * self.softcap
-        return logits_CV
 
 
 class LanguageModel(nn.Module):
@@ -64,7 +44,9 @@ class LanguageModel(nn.Module):
         self.name = name
         self.adapter = adapter
         self.vocab_size: int = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
-        self.head, self.head_stands_alone = _build_head(model, self.vocab_size, name)
+        self.head, self.head_stands_alone = build_head(model, self.vocab_size, name)
+        self.packs = False  # see `kibitz.packing`
+        self._compiled: tuple[Any, ...] = ()  # in a tuple, so that it is no second child
 
     @property
     def device(self) -> torch.device:
@@ -109,11 +91,20 @@ class LanguageModel(nn.Module):
             self.adapter.save(folder)
         self.tokenizer.save_pretrained(folder)
 
-    def hidden(self, ids_BL: Tensor) -> Tensor:
-        """The last hidden states `[B, L, D]` of right-padded rows. No attention mask: padding stands on the right."""
-        if not self.head_stands_alone:
-            return self.model(ids_BL, use_cache=False).logits
-        return self.model.base_model(ids_BL, use_cache=False).last_hidden_state
+    def hidden(self, ids_BL: Tensor, position_BL: Tensor | None = None) -> Tensor:
+        """The last hidden states `[B, L, D]` of right-padded rows. No attention mask: padding stands on the right. Positions
+        that begin anew inside a row begin another sequence there, for models that pack."""
+        positions = {} if position_BL is None else {"position_ids": position_BL}
+        body = self._compiled[0] if self._compiled else self._body()
+        output = body(ids_BL, use_cache=False, **positions)
+        return output.last_hidden_state if self.head_stands_alone else output.logits
+
+    def _body(self) -> Any:
+        return self.model.base_model if self.head_stands_alone else self.model
+
+    def compile_body(self) -> None:
+        """Let the forward pass of the loss, and its backward pass, be compiled; the engine goes on as before."""
+        self._compiled = (torch.compile(self._body(), dynamic=True),)
 
     def recompute_activations(self) -> None:
         """Keep only the input of each layer for the backward pass, and compute its inside again there."""
@@ -137,8 +128,10 @@ class LanguageModel(nn.Module):
     def forward(self, batch: Batch, use: Callable[[Tensor, nn.Module], tuple]) -> tuple:
         """`use(hidden_TD, head)` on the positions that score response tokens. The loss runs in here, where a sharded
         model has its output head whole."""
-        hidden_BLD = self.hidden(batch.ids_BL)
-        return use(hidden_BLD.flatten(0, 1)[batch.position_T], self.head)
+        if not self.packs:
+            return use(self.hidden(batch.ids_BL).flatten(0, 1)[batch.position_T], self.head)
+        ids_1N, position_1N, place = without_padding(batch.ids_BL, batch.length_B)
+        return use(self.hidden(ids_1N, position_1N)[0, place[batch.position_T]], self.head)
 
     def pass_flops(self, rollouts: Sequence[Rollout], num_tokens: Sequence[int] = ()) -> float:
         """Of one forward pass over the prompts and so many response tokens of each, all if none are said."""
@@ -172,23 +165,6 @@ def forward_flops(model: Any, num_positions: float, num_squared: float, num_scor
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 2.0 * config.num_hidden_layers * config.num_attention_heads * head_dim * num_squared
     return 2.0 * body * num_positions + attention + 2.0 * head * num_scored
-
-
-def _build_head(model: Any, vocab_size: int, name: str) -> tuple[Head, bool]:
-    """The head, and whether it can be called alone. That is checked on a few tokens, because what an architecture does
-    behind its output layer (soft-cap, scale) is known only by name."""
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    head = Head(model.get_output_embeddings(), vocab_size, scale, getattr(config, "final_logit_softcapping", None))
-    ids_BL = torch.arange(min(8, vocab_size), device=model.device)[None]
-    with torch.no_grad():
-        whole = model(ids_BL, use_cache=False).logits[..., :vocab_size].float()
-        alone = head(model.base_model(ids_BL, use_cache=False).last_hidden_state).float()
-    if torch.allclose(whole, alone, rtol=1e-3, atol=1e-3 * whole.abs().max().item() + 1e-6):
-        return head, True
-    warnings.warn(f"{name}: the output head of {type(model).__name__} cannot be called alone; whole logits are kept instead, "
-                  f"{vocab_size} numbers a token", stacklevel=2)  # fmt: skip
-    return Head(nn.Identity(), vocab_size), False
 
 
 # ------------------------------------------------------------------ loading
@@ -243,7 +219,7 @@ def load_model(
 ) -> LanguageModel:
     """The model of a recipe's `student` or `teacher` section, on a device; of an adapter's folder, base and adapter as one."""
     tokenizer = tokenizer or load_tokenizer(config, role)
-    return LanguageModel(load_weights(config, role, device).to(device), tokenizer, name=role)
+    return _compiled(config, LanguageModel(load_weights(config, role, device).to(device), tokenizer, name=role))
 
 
 def load_student(
@@ -264,18 +240,26 @@ def load_student(
         )
     model = load_weights(config, "student", device)
     adapter = lora.attach(model, config.lora, seed) if resumed_from is None else lora.load(model, resumed_from)
-    return LanguageModel(model.to(device), tokenizer, "student", adapter)
+    return _compiled(config, LanguageModel(model.to(device), tokenizer, "student", adapter))
+
+
+def _compiled(config: ModelConfig, model: LanguageModel) -> LanguageModel:
+    if config.compile:
+        model.compile_body()
+    return model
 
 
 def load_weights(config: ModelConfig, role: str, device: torch.device) -> Any:
     """The bare model, still on the CPU, in the dtype that `device` wants."""
     is_adapter = lora.is_adapter(config.model)
+    attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             lora.base_of(config.model) if is_adapter else config.model,
             dtype=pick_dtype(config.dtype, device),
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
+            **attention,
         )
         return lora.merged(model, Path(config.model)) if is_adapter else model
     except Exception as error:

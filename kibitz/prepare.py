@@ -28,6 +28,7 @@ from kibitz.models import (
     single_tokens,
     stop_ids,
 )
+from kibitz.packing import pack_rows
 from kibitz.runs import RunFolder, open_folder
 from kibitz.teachers import Teacher
 from kibitz.teachers import build as teachers
@@ -96,6 +97,7 @@ def prepare(
     checks = [student.check_lengths, *(model.check for model in (teacher, reference) if model is not None)]
     for check in checks:
         check([*prompts, *held_out], recipe.rollout.max_tokens)
+    pack_rows([student, *(m for t in (teacher, reference) if t is not None for m in t.models)], recipe.optim.packing)
     engine = TorchEngine(student, recipe.rollout.max_rows)
     sampling = _sampling(recipe, student)
     evaluator = None

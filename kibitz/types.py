@@ -275,6 +275,7 @@ class Batch:
     """
 
     ids_BL: Tensor
+    length_B: Tensor  # positions of each row that are not padding
     position_T: Tensor  # index into the flattened [B*L] of the position that scores each response token
     tokens: Tokens
     objective: str = ""

@@ -1,5 +1,6 @@
 """Students in bfloat16, with recomputed activations, with moments of 8 bits: less memory, and the same learning."""
 
+import shutil
 import sys
 
 import pytest
@@ -202,3 +203,23 @@ def test_a_missing_package_is_named_before_anything_loads(small_models, tmp_path
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'kibitz\[bitsandbytes\]'"):
         kibitz.train(recipe("/nowhere/at/all", None, tmp_path, method={"type": "grpo"}, optim={"name": "adamw_8bit"}))
+
+
+# ------------------------------------------------------------------ compiled
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler here")
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_a_compiled_student_learns_the_same(tmp_path):
+    plain, compiled = (
+        load(make_model(tmp_path)),
+        load_model(ModelConfig(model=str(tmp_path), compile=True), "student", CPU),
+    )
+    losses = loss_of(plain), loss_of(compiled)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+    for loss in losses:
+        loss.backward()
+    assert len(list(compiled.parameters())) == len(list(plain.parameters()))
+    for ours, theirs in zip(plain.model.parameters(), compiled.model.parameters(), strict=True):
+        torch.testing.assert_close(theirs.grad, ours.grad, rtol=1e-4, atol=1e-4)

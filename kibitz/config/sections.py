@@ -16,6 +16,14 @@ class ModelConfig(Section):
         description="auto: float32 on a CPU (bf16 log-probs are off by 5e-3 there), bfloat16 on a GPU. What learns in bfloat16 "
         "has a float32 master copy in the optimizer.",
     )
+    attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"] = Field(
+        "auto", description="Kernel of the attention, by transformers' names. auto: its choice, mostly sdpa."
+    )
+    compile: bool = Field(
+        False,
+        description="Compile the forward and backward pass of the loss (torch.compile). The first steps take minutes, later "
+        "ones less time; numbers differ by rounding from those of a model that is not compiled.",
+    )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the checkpoint. Off: it is a risk."
     )
@@ -163,6 +171,11 @@ class OptimConfig(Section):
     muon_lr: float | None = Field(None, gt=0, description="Rate of the matrices under muon; 10 x lr if not set.")
     momentum: float = Field(0.95, ge=0, lt=1, description="Of muon.")
     tokens_per_micro_batch: int = Field(16384, ge=1, description="Bounds activations. The loss does not depend on it.")
+    packing: bool | Literal["auto"] = Field(
+        "auto",
+        description="Rows one behind the other instead of padded. auto: where attention has a kernel for unequal rows (flash, "
+        "flex); other kernels pay the square of tokens_per_micro_batch. The loss does not depend on it.",
+    )
     checkpointing: bool = Field(
         False,
         description="Keep each layer's input only and compute its inside again in the backward pass: less memory, a third more "

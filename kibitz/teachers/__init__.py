@@ -57,7 +57,7 @@ class Teacher:
     said. `writer(make)`: an engine that writes as this teacher; a model in this process is driven by what `make` makes
     of it, and who cannot do that raises ValueError. `check(prompts, max_tokens)` raises ValueError where the longest
     do not fit. `sync(student)`: the student has learnt, after each step. `metrics()`: numbers of the step since the
-    last call. `close()`: nobody asks any more."""
+    last call. `close()`: nobody asks any more. `models`: those of this process that it reads rollouts with."""
 
     name: str
     kinds: tuple[SignalKind, ...]
@@ -69,6 +69,7 @@ class Teacher:
     sync: Callable[[LanguageModel], None] = _nothing
     metrics: Callable[[], dict[str, float]] = dict
     close: Callable[[], None] = _nothing
+    models: Sequence[LanguageModel] = ()
 
     def score(self, rollouts: Sequence[Rollout], tokens_per_micro_batch: int = 16384) -> list[Signal]:
         """The most telling signals that it has, at temperature 1: for evaluation and the heat-map."""

@@ -26,6 +26,7 @@ def local_teacher(model: LanguageModel) -> Teacher:
         num_parameters=model.num_parameters,
         flops=model.pass_flops,
         check=model.check_lengths,
+        models=(model,),
     )
 
 
