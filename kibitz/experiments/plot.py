@@ -20,9 +20,9 @@ text{font:13px system-ui,sans-serif;fill:#1f2328}
 .name{font-family:ui-monospace,monospace;font-size:12px}.small{font-size:11px;fill:#59636e}
 .grid{stroke:#d1d9e0}.model{stroke:#59636e;stroke-dasharray:4 3}
 .sampled{fill:#0b6e99;stroke:#0b6e99}.greedy{fill:#fff;stroke:#c2571a}.bar{stroke-width:2;fill:none}
-.band{fill:#f6f8fa}.reference{font-weight:700}
+.page{fill:#fff}.band{fill:#f6f8fa}.reference{font-weight:700}
 @media (prefers-color-scheme:dark){text{fill:#e6edf3}.small{fill:#9198a1}.grid{stroke:#3d444d}.model{stroke:#9198a1}
-.sampled{fill:#58b7e0;stroke:#58b7e0}.greedy{fill:#0d1117;stroke:#f0883e}.band{fill:#151b23}}
+.sampled{fill:#58b7e0;stroke:#58b7e0}.greedy{fill:#0d1117;stroke:#f0883e}.page{fill:#0d1117}.band{fill:#151b23}}
 """
 
 
@@ -33,10 +33,13 @@ def svg(experiment: Experiment, folder: Path) -> str:
     low = _floor([row.sampled for row in found if row.sampled], list(ends.values()))
     place = _scale(low)
     bottom = TOP + HEIGHT * len(found)
-    parts = [_head(), *_axis(low, place, bottom), *_ends(ends, place, bottom)]
-    for index, row in enumerate(found):
-        parts += _row(row, TOP + HEIGHT * index, place, index % 2 == 0, row.arm == experiment.reference)
     width, height = NAMES + WIDTH + 2 * COLUMN + 10, bottom + 28
+    parts = [f'<rect class="page" width="{width}" height="{height}"/>']
+    for y in range(TOP, bottom, 2 * HEIGHT):
+        parts.append(f'<rect class="band" y="{y}" width="{width}" height="{HEIGHT}"/>')
+    parts += [_head(), *_axis(low, place, bottom), *_ends(ends, place, bottom)]
+    for index, row in enumerate(found):
+        parts += _row(row, TOP + HEIGHT * index, place, row.arm == experiment.reference)
     inside = "\n".join(parts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
@@ -62,7 +65,7 @@ def _head() -> str:
             f'<text class="small" x="{NAMES + 16}" y="{y}">accuracy, temperature 1</text>',
             f'<circle class="greedy" cx="{NAMES + 166}" cy="{y - 4}" r="3.5" stroke-width="1.5"/>'
             f'<text class="small" x="{NAMES + 176}" y="{y}">greedy</text>',
-            f'<text class="small" x="{NAMES + 234}" y="{y}">bars: 95% intervals, dashed: untrained</text>',
+            f'<text class="small" x="{NAMES + 234}" y="{y}">bars: 95% intervals</text>',
             f'<text class="small" x="{right + COLUMN}" y="{TOP - 8}" text-anchor="end">reverse KL</text>',
             f'<text class="small" x="{right + 2 * COLUMN}" y="{TOP - 8}" text-anchor="end">GFLOP</text>',
         ]
@@ -88,16 +91,13 @@ def _ends(ends: dict[str, float], place, bottom: int) -> list[str]:
     return lines
 
 
-def _row(row: Row, y: int, place, shaded: bool, reference: bool) -> list[str]:
+def _row(row: Row, y: int, place, reference: bool) -> list[str]:
     assert row.sampled is not None and row.greedy is not None
     middle, right = y + HEIGHT / 2, NAMES + WIDTH
     cost = f"{row.student_gflop + row.teacher_gflop:.0f}"
     told = f"{row.arm}: {row.about}. T=1 {percent(row.sampled)}, greedy {percent(row.greedy)}, rate {row.rate:g}"
     return [
         f"<g><title>{escape(told)}</title>",
-        f'<rect x="0" y="{y}" width="{right + 2 * COLUMN + 10}" height="{HEIGHT}" '
-        + ('class="band"' if shaded else 'fill="none"')
-        + ' style="mix-blend-mode:multiply"/>',
         f'<text class="name{" reference" if reference else ""}" x="{NAMES - 12}" y="{middle + 4}" text-anchor="end">'
         f"{escape(row.arm)}</text>",
         _dot(row.greedy, middle - 5, place, "greedy"),
