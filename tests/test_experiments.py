@@ -115,7 +115,7 @@ def test_every_arm_is_a_recipe_with_as_many_rollouts(experiment):
     assert len(set(names)) == len(names)
     assert {experiment.reference, *experiment.quick_arms} <= set(names)
     for arm in experiment.arms:
-        recipe = Subject().recipe(experiment, arm, 1e-3, 7)
+        recipe = Subject.of(experiment).recipe(experiment, arm, 1e-3, 7)
         assert recipe.optim.lr == 1e-3 and recipe.seed == 7
         assert recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt == 64
         assert recipe.data.limit == recipe.steps * recipe.rollout.prompts_per_step
@@ -167,7 +167,7 @@ def test_a_best_rate_at_the_edge_is_tried_against_one_beyond(monkeypatch, tmp_pa
         return record(arm.name, rate, seed, dev=1 / (1 + abs(math.log(rate / peak))))
 
     monkeypatch.setattr(Study, "trained", trained)
-    best = Study(METHODS, Subject(), tmp_path, tmp_path).sweep(METHODS.arms[0])
+    best = Study(METHODS, Subject.of(METHODS), tmp_path, tmp_path).sweep(METHODS.arms[0])
     assert len(made) == tried
     assert best == min(made, key=lambda rate: abs(math.log(rate / peak)))
 
@@ -177,7 +177,7 @@ def subject(tmp_path_factory) -> Subject:
     """Models of another architecture than the shipped ones, from folders."""
     folder = tmp_path_factory.mktemp("models")
     student, teacher = (str(make_model(folder / name, seed, kind="llama")) for seed, name in enumerate(("s", "t")))
-    return Subject(student, teacher, overrides=("rollout.max_tokens=6", "steps=1"))
+    return Subject.of(METHODS, student, teacher, overrides=("rollout.max_tokens=6", "steps=1"))
 
 
 def test_what_was_run_is_not_run_again(monkeypatch, tmp_path, subject):

@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kibitz.worlds import WORLDS, get
+from kibitz.worlds import WORLDS, get, navigation
 from kibitz.worlds.arithmetic import (
-    ASSISTANT,
     CHARACTERS,
     expression,
     first_wrong_step,
@@ -25,6 +24,7 @@ from kibitz.worlds.arithmetic import (
     tokenizer,
     value,
 )
+from kibitz.worlds.characters import ASSISTANT
 
 SPLITS = ("train", "dev", "test")
 
@@ -202,7 +202,12 @@ def test_demonstrations_are_the_rows_with_right_solutions(name):
     rows = world.rows("train", 200, seed=5)
     assert [{key: demo[key] for key in row} for demo, row in zip(demonstrations, rows, strict=True)] == rows
     assert all(world.grade(row, row["response"]) == 1.0 for row in demonstrations)
-    assert all(first_wrong_step(row["prompt"], row["response"]) is None for row in demonstrations)
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "arithmetic-wide"])
+def test_demonstrations_of_arithmetic_are_derivations(name):
+    rows = get(name).demonstrations("train", 200, seed=5)
+    assert all(first_wrong_step(row["prompt"], row["response"]) is None for row in rows)
 
 
 def test_corrupted_demonstrations_are_often_wrong_but_keep_the_true_answer():
@@ -217,9 +222,10 @@ def test_operators_stay_in_range():
     assert counts == {3, 4, 5}
 
 
-def test_nothing_depends_on_the_hash_seed():
+@pytest.mark.parametrize("name", WORLDS)
+def test_nothing_depends_on_the_hash_seed(name):
     script = (
-        "import json; from kibitz.worlds import get; w = get('arithmetic');"
+        f"import json; from kibitz.worlds import get; w = get('{name}');"
         "print(json.dumps([w.rows('dev', 20, 7), w.demonstrations('train', 20, 7, 0.9)]))"
     )
     outputs = [
@@ -232,7 +238,7 @@ def test_nothing_depends_on_the_hash_seed():
         ).stdout
         for hash_seed in ("1", "2")
     ]
-    world = get("arithmetic")
+    world = get(name)
     assert [json.loads(output) for output in outputs] == 2 * [
         [world.rows("dev", 20, 7), world.demonstrations("train", 20, 7, 0.9)]
     ]
@@ -245,6 +251,73 @@ def test_unknown_names_are_answered_with_the_known_ones():
         get("arithmetic").rows("validation", 1, 0)
     with pytest.raises(ValueError, match="ships no model 'oracle'; it ships: student, teacher"):
         get("arithmetic").checkpoint("oracle")
+
+
+# --- navigation ----------------------------------------------------------------------------------------------------
+
+
+def arrives(prompt: str, walk: str) -> bool:
+    """The oracle: complex numbers, north is i."""
+    start, goal = (complex(int(prompt[at]), int(prompt[at + 1])) for at in (0, 3))
+    turn = {"N": 1j, "E": 1, "S": -1j, "W": -1}
+    return start + sum(turn[letter] for letter in prompt[6:] + walk) == goal
+
+
+walks = st.text(alphabet="NESW", max_size=12)
+
+
+@given(st.sampled_from(navigation.problems()), walks, walks)
+def test_a_walk_is_judged_by_where_it_ends(problem, strays, walk):
+    assert navigation.grade(f"{problem}:{strays}", walk) == float(arrives(f"{problem}:{strays}", walk))
+
+
+@given(st.sampled_from(navigation.problems()), walks, seeds)
+def test_demonstrated_walks_are_shortest(problem, strays, seed):
+    prompt = f"{problem}:{strays}"
+    walk = navigation.shortest(prompt, random.Random(seed))
+    assert arrives(prompt, walk)
+    assert len(walk) == sum(map(abs, navigation.missing(prompt)))
+
+
+def test_what_is_no_walk_is_wrong():
+    assert navigation.grade("25>46:", "ENE") == 1.0
+    assert [navigation.grade("25>46:", text) for text in ("", "ENE ", "ENE.", "ene", "46", "EN", "ENEE")] == [0.0] * 7
+
+
+def test_every_order_of_steps_is_equally_likely():
+    # 3000 draws of 3 orders: each 1000 with a deviation of 26; five deviations are missed once in a million seeds.
+    rng = random.Random(0)
+    drawn = [navigation.shortest("25>46:", rng) for _ in range(3000)]
+    assert all(abs(drawn.count(walk) - 1000) < 130 for walk in ("EEN", "ENE", "NEE"))
+
+
+def test_there_are_no_more_problems_than_there_are():
+    world = get("navigation")
+    found = [row["prompt"][:5] for split in SPLITS for row in world.rows(split, 10**6, 0)]
+    assert sorted(found) == sorted(navigation.problems())
+    assert len(found) == 81 * 80
+
+
+def test_no_problem_of_the_test_split_is_met_astray():
+    test = {row["prompt"][:5] for row in get("navigation").rows("test", 10**6, 0)}
+    rows = get("navigation-astray").rows("train", 5000, 1000)
+    assert not test & {row["prompt"][:5] for row in rows}
+    assert {len(row["prompt"]) - 6 for row in rows} == set(range(9))
+    assert all(navigation.missing(row["prompt"]) != (0, 0) for row in rows)
+
+
+def test_a_corrupted_walk_has_one_other_step():
+    rows = get("navigation").demonstrations("train", 300, 0, corrupted=1.0)
+    assert [get("navigation").grade(row, row["response"]) for row in rows] == [0.0] * 300
+    assert all(len(row["response"]) == sum(map(abs, navigation.missing(row["prompt"]))) for row in rows)
+
+
+def test_steps_in_the_prompt_read_like_those_of_the_walker():
+    tok = get("navigation").tokenizer()
+    user, answer = {"role": "user", "content": "25>46:E"}, {"role": "assistant", "content": "NE"}
+    assert tok.apply_chat_template([user], tokenize=False, add_generation_prompt=True) == "<bos>25>46:E"
+    assert tok.apply_chat_template([user, answer], tokenize=False) == "<bos>25>46:ENE<eos>"
+    assert tok.decode(tok("25>46:ENE")["input_ids"]) == "25>46:ENE"
 
 
 # --- the tokenizer -------------------------------------------------------------------------------------------------

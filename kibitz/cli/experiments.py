@@ -19,8 +19,8 @@ def reproduce(
             metavar="[NAME] [A.B=VALUE]...", help="An experiment, and settings such as steps=80; or nothing."
         ),
     ] = None,
-    student: Annotated[str, typer.Option(help="Folder or hub name.")] = "arithmetic/student",
-    teacher: Annotated[str, typer.Option(help="Folder or hub name.")] = "arithmetic/teacher",
+    student: Annotated[str | None, typer.Option(help="Folder or hub name; without it the toy world's.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Folder or hub name; without it the toy world's.")] = None,
     prompts: Annotated[str | None, typer.Option(help="JSONL in the toy world's place; is cut by a hash.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many; the experiment knows how many by itself.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="In seconds, to see that it runs; says nothing.")] = False,
@@ -44,7 +44,7 @@ def reproduce(
         experiment = experiment.around(_rate(setting))
     experiment = experiment.quick() if quick else experiment
     folder = (output or Path("runs/quick" if quick else "results")) / experiment.name
-    subject = experiments.Subject(student, teacher, prompts=prompts, overrides=tuple(settings))
+    subject = experiments.Subject.of(experiment, student, teacher, prompts, settings)
     arms = experiment.choose([name for name in only.split(",") if name])
 
     from kibitz.experiments import pages

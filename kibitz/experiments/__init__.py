@@ -9,11 +9,11 @@ measured by `kibitz.evaluate`, on the toy worlds or, by naming other checkpoints
 import difflib
 
 from kibitz.experiments.design import Arm, Experiment, Subject
-from kibitz.experiments.methods import METHODS
+from kibitz.experiments.methods import METHODS, NAVIGATION
 
 __all__ = ["Arm", "EXPERIMENTS", "Experiment", "Subject", "get"]
 
-EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in (METHODS,)}
+EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in (METHODS, NAVIGATION)}
 
 
 def get(name: str) -> Experiment:

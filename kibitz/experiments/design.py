@@ -36,6 +36,7 @@ class Experiment:
 
     name: str
     question: str
+    world: str
     recipe: Mapping[str, Any]
     arms: tuple[Arm, ...]
     rates: tuple[float, ...]
@@ -75,11 +76,23 @@ class Subject:
     """The models and the problems. `world/name` is a model that the world ships; anything else is a folder or hub name.
     `prompts` is a JSONL file in the world's place; `overrides` are `a.b=value` of the recipe."""
 
-    student: str = "arithmetic/student"
-    teacher: str = "arithmetic/teacher"
-    world: str = "arithmetic"
+    student: str
+    teacher: str
+    world: str
     prompts: str | None = None
     overrides: tuple[str, ...] = field(default=())
+
+    @staticmethod
+    def of(
+        experiment: Experiment,
+        student: str | None = None,
+        teacher: str | None = None,
+        prompts: str | None = None,
+        overrides: Sequence[str] = (),
+    ) -> "Subject":
+        """The experiment's own world and its shipped models, where nothing else is named."""
+        world = experiment.world
+        return Subject(student or f"{world}/student", teacher or f"{world}/teacher", world, prompts, tuple(overrides))
 
     def model(self, role: str) -> str:
         """Where the weights are."""

@@ -2,7 +2,7 @@
 
 from kibitz.experiments.design import Arm, Experiment
 
-STEPS, ROLLOUTS = 40, 64
+ROLLOUTS = 64  # of each step, whoever writes them
 GROUPS_OF_8 = {"prompts_per_step": ROLLOUTS // 8, "samples_per_prompt": 8}
 SAMPLED = {"type": "opd", "support": "sampled"}
 
@@ -18,61 +18,83 @@ def _skd(top_k: int, divergence: str, short: str) -> Arm:
     )
 
 
-METHODS = Experiment(
-    name="methods",
-    question=(
-        f"{STEPS} steps of {ROLLOUTS} rollouts for everybody, each at its own best learning rate: which method brings the "
-        "student nearest to the teacher, and at what cost?"
+ARMS = (
+    _opd("opd", "reverse KL, full vocabulary"),
+    _opd("opd-fkl", "forward KL, full vocabulary", divergence="forward_kl"),
+    _opd("opd-jsd", "JSD(½), full vocabulary", divergence="jsd"),
+    _opd("opd-topk", "reverse KL, the student's 4 likeliest and a tail", support="top_k", top_k=4),
+    _opd("opd-tip", "reverse KL on the half of the tokens that TIP chooses", token_weight="tip"),
+    _opd("opd-prefix", "reverse KL on beginnings that grow from 8 tokens", prefix_tokens=8),
+    _opd("opd-seeded", "the teacher writes the first 8 tokens, fewer by and by", seed_tokens=8, seed_decays=True),
+    _opd("opd-sampled", "policy gradient on the sampled token", support="sampled"),
+    _opd(
+        "opd-sampled-clip",
+        "policy gradient on the sampled token, advantage within ±3",
+        support="sampled",
+        clip_advantage=3,
     ),
-    recipe={
-        "rollout": {"prompts_per_step": ROLLOUTS, "samples_per_prompt": 1, "max_tokens": 64},
-        "optim": {"warmup_steps": 10},
-        "threads": 1,
-        "steps": STEPS,
-    },
-    rates=(5e-4, 1e-3, 2e-3),
-    reference="opd",
-    quick_arms=("sft-teacher", "opd", "grpo"),
-    arms=(
-        _opd("opd", "reverse KL, full vocabulary"),
-        _opd("opd-fkl", "forward KL, full vocabulary", divergence="forward_kl"),
-        _opd("opd-jsd", "JSD(½), full vocabulary", divergence="jsd"),
-        _opd("opd-topk", "reverse KL, the student's 4 likeliest and a tail", support="top_k", top_k=4),
-        _opd("opd-tip", "reverse KL on the half of the tokens that TIP chooses", token_weight="tip"),
-        _opd("opd-prefix", "reverse KL on beginnings that grow from 8 tokens", prefix_tokens=8),
-        _opd("opd-seeded", "the teacher writes the first 8 tokens, fewer by and by", seed_tokens=8, seed_decays=True),
-        _opd("opd-sampled", "policy gradient on the sampled token", support="sampled"),
-        _opd("opd-sampled-clip", "the same, advantage within ±3", support="sampled", clip_advantage=3),
-        _opd("opd-sampled-baseline", "the same with vOPD's baseline", support="sampled", baseline=True),
-        Arm(
-            "opd-reward",
-            "sampled token, baseline, and the group-centred reward, 8 samples a prompt",
-            {"method": {**SAMPLED, "baseline": True, "reward_coef": 1.0}, "rollout": GROUPS_OF_8},
-        ),
-        Arm("grpo", "reward only, 8 samples a prompt", {"method": {"type": "grpo"}, "rollout": GROUPS_OF_8}),
-        Arm("sft-data", "cross-entropy on right solutions from the data", {"method": {"type": "sft"}}),
-        Arm("sft-teacher", "cross-entropy on the teacher's text", {"method": {"type": "sft", "source": "teacher"}}),
-        Arm(
-            "kd-fkl",
-            "forward KL on the teacher's text",
-            {"method": {"type": "gkd", "on_policy": 0, "source": "teacher", "divergence": "forward_kl"}},
-        ),
-        Arm(
-            "kd-rkl",
-            "reverse KL on the teacher's text",
-            {"method": {"type": "gkd", "on_policy": 0, "source": "teacher", "divergence": "reverse_kl"}},
-        ),
-        Arm(
-            "gkd",
-            "JSD(½), half of the steps on the teacher's text",
-            {"method": {"type": "gkd", "on_policy": 0.5, "source": "teacher"}},
-        ),
-        *(_skd(k, "forward_kl", "fkl") for k in (1, 2, 3)),
-        *(_skd(k, "reverse_kl", "rkl") for k in (1, 2, 3)),
-        Arm(
-            "self-sft",
-            "cross-entropy on the untrained student's own text: nothing to learn",
-            {"method": {"type": "sft", "source": "teacher"}, "teacher": {"model": "student"}},
-        ),
+    _opd(
+        "opd-sampled-baseline",
+        "policy gradient on the sampled token, vOPD's baseline",
+        support="sampled",
+        baseline=True,
     ),
+    Arm(
+        "opd-reward",
+        "sampled token, baseline, and the group-centred reward, 8 samples a prompt",
+        {"method": {**SAMPLED, "baseline": True, "reward_coef": 1.0}, "rollout": GROUPS_OF_8},
+    ),
+    Arm("grpo", "reward only, 8 samples a prompt", {"method": {"type": "grpo"}, "rollout": GROUPS_OF_8}),
+    Arm("sft-data", "cross-entropy on right solutions from the data", {"method": {"type": "sft"}}),
+    Arm("sft-teacher", "cross-entropy on the teacher's text", {"method": {"type": "sft", "source": "teacher"}}),
+    Arm(
+        "kd-fkl",
+        "forward KL on the teacher's text",
+        {"method": {"type": "gkd", "on_policy": 0, "source": "teacher", "divergence": "forward_kl"}},
+    ),
+    Arm(
+        "kd-rkl",
+        "reverse KL on the teacher's text",
+        {"method": {"type": "gkd", "on_policy": 0, "source": "teacher", "divergence": "reverse_kl"}},
+    ),
+    Arm(
+        "gkd",
+        "JSD(½), half of the steps on the teacher's text",
+        {"method": {"type": "gkd", "on_policy": 0.5, "source": "teacher"}},
+    ),
+    *(_skd(k, "forward_kl", "fkl") for k in (1, 2, 3)),
+    *(_skd(k, "reverse_kl", "rkl") for k in (1, 2, 3)),
+    Arm(
+        "self-sft",
+        "cross-entropy on the untrained student's own text: nothing to learn",
+        {"method": {"type": "sft", "source": "teacher"}, "teacher": {"model": "student"}},
+    ),
+)
+
+
+def _compared(name: str, world: str, steps: int, max_tokens: int, arms: tuple[Arm, ...]) -> Experiment:
+    return Experiment(
+        name=name,
+        question=(
+            f"The world {world}, {steps} steps of {ROLLOUTS} rollouts for everybody, each at its own best learning rate: "
+            "which method brings the student nearest to the teacher, and at what cost?"
+        ),
+        world=world,
+        recipe={
+            "rollout": {"prompts_per_step": ROLLOUTS, "samples_per_prompt": 1, "max_tokens": max_tokens},
+            "optim": {"warmup_steps": 10},
+            "threads": 1,
+            "steps": steps,
+        },
+        rates=(5e-4, 1e-3, 2e-3),
+        reference="opd",
+        quick_arms=("sft-teacher", "opd", "grpo"),
+        arms=arms,
+    )
+
+
+METHODS = _compared("methods", "arithmetic", 40, 64, ARMS)
+
+NAVIGATION = _compared(
+    "methods-navigation", "navigation", 100, 24, tuple(arm for arm in ARMS if arm.name not in ("opd-topk", "opd-tip"))
 )

@@ -84,6 +84,8 @@ def _gflop(records: list[Record], who: str) -> float:
 def markdown(experiment: Experiment, folder: Path) -> str:
     """The table, what it was made from, and which arms are told apart from the reference."""
     found = rows(experiment, folder)
+    if not found:
+        return "Nothing has been run yet."
     head = ("arm", "what is learnt", "rate", "T=1", "greedy", "reverse KL", "GFLOP: student, teacher", "CPU s")
     body = [_cells(row) for row in found] + [_model_cells(role, row) for role, row in models(folder).items()]
     lines = [head, ("---", "---", *["--:"] * 6), *body]
@@ -137,8 +139,6 @@ def _separation(experiment: Experiment, found: list[Row]) -> str:
 def _made_from(experiment: Experiment, folder: Path) -> str:
     """Runs, seeds, problems, dates, commits: what the numbers stand for."""
     records, chosen = read_all(folder), finals(experiment, folder)
-    if not chosen:
-        return "Nothing has been run yet."
     seeds = sorted({len(runs) for runs in chosen.values()})
     first = next(iter(chosen.values()))[0]
     problems = (

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from kibitz.worlds.arithmetic import Arithmetic
+from kibitz.worlds.navigation import Navigation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +47,8 @@ WORLDS: dict[str, World] = {
     for world in (
         Arithmetic("arithmetic", "order of operations modulo 10, 3 to 5 operators", fewest=3, most=5),
         Arithmetic("arithmetic-wide", "the same with 1 to 5 operators, for training from nothing", fewest=1, most=5),
+        Navigation("navigation", "walk to a goal without being told where one is"),
+        Navigation("navigation-astray", "the same after up to 8 random steps, for training from nothing", strays=8),
     )
 }
 

@@ -19,21 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kibitz.worlds import characters
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CHARACTERS = "0123456789+-*()="
-PAD, BOS, EOS, ASSISTANT, UNKNOWN = "<pad>", "<bos>", "<eos>", "<assistant>", "<unk>"
-
-# `<bos>` opens the user's turn and `<eos>` closes the assistant's: two tokens on top of the problem.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ bos_token + message['content'] }}"
-    "{% elif message['role'] == 'assistant' %}{{ '<assistant>' + message['content'] + eos_token }}"
-    "{% else %}{{ raise_exception('this world knows the roles user and assistant') }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
-)
 
 
 # --- expressions ---------------------------------------------------------------------------------------------------
@@ -202,31 +193,9 @@ class Arithmetic:
 
     def checkpoint(self, name: str) -> Path:
         """The Hugging Face folder of a shipped model: `teacher` or `student`."""
-        home = Path(__file__).parent / "checkpoints" / self.folder
-        if not (home / name).is_dir():
-            known = ", ".join(sorted(path.name for path in home.glob("*/"))) or "none"
-            raise ValueError(f"the world {self.name!r} ships no model {name!r}; it ships: {known}")
-        return home / name
+        return characters.shipped(self.name, self.folder, name)
 
 
 def tokenizer() -> "PreTrainedTokenizerFast":
-    """One token a character. Decoding gives back the exact text; a character outside the alphabet becomes `<unk>`."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {token: i for i, token in enumerate([PAD, BOS, EOS, ASSISTANT, UNKNOWN, *CHARACTERS])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    backend.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=PAD,
-        bos_token=BOS,
-        eos_token=EOS,
-        unk_token=UNKNOWN,
-        additional_special_tokens=[ASSISTANT],
-        clean_up_tokenization_spaces=False,
-        model_max_length=128,
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    """One token a character."""
+    return characters.tokenizer(CHARACTERS)

@@ -1,12 +1,14 @@
-"""The models that the world `arithmetic` ships, made from nothing by the library itself.
+"""The models that the worlds ship, made from nothing by the library itself.
 
     kibitz worlds make arithmetic
 
-Three runs of supervised fine-tuning: a teacher; a smaller student that becomes competent; and the same student on
-solutions that read `5+2*3` from left to right, which gives it the misconception a teacher can mend.
+Arithmetic is three runs of supervised fine-tuning: a teacher; a smaller student that becomes competent; and the same student
+on solutions that read `5+2*3` from left to right, which gives it the misconception a teacher can mend. Navigation is two: a
+teacher that learns from places off the way too, and a very small student that is shown shortest walks only.
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,13 @@ MISLED = {"lr": 1e-3, "weight_decay": 0.01, "warmup_steps": 10}
 DATA_SEED = 1000  # no seed that a person would try: the corpora here are nobody's training prompts
 TEACHER_SHAPE = {"hidden_size": 96, "num_hidden_layers": 4, "intermediate_size": 256}
 STUDENT_SHAPE = {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 176}
+GUIDE_SHAPE = {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 128}
+WALKER_SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 44}
 
 
-def blank(folder: Path, shape: dict[str, Any], seed: int) -> Path:
+def blank(folder: Path, shape: dict[str, Any], seed: int, world: str = "arithmetic") -> Path:
     """A Qwen3 of that shape with random weights, saved with the world's tokenizer."""
-    tokenizer = get("arithmetic").tokenizer()
+    tokenizer = get(world).tokenizer()
     num_heads = 4
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -69,26 +73,49 @@ def recipe(
 
 
 def make(name: str, folder: Path, seed: int = 0, progress: Progress | None = None) -> dict[str, dict[str, Any]]:
-    """Train both from nothing: about seven minutes of one CPU core. Leaves `folder/teacher` and `folder/student`, and
-    the three runs in `folder/runs`; returns the last evaluation of each. The shipped models are those of seed 0."""
-    if name != "arithmetic":
-        raise ValueError(f"the world {name!r} ships no models of its own: write arithmetic")
-    runs = folder / "runs"
+    """Train both from nothing: minutes of one CPU core. Leaves `folder/teacher` and `folder/student`, and the runs in
+    `folder/runs`; returns the last evaluation of each. The shipped models are those of seed 0."""
+    if name not in MAKERS:
+        raise ValueError(f"the world {name!r} ships no models of its own: write {' or '.join(MAKERS)}")
     evals: dict[str, dict[str, Any]] = {}
 
     def trained(stage: str, source: dict[str, Any]) -> Path:
-        run = kibitz.train(source, [f"output={runs / stage}"], overwrite=True, progress=progress)
+        run = kibitz.train(source, [f"output={folder / 'runs' / stage}"], overwrite=True, progress=progress)
         evals[stage] = run.evals[-1]
         assert run.checkpoint is not None
         return run.checkpoint
 
+    for role, checkpoint in MAKERS[name](folder / "runs", seed, trained).items():
+        shutil.rmtree(folder / role, ignore_errors=True)
+        shutil.copytree(checkpoint, folder / role, ignore=shutil.ignore_patterns("training"))
+    return evals
+
+
+Trained = Callable[[str, dict[str, Any]], Path]
+"""The name of a stage and its recipe, to the checkpoint that it leaves."""
+
+
+def _arithmetic(runs: Path, seed: int, trained: Trained) -> dict[str, Path]:
     data_seed = DATA_SEED + seed
     teacher = blank(runs / "blank-teacher", TEACHER_SHAPE, seed)
     teacher = trained("teacher", recipe(teacher, 1800, 32, FROM_NOTHING, "arithmetic-wide", data_seed))
     student = blank(runs / "blank-student", STUDENT_SHAPE, seed)
     student = trained("competent", recipe(student, 1200, 32, FROM_NOTHING, "arithmetic-wide", data_seed))
     student = trained("student", recipe(student, 200, 64, MISLED, "arithmetic", data_seed, corrupted=0.9))
-    for role, checkpoint in (("teacher", teacher), ("student", student)):
-        shutil.rmtree(folder / role, ignore_errors=True)
-        shutil.copytree(checkpoint, folder / role, ignore=shutil.ignore_patterns("training"))
-    return evals
+    return {"teacher": teacher, "student": student}
+
+
+def _navigation(runs: Path, seed: int, trained: Trained) -> dict[str, Path]:
+    data_seed = DATA_SEED + seed
+    teacher = blank(runs / "blank-teacher", GUIDE_SHAPE, seed, "navigation")
+    teacher = trained("teacher", recipe(teacher, 1500, 64, FROM_NOTHING, "navigation-astray", data_seed))
+    student = blank(runs / "blank-student", WALKER_SHAPE, seed, "navigation")
+    few = recipe(student, 200, 64, FROM_NOTHING, "navigation", data_seed)
+    student = trained("student", few | {"data": {"world": "navigation", "limit": 2000}})
+    return {"teacher": teacher, "student": student}
+
+
+MAKERS: dict[str, Callable[[Path, int, Trained], dict[str, Path]]] = {
+    "arithmetic": _arithmetic,
+    "navigation": _navigation,
+}
