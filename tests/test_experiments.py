@@ -36,7 +36,8 @@ def record(arm: str, lr: float, seed: int, dev: float, test: float | None = None
 
     found = {"arm": arm, "lr": lr, "seed": seed, "settings": {}, "dev": measured(dev, 512)}
     found |= {"commit": "c0ffee", "date": "2026-11-22T10:00:00", "machine": "toy", "threads": 1, "cpu_seconds": 2.0}
-    found |= {"flops": {"student_training": 3e9, "student_sampling": 1e9, "teacher_scoring": 2e9}, **more}
+    flops = {"student_training": 3e9, "student_sampling": 1e9, "teacher_scoring": 2e9, "opponent_training": 5e9}
+    found |= {"flops": flops, **more}
     return found | ({} if test is None else {"test": measured(test, 100)})
 
 
@@ -82,7 +83,8 @@ def test_the_rate_is_chosen_on_the_dev_split_and_the_table_shows_the_test_split(
     assert (second.arm, second.rate, second.num_seeds) == ("opd", 1e-3, 2)
     assert second.sampled[0] == pytest.approx(0.55)
     assert second.reverse_kl == (pytest.approx(0.45), pytest.approx(12.706 * 0.1 / 2))
-    assert (second.student_gflop, second.teacher_gflop, second.cpu_seconds) == (4.0, 2.0, 2.0)
+    assert (second.student_gflop, second.teacher_gflop, second.other_gflop) == (4.0, 2.0, 5.0)
+    assert second.cpu_seconds == 2.0
 
 
 def test_of_equal_rates_the_lowest_is_taken():

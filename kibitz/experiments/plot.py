@@ -94,7 +94,7 @@ def _ends(ends: dict[str, float], place, bottom: int) -> list[str]:
 def _row(row: Row, y: int, place, reference: bool) -> list[str]:
     assert row.sampled is not None and row.greedy is not None
     middle, right = y + HEIGHT / 2, NAMES + WIDTH
-    cost = f"{row.student_gflop + row.teacher_gflop:.0f}"
+    cost = f"{row.student_gflop + row.teacher_gflop + row.other_gflop:.0f}"
     told = f"{row.arm}: {row.about}. T=1 {percent(row.sampled)}, greedy {percent(row.greedy)}, rate {row.rate:g}"
     return [
         f"<g><title>{escape(told)}</title>",

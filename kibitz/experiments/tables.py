@@ -25,6 +25,7 @@ class Row:
     reverse_kl: Estimate
     student_gflop: float
     teacher_gflop: float
+    other_gflop: float
     cpu_seconds: float
 
     def against(self, other: "Row") -> Estimate | None:
@@ -52,6 +53,7 @@ def _row(arm: str, about: str, records: list[Record]) -> Row:
         reverse_kl=_nats([record["test"]["reverse_kl"] for record in records]),
         student_gflop=_gflop(records, "student"),
         teacher_gflop=_gflop(records, "teacher"),
+        other_gflop=_gflop(records, "other"),
         cpu_seconds=fmean(record["cpu_seconds"] for record in records),
     )
 
@@ -74,8 +76,14 @@ def _nats(values: list[float]) -> Estimate:
 
 
 def _gflop(records: list[Record], who: str) -> float:
-    sums = [sum(v for kind, v in record["flops"].items() if kind.startswith(who)) for record in records]
+    """Of the student's phases, the teacher's, or those of others."""
+    sums = [sum(v for kind, v in record["flops"].items() if _spender(kind) == who) for record in records]
     return fmean(sums) / 1e9
+
+
+def _spender(kind: str) -> str:
+    model = kind.partition("_")[0]
+    return model if model in ROLES else "other"
 
 
 # ------------------------------------------------------------------ words
@@ -86,7 +94,7 @@ def markdown(experiment: Experiment, folder: Path) -> str:
     found = rows(experiment, folder)
     if not found:
         return "Nothing has been run yet."
-    head = ("arm", "what is learnt", "rate", "T=1", "greedy", "reverse KL", "GFLOP: student, teacher", "CPU s")
+    head = ("arm", "what is learnt", "rate", "T=1", "greedy", "reverse KL", "GFLOP: student, teacher, others", "CPU s")
     body = [_cells(row) for row in found] + [_model_cells(role, row) for role, row in models(folder).items()]
     lines = [head, ("---", "---", *["--:"] * 6), *body]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -101,7 +109,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         percent(row.sampled),
         percent(row.greedy),
         nats(row.reverse_kl),
-        f"{row.student_gflop:.0f}, {row.teacher_gflop:.0f}",
+        f"{row.student_gflop:.0f}, {row.teacher_gflop:.0f}, {row.other_gflop:.0f}",
         f"{row.cpu_seconds:.0f}",
     )
 
