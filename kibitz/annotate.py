@@ -1,18 +1,20 @@
 """What both models thought at every token of a response: the rows that the heat-map shows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kibitz.batching import group, pack
-from kibitz.config import ModelConfig
+from kibitz.config import LocalTeacherConfig, ModelConfig
 from kibitz.data import encode_prompt
 from kibitz.engines.torch import TorchEngine
 from kibitz.losses.criteria import ReverseKL, likeliest
+from kibitz.methods.stored import load_rollouts, prompts_of
 from kibitz.models import LanguageModel, check_same_tokenizer, load_model, load_tokenizer, pick_device, stop_ids
-from kibitz.teachers import Teacher
+from kibitz.teachers import Ask, Teacher, build
 from kibitz.teachers.local import local_teacher
 from kibitz.types import Batch, Prompt, Rollout, Sampling, Scored
 
@@ -153,3 +155,20 @@ def _given(model: LanguageModel, prompt: Prompt, response: str) -> Rollout:
 def _room(*models: LanguageModel) -> int:
     """Positions that all models have."""
     return min(model.max_positions or 2**31 for model in models)
+
+
+def store_scores(teacher: str, rollouts: Path, folder: Path, ask: Ask, rows: int = 256) -> Iterator[tuple[int, int]]:
+    """Let a teacher read a file of rollouts once, and keep what it says in a folder, for `teacher.stored` or
+    `teacher.store` of a recipe. Yields how many are done, of how many."""
+    config = LocalTeacherConfig(model=teacher, store=str(folder))
+    tokenizer = load_tokenizer(config, "teacher")
+    prompts = prompts_of(rollouts)
+    by_key = load_rollouts(rollouts, prompts, len(tokenizer), num_samples=1, max_tokens=2**31)
+    found = [rollout for some in by_key.values() for rollout in some]
+    model = build.load(config, pick_device())
+    assert model is not None
+    model.check(prompts, max(r.num_tokens for r in found))
+    scorer = model.scorer(ask)
+    for start in range(0, len(found), rows):
+        scorer.score(found[start : start + rows])
+        yield min(len(found), start + rows), len(found)

@@ -51,6 +51,8 @@ LEVELS = {
     "cli": 6,
 }
 WITHIN_A_LEVEL = {
+    ("annotate", "methods"),
+    ("teachers", "metrics"),
     ("teachers", "models"),
     ("teachers", "engines"),
     ("runs", "checkpoint"),
@@ -149,7 +151,9 @@ def test_files_and_functions_are_short(module):
     for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno - node.lineno + 1 <= MAX_FUNCTION_LINES, node.name
-            assert len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs) <= MAX_PARAMETERS, node.name
+            parameters = [a.arg for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs]
+            is_command = module.startswith("kibitz.cli.") and parameters[:1] == ["ctx"]  # a parameter for each option
+            assert len(parameters) <= MAX_PARAMETERS or is_command, node.name
 
 
 def test_kibitz_exports_what_it_says():

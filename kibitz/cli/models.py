@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from kibitz.cli.output import Output
+
 WORLD_TOKENS = 64  # no solution of a toy world is longer, and its models have little room
 
 
@@ -52,7 +54,9 @@ def evaluate(
 
 def score(
     ctx: typer.Context,
-    prompt: Annotated[list[str], typer.Option(help="What the student is asked. May be given several times.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What the student is asked. May be given several times.")
+    ] = None,
     response: Annotated[
         list[str] | None, typer.Option(help="The text to grade, one per prompt; without it the student writes.")
     ] = None,
@@ -62,8 +66,24 @@ def score(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Where the student's own response is cut off.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of the student's own response; 0 is greedy.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the student's own response.")] = 0,
+    rollouts: Annotated[
+        Path | None, typer.Option(help="A stored.jsonl to be scored whole, instead of prompts.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder that keeps the scores of --rollouts.")] = None,
+    kind: Annotated[str, typer.Option(help="Of the scores to keep: dense, top_k or sampled.")] = "dense",
+    top_k: Annotated[int, typer.Option(min=1, help="K of --kind top_k.")] = 64,
 ) -> None:
-    """Let a teacher comment on every token of a response, and mark where it went wrong."""
+    """Let a teacher comment on every token of a response, and mark where it went wrong; or keep all that it says of a
+    file of rollouts, for runs without the teacher."""
+    if (rollouts is None) != (out is None):
+        raise ValueError("--rollouts FILE and --out FOLDER belong together")
+    if rollouts is not None and out is not None:
+        if prompt or response:
+            raise ValueError("write either --prompt, or --rollouts and --out")
+        _keep_scores(ctx.obj, teacher or _shipped("teacher"), rollouts, out, kind, top_k)
+        return
+    if not prompt:
+        raise ValueError("write --prompt TEXT, or --rollouts FILE and --out FOLDER")
     from kibitz.annotate import score_texts
     from kibitz.report.terminal import print_rollout
 
@@ -108,6 +128,24 @@ def export(
     ctx.obj.result(
         {"model": source, "output": output, "merged": merge},
         lambda console: console.print(f"model      {output}", markup=False),
+    )
+
+
+def _keep_scores(output: Output, teacher: str, rollouts: Path, out: Path, kind: str, top_k: int) -> None:
+    from kibitz.annotate import store_scores
+    from kibitz.teachers import Ask
+    from kibitz.teachers.stored import FIELDS
+
+    if kind not in FIELDS:
+        raise ValueError(f"--kind {kind} is none of {', '.join(FIELDS)}")
+    total = 0
+    for done, total in store_scores(teacher, rollouts, out, Ask(kind, top_k)):
+        output.say(f"{done} of {total} rollouts")
+    size = sum(path.stat().st_size for path in out.iterdir())
+    tree = {"folder": out, "rollouts": total, "kind": kind, "bytes": size}
+    output.result(
+        tree,
+        lambda console: console.print(f"scores of {total} rollouts, {size / 2**20:.1f} MiB, in {out}", markup=False),
     )
 
 

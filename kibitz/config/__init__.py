@@ -34,12 +34,13 @@ from kibitz.config.sections import (
     StudentConfig,
 )
 from kibitz.config.table import METHOD_CONFIGS
-from kibitz.config.teachers import TEACHER_CONFIGS, LocalTeacherConfig, SignalKind, TeacherConfig
+from kibitz.config.teachers import TEACHER_CONFIGS, LocalTeacherConfig, SignalKind, StoredTeacherConfig, TeacherConfig
 
 __all__ = [
     "METHOD_CONFIGS", "TEACHER_CONFIGS", "AMMDConfig", "Columns", "DataConfig", "DiscriminatorConfig",
     "DistillationConfig", "DivergenceName", "EvalConfig", "GADConfig", "GKDConfig", "GRPOConfig", "GuardConfig",
     "LocalTeacherConfig", "LoraConfig", "MethodConfig", "ModelConfig", "OPDConfig", "OptimConfig",
     "PolicyGradientConfig", "Recipe", "RecipeError", "RolloutConfig", "SFTConfig", "SKDConfig", "SaveConfig",
-    "Section", "SignalKind", "StudentConfig", "TeacherConfig", "dump", "json_schema", "load", "register_method",
+    "Section", "SignalKind", "StoredTeacherConfig", "StudentConfig",
+    "TeacherConfig", "dump", "json_schema", "load", "register_method",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import Discriminator, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from kibitz.config.base import Section
 from kibitz.config.sections import ModelConfig
@@ -13,6 +13,16 @@ SignalKind = Literal["dense", "top_k", "sampled"]
 
 class TeacherConfig(Section):
     """What a teacher shares with every other one."""
+
+    store: str | None = Field(
+        None,
+        description="Folder that keeps what the teacher says, so that it need not read the same rollout again, in this run or "
+        "another (Lightning OPD, 2604.13010). Whole distributions take 2-4 bytes x its width for each token.",
+    )
+
+    def says_by(self) -> dict[str, Any]:
+        """The settings that change what it says: a store of its scores is refused to a teacher with others."""
+        return self.model_dump(mode="json", exclude={"store", "model", "trust_remote_code"}, exclude_defaults=True)
 
     def answers(self) -> tuple[SignalKind, ...]:
         """The kinds of signal that it can give, the most telling first."""
@@ -27,7 +37,22 @@ class LocalTeacherConfig(ModelConfig, TeacherConfig):
     """A model in this process: it scores every token and is never changed."""
 
 
-TEACHER_CONFIGS: dict[str, type[TeacherConfig]] = {"model": LocalTeacherConfig}
+class StoredTeacherConfig(TeacherConfig):
+    """What some teacher said earlier of certain rollouts, and nothing else: no model is loaded."""
+
+    stored: str = Field(description="A folder that `kibitz score --out` or `teacher.store` made.")
+
+    def writes(self) -> bool:
+        return False
+
+    @model_validator(mode="after")
+    def _one_folder(self) -> "StoredTeacherConfig":
+        if self.store is not None:
+            raise ValueError("stored scores are in a folder already: leave out store")
+        return self
+
+
+TEACHER_CONFIGS: dict[str, type[TeacherConfig]] = {"model": LocalTeacherConfig, "stored": StoredTeacherConfig}
 """By the key that only this kind of teacher has, and must have."""
 
 

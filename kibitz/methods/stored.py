@@ -70,11 +70,31 @@ def load_rollouts(
     return found
 
 
-def _read(place: str, line: str, prompts: Mapping[str, Prompt], vocab_size: int) -> Rollout:
+def prompts_of(path: Path | str) -> list[Prompt]:
+    """The prompts that a file of rollouts was written for, as token ids without text."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"there is no file {file}")
+    found: dict[str, Prompt] = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if line.strip():
+            place = f"{file}, line {number}"
+            row = _parsed(place, line)
+            _check_fields(place, row)
+            key = row["prompt_key"]
+            found.setdefault(key, Prompt(ids=tuple(row["prompt_ids"]), text="", key=key))
+    return list(found.values())
+
+
+def _parsed(place: str, line: str) -> Any:
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{place} is not JSON: {error}") from None
+
+
+def _read(place: str, line: str, prompts: Mapping[str, Prompt], vocab_size: int) -> Rollout:
+    row = _parsed(place, line)
     _check_fields(place, row)
     prompt = prompts.get(row["prompt_key"])
     if prompt is None:

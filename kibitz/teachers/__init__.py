@@ -15,7 +15,7 @@ by its own chat template; from there on inwards, `prompt.ids` are the teacher's.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from kibitz.config import SignalKind
 from kibitz.engines import Engine
@@ -41,6 +41,12 @@ class Scorer(Protocol):
         ...
 
 
+def _nobody() -> dict[str, Any]:
+    raise ValueError(
+        "teacher.store: this teacher changes or has no name, so what it says cannot be kept: leave out store"
+    )
+
+
 MakeEngine = Callable[[LanguageModel], Engine]
 """How the method that asks for text would drive a model in this process."""
 
@@ -57,7 +63,8 @@ class Teacher:
     said. `writer(make)`: an engine that writes as this teacher; a model in this process is driven by what `make` makes
     of it, and who cannot do that raises ValueError. `check(prompts, max_tokens)` raises ValueError where the longest
     do not fit. `sync(student)`: the student has learnt, after each step. `metrics()`: numbers of the step since the
-    last call. `close()`: nobody asks any more. `models`: those of this process that it reads rollouts with."""
+    last call. `close()`: nobody asks any more. `models`: those of this process that it reads rollouts with. `identity()`:
+    hashes of its parts, for a store of its scores; ValueError where it changes from step to step."""
 
     name: str
     kinds: tuple[SignalKind, ...]
@@ -70,6 +77,7 @@ class Teacher:
     metrics: Callable[[], dict[str, float]] = dict
     close: Callable[[], None] = _nothing
     models: Sequence[LanguageModel] = ()
+    identity: Callable[[], dict[str, Any]] = _nobody
 
     def score(self, rollouts: Sequence[Rollout], tokens_per_micro_batch: int = 16384) -> list[Signal]:
         """The most telling signals that it has, at temperature 1: for evaluation and the heat-map."""

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from kibitz.config import LocalTeacherConfig, TeacherConfig
+from kibitz.config import LocalTeacherConfig, StoredTeacherConfig, TeacherConfig
 from kibitz.models import check_same_tokenizer, load_model, load_tokenizer
-from kibitz.teachers import Teacher
+from kibitz.teachers import Teacher, stored
 from kibitz.teachers.local import local_teacher
 
 
@@ -29,7 +30,18 @@ def _load_local(config: LocalTeacherConfig, device: torch.device) -> Teacher:
     return local_teacher(load_model(config, "teacher", device))
 
 
-KINDS: dict[type[TeacherConfig], Kind] = {LocalTeacherConfig: Kind(_check_local, _load_local)}
+def _check_stored(config: StoredTeacherConfig, tokenizer: Any) -> None:
+    stored.check(Path(config.stored), tokenizer)
+
+
+def _load_stored(config: StoredTeacherConfig, device: torch.device) -> Teacher:
+    return stored.stored_teacher(Path(config.stored), device)
+
+
+KINDS: dict[type[TeacherConfig], Kind] = {
+    LocalTeacherConfig: Kind(_check_local, _load_local),
+    StoredTeacherConfig: Kind(_check_stored, _load_stored),
+}
 
 
 def check(config: TeacherConfig | None, tokenizer: Any) -> None:
@@ -38,4 +50,9 @@ def check(config: TeacherConfig | None, tokenizer: Any) -> None:
 
 
 def load(config: TeacherConfig | None, device: torch.device) -> Teacher | None:
-    return None if config is None else KINDS[type(config)].load(config, device)
+    if config is None:
+        return None
+    teacher = KINDS[type(config)].load(config, device)
+    if config.store is None:
+        return teacher
+    return stored.with_store(teacher, Path(config.store), config.says_by(), device)

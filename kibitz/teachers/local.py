@@ -10,6 +10,7 @@ from kibitz.batching import group, pack
 from kibitz.config import SignalKind
 from kibitz.models import LanguageModel
 from kibitz.teachers import Ask, Teacher
+from kibitz.teachers.stored import identity
 from kibitz.types import Dense, Rollout, Sampled, Scored, Signal, TopK, cat_signals, slice_signal
 
 KINDS: tuple[SignalKind, ...] = ("dense", "top_k", "sampled")
@@ -27,6 +28,7 @@ def local_teacher(model: LanguageModel) -> Teacher:
         flops=model.pass_flops,
         check=model.check_lengths,
         models=(model,),
+        identity=lambda: identity(model),
     )
 
 

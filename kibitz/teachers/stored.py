@@ -1,0 +1,307 @@
+"""Signals on disk: what a teacher has said once need not be computed again, in this run, its resumption, or another one.
+
+    store.json          who spoke: hashes of weights, tokenizer and chat template, the teacher's settings
+    head.safetensors    the output head, if whole distributions are held (as hidden states)
+    index.jsonl         one line for each rollout: key, kind, file, first row, number of tokens
+    NAME.safetensors    the numbers of one call, rollout after rollout
+
+A signal is found by its content: the ids of prompt and response, and what was asked for. So it does not matter which run, step
+or epoch wrote the rollout. A store speaks for one teacher: another one is refused, and told which of its parts differs.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kibitz.config import SignalKind
+from kibitz.engines import Engine
+from kibitz.metrics import write_atomically
+from kibitz.models import Head, LanguageModel
+from kibitz.teachers import Ask, MakeEngine, Scorer, Teacher
+from kibitz.types import Dense, Rollout, Sampled, Signal, TopK
+
+PARTS = ("weights", "tokenizer", "chat template")
+FIELDS: dict[SignalKind, tuple[str, ...]] = {"dense": ("hidden",), "top_k": ("ids", "logp"), "sampled": ("logp",)}
+
+
+# ------------------------------------------------------------------ who spoke
+
+
+def identity(model: LanguageModel) -> dict[str, Any]:
+    """What makes a teacher this one: hashes of all its numbers, of its vocabulary and of its chat template."""
+    weights = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.model.state_dict().items()):
+        weights.update(name.encode())
+        weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return {
+        "weights": weights.hexdigest(),
+        "tokenizer": hash_of_vocabulary(model.tokenizer),
+        "chat template": _hash(model.tokenizer.chat_template),
+        "num_parameters": model.num_parameters,
+    }
+
+
+def hash_of_vocabulary(tokenizer: Any) -> str:
+    return _hash(sorted(tokenizer.get_vocab().items()))
+
+
+def _hash(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+# ------------------------------------------------------------------ the folder
+
+
+class Store:
+    """A folder of signals. `who` is the teacher that may add to it; without one it is only read."""
+
+    def __init__(self, folder: Path, who: Mapping[str, Any] | None, device: torch.device):
+        self.folder, self.device = folder, device
+        self.who = self._agreed(who)
+        self.index: dict[str, dict[str, Any]] = {row["key"]: row for row in self._rows()}
+        self.files: dict[str, Any] = {}
+        self.head: Head | None = None
+
+    def _agreed(self, who: Mapping[str, Any] | None) -> dict[str, Any]:
+        path = self.folder / "store.json"
+        if not path.is_file():
+            if who is None:
+                raise ValueError(
+                    f"teacher.stored: there is no store of scores at {self.folder}: `kibitz score --out` makes one"
+                )
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(who, indent=1))
+            return dict(who)
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if who is not None:
+            _refuse_another(self.folder, held, who)
+        return held
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """The index, without a last line that a kill cut short."""
+        path, rows = self.folder / "index.jsonl", []
+        for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return rows
+
+    @property
+    def kinds(self) -> tuple[SignalKind, ...]:
+        held = {row["kind"] for row in self.index.values()}
+        return tuple(kind for kind in FIELDS if kind in held)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
+
+    def find(self, rollout: Rollout, ask: Ask) -> Signal | None:
+        row = self.index.get(key_of(rollout, ask))
+        if row is None:
+            return None
+        parts = [self._slice(row, name) for name in FIELDS[ask.kind]]
+        match ask.kind:
+            case "dense":
+                return Dense(parts[0], self.shared_head())
+            case "top_k":
+                return TopK(parts[0].long(), parts[1], ask.temperature)
+            case "sampled":
+                return Sampled(parts[0])
+
+    def _slice(self, row: Mapping[str, Any], name: str) -> Tensor:
+        start, path = row["start"], self.folder / row["file"]
+        try:
+            if row["file"] not in self.files:
+                self.files[row["file"]] = safe_open(path, framework="pt")
+            part = self.files[row["file"]].get_slice(name)[start : start + row["tokens"]]
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"the store of scores is damaged, {path.name} cannot be read ({error}): delete {self.folder}"
+            ) from None
+        if len(part) != row["tokens"]:
+            raise ValueError(f"the store of scores is damaged, {path.name} is too short: delete the folder")
+        return part.to(self.device)
+
+    def add(self, rollouts: Sequence[Rollout], signals: Sequence[Signal], ask: Ask) -> None:
+        """Numbers first, then the index: a kill between the two loses what it would have pointed to, and nothing else."""
+        tensors = {name: torch.cat([_field(s, name).detach().cpu() for s in signals]) for name in FIELDS[ask.kind]}
+        if isinstance(signals[0], Dense):
+            self._keep_head(signals[0].head)
+        name, start, lines = f"{uuid.uuid4().hex}.safetensors", 0, []
+        temporary = self.folder / f".{name}"
+        save_file(tensors, temporary)
+        temporary.rename(self.folder / name)
+        for rollout in rollouts:
+            row = {
+                "key": key_of(rollout, ask),
+                "kind": ask.kind,
+                "file": name,
+                "start": start,
+                "tokens": rollout.num_tokens,
+            }
+            start += rollout.num_tokens
+            lines.append(json.dumps(row))
+            self.index[row["key"]] = row
+        with (self.folder / "index.jsonl").open("a", encoding="utf-8") as file:
+            file.write("\n" + "\n".join(lines))  # a line cut short by a kill ends here, too
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _keep_head(self, head: Any) -> None:
+        path = self.folder / "head.safetensors"
+        if path.is_file():
+            return
+        if not isinstance(head, Head):
+            raise ValueError(
+                "teacher.store: hidden states are kept with one model's output head, and this teacher has none"
+            )
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in head.projection.state_dict().items()}
+        shape = {"vocab_size": head.vocab_size, "scale": head.scale, "softcap": head.softcap}
+        save_file(weights or {"none": torch.zeros(1)}, path, metadata={"head": json.dumps(shape)})
+
+    def shared_head(self) -> Head:
+        """One head for all signals, so that those of several rollouts can be joined."""
+        if self.head is None:
+            path = self.folder / "head.safetensors"
+            weights = load_file(path)
+            with safe_open(path, framework="pt") as file:
+                shape = json.loads(file.metadata()["head"])
+            projection: nn.Module = nn.Identity()
+            if "weight" in weights:
+                rows, width = weights["weight"].shape
+                projection = nn.Linear(width, rows, bias="bias" in weights, dtype=weights["weight"].dtype)
+                projection.load_state_dict(weights)
+            self.head = Head(projection, **shape).to(self.device).requires_grad_(False)
+        return self.head
+
+
+def key_of(rollout: Rollout, ask: Ask) -> str:
+    asked = [ask.kind] if ask.kind == "dense" else [ask.kind, ask.temperature, ask.top_k if ask.kind == "top_k" else 0]
+    return _hash([asked, list(rollout.prompt.ids), rollout.response_ids])
+
+
+def _field(signal: Signal, name: str) -> Tensor:
+    match signal:
+        case Dense(hidden_TD, _):
+            return hidden_TD
+        case TopK(ids_TK, logp_TK, _):
+            return ids_TK.int() if name == "ids" else logp_TK
+        case Sampled(logp_T):
+            return logp_T
+        case _:
+            raise ValueError(
+                f"teacher.store: signals of the kind {type(signal).__name__} cannot be stored: leave out store"
+            )
+
+
+def _refuse_another(folder: Path, held: Mapping[str, Any], who: Mapping[str, Any]) -> None:
+    changed = [part for part in PARTS if held.get(part) != who[part]]
+    ours, theirs = who["settings"], held.get("settings", {})
+    changed += [f"teacher.{key}" for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
+    if changed:
+        raise ValueError(
+            f"the store of scores at {folder} was made by a teacher with another {', another '.join(changed)}: write "
+            "teacher.store=ANOTHER, or delete the folder"
+        )
+
+
+# ------------------------------------------------------------------ as teachers
+
+
+@dataclass
+class Tally:
+    """Of one step: how many rollouts were looked up, and the ones that the teacher had to read."""
+
+    looked_up: int = 0
+    read: set[str] = field(default_factory=set)
+
+    def close(self, store: Store) -> dict[str, float]:
+        share = 1.0 - len(self.read) / max(1, self.looked_up)
+        self.looked_up, self.read = 0, set()
+        return {"stored_share": share, "store_bytes": float(store.num_bytes)}
+
+
+@dataclass(frozen=True)
+class StoredScorer:
+    """What is held is read from disk; the rest is asked of `inner`, all together, and held from then on."""
+
+    store: Store
+    ask: Ask
+    inner: Scorer | None
+    tally: Tally
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
+        missing = {key_of(r, self.ask): r for r in rollouts if self.store.find(r, self.ask) is None}
+        self.tally.looked_up += len(rollouts)
+        self.tally.read |= {_content(rollout) for rollout in missing.values()}
+        if missing:
+            fresh = list(missing.values())
+            self.store.add(fresh, self._ask(fresh), self.ask)
+        found = [self.store.find(rollout, self.ask) for rollout in rollouts]
+        return [signal for signal in found if signal is not None]
+
+    def _ask(self, rollouts: list[Rollout]) -> list[Signal]:
+        if self.inner is not None:
+            return self.inner.score(rollouts)
+        first = rollouts[0].prompt
+        raise ValueError(
+            f"the store of scores at {self.store.folder} lacks {len(rollouts)} rollouts, the first of the prompt "
+            f"{first.text[:80] or first.key!r}: learn from the rollouts that it was made of (method.rollouts), or name a model"
+        )
+
+
+def _content(rollout: Rollout) -> str:
+    return _hash([list(rollout.prompt.ids), rollout.response_ids])
+
+
+def with_store(teacher: Teacher, folder: Path, settings: Mapping[str, Any], device: torch.device) -> Teacher:
+    """`teacher`, which is never asked twice. `settings` are those of its section that change what it says."""
+    store, tally = Store(folder, {**teacher.identity(), "settings": dict(settings)}, device), Tally()
+
+    def flops(rollouts: Sequence[Rollout], num_tokens: Sequence[int]) -> float:
+        """Writing as ever; scoring of those that were not held."""
+        read = rollouts if num_tokens else [r for r in rollouts if _content(r) in tally.read]
+        return teacher.flops(read, num_tokens) if read else 0.0
+
+    return replace(
+        teacher,
+        scorer=lambda ask: StoredScorer(store, ask, teacher.scorer(ask), tally),
+        flops=flops,
+        metrics=lambda: {**teacher.metrics(), **tally.close(store)},
+    )
+
+
+def check(folder: Path, tokenizer: Any) -> None:
+    """ValueError unless the folder holds scores of the student's tokens."""
+    who = Store(folder, None, torch.device("cpu")).who
+    if who["tokenizer"] != hash_of_vocabulary(tokenizer):
+        raise ValueError(f"teacher.stored: the scores at {folder} are of another tokenizer than the student's")
+
+
+def stored_teacher(folder: Path, device: torch.device) -> Teacher:
+    """A teacher that is nothing but its store: it has read certain rollouts, and has nothing to say about others."""
+    store, tally = Store(folder, None, device), Tally()
+
+    def writer(make: MakeEngine) -> Engine:
+        raise ValueError("stored scores cannot write responses: name a model as the teacher")
+
+    return Teacher(
+        name="stored scores",
+        kinds=store.kinds,
+        scorer=lambda ask: StoredScorer(store, ask, None, tally),
+        writer=writer,
+        num_parameters=store.who["num_parameters"],
+        flops=lambda rollouts, num_tokens: 0.0,
+        metrics=lambda: tally.close(store),
+    )
