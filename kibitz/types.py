@@ -228,7 +228,7 @@ class Scored:
 
     `advantage_T` credits each sampled token (rewards, or the teacher's log-ratio); `weight_T` is 0 where nothing is
     to be learnt. Either a signal, or an advantage, or both, or neither (the tokens themselves are the target: SFT).
-    `numbers` are what else a criterion wants to know of each token, by name, each `[T]` or `[T, ...]`.
+    `numbers` are what else a criterion wants to know of each token, by name, each `[T]`.
 
     A method that learns two things in one step names them by `objective`: a micro-batch holds one of them, each is the
     mean over its own tokens, and the loss is their sum.

@@ -103,8 +103,8 @@ def test_the_students_gradient_is_the_policy_gradient_over_all_actions():
     logits = torch.randn(4, 7, generator=generator, dtype=torch.float64, requires_grad=True)
     teacher, q = (torch.randn(4, 7, generator=generator, dtype=torch.float64) for _ in range(2))
     zeros, signal = torch.zeros(4, dtype=torch.long), Dense(teacher, lambda h: h)
-    tokens = Tokens(zeros, torch.ones(4), torch.zeros(4), signal, numbers={"state": q / 2})
-    values = MomentMatching(lambda state: 2 * state)(logits, tokens)
+    tokens = Tokens(zeros, torch.ones(4), torch.zeros(4), signal)
+    values = MomentMatching(lambda student_CV, teacher_CV: q)(logits, tokens)
     (found,) = torch.autograd.grad(values["loss"].sum(), logits)
     wanted = torch.zeros_like(logits)
     for action in range(7):
@@ -124,8 +124,8 @@ def test_a_student_that_equals_its_teacher_has_no_gradient(models, tmp_path):
 
 
 def test_the_action_values_climb_to_the_bound(models, tmp_path):
-    """On fixed text, and a student that does not move: 300 steps reach 80% of the largest gap there is."""
-    tree = recipe(*models, tmp_path / "run", method={"type": "ammd", "q_steps": 300, "q_lr": 1e-2, "q_bound": 2.0})
+    """On fixed text, and a student that does not move: 300 steps reach 90% of the largest gap there is."""
+    tree = recipe(*models, tmp_path / "run", method={"type": "ammd", "q_steps": 300, "q_bound": 2.0})
     setup = prepare(tree)
     method = methods.build(setup.parts)
     rollouts = method.rollout(setup.stream.take(8), Step(0, 1, seed=7))
@@ -136,7 +136,7 @@ def test_the_action_values_climb_to_the_bound(models, tmp_path):
     }
     metrics = setup.parts.notes.metrics
     for name in ("on_policy", "off_policy"):
-        assert 0.8 * metrics[f"moment_bound_{name}"] < metrics[f"moment_gap_{name}"] < metrics[f"moment_bound_{name}"]
+        assert 0.9 * metrics[f"moment_bound_{name}"] < metrics[f"moment_gap_{name}"] < metrics[f"moment_bound_{name}"]
 
 
 # ------------------------------------------------------------------ runs

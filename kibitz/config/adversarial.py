@@ -22,12 +22,12 @@ class AMMDConfig(MethodConfig):
         "off-policy one. Each is a mean of its own and both count alike. 0.5: ours.",
     )
     source: Literal["dataset", "teacher"] = Field("teacher", description="Who answers the other prompts.")
-    q_lr: float = Field(1e-3, gt=0, description="Rate of the action values, constant. 1e-3: ours, on a toy world.")
+    q_lr: float = Field(1e-2, gt=0, description="Rate of the action values, constant. 1e-2: ours, on a toy world.")
     q_steps: int = Field(5, ge=1, description="Steps of theirs before each one of the student. 5: ours.")
     q_bound: float = Field(
         1.0, gt=0, description="Their largest size; the loss goes with it. 1: the moment gap is 2 TV."
     )
-    q_width: int = Field(128, ge=1, description="Of their one hidden layer, on the student's hidden states. 128: ours.")
+    q_width: int = Field(128, ge=1, description="Of their one hidden layer, on both models' probabilities. 128: ours.")
 
     def needs_teacher(self) -> bool:
         return True

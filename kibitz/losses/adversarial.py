@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,17 +20,24 @@ def moment_gap(student_CS: Tensor, teacher_CS: Tensor, q_CS: Tensor) -> Tensor:
     return ((teacher_CS.exp() - student_CS.exp()) * q_CS).sum(-1)
 
 
+ActionValue = Callable[[Tensor, Tensor], Tensor]
+"""(student_CV, teacher_CV) -> q_CV: what each token is worth in a state, which is known by what both would do there."""
+
+
 @dataclass(frozen=True)
 class MomentMatching:
-    """The student's side of the moment gap under a fixed `q`: the `numbers` named "state" [C, D] -> [C, V]. The gradient is
-    -sum_a q(a) grad S(a): a policy gradient over all actions at once, without the noise of a sampled one."""
+    """The student's side of the moment gap, under a q that is held fixed. The gradient is -sum_a q(a) grad S(a): a policy
+    gradient over all actions at once, without the noise of a sampled one."""
 
-    q: Callable[[Tensor], Tensor]
+    q: ActionValue
 
     def __call__(self, logits_CV: Tensor, tokens: Tokens) -> dict[str, Tensor]:
+        return Divergence(self._gap)(logits_CV, tokens)
+
+    def _gap(self, student_CV: Tensor, teacher_CV: Tensor) -> Tensor:
         with torch.no_grad():
-            q_CV = self.q(tokens.numbers["state"])
-        return Divergence(partial(moment_gap, q_CS=q_CV))(logits_CV, tokens)
+            q_CV = self.q(student_CV, teacher_CV)
+        return moment_gap(student_CV, teacher_CV, q_CV)
 
 
 def bradley_terry(better: Tensor, worse: Tensor) -> Tensor:

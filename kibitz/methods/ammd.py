@@ -5,8 +5,8 @@ The authors' code is not published. What is here follows from the performance-di
 our derivation (docs/methods.md): no credit for later tokens, and both expectations over actions taken exactly.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -25,19 +25,20 @@ from kibitz.types import Batch, Dense, Prompt, Rollout, Scored, Step, Tokens, Wr
 
 
 class ActionValues(nn.Module):
-    """q(s, a) for all actions at once, within +-`bound`: the student's hidden states [C, D] -> [C, V]. Zero at first."""
+    """q(s, a) for all actions at once, within +-`bound` and zero at first. The state is what both policies would do in it,
+    which is all that the largest gap depends on: each distribution becomes the mean embedding of its tokens."""
 
-    def __init__(self, hidden_size: int, width: int, vocab_size: int, bound: float):
+    def __init__(self, vocab_size: int, width: int, bound: float):
         super().__init__()
         self.bound = bound
-        last = nn.Linear(width, vocab_size)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        normed = nn.LayerNorm(hidden_size, elementwise_affine=False)
-        self.network = nn.Sequential(normed, nn.Linear(hidden_size, width), nn.SiLU(), last)
+        self.embedding, self.values = nn.Linear(2 * vocab_size, width), nn.Linear(width, vocab_size)
+        nn.init.normal_(self.embedding.weight)
+        for zeros in (self.embedding.bias, self.values.weight, self.values.bias):
+            nn.init.zeros_(zeros)
 
-    def forward(self, hidden_CD: Tensor) -> Tensor:
-        return self.bound * torch.tanh(self.network(hidden_CD.float()))
+    def forward(self, student_CV: Tensor, teacher_CV: Tensor) -> Tensor:
+        hidden_CD = self.embedding(torch.cat([student_CV, teacher_CV], -1).exp())
+        return self.bound * torch.tanh(self.values(nn.functional.silu(hidden_CD)))
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,7 @@ class AMMD:
             members = [r for r in rollouts if r.has_tokens_of(Writer.STUDENT) == (name == "on_policy")]
             signals = self.teacher.score(members)  # apart, as the student's micro-batches are: equal models read zero
             learnt = [Scored(r, r.weight_T(), s, objective=name) for r, s in zip(members, signals, strict=True)]
-            learnt = self._with_states(learnt)
-            self._ascend(name, values, pack(learnt, self.parts.student.device).tokens)
+            self._ascend(name, values, learnt)
             scored += learnt
         return scored
 
@@ -67,47 +67,47 @@ class AMMD:
         criterion = MomentMatching(self.values[batch.objective].module)
         return token_loss(student, batch, criterion, self.parts.recipe.optim.chunk_tokens)
 
-    @torch.no_grad()
-    def _with_states(self, scored: Sequence[Scored]) -> list[Scored]:
-        """With the student's hidden state before each token, which the action values are a function of."""
-        states: dict[int, Tensor] = {}
-        for indices in group([s.rollout for s in scored], self.parts.recipe.optim.tokens_per_micro_batch):
-            batch = pack([scored[i] for i in indices], self.parts.student.device)
-            (hidden_TD,) = self.parts.student(batch, lambda hidden_TD, head: (hidden_TD,))
-            parts = hidden_TD.split([scored[i].rollout.num_tokens for i in indices])
-            states.update(zip(indices, parts, strict=True))
-        return [replace(one, numbers={"state": states[i]}) for i, one in enumerate(scored)]
-
-    def _ascend(self, name: str, values: Opponent, tokens: Tokens) -> None:
+    def _ascend(self, name: str, values: Opponent, scored: Sequence[Scored]) -> None:
         """Raise the mean moment gap over these tokens. Its largest value, and what is reached of it, are noted."""
-        student, num_tokens = self.parts.student, len(tokens.token_T)
-        size = self.parts.recipe.optim.chunk_tokens or student.chunk_tokens
+        chunks, num_tokens = list(self._chunks(scored)), sum(s.rollout.num_tokens for s in scored)
         for _ in range(self.config.q_steps):
             reached = most = 0.0
-            for start in range(0, num_tokens, size):
-                chunk = tokens[start : start + size]
-                state_CD, signal = chunk.numbers["state"], cast(Dense, chunk.signal)
+            for hidden_CD, tokens in chunks:
                 with torch.no_grad():
-                    student_CV = log_probs(student.head(state_CD).float())
-                    teacher_CV = log_probs(teacher_logits(signal, student_CV))
+                    student_CV = log_probs(self.parts.student.head(hidden_CD).float())
+                    teacher_CV = log_probs(teacher_logits(cast(Dense, tokens.signal), student_CV))
                     best_C = moment_gap(student_CV, teacher_CV, (teacher_CV - student_CV).sign())
-                    most += (chunk.weight_T * best_C).sum().item()
-                gap = (chunk.weight_T * moment_gap(student_CV, teacher_CV, values.module(state_CD))).sum()
+                    most += (tokens.weight_T * best_C).sum().item()
+                gap_C = moment_gap(student_CV, teacher_CV, values.module(student_CV, teacher_CV))
+                gap = (tokens.weight_T * gap_C).sum()
                 (-gap / num_tokens).backward()
                 reached += gap.item()
             values.optimizer.step()
         notes = self.parts.notes
         notes.metrics[f"moment_gap_{name}"] = reached / num_tokens
         notes.metrics[f"moment_bound_{name}"] = self.config.q_bound * most / num_tokens
-        notes.spend("opponent_training", self._flops(values, tokens))
+        notes.spend("opponent_training", self._flops(values, chunks))
 
-    def _flops(self, values: Opponent, tokens: Tokens) -> float:
+    @torch.no_grad()
+    def _chunks(self, scored: Sequence[Scored]) -> Iterator[tuple[Tensor, Tokens]]:
+        """The student's hidden states, and the tokens: as many as the heads may take at one time."""
+        student, optim = self.parts.student, self.parts.recipe.optim
+        size = optim.chunk_tokens or student.chunk_tokens
+        for indices in group([s.rollout for s in scored], optim.tokens_per_micro_batch):
+            batch = pack([scored[i] for i in indices], student.device)
+            (hidden_TD,) = student(batch, lambda hidden_TD, head: (hidden_TD,))
+            for start in range(0, len(hidden_TD), size):
+                chunk = slice(start, start + size)
+                yield hidden_TD[chunk], batch.tokens[chunk]
+
+    def _flops(self, values: Opponent, chunks: Sequence[tuple[Tensor, Tokens]]) -> float:
         """Forward and backward of the action values and both heads in each of their steps, and once more in the loss. The
         student's body is the pass that `scores_with_student` says."""
-        widths = tokens.numbers["state"].shape[-1] + cast(Dense, tokens.signal).hidden_TD.shape[-1]
-        heads = 2.0 * widths * self.parts.student.vocab_size
-        forward = 2.0 * values.num_parameters
-        return len(tokens.token_T) * (self.config.q_steps * (3 * forward + heads) + forward)
+        num_tokens = sum(len(hidden_CD) for hidden_CD, _ in chunks)
+        hidden_CD, tokens = chunks[0]
+        width = hidden_CD.shape[-1] + cast(Dense, tokens.signal).hidden_TD.shape[-1]
+        heads, forward = 2.0 * width * self.parts.student.vocab_size, 2.0 * values.num_parameters
+        return num_tokens * (self.config.q_steps * (3 * forward + heads) + forward)
 
 
 def build(parts: Parts) -> AMMD:
@@ -125,8 +125,7 @@ def build(parts: Parts) -> AMMD:
 
 
 def _values(parts: Parts, config: AMMDConfig) -> Opponent:
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(parts.recipe.seed)
-        hidden_size = parts.student.hidden(torch.zeros(1, 1, dtype=torch.long, device=parts.student.device)).shape[-1]
-        module = ActionValues(hidden_size, config.q_width, parts.student.vocab_size, config.q_bound)
+        module = ActionValues(parts.student.vocab_size, config.q_width, config.q_bound)
     return opponent(module.to(parts.student.device), config.q_lr, parts.recipe.optim)

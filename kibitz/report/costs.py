@@ -25,6 +25,7 @@ PHASES = (
     Phase("Student writes", "student_sampling", "sampling"),
     Phase("Teacher scores", "teacher_scoring", "scoring"),
     Phase("Reference scores", "reference_scoring", "scoring"),
+    Phase("Opponent learns", "opponent_training", "scoring"),
     Phase("Student learns", "student_training", "training"),
     Phase("Teacher writes", "teacher_sampling", "sampling"),
 )
