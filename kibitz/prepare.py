@@ -71,7 +71,7 @@ def prepare(
     for role, model in recipe.method.other_models().items():
         check_same_tokenizer(tokenizer, load_tokenizer(model, role), role)
     mask_ids = single_tokens(tokenizer, recipe.method.mask_tokens, "method.mask_tokens")
-    prompts = load_prompts(recipe.data, tokenizer, recipe.seed, _needs_responses(recipe))
+    prompts = load_prompts(recipe.data, tokenizer, recipe.seed, recipe.method.wants_demonstrations())
     grader = grader or load_grader(recipe.data, prompts)
     if recipe.method.needs_reward() and grader is None:
         raise RecipeError(
@@ -108,10 +108,6 @@ def prepare(
     parts = Parts(recipe, student, engine, teacher, sampling, encode, loss, mask_ids, stored, reference)
     stream = PromptStream(prompts, recipe.seed, recipe.data.shuffle)
     return Setup(recipe, folder, resumed_from, student, teacher, engine, stream, grader, evaluator, parts)
-
-
-def _needs_responses(recipe: Recipe) -> bool:
-    return recipe.method.needs_responses() or recipe.method.replay > 0
 
 
 def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

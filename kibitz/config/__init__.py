@@ -13,13 +13,13 @@ from kibitz.config.methods import (
     DistillationConfig,
     DivergenceName,
     GKDConfig,
-    GRPOConfig,
     MethodConfig,
     OPDConfig,
     PolicyGradientConfig,
     SFTConfig,
     SKDConfig,
 )
+from kibitz.config.policy import DistiLLM2Config, GroupConfig, GRPOConfig, KDRLConfig, MiniLLMConfig
 from kibitz.config.reading import dump, json_schema, load
 from kibitz.config.recipe import Recipe, register_method
 from kibitz.config.sections import (
@@ -38,8 +38,9 @@ from kibitz.config.teachers import TEACHER_CONFIGS, LocalTeacherConfig, SignalKi
 
 __all__ = [
     "METHOD_CONFIGS", "TEACHER_CONFIGS", "AMMDConfig", "Columns", "DataConfig", "DiscriminatorConfig",
-    "DistillationConfig", "DivergenceName", "EvalConfig", "GADConfig", "GKDConfig", "GRPOConfig", "GuardConfig",
-    "LocalTeacherConfig", "LoraConfig", "MethodConfig", "ModelConfig", "OPDConfig", "OptimConfig",
+    "DistiLLM2Config", "DistillationConfig", "DivergenceName", "EvalConfig", "GADConfig", "GKDConfig", "GRPOConfig",
+    "GroupConfig", "GuardConfig", "KDRLConfig", "LocalTeacherConfig", "LoraConfig", "MethodConfig", "MiniLLMConfig",
+    "ModelConfig", "OPDConfig", "OptimConfig",
     "PolicyGradientConfig", "Recipe", "RecipeError", "RolloutConfig", "SFTConfig", "SKDConfig", "SaveConfig",
     "Section", "SignalKind", "StoredTeacherConfig", "StudentConfig",
     "TeacherConfig", "dump", "json_schema", "load", "register_method",

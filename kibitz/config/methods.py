@@ -43,6 +43,10 @@ class MethodConfig(ExtrasConfig):
         """Whether every row of the data must bring a response."""
         return False
 
+    def wants_demonstrations(self) -> bool:
+        """Whether it reads the data's responses, for itself or for `replay`."""
+        return self.needs_responses() or self.replay > 0
+
     def asks(self) -> tuple[SignalKind, ...]:
         """The signals that the loss can do with, the one with the least work first; none: no teacher scores."""
         return ()
@@ -312,24 +316,3 @@ class SFTConfig(MethodConfig):
             raise ValueError(
                 "rollouts are stored and the teacher writes none: drop method.source=teacher or method.rollouts"
             )
-
-
-class GRPOConfig(PolicyGradientConfig):
-    """RL with a reward per response: advantages centred in the group of a prompt's samples (GRPO, 2402.03300)."""
-
-    type: Literal["grpo"] = "grpo"
-    normalize_std: bool = Field(
-        False, description="Divide by the group's deviation. Off: it favours extreme prompts (2503.20783)."
-    )
-    policy_loss: PolicyLossName = Field("ppo_clip", description="ppo_clip: the paper; see opd for the others.")
-
-    def needs_reward(self) -> bool:
-        return True
-
-    def check(self, rollout: RolloutConfig) -> None:
-        if rollout.samples_per_prompt < 2:
-            raise ValueError("grpo compares the samples of a prompt: write rollout.samples_per_prompt of 2 or more")
-        if rollout.truncated:
-            raise ValueError("grpo's importance ratio needs untruncated rollouts: drop rollout.top_p and rollout.top_k")
-        if rollout.epsilon:
-            raise ValueError("grpo's importance ratio starts from the student itself: drop rollout.epsilon")

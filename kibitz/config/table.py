@@ -5,14 +5,18 @@ from typing import Annotated, Any, Union
 from pydantic import Discriminator, Tag
 
 from kibitz.config.adversarial import AMMDConfig, GADConfig
-from kibitz.config.methods import GKDConfig, GRPOConfig, MethodConfig, OPDConfig, SFTConfig, SKDConfig
+from kibitz.config.methods import GKDConfig, MethodConfig, OPDConfig, SFTConfig, SKDConfig
+from kibitz.config.policy import DistiLLM2Config, GRPOConfig, KDRLConfig, MiniLLMConfig
 
 METHOD_CONFIGS: dict[str, type[MethodConfig]] = {
     "sft": SFTConfig,
     "opd": OPDConfig,
     "gkd": GKDConfig,
     "skd": SKDConfig,
+    "minillm": MiniLLMConfig,
+    "distillm2": DistiLLM2Config,
     "grpo": GRPOConfig,
+    "kdrl": KDRLConfig,
     "ammd": AMMDConfig,
     "gad": GADConfig,
 }

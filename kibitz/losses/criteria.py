@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from kibitz.losses import policy_gradient
-from kibitz.losses.chunked import Criterion
 from kibitz.losses.divergences import entropy, reverse_kl
 from kibitz.losses.overlap import top_k_overlap
 from kibitz.losses.supports import (
@@ -210,19 +209,6 @@ class ReverseKL:
             case None:
                 raise ValueError("There is no teacher's signal to measure the student against.")
         return {"loss": metrics["reverse_kl"]} | metrics
-
-
-@dataclass(frozen=True)
-class Anchored:
-    """`criterion`, plus the anchor's coefficient times KL(S || R): exact, over the vocabulary, at temperature 1."""
-
-    criterion: Criterion
-
-    def __call__(self, logits_CV: Tensor, tokens: Tokens) -> dict[str, Tensor]:
-        anchor, values = tokens.anchor, self.criterion(logits_CV, tokens)
-        assert anchor is not None and isinstance(anchor.signal, Dense)
-        kl_C = reverse_kl(log_probs(logits_CV), log_probs(teacher_logits(anchor.signal, logits_CV)))
-        return values | {"loss": values["loss"] + anchor.coefficient * kl_C, "reference_kl": kl_C.detach()}
 
 
 # -------------------------------------------------------------------------------------------------------- metrics

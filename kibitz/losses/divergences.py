@@ -51,23 +51,33 @@ def jsd(student_CS: Tensor, teacher_CS: Tensor, beta: float = 0.5, plain: bool =
     if not plain and beta == 1.0:
         return reverse_kl(student_CS, teacher_CS)
     teacher_CS = teacher_CS.detach()
-    mixture_CS = _mix(teacher_CS, student_CS, beta)
+    mixture_CS = mixture(teacher_CS, student_CS, beta)
     value_C = beta * _kl(teacher_CS, mixture_CS) + (1 - beta) * _kl(student_CS, mixture_CS)
     return value_C if plain else value_C / (beta * (1 - beta))
 
 
-def skew_kl(student_CS: Tensor, teacher_CS: Tensor, alpha: float = 0.1) -> Tensor:
+def skew_kl(student_CS: Tensor, teacher_CS: Tensor, alpha: float | Tensor = 0.1) -> Tensor:
     """KL(T || alpha T + (1 - alpha) S), at most -log alpha (DistiLLM, 2402.03898; alpha = 0.1 there)."""
     teacher_CS = teacher_CS.detach()
-    return _kl(teacher_CS, _mix(teacher_CS, student_CS, alpha))
+    return _kl(teacher_CS, mixture(teacher_CS, student_CS, alpha))
 
 
-def skew_reverse_kl(student_CS: Tensor, teacher_CS: Tensor, alpha: float = 0.1) -> Tensor:
+def skew_reverse_kl(student_CS: Tensor, teacher_CS: Tensor, alpha: float | Tensor = 0.1) -> Tensor:
     """KL(S || alpha S + (1 - alpha) T), at most -log alpha (DistiLLM, 2402.03898).
 
     The student inside the mixture has a gradient too: this is the derivative of the formula. DistiLLM-2's code detaches
     it there."""
-    return _kl(student_CS, _mix(student_CS, teacher_CS.detach(), alpha))
+    return _kl(student_CS, mixture(student_CS, teacher_CS.detach(), alpha))
+
+
+def adaptive_alpha(gap_N: Tensor, alpha: float = 0.1) -> Tensor:
+    """clip(1 - (1 - alpha) mean(gap) / (gap_i + 1e-5), 0.01, alpha): the skew of each of N responses (DistiLLM-2, 2503.07067).
+
+    `gap_i` is by how much likelier a response is to the model that wrote it than to the other, as the difference of
+    exp(mean log-probability). A gap of the mean, or a wider one, has the whole alpha, a narrower one less: easy responses
+    are compared more sharply. As in the paper's code a gap below zero, where the reader finds the text likelier than its
+    writer, has the whole alpha too (with a mean above zero)."""
+    return (1 - (1 - alpha) * gap_N.mean() / (gap_N + 1e-5)).clamp(0.01, alpha)
 
 
 def total_variation(student_CS: Tensor, teacher_CS: Tensor) -> Tensor:
@@ -95,8 +105,12 @@ def _kl(left_CS: Tensor, right_CS: Tensor) -> Tensor:
     return (left_prob_CS * (left_CS - right_CS) - left_prob_CS + right_CS.exp()).sum(-1)
 
 
-def _mix(first_CS: Tensor, second_CS: Tensor, weight: float) -> Tensor:
-    """log(weight * first + (1 - weight) * second), in the log domain so that nothing underflows."""
+def mixture(first_CS: Tensor, second_CS: Tensor, weight: float | Tensor) -> Tensor:
+    """log(weight * first + (1 - weight) * second), in the log domain so that nothing underflows. The weight is one
+    number, or one for each position `[C]`, above 0 and below 1."""
+    if isinstance(weight, Tensor):
+        weight_C1 = weight.unsqueeze(-1).to(first_CS.dtype)
+        return torch.logaddexp(first_CS + weight_C1.log(), second_CS + (-weight_C1).log1p())
     if weight == 0.0 or weight == 1.0:
         return first_CS if weight == 1.0 else second_CS
     return torch.logaddexp(first_CS + math.log(weight), second_CS + math.log1p(-weight))

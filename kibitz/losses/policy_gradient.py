@@ -78,6 +78,26 @@ def discounted(advantage_T: Tensor, gamma: float) -> Tensor:
     return torch.tensor(credits[::-1], dtype=advantage_T.dtype, device=advantage_T.device)
 
 
+def to_come(reward_T: Tensor, weight_T: Tensor, gamma: float, mean: bool = True, own: bool = True) -> Tensor:
+    """sum_{s >= t} gamma^(s-t) r_s, over ONE sequence; from t + 1 on without `own`; as a `mean`, divided by the sum of the
+    gamma^(s-t), so that long responses are not pushed harder (MiniLLM, 2306.08543, where gamma = 1: the tokens to come).
+
+    Tokens of weight 0 must hold zero; they do not count in the mean. Where nothing is to come it is zero."""
+    sum_T, count_T = discounted(reward_T, gamma), discounted((weight_T > 0).to(reward_T.dtype), gamma)
+    if not own:
+        sum_T, count_T = sum_T - reward_T, count_T - (weight_T > 0).to(reward_T.dtype)
+    return torch.where(count_T > 0, sum_T / count_T.clamp(min=1e-6), 0.0) if mean else sum_T
+
+
+def whitened(advantages: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    """Less their mean, and over their deviation (its square + 1e-8), of all the learnable tokens of a step."""
+    learnt = torch.cat(advantages)[torch.cat(weights) > 0]
+    if not len(learnt):
+        return advantages
+    mean, scale = learnt.mean(), (learnt.var(correction=0) + 1e-8).rsqrt()
+    return [(advantage_T - mean) * scale for advantage_T in advantages]
+
+
 def clipped(advantage_T: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """The advantage kept between `low` and `high`, and 1 where that changed it.
 

@@ -6,7 +6,10 @@
 | opd | the student | the teacher's distribution there | reverse KL, or another divergence |
 | gkd | the student in a share of the steps, else the data or the teacher | the teacher's distribution there | JSD, or another |
 | skd | the student; the teacher replaces what is not in its top K | the teacher's distribution there | forward KL, or another |
+| minillm | student and teacher, mixed token by token | log-ratios, the teacher's distribution | policy gradient, reverse KL |
+| distillm2 | teacher and student | the teacher's distribution there | skewed KL; on the student's text, reverse KL |
 | grpo | the student, a group per prompt | reward minus the group's mean | clipped policy gradient |
+| kdrl | the student, a group per prompt | reward minus the group's mean, and the teacher's word | clipped policy gradient, k2 |
 | ammd | the student; for other prompts the teacher or the data | learnt values of all tokens | the policies' gap in value |
 | gad | at first the teacher or the data, then the student | a judge's score minus the group's mean | clipped policy gradient |
 """
@@ -14,7 +17,7 @@
 from collections.abc import Callable
 
 from kibitz.config import MethodConfig, register_method
-from kibitz.methods import ammd, gad, gkd, grpo, opd, sft, skd
+from kibitz.methods import ammd, distillm2, gad, gkd, grpo, kdrl, minillm, opd, sft, skd
 from kibitz.methods.parts import Method, Parts, policy_loss, scorer, teacher_engine, token_loss
 from kibitz.methods.reference import anchored
 from kibitz.methods.replay import replayed
@@ -28,7 +31,10 @@ METHODS: dict[str, Callable[[Parts], Method]] = {
     "opd": opd.build,
     "gkd": gkd.build,
     "skd": skd.build,
+    "minillm": minillm.build,
+    "distillm2": distillm2.build,
     "grpo": grpo.build,
+    "kdrl": kdrl.build,
     "ammd": ammd.build,
     "gad": gad.build,
 }

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from kibitz.config import GRPOConfig
+from kibitz.config import GroupConfig
 from kibitz.losses.criteria import PolicyGradient
 from kibitz.losses.policy_gradient import group_advantages
 from kibitz.methods.parts import Parts, policy_loss, token_loss
@@ -18,7 +18,7 @@ from kibitz.types import Batch, Prompt, Rollout, Scored, Step
 
 @dataclass(frozen=True)
 class GRPO:
-    config: GRPOConfig
+    config: GroupConfig
     parts: Parts
 
     def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
@@ -39,4 +39,4 @@ class GRPO:
 
 
 def build(parts: Parts) -> GRPO:
-    return GRPO(cast(GRPOConfig, parts.recipe.method), parts)
+    return GRPO(cast(GroupConfig, parts.recipe.method), parts)

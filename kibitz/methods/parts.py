@@ -5,17 +5,23 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from kibitz.config import DistillationConfig, MethodConfig, PolicyGradientConfig, Recipe
 from kibitz.engines import Engine
 from kibitz.engines.torch import TorchEngine
 from kibitz.losses.chunked import Criterion, over_chunks
-from kibitz.losses.criteria import Anchored, PolicyLoss
+from kibitz.losses.criteria import PolicyLoss
+from kibitz.losses.joint import Sum, anchor_kl
 from kibitz.losses.policy_gradient import POLICY_LOSSES
 from kibitz.models import LanguageModel
 from kibitz.teachers import Ask, MakeEngine, Scorer, Teacher
-from kibitz.types import Batch, Prompt, Rollout, Sampling, Scored, Stateful, Step
+from kibitz.teachers.local import narrowed
+from kibitz.types import Batch, Dense, Prompt, Rollout, Sampled, Sampling, Scored, Signal, Stateful, Step
+
+CHUNK_TOKENS = 256
+"""Tokens whose logits exist at one time while a whole rollout's are looked through."""
 
 
 class Method(Protocol):
@@ -83,6 +89,20 @@ def scorer(parts: Parts, config: MethodConfig) -> Scorer:
     return parts.teacher.scorer(ask)
 
 
+def spoken(rollouts: Sequence[Rollout], signals: Sequence[Signal]) -> list[Tensor]:
+    """The log-probability of each written token, on the CPU, from signals that know it."""
+    return [_spoken(rollout, signal).cpu() for rollout, signal in zip(rollouts, signals, strict=True)]
+
+
+def _spoken(rollout: Rollout, signal: Signal) -> Tensor:
+    if isinstance(signal, Dense):
+        token_T = torch.tensor(rollout.response_ids, device=signal.hidden_TD.device)
+        with torch.no_grad():
+            signal = narrowed(signal, token_T, Ask("sampled"), CHUNK_TOKENS)
+    assert isinstance(signal, Sampled)
+    return signal.logp_T
+
+
 def teacher_engine(parts: Parts, make: MakeEngine | None = None) -> Engine:
     """Who writes as the teacher. `make` drives a teacher that is a model in this process; by default one that writes alone."""
     assert parts.teacher is not None
@@ -96,7 +116,7 @@ def token_loss(
     is weighted, so that what is logged is what is learnt; the metrics are not."""
     size = chunk_tokens or student.chunk_tokens
     if batch.tokens.anchor is not None:
-        criterion = Anchored(criterion)
+        criterion = Sum(criterion, anchor_kl)
     total, values = student(batch, lambda hidden_TD, head: over_chunks(criterion, hidden_TD, head, batch.tokens, size))
     return total, values | {"loss": values["loss"] * batch.tokens.weight_T}
 

@@ -44,7 +44,7 @@ def check(recipe: Recipe, options: Options = Options()) -> Iterator[Finding]:
 def check_files(recipe: Recipe, options: Options = Options()) -> Iterator[Finding]:
     """The short form, before weights load: what `kibitz train` says of itself."""
     student = load_tokenizer(recipe.student, "student")
-    prompts = load_prompts(recipe.data, student, recipe.seed, recipe.method.needs_responses())
+    prompts = load_prompts(recipe.data, student, recipe.seed, recipe.method.wants_demonstrations())
     for section in _local_teachers(recipe):
         teacher = load_tokenizer(section, "teacher")
         yield texts.tokenizers(student, teacher)

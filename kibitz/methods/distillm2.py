@@ -1,0 +1,93 @@
+"""DistiLLM-2 (Ko et al., ICML 2025, 2503.07067): each prompt is answered by both, and each text has its own divergence.
+
+    loss = (2 - b) mean over the teacher's tokens of SKL  +  b mean over the student's of SRKL
+    SKL  = KL(T || a T + (1 - a) S)         pulls up what the teacher writes
+    SRKL = KL(S || (1 - a) T + a S)         pushes down what only the student writes
+
+The paper's student is that of the epoch before, whose text is stored; here it writes anew at every step. The student
+inside the mixture of SRKL has a gradient, as the formula says; the released code detaches it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from kibitz.config import DistiLLM2Config
+from kibitz.losses.criteria import Divergence
+from kibitz.losses.divergences import adaptive_alpha, skew_kl, skew_reverse_kl
+from kibitz.methods.parts import Parts, scorer, spoken, teacher_engine, token_loss
+from kibitz.methods.sources import Sampled, Source
+from kibitz.models import LanguageModel
+from kibitz.teachers import Ask, Scorer
+from kibitz.teachers.local import LocalScorer
+from kibitz.types import Batch, Prompt, Rollout, Scored, Signal, Step, Writer
+
+DIVERGENCE: dict[str, Callable[..., Tensor]] = {"teacher_text": skew_kl, "student_text": skew_reverse_kl}
+
+
+@dataclass
+class DistiLLM2:
+    """`coefficient`, b, is that of the step whose rollouts were written last."""
+
+    config: DistiLLM2Config
+    theirs: Source
+    own: Source
+    teacher: Scorer
+    student: Scorer
+    chunk_tokens: int | None
+    coefficient: float
+
+    def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
+        start, end = self.config.student_coef, self.config.student_coef_end
+        self.coefficient = start + (end - start) * min(1.0, 2 * step.progress)
+        return [*self.theirs.rollout(prompts, step), *self.own.rollout(prompts, step)]
+
+    def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+        theirs = [r for r in rollouts if r.has_tokens_of(Writer.TEACHER)]
+        own = [r for r in rollouts if not r.has_tokens_of(Writer.TEACHER)]
+        return [
+            *self._told(theirs, "teacher_text", 2 - self.coefficient),
+            *self._told(own, "student_text", self.coefficient),
+        ]
+
+    def _told(self, rollouts: list[Rollout], objective: str, coefficient: float) -> list[Scored]:
+        signals = self.teacher.score(rollouts)
+        numbers = [
+            {"alpha": alpha.expand(r.num_tokens)}
+            for r, alpha in zip(rollouts, self._alphas(rollouts, signals, objective), strict=True)
+        ]
+        return [
+            Scored(r, coefficient * r.weight_T(), signal, numbers=number, objective=objective)
+            for r, signal, number in zip(rollouts, signals, numbers, strict=True)
+        ]
+
+    def _alphas(self, rollouts: list[Rollout], signals: list[Signal], objective: str) -> Tensor:
+        """The skew of each response, by how much likelier it is to its writer than to the other model."""
+        if not self.config.adaptive:
+            return torch.full((len(rollouts),), self.config.alpha)
+        teacher_N, student_N = (
+            torch.stack([logp_T.mean().exp() for logp_T in spoken(rollouts, scored)])
+            for scored in (signals, self.student.score(rollouts))
+        )
+        gap_N = teacher_N - student_N if objective == "teacher_text" else student_N - teacher_N
+        return adaptive_alpha(gap_N, self.config.alpha)
+
+    def loss(self, student: LanguageModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        skewed = DIVERGENCE[batch.objective]
+
+        def criterion(logits_CV, tokens):
+            return Divergence(partial(skewed, alpha=tokens.numbers["alpha"]))(logits_CV, tokens)
+
+        return token_loss(student, batch, criterion, self.chunk_tokens)
+
+
+def build(parts: Parts) -> DistiLLM2:
+    config, optim = cast(DistiLLM2Config, parts.recipe.method), parts.recipe.optim
+    theirs = Sampled(teacher_engine(parts), parts.sampling, Writer.TEACHER)
+    own = Sampled(parts.engine, parts.sampling)
+    student = LocalScorer(parts.student, Ask("sampled", tokens_per_micro_batch=optim.tokens_per_micro_batch))
+    return DistiLLM2(config, theirs, own, scorer(parts, config), student, optim.chunk_tokens, config.student_coef)

@@ -1,0 +1,86 @@
+"""MiniLLM (Gu et al., ICLR 2024, 2306.08543): the reverse KL between whole responses, by policy gradient.
+
+    r_t = log T(y_t) - log S(y_t),   y_t ~ M = (1 - a) S + a T
+    A_t = mean of r_t .. r_T, from r_(t+1) on with the single-step term, which has the token's own part exactly
+    loss_t = clipped(S(y_t) / M(y_t), A_t)  [+ KL(S || T)]
+
+S / M is the paper's w_t times the ratio of PPO. Where this leaves the released code: there A_t counts r_t although the
+single-step term does too, is divided by the number of tokens to come whatever the discount is, and is whitened together
+with the padding of its batch; here the discount weighs the mean too, and a step's tokens alone are whitened. The paper
+weighs the single-step term by w_t and the code does not; in expectation over y_t it is the same, and we do not. Scaling
+and clipping of rewards are left out, and the loss on other text is `method.replay`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+from torch import Tensor
+
+from kibitz.config import MiniLLMConfig
+from kibitz.engines.mixture import MixtureEngine
+from kibitz.engines.torch import TorchEngine
+from kibitz.losses.criteria import PolicyGradient
+from kibitz.losses.joint import Sum, single_step
+from kibitz.losses.policy_gradient import distillation_advantage, to_come, whitened
+from kibitz.methods.parts import Parts, policy_loss, scorer, spoken, teacher_engine, token_loss
+from kibitz.methods.sources import Sampled, Source
+from kibitz.models import LanguageModel
+from kibitz.teachers import Ask, Scorer
+from kibitz.teachers.local import LocalScorer
+from kibitz.types import Batch, Prompt, Rollout, Scored, Step
+
+
+@dataclass(frozen=True)
+class MiniLLM:
+    """`student` scores text that it has not written alone; None where it has."""
+
+    config: MiniLLMConfig
+    parts: Parts
+    source: Source
+    teacher: Scorer
+    student: Scorer | None
+
+    def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
+        rollouts = self.source.rollout(prompts, step)
+        if self.config.teacher_mixed_alpha:
+            assert self.parts.teacher is not None
+            self.parts.notes.spend("teacher_sampling", self.parts.teacher.flops(rollouts, ()))
+        return rollouts
+
+    def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+        signals = self.teacher.score(rollouts)
+        own = [r.logp_T for r in rollouts] if self.student is None else spoken(rollouts, self.student.score(rollouts))
+        weights = [r.weight_T() for r in rollouts]
+        advantages = [
+            to_come(distillation_advantage(student_T, teacher_T) * weight_T, weight_T, *self._credit())
+            for student_T, teacher_T, weight_T in zip(own, spoken(rollouts, signals), weights, strict=True)
+        ]
+        if self.config.whiten:
+            advantages = whitened(advantages, weights)
+        parts = zip(rollouts, weights, signals, advantages, strict=True)
+        return [Scored(r, weight_T, signal, advantage_T) for r, weight_T, signal, advantage_T in parts]
+
+    def _credit(self) -> tuple[float, bool, bool]:
+        return self.config.discount, self.config.length_norm, not self.config.single_step
+
+    def loss(self, student: LanguageModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        criterion = PolicyGradient(policy_loss(self.config), coefficient=0.0)
+        if self.config.single_step:
+            criterion = Sum(criterion, single_step)
+        return token_loss(student, batch, criterion, self.parts.recipe.optim.chunk_tokens)
+
+
+def build(parts: Parts) -> MiniLLM:
+    config = cast(MiniLLMConfig, parts.recipe.method)
+    teacher = scorer(parts, config)
+    if not config.teacher_mixed_alpha:
+        return MiniLLM(config, parts, Sampled(parts.engine, parts.sampling), teacher, None)
+    if not isinstance(parts.engine, TorchEngine):
+        raise ValueError("minillm mixes with a student in this process: write rollout.engine: torch")
+    share, max_rows = config.teacher_mixed_alpha, parts.recipe.rollout.max_rows
+    engine = teacher_engine(parts, partial(MixtureEngine, parts.student, share=share, max_rows=max_rows))
+    tokens = parts.recipe.optim.tokens_per_micro_batch
+    student = LocalScorer(parts.student, Ask("sampled", tokens_per_micro_batch=tokens))
+    return MiniLLM(config, parts, Sampled(engine, parts.sampling), teacher, student)
