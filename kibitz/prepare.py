@@ -100,10 +100,11 @@ def prepare(
     pack_rows([student, *(m for t in (teacher, reference) if t is not None for m in t.models)], recipe.optim.packing)
     engine = TorchEngine(student, recipe.rollout.max_rows)
     sampling = _sampling(recipe, student)
+    examiner = teacher if teacher is not None and teacher.reads_all else None
     evaluator = None
     if held_out:
         eval_sampling = replace(sampling, num_samples=recipe.eval.samples, seed=recipe.eval.seed)
-        evaluator = Evaluator(student, engine, teacher, held_out, grader, eval_sampling, recipe.eval.split)
+        evaluator = Evaluator(student, engine, examiner, held_out, grader, eval_sampling, recipe.eval.split)
     encode = partial(encode_response, tokenizer)
     parts = Parts(recipe, student, engine, teacher, sampling, encode, loss, mask_ids, stored, reference)
     stream = PromptStream(prompts, recipe.seed, recipe.data.shuffle)

@@ -244,7 +244,7 @@ class Trainer:
         row = {"step": self.done, **row}
         self.folder.evals.append(row)
         shown = self.folder.choose_shown(rollouts, self.recipe.eval.heatmaps)
-        self.folder.write_rollouts(self.done, annotate(self.student, self.setup.teacher, shown))
+        self.folder.write_rollouts(self.done, annotate(self.student, self.setup.evaluator.teacher, shown))
         self.progress.evaluated(row)
         self._sound(self.guards.watch_eval(row))
 

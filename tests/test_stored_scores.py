@@ -170,6 +170,7 @@ def test_a_run_from_stored_scores_learns_the_same_without_the_teacher(small_mode
         **recipe(small_models / "student", None, tmp_path / "b", steps=2),
         "data": {"prompts": str(data), "grader": "exact"},
         "method": {"type": "opd", "rollouts": str(tmp_path / "a" / "stored.jsonl")},
+        "eval": {"every": 0, "prompts": str(data), "num_prompts": 4, "heatmaps": 2},
     }
     with_teacher = kibitz.train(
         {**learns, "teacher": {"model": str(small_models / "teacher")}, "output": str(tmp_path / "c")}
@@ -178,6 +179,9 @@ def test_a_run_from_stored_scores_learns_the_same_without_the_teacher(small_mode
     losses = [[row["loss"] for row in run.metrics] for run in (with_teacher, without)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     assert losses[0][0] > 0
+    assert [["reverse_kl" in row for row in run.evals] for run in (with_teacher, without)] == [[True] * 2, [False] * 2]
+    kept = [p for p in (tmp_path / "s").glob("*.safetensors") if p.name != "head.safetensors"]
+    assert len(kept) == 1, "evaluations are not stored"
     assert "teacher_scoring" in with_teacher.metrics[0]["flops"]
     assert without.metrics[0]["flops"].get("teacher_scoring", 0.0) == 0.0
 

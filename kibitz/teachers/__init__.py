@@ -64,7 +64,8 @@ class Teacher:
     of it, and who cannot do that raises ValueError. `check(prompts, max_tokens)` raises ValueError where the longest
     do not fit. `sync(student)`: the student has learnt, after each step. `metrics()`: numbers of the step since the
     last call. `close()`: nobody asks any more. `models`: those of this process that it reads rollouts with. `identity()`:
-    hashes of its parts, for a store of its scores; ValueError where it changes from step to step."""
+    hashes of its parts, for a store of its scores; ValueError where it changes from step to step. `aside`: who answers
+    evaluations and heat-maps in its place; with `reads_all` False nobody can, because it knows certain rollouts only."""
 
     name: str
     kinds: tuple[SignalKind, ...]
@@ -78,7 +79,10 @@ class Teacher:
     close: Callable[[], None] = _nothing
     models: Sequence[LanguageModel] = ()
     identity: Callable[[], dict[str, Any]] = _nobody
+    aside: Callable[[Ask], Scorer] | None = None
+    reads_all: bool = True
 
     def score(self, rollouts: Sequence[Rollout], tokens_per_micro_batch: int = 16384) -> list[Signal]:
         """The most telling signals that it has, at temperature 1: for evaluation and the heat-map."""
-        return self.scorer(Ask(self.kinds[0], tokens_per_micro_batch=tokens_per_micro_batch)).score(rollouts)
+        scorer = self.aside or self.scorer
+        return scorer(Ask(self.kinds[0], tokens_per_micro_batch=tokens_per_micro_batch)).score(rollouts)

@@ -278,6 +278,7 @@ def with_store(teacher: Teacher, folder: Path, settings: Mapping[str, Any], devi
     return replace(
         teacher,
         scorer=lambda ask: StoredScorer(store, ask, teacher.scorer(ask), tally),
+        aside=teacher.aside or teacher.scorer,  # what is measured once need not fill the disk
         flops=flops,
         metrics=lambda: {**teacher.metrics(), **tally.close(store)},
     )
@@ -305,4 +306,5 @@ def stored_teacher(folder: Path, device: torch.device) -> Teacher:
         num_parameters=store.who["num_parameters"],
         flops=lambda rollouts, num_tokens: 0.0,
         metrics=lambda: tally.close(store),
+        reads_all=False,
     )
