@@ -13,7 +13,7 @@ from kibitz import config, lora, optim
 from kibitz.config import DataConfig, Recipe, RecipeError
 from kibitz.data import PromptStream, encode_response, load_grader, load_prompts
 from kibitz.engines import Engine
-from kibitz.engines.torch import TorchEngine
+from kibitz.engines.build import make_engine
 from kibitz.evaluate import Evaluator
 from kibitz.graders import Grader
 from kibitz.methods import Parts
@@ -48,6 +48,12 @@ class Setup:
     grader: Grader | None
     evaluator: Evaluator | None
     parts: Parts
+
+    def close(self) -> None:
+        """Let go of servers and of what the teacher holds."""
+        self.engine.close()
+        if self.teacher is not None:
+            self.teacher.close()
 
 
 def prepare(
@@ -98,7 +104,7 @@ def prepare(
     for check in checks:
         check([*prompts, *held_out], recipe.rollout.max_tokens)
     pack_rows([student, *(m for t in (teacher, reference) if t is not None for m in t.models)], recipe.optim.packing)
-    engine = TorchEngine(student, recipe.rollout.max_rows)
+    engine = make_engine(recipe.rollout, student, Path(recipe.output), prompts[:2])
     sampling = _sampling(recipe, student)
     examiner = teacher if teacher is not None and teacher.reads_all else None
     evaluator = None

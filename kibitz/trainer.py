@@ -112,19 +112,20 @@ class Trainer:
         self.progress.start(recipe, self.done)
         for text in self.folder.notes:
             self.progress.note(text)
-        with _stop_between_steps(self):
-            if not self.folder.evals.read():
-                self.evaluate()
-            while self.done < recipe.steps and not self.stopping:
-                self.step()
-                if _due(recipe.eval.every, self.done) or self.done == recipe.steps:
+        try:
+            with _stop_between_steps(self):
+                if not self.folder.evals.read():
                     self.evaluate()
-                if _due(recipe.save.every, self.done):
+                while self.done < recipe.steps and not self.stopping:
+                    self.step()
+                    if _due(recipe.eval.every, self.done) or self.done == recipe.steps:
+                        self.evaluate()
+                    if _due(recipe.save.every, self.done):
+                        self.save()
+                if self.saved < self.done:
                     self.save()
-            if self.saved < self.done:
-                self.save()
-        if self.setup.teacher is not None:
-            self.setup.teacher.close()
+        finally:
+            self.setup.close()
         self.folder.finish("finished" if self.done == recipe.steps else "stopped")
         if self.interrupted and self.done < recipe.steps:
             raise KeyboardInterrupt(self.interrupted)

@@ -29,6 +29,7 @@ LEVELS = {
     "heads": 1,
     "lora": 1,
     "worlds": 1,
+    "servers": 1,
     "distributed": 2,
     "metrics": 2,
     "optim": 2,
@@ -51,6 +52,7 @@ LEVELS = {
     "cli": 6,
 }
 WITHIN_A_LEVEL = {
+    ("engines", "models"),
     ("annotate", "methods"),
     ("teachers", "metrics"),
     ("teachers", "models"),

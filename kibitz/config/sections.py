@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from kibitz.config.base import Section
+from kibitz.config.servers import ServerConfig, ServerURL
 
 
 class ModelConfig(Section):
@@ -111,10 +112,40 @@ class DataConfig(Section):
         return self
 
 
+class RolloutServerConfig(ServerConfig):
+    """vLLM servers that write the rollouts, and how they get the student's new weights after each step."""
+
+    model: str | None = Field(
+        None, description="The name that the student is served under; without it the only one served."
+    )
+    sync: Literal["auto", "lora", "reload", "nccl"] = Field(
+        "auto",
+        description="lora: the adapter's folder is loaded; reload: a safetensors folder is; nccl: vLLM's weight transfer, "
+        "GPUs only. auto: lora for an adapter, else reload.",
+    )
+    folder: str | None = Field(
+        None,
+        description="Where lora and reload put weights: servers and trainer must see it. Default: weights/ of the run.",
+    )
+    tolerance: float = Field(
+        0.05,
+        gt=0,
+        description="Mean difference in nats between server and student on a probe after each sync, above which the run stops. "
+        "Measured: 1e-5 in float32, 0.02 in bfloat16, 0.7 where a server kept an old output head.",
+    )
+
+
 class RolloutConfig(Section):
     """How responses are written. One step takes `prompts_per_step` x `samples_per_prompt` rollouts."""
 
-    engine: Literal["torch"] = Field("torch", description="torch: the embedded engine, on the student's own weights.")
+    engine: Literal["torch", "vllm"] = Field(
+        "torch", description="torch: the embedded engine, on the student's own weights; vllm: the servers at urls."
+    )
+    urls: list[ServerURL] = Field(
+        default_factory=list,
+        description="Of engine: vllm; servers of the student, asked in turn. `kibitz serve` starts them.",
+    )
+    server: RolloutServerConfig = RolloutServerConfig()
     prompts_per_step: int = Field(64, ge=1, description="64: Thinking Machines' default.")
     samples_per_prompt: int = Field(4, ge=1, description="4: Thinking Machines' default; grpo needs at least 2.")
     max_tokens: int = Field(1024, ge=1, description="A longer response is cut off, and gets no invented end.")
@@ -135,6 +166,20 @@ class RolloutConfig(Section):
         False, description="Keep every rollout in stored.jsonl of the run, for method.rollouts of another (2604.13010)."
     )
     max_rows: int = Field(256, ge=1, description="Rows generated side by side; bounds the KV cache.")
+
+    @model_validator(mode="after")
+    def _engine_and_urls(self) -> "RolloutConfig":
+        if self.engine == "vllm" and not self.urls:
+            raise ValueError("engine: vllm needs its servers: write rollout.urls=[http://127.0.0.1:8000]")
+        if self.engine != "vllm" and self.urls:
+            raise ValueError("urls belong to engine: vllm: write rollout.engine=vllm, or drop rollout.urls")
+        if self.engine == "vllm" and self.epsilon:
+            raise ValueError("vLLM draws no tokens uniformly: write rollout.engine=torch, or drop rollout.epsilon")
+        if self.engine == "vllm" and self.temperature > 2:
+            raise ValueError(
+                "vLLM takes temperatures up to 2: lower rollout.temperature, or write rollout.engine=torch"
+            )
+        return self
 
     @property
     def truncated(self) -> bool:

@@ -16,3 +16,7 @@ class Engine(Protocol):
     def sync(self, student: Any) -> None:
         """Take the student's new weights. Called after every optimizer step, before the next `generate`."""
         ...
+
+    def close(self) -> None:
+        """Nobody asks for rollouts any more."""
+        ...

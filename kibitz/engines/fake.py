@@ -41,6 +41,8 @@ class FakeEngine:
     def sync(self, student: Any) -> None:
         self.num_syncs += 1
 
+    def close(self) -> None: ...
+
     def _answer(self, prompt: Prompt, index: int, sampling: Sampling) -> Rollout:
         ids, logps = self._write(prompt, index, sampling)
         finished = bool(ids) and ids[-1] in sampling.stop_ids

@@ -104,6 +104,8 @@ class SpeculativeEngine:
         """Nothing to copy: the engine reads the student's weights."""
         self._writer.sync(student)
 
+    def close(self) -> None: ...
+
 
 # ------------------------------------------------------------------ rows in flight
 

@@ -66,6 +66,9 @@ class TorchEngine:
         """Nothing to copy: the engine reads the student's weights. A student of another architecture is checked anew."""
         self.student = student
 
+    def close(self) -> None:
+        """Nothing to give back: the weights are the student's."""
+
     def decoder(self) -> Decoder:
         """The decoder for the student's model, chosen when the model object is first seen."""
         if self._decoder is None or self.student.model is not self._checked:

@@ -1,0 +1,41 @@
+"""Servers in a recipe: their addresses, and how long to wait for them."""
+
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, Field
+
+from kibitz.config.base import Section
+
+
+def checked_url(url: str) -> str:
+    """An address of a server, without anything secret in it: recipes are written into run folders."""
+    try:
+        parts = urlsplit(url)
+        bad = parts.scheme not in ("http", "https") or not parts.hostname or (parts.port or 1) < 1
+    except ValueError:
+        bad, parts = True, urlsplit("")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError(
+            "an address holds no user, password or query: put the key into the environment, KIBITZ_API_KEY"
+        )
+    if bad or not url.isprintable() or " " in url:
+        raise ValueError(f"{url!r:.100} is no address of a server: write one such as http://127.0.0.1:8000")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+ServerURL = Annotated[str, AfterValidator(checked_url)]
+
+
+class ServerConfig(Section):
+    """Requests to a server. What a request asks for does not depend on any of it."""
+
+    timeout: float = Field(600.0, gt=0, description="Seconds for one request; a long response takes minutes.")
+    patience: float = Field(
+        600.0,
+        ge=0,
+        description="Seconds to wait for a server that is down before the run stops; a large model loads for minutes.",
+    )
+    in_flight: int = Field(
+        64, ge=1, le=1024, description="Requests at one time to one server. vLLM's own batch limit is 256 or more."
+    )

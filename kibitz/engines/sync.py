@@ -1,0 +1,236 @@
+"""The student's weights on its servers: carried there after each step, and looked at whether they arrived.
+
+A server that took only a part of them answers as if nothing were wrong: vLLM 0.32 keeps the old output head of a model
+with tied embeddings through a reload. So after each sync the server writes to a few prompts, the student scores the same
+tokens, and the run stops where the two differ.
+"""
+
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kibitz.batching import pack
+from kibitz.config.sections import RolloutServerConfig
+from kibitz.losses.supports import gather_tokens, log_probs
+from kibitz.models import LanguageModel
+from kibitz.servers import ServerError
+from kibitz.servers.http import Refused, Server
+from kibitz.types import Rollout, Scored
+
+ADAPTER = "kibitz"
+"""Under which name the student's adapter is loaded."""
+
+
+class Carrier(Protocol):
+    """One way to bring weights to a server. `publish` once for all of them, then `push` to each."""
+
+    def publish(self, student: LanguageModel, version: int) -> None: ...
+
+    def push(self, server: Server) -> None: ...
+
+    def model(self, base: str) -> str:
+        """The name to ask for, where the server calls its own model `base`."""
+        ...
+
+
+class _Folder:
+    """One folder of weights at a time; the version before goes when the new one is whole."""
+
+    def __init__(self, root: Path):
+        self.root, self.path = root.resolve(), root.resolve()
+
+    def write(self, student: LanguageModel, version: int) -> None:
+        path = self.root / f"version-{version:06d}"
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        student.save(path)
+        for old in self.root.glob("version-*"):
+            if old != path:
+                shutil.rmtree(old, ignore_errors=True)
+        self.path = path
+
+
+class LoraFolder:
+    """The adapter as a folder that the server loads in place of the last one."""
+
+    def __init__(self, root: Path):
+        self.folder = _Folder(root)
+
+    def publish(self, student: LanguageModel, version: int) -> None:
+        self.folder.write(student, version)
+
+    def push(self, server: Server) -> None:
+        body = {"lora_name": ADAPTER, "lora_path": str(self.folder.path), "load_inplace": True}
+        _call(server, "/v1/load_lora_adapter", body, "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
+
+    def model(self, base: str) -> str:
+        return ADAPTER
+
+
+class ReloadedFolder:
+    """The whole model as a safetensors folder that the server reads again."""
+
+    def __init__(self, root: Path):
+        self.folder = _Folder(root)
+
+    def publish(self, student: LanguageModel, version: int) -> None:
+        self.folder.write(student, version)
+
+    def push(self, server: Server) -> None:
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder.path)}}
+        _call(server, "/collective_rpc", body, "VLLM_SERVER_DEV_MODE=1")
+
+    def model(self, base: str) -> str:
+        return base
+
+
+def _call(server: Server, path: str, body: dict, needs: str) -> None:
+    try:
+        server.order(path, body)
+    except Refused as error:
+        if error.status not in (403, 404, 405):
+            raise
+        raise ServerError(
+            f"{error}; it takes new weights only if it was started with {needs}: see `kibitz serve`"
+        ) from None
+
+
+def carrier(config: RolloutServerConfig, root: Path, student: LanguageModel) -> Carrier:
+    adapted = student.adapter is not None
+    kind = config.sync if config.sync != "auto" else "lora" if adapted else "reload"
+    if kind == "lora" and not adapted:
+        raise ValueError("rollout.server.sync: lora carries an adapter, and every weight of this student learns: write "
+                         "student.lora, or rollout.server.sync=reload")  # fmt: skip
+    if kind != "lora" and adapted:
+        raise ValueError(
+            f"rollout.server.sync: {kind} carries whole models, and this student is an adapter: write lora"
+        )
+    if kind == "nccl":
+        from kibitz.engines.transfer import NCCLTransfer
+
+        return NCCLTransfer()
+    return LoraFolder(root) if kind == "lora" else ReloadedFolder(root)
+
+
+@dataclass
+class _Held:
+    """What a server was last seen to hold: the version, how often it had been lost by then, and its answers to the probe
+    beside what the student then thought of them."""
+
+    version: int
+    lost: int
+    answers: Sequence[Rollout]
+    ours_T: Tensor
+    gap: float
+
+
+class Weights:
+    """Which version every server holds. `ask(server)` lets it answer the probe."""
+
+    def __init__(
+        self,
+        config: RolloutServerConfig,
+        folder: Path,
+        student: LanguageModel,
+        ask: Callable[[Server], Sequence[Rollout]],
+    ):
+        self.config, self.student, self.ask = config, student, ask
+        self.carrier = carrier(config, Path(config.folder) if config.folder else folder / "weights", student)
+        self.version, self._published = 0, False
+        self._base: dict[str, str] = {}
+        self._held: dict[str, _Held] = {}
+        self._lock = threading.Lock()
+
+    def meet(self, server: Server) -> None:
+        """Learn under which name a server knows the student."""
+        self._base[server.url] = served_model(server, self.config.model, "rollout.server.model")
+
+    def model(self, server: Server) -> str:
+        return self.carrier.model(self._base[server.url])
+
+    def salt(self, server: Server) -> str:
+        return f"kibitz-{self.version}-{server.lost}"
+
+    def publish(self, student: LanguageModel) -> None:
+        self.student = student
+        self.version += 1
+        self.carrier.publish(student, self.version)
+        self._published = True
+
+    def ensure(self, server: Server) -> None:
+        """Let the server hold the newest weights: after a sync, and after it was lost, when it may have forgotten them."""
+        with self._lock:
+            held = self._held.get(server.url)
+            if held is not None and (held.version, held.lost) == (self.version, server.lost):
+                return
+            if not self._published:
+                self.publish(self.student)
+            lost = server.lost
+            self.carrier.push(server)
+            before = held if held is not None and held.lost == lost else None
+            self._held[server.url] = self._verified(server, lost, before)
+
+    def _verified(self, server: Server, lost: int, before: _Held | None) -> _Held:
+        answers = self.ask(server)
+        ours_T = score(self.student, answers)
+        theirs_T = torch.cat([rollout.logp_T for rollout in answers])
+        gap = (theirs_T - ours_T).abs().mean().item()
+        if not gap <= self.config.tolerance:
+            raise ServerError(
+                f"{server.name} does not hold the student's weights: after the sync their log-probabilities differ by {gap:.3g} "
+                f"nats a token, and {self.config.tolerance:g} is allowed. {_tied(self.student)}Compare dtypes, or write another "
+                "rollout.server.sync"
+            )
+        if before is not None and _same(before.answers, answers):
+            moved = (ours_T - before.ours_T).abs().max().item()
+            if moved > max(1e-4, 2 * before.gap):
+                raise ServerError(
+                    f"{server.name} kept its old weights: the student's log-probabilities moved by {moved:.3g} nats and the "
+                    "server's not at all, though it said that it took the new ones"
+                )
+        return _Held(self.version, lost, answers, ours_T, gap)
+
+
+def _same(before: Sequence[Rollout], after: Sequence[Rollout]) -> bool:
+    return all(
+        a.response_ids == b.response_ids and torch.allclose(a.logp_T, b.logp_T, rtol=0, atol=1e-6)
+        for a, b in zip(before, after, strict=True)
+    )
+
+
+def _tied(student: LanguageModel) -> str:
+    if not student.model.config.get_text_config().tie_word_embeddings:
+        return ""
+    return "The student's embeddings are tied, and vLLM keeps the old output head of such a model through a reload: write "\
+        "student.lora. "  # fmt: skip
+
+
+@torch.no_grad()
+def score(model: LanguageModel, rollouts: Sequence[Rollout]) -> Tensor:
+    """The model's own log-probability of each response token, `[T]` over all rollouts."""
+    batch = pack([Scored(rollout, rollout.weight_T()) for rollout in rollouts], model.device)
+    (logp_T,) = model(
+        batch, lambda hidden_TD, head: (gather_tokens(log_probs(head(hidden_TD).float()), batch.tokens.token_T),)
+    )
+    return logp_T.cpu()
+
+
+def served_model(server: Server, wanted: str | None, key: str) -> str:
+    """The name of the model to ask for. `key` is where the recipe can say it."""
+    tree = server.ask("/v1/models")
+    rows = tree.get("data") if isinstance(tree, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get("id"), str) for row in rows):
+        raise ServerError(f"{server.name} does not list its models at /v1/models: is it a model server?")
+    own = [row["id"] for row in rows if not row.get("parent")]
+    if wanted is None and len(own) == 1:
+        return own[0]
+    if wanted is not None and wanted in [row["id"] for row in rows]:
+        return wanted
+    listed = server.clean(", ".join(own)) or "no model"
+    raise ServerError(f"{server.name} serves {listed}" + (f" and not {wanted}" if wanted else f": write one as {key}"))

@@ -1,0 +1,134 @@
+"""Rollouts from vLLM servers of the student: token ids in and out over HTTP, to one server or to several in turn.
+
+A prompt is one request for all its samples. Its seed is that of the embedded engine's first sample, so that a prompt gives
+the same rollouts whichever server it meets and whoever is asked beside it; the numbers drawn are vLLM's own, so that they
+are others than the embedded engine's. What the server's folder says of sampling (penalties, other end tokens) is overruled.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kibitz.config import RolloutConfig
+from kibitz.engines.sampling import row_seed
+from kibitz.engines.sync import Weights
+from kibitz.models import LanguageModel
+from kibitz.servers import ServerError
+from kibitz.servers.answers import Written, written
+from kibitz.servers.http import Server, Servers
+from kibitz.types import Prompt, Rollout, Sampling
+
+COMPLETIONS = "/v1/completions"
+SEEDS = 2**62  # vLLM adds the number of the sample to it, and takes 64 bits
+
+
+class VLLMEngine:
+    """`probe` are the prompts on which servers and student are compared after each sync. `finished`, if somebody sets it,
+    gets the rollouts of each prompt as they come, from another thread: a teacher need not wait for the slowest."""
+
+    def __init__(self, student: LanguageModel, config: RolloutConfig, folder: Path, probe: Sequence[Prompt]):
+        self.student = student
+        self.finished: Callable[[Sequence[Rollout]], None] = lambda rollouts: None
+        self.weights = Weights(config.server, folder, student, lambda server: self._answers(server, probe))
+        self.servers = Servers(config.server, config.urls, "student", self.weights.ensure)
+        try:
+            self.servers.each(self.weights.meet)
+        except BaseException:
+            self.close()
+            raise
+        try:
+            self.servers.each(self.weights.meet)
+        except BaseException:
+            self.close()
+            raise
+        self._processed: dict[str, bool] = {}
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        if sampling.epsilon:
+            raise ValueError("vLLM draws no tokens uniformly: write rollout.engine=torch, or drop rollout.epsilon")
+        jobs = [
+            self.servers.submit(lambda server, one=prompt: self._write(server, one, sampling)) for prompt in prompts
+        ]
+        return [rollout for rollouts in self.servers.gather(jobs) for rollout in rollouts]
+
+    def sync(self, student: LanguageModel) -> None:
+        """Hand the new weights to every server, and look whether they arrived."""
+        self.student = student
+        self.weights.publish(student)
+        self.servers.each(self.weights.ensure)
+
+    def close(self) -> None:
+        self.servers.close()
+
+    def _write(self, server: Server, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
+        if not sampling.greedy and (sampling.temperature != 1 or sampling.top_p < 1 or sampling.top_k > 0):
+            self._check_mode(server)
+        rollouts = [
+            _rollout(server.name, prompt, sample, response, sampling)
+            for sample, response in enumerate(self._ask(server, prompt.ids, prompt.key, sampling))
+        ]
+        self.finished(rollouts)
+        return rollouts
+
+    def _ask(self, server: Server, ids: Sequence[int], key: str, sampling: Sampling) -> list[Written]:
+        model = self.weights.model(server)
+        body = request(model, ids, row_seed(sampling.seed, key, 0) % SEEDS, sampling)
+        # Keys and values in the server's prefix cache belong to the weights that they were computed with.
+        answer = server.ask(COMPLETIONS, body | {"cache_salt": self.weights.salt(server)})
+        return written(server.name, answer, model, sampling.num_samples, self.student.vocab_size, sampling.max_tokens)
+
+    def _answers(self, server: Server, probe: Sequence[Prompt]) -> list[Rollout]:
+        """What the server writes to the probe: the same question after each sync."""
+        sampling = Sampling(max_tokens=16)
+        return [
+            Rollout(prompt, response.ids, response.logp_T, finished=False)
+            for prompt in probe
+            for response in self._ask(server, prompt.ids, "probe", sampling)
+        ]
+
+    def _check_mode(self, server: Server) -> None:
+        """Log-probabilities must be those of the distribution that was sampled from. Of the likeliest token alone, that is 0,
+        and nothing that an unprepared model says to a senseless prompt is as certain."""
+        if server.url not in self._processed:
+            senseless = [i * self.student.vocab_size // 9 for i in range(1, 9)]
+            (one,) = self._ask(server, senseless, "mode", Sampling(max_tokens=16, top_k=1))
+            self._processed[server.url] = bool((one.logp_T > -1e-5).all())
+        if not self._processed[server.url]:
+            raise ServerError(
+                f"{server.name} tells log-probabilities from before temperature and truncation: start it with "
+                "--logprobs-mode processed_logprobs, or write rollout.temperature=1 without top_p and top_k"
+            )
+
+
+def request(model: str, ids: Sequence[int], seed: int, sampling: Sampling) -> dict[str, Any]:
+    """The body that asks `/v1/completions` for a prompt's samples."""
+    return {
+        "model": model,
+        "prompt": list(ids),
+        "n": sampling.num_samples,
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "seed": seed,
+        "stop_token_ids": list(sampling.stop_ids),
+        "ignore_eos": True,  # whatever the server takes for one: `stop_ids` holds the student's
+        "logprobs": 0,
+        "return_token_ids": True,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "min_p": 0.0,
+    }
+
+
+def _rollout(name: str, prompt: Prompt, sample: int, response: Written, sampling: Sampling) -> Rollout:
+    ids, finished = response.ids, response.ids[-1] in sampling.stop_ids
+    if any(i in sampling.stop_ids for i in ids[:-1]):
+        raise ServerError(f"{name} wrote on behind a stop token: it does not honour stop_token_ids")
+    if not finished and len(ids) < sampling.max_tokens:
+        raise ServerError(
+            f"{name} stopped after {len(ids)} of {sampling.max_tokens} tokens without a stop token: start it with a longer "
+            "--max-model-len"
+        )
+    return Rollout(prompt, ids, response.logp_T, finished, sample=sample)
