@@ -55,7 +55,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) --editable '.[dev,lora,bitsandbytes]'
+	$(PIP) --editable '.[dev,lora,bitsandbytes,tensorboard,wandb,trackio]'
 	@touch $@ $(VENV)/.installed
 
 $(BIN)/python:

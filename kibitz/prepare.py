@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kibitz import config, lora, optim
+from kibitz import config, lora, optim, trackers
 from kibitz.config import DataConfig, Recipe, RecipeError
 from kibitz.data import PromptStream, encode_response, load_grader, load_prompts
 from kibitz.engines import Engine
@@ -72,6 +72,7 @@ def prepare(
     if recipe.student.lora is not None:
         lora.require_peft()
     optim.require(recipe.optim)
+    trackers.require(recipe.track)
     tokenizer = load_tokenizer(recipe.student, "student")
     teachers.check(recipe.teacher, tokenizer)
     for role, model in recipe.method.other_models().items():

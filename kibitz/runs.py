@@ -20,7 +20,7 @@ from kibitz.teachers import Teacher
 from kibitz.types import Rollout
 
 FILES = ("metrics", "evals", "rollouts", "alarms", "stored")
-FREE_TO_CHANGE = {"steps", "eval", "save", "guards", "output", "threads", "device"}
+FREE_TO_CHANGE = {"steps", "eval", "save", "guards", "track", "output", "threads", "device"}
 """Sections of the recipe that may differ when a run goes on."""
 
 
@@ -130,7 +130,7 @@ def _forget(path: Path) -> None:
     for old in reversed(checkpoints(path)):
         remove(old)
     shutil.rmtree(path / "checkpoints", ignore_errors=True)
-    for name in ("run.json", "report.html", *(f"{name}.jsonl" for name in FILES), "recipe.yaml"):
+    for name in ("run.json", "report.html", "tracker.json", *(f"{name}.jsonl" for name in FILES), "recipe.yaml"):
         (path / name).unlink(missing_ok=True)
 
 

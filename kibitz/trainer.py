@@ -25,6 +25,7 @@ from kibitz.guards import Alarm, Guards, rollout_metrics
 from kibitz.metrics import Ledger
 from kibitz.optim import Optimizer, lr_factor
 from kibitz.prepare import Setup, prepare
+from kibitz.trackers import Tracked
 from kibitz.types import Rollout, Scored, Stateful, Step, Writer, share_of_teacher
 
 
@@ -77,8 +78,11 @@ def train(
     Mistakes in the recipe or the data raise ValueError before any weights load.
     """
     setup = prepare(recipe, overrides, loss=loss, grader=grader, resume=resume, overwrite=overwrite)
-    trainer = Trainer(setup, progress or Silence())
-    trainer.run()
+    watcher = Tracked(progress or Silence())
+    try:
+        Trainer(setup, watcher).run()
+    finally:
+        watcher.close()
     return setup.folder.as_run(Run)
 
 

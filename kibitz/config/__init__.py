@@ -32,6 +32,7 @@ from kibitz.config.sections import (
     RolloutConfig,
     SaveConfig,
     StudentConfig,
+    TrackConfig,
 )
 from kibitz.config.table import METHOD_CONFIGS
 from kibitz.config.teachers import TEACHER_CONFIGS, LocalTeacherConfig, SignalKind, StoredTeacherConfig, TeacherConfig
@@ -43,5 +44,5 @@ __all__ = [
     "ModelConfig", "OPDConfig", "OptimConfig",
     "PolicyGradientConfig", "Recipe", "RecipeError", "RolloutConfig", "SFTConfig", "SKDConfig", "SaveConfig",
     "Section", "SignalKind", "StoredTeacherConfig", "StudentConfig",
-    "TeacherConfig", "dump", "json_schema", "load", "register_method",
+    "TeacherConfig", "TrackConfig", "dump", "json_schema", "load", "register_method",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from kibitz.config.sections import (
     RolloutConfig,
     SaveConfig,
     StudentConfig,
+    TrackConfig,
 )
 from kibitz.config.table import METHOD_CONFIGS, method_union
 from kibitz.config.teachers import teacher_union
@@ -31,6 +32,7 @@ class Recipe(Section):
     eval: EvalConfig = EvalConfig()
     save: SaveConfig = SaveConfig()
     guards: GuardConfig = GuardConfig()
+    track: TrackConfig | None = None
     seed: int = Field(0, description="Of the order of prompts and of all sampling.")
     device: str = Field("auto", description="auto: cuda if there is one.")
     threads: int | None = Field(None, ge=1, description="torch threads; 1 makes runs repeat bit for bit.")

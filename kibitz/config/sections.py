@@ -250,3 +250,13 @@ class SaveConfig(Section):
 
     every: int = Field(50, ge=0, description="In steps; 0: only at the end.")
     keep: int = Field(2, ge=1, description="Older ones are deleted.")
+
+
+class TrackConfig(Section):
+    """Where else the metrics go. Keys for it stand in the environment (WANDB_API_KEY), never in a recipe."""
+
+    to: Literal["tensorboard", "wandb", "trackio"] = Field(
+        description="tensorboard: files in the folder of the run; wandb; trackio: a local database. Extras of the same names."
+    )
+    project: str = Field("kibitz", pattern=r"^[\w.-]+$", description="Of wandb and trackio.")
+    name: str | None = Field(None, pattern=r"^[\w. -]+$", description="Of the run; the name of its folder if not set.")
