@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kibitz.config import DistillationConfig, MethodConfig, PolicyGradientConfig, Recipe
+from kibitz.config import DistillationConfig, MethodConfig, PolicyGradientConfig, Recipe, SignalKind
 from kibitz.engines import Engine
 from kibitz.engines.torch import TorchEngine
 from kibitz.losses.chunked import Criterion, over_chunks
@@ -82,7 +82,7 @@ class Parts:
 def scorer(parts: Parts, config: MethodConfig) -> Scorer:
     """Who scores for a method: its teacher, asked for the first signal of `config.asks()` that it can give."""
     assert parts.teacher is not None
-    kind = next(kind for kind in config.asks() if kind in parts.teacher.kinds)
+    kind: SignalKind = next(kind for kind in config.asks() if kind in parts.teacher.kinds)
     ask = Ask(kind, tokens_per_micro_batch=parts.recipe.optim.tokens_per_micro_batch)
     if isinstance(config, DistillationConfig):
         ask = replace(ask, top_k=config.top_k, temperature=config.temperature)
