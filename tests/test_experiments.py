@@ -119,7 +119,8 @@ def test_every_arm_is_a_recipe_with_as_many_rollouts(experiment):
     for arm in experiment.arms:
         recipe = Subject.of(experiment).recipe(experiment, arm, 1e-3, 7)
         assert recipe.optim.lr == 1e-3 and recipe.seed == 7
-        assert recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt == 64
+        writers = 2 if recipe.method.type == "distillm2" else 1  # student and teacher both answer each prompt
+        assert writers * recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt == 64
         assert recipe.data.limit == recipe.steps * recipe.rollout.prompts_per_step
 
 

@@ -57,6 +57,21 @@ ARMS = (
         "a judge of the text as the reward, after a third on the teacher's text, 8 samples a prompt",
         {"method": {"type": "gad", "source": "teacher"}, "rollout": GROUPS_OF_8},
     ),
+    Arm(
+        "minillm",
+        "KL of whole responses by policy gradient, text of a mixture with the teacher",
+        {"method": {"type": "minillm"}},
+    ),
+    Arm(
+        "distillm2",
+        "skewed KL, forward on the teacher's text and reverse on the student's, one of each for 32 prompts",
+        {"method": {"type": "distillm2"}, "rollout": {"prompts_per_step": ROLLOUTS // 2}},
+    ),
+    Arm(
+        "kdrl",
+        "reward, and a fading reverse KL beside it, 8 samples a prompt",
+        {"method": {"type": "kdrl"}, "rollout": GROUPS_OF_8},
+    ),
     Arm("grpo", "reward only, 8 samples a prompt", {"method": {"type": "grpo"}, "rollout": GROUPS_OF_8}),
     Arm("sft-data", "cross-entropy on right solutions from the data", {"method": {"type": "sft"}}),
     Arm("sft-teacher", "cross-entropy on the teacher's text", {"method": {"type": "sft", "source": "teacher"}}),
