@@ -33,14 +33,14 @@ def odd(prompt, text) -> float:
 
 
 class Lab:
-    """A method with the rollouts of its first step, without a run around it."""
+    """A method with the rollouts of a run's first step, without the run around it."""
 
     def __init__(self, models: Path, output: Path, method: dict, **sections):
         tree = recipe(models / "student", models / "teacher", output, method=method, **sections)
         self.setup = prepare.prepare(tree, grader=odd)
         self.parts, self.student = self.setup.parts, self.setup.student
         self.method = methods.build(self.parts)
-        self.rollouts = self.method.rollout(self.setup.stream.take(8), Step(0, 4, 7))
+        self.rollouts = self.method.rollout(self.setup.stream.take(8), Step(0, 4, 0))
         for i, rollout in enumerate(self.rollouts):
             rollout.reward = float(i % 3)
         self.scored = self.method.signal(self.rollouts)
@@ -198,6 +198,16 @@ def test_replay_adds_the_mean_cross_entropy_of_gold_responses(lab, name, normali
     method = methods.build(replace(mixed.parts, recipe=plain.setup.recipe))
     plain_loss, _ = mixed.values(method.signal(own), method)
     assert mixed.values()[0] == pytest.approx(plain_loss + 0.7 * each.mean().item(), rel=1e-4)
+
+
+def test_the_trainers_step_is_the_one_that_is_tested_here(lab, small_models, tmp_path):
+    """Loss and gradient of a run's first step, with two objectives of unequal size."""
+    method = {"type": "opd", "replay": 0.25, "replay_coef": 0.7, "reference_kl": 0.3}
+    loss, gradient = lab(method).values()
+    models = small_models / "student", small_models / "teacher"
+    row = kibitz.train(recipe(*models, tmp_path / "whole", method=method)).metrics[0]
+    assert row["loss"] == pytest.approx(loss, rel=1e-5)
+    assert row["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
 
 
 def test_gold_responses_leave_the_methods_own_numbers_alone(small_models, tmp_path):
