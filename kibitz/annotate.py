@@ -12,11 +12,11 @@ from kibitz.config import LocalTeacherConfig, ModelConfig
 from kibitz.data import encode_prompt
 from kibitz.engines.torch import TorchEngine
 from kibitz.losses.criteria import ReverseKL, likeliest
+from kibitz.losses.spans import span_sums
 from kibitz.methods.stored import load_rollouts, prompts_of
-from kibitz.models import LanguageModel, check_same_tokenizer, load_model, load_tokenizer, pick_device, stop_ids
+from kibitz.models import LanguageModel, load_model, load_tokenizer, pick_device, stop_ids
 from kibitz.teachers import Ask, Teacher, build
-from kibitz.teachers.local import local_teacher
-from kibitz.types import Batch, Prompt, Rollout, Sampling, Scored
+from kibitz.types import Batch, Prompt, Rollout, Sampling, Scored, Spans
 
 DEFAULT_TOKENS = 256
 FORK_NATS = 1.0
@@ -68,10 +68,23 @@ def _tokens(student: LanguageModel, batch: Batch, top: int) -> list[dict[str, An
             heard = ReverseKL()(logits_TV, batch.tokens)
             say(teacher_logp=heard["teacher_logp"].tolist(), teacher_top=_named(student, *likeliest(signal, top)))
             say(reverse_kl=heard["reverse_kl"].tolist())
+            if isinstance(signal, Spans):
+                say(**_of_spans(signal, written_T))
         return ()
 
     student(batch, look)
     return tokens
+
+
+def _of_spans(signal: Spans, written_T: Tensor) -> dict[str, list[Any]]:
+    """Both models' log-probabilities of the whole span, at each of its tokens; none of the teacher's where it could not be
+    compared. `span` counts the spans of a response."""
+    heard = zip(signal.teacher_logp_T.tolist(), signal.heard_T.tolist(), strict=True)
+    return {
+        "span": signal.span_T.tolist(),
+        "student_logp": span_sums(written_T, signal).tolist(),
+        "teacher_logp": [logp if weight else None for logp, weight in heard],
+    }
 
 
 def _named(student: LanguageModel, ids_TK: Tensor, logp_TK: Tensor) -> list[list[tuple[str, float]]]:
@@ -86,8 +99,11 @@ def _decoded(student: LanguageModel, token: int) -> str:
 
 def _row(student: LanguageModel, rollout: Rollout, tokens: list[dict[str, Any]]) -> dict[str, Any]:
     fork = None
+    if "span" in tokens[0]:
+        tokens = [token | {"span": token["span"] - tokens[0]["span"]} for token in tokens]
     if "teacher_logp" in tokens[0]:
-        penalties = [token["student_logp"] - token["teacher_logp"] for token in tokens]
+        unheard = float("-inf")
+        penalties = [unheard if (t := token["teacher_logp"]) is None else token["student_logp"] - t for token in tokens]
         worst = max(range(len(tokens)), key=penalties.__getitem__)
         fork = worst if penalties[worst] > FORK_NATS else None
     return {
@@ -117,9 +133,9 @@ def score_texts(
     A given response is not closed by an EOS: it may be the beginning of one."""
     configs = {"student": ModelConfig(model=student), "teacher": ModelConfig(model=teacher)}
     tokenizers = {role: load_tokenizer(config, role) for role, config in configs.items()}
-    check_same_tokenizer(tokenizers["student"], tokenizers["teacher"])
     device = pick_device()
     ours, theirs = (load_model(config, role, device, tokenizers[role]) for role, config in configs.items())
+    reader = build.reader_of(theirs, tokenizers["student"], template or {})
     prompts = [_prompt(ours, number, text, template or {}) for number, (text, _) in enumerate(pairs)]
     longest = max(len(prompt.ids) for prompt in prompts)
     limit = max_tokens or min(DEFAULT_TOKENS, max(1, _room(ours, theirs) - longest))
@@ -135,7 +151,7 @@ def score_texts(
         raise ValueError(
             f"prompt and response have {longest} tokens together, and the models {_room(ours, theirs)} positions"
         )
-    return annotate(ours, local_teacher(theirs), rollouts)
+    return annotate(ours, reader, rollouts)
 
 
 def _prompt(model: LanguageModel, number: int, text: str, template: dict[str, Any]) -> Prompt:

@@ -19,10 +19,10 @@ from kibitz.graders import Grader
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import ReverseKL
 from kibitz.metrics import pass_at_k, wilson
-from kibitz.models import LanguageModel, check_same_tokenizer, load_model, load_tokenizer, pick_device, stop_ids
+from kibitz.models import LanguageModel, load_model, load_tokenizer, pick_device, stop_ids
 from kibitz.teachers import Teacher
-from kibitz.teachers.local import local_teacher
-from kibitz.types import Prompt, Rollout, Sampling, Scored, Signal
+from kibitz.teachers.build import reader_of
+from kibitz.types import Prompt, Rollout, Sampling, Scored, Spans
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Evaluator:
             grade(self.grader, self.student, greedy)
             row |= {"sampled": accuracy(sampled), "greedy": accuracy(greedy), "pass_at_k": _pass_at_k(sampled)}
         if self.teacher is not None:
-            row["reverse_kl"] = mean_reverse_kl(self.student, self.teacher, sampled)
+            row |= distance(self.student, self.teacher, sampled)
         row["response_tokens"] = fmean(r.num_tokens for r in sampled)
         row["cut_off"] = fmean(not r.finished for r in sampled)
         return row, sampled
@@ -106,20 +106,37 @@ def _by_prompt(rollouts: Sequence[Rollout]) -> list[list[float]]:
 
 
 @torch.no_grad()
+def distance(
+    student: LanguageModel, teacher: Teacher, rollouts: Sequence[Rollout], max_tokens: int = 16384
+) -> dict[str, float]:
+    """`reverse_kl`, KL(student || teacher) in nats per token of the student's own text: exact over the vocabulary from a
+    dense signal, a lower bound from the teacher's top K and their tail, the k3 estimate from the sampled token or span.
+
+    Of a teacher with another tokenizer also `reverse_kl_per_byte`, which students of different tokenizers can be compared
+    by, and `unaligned`, the share of tokens that it could say nothing about."""
+    total, num_bytes, heard, written = 0.0, 0.0, 0.0, 0.0
+    for indices in group(rollouts, max_tokens):
+        members = [rollouts[i] for i in indices]
+        signals = teacher.score(members, max_tokens)
+        scored = [Scored.told(r, s) for r, s in zip(members, signals, strict=True)]
+        total += _sum_of_reverse_kl(student, scored)
+        heard += sum(s.weight_T.sum().item() for s in scored)
+        written += sum(r.weight_T().sum().item() for r in members)
+        num_bytes += sum((s.bytes_T / s.size_T * s.heard_T).sum().item() for s in signals if isinstance(s, Spans))
+    row = {"reverse_kl": total / max(1.0, heard)}
+    if num_bytes:
+        row |= {"reverse_kl_per_byte": total / num_bytes, "unaligned": 1 - heard / written}
+    return row
+
+
 def mean_reverse_kl(
     student: LanguageModel, teacher: Teacher, rollouts: Sequence[Rollout], max_tokens: int = 16384
 ) -> float:
-    """KL(student || teacher) in nats per token, mean over the student's own tokens: exact over the vocabulary from a dense
-    signal, a lower bound from the teacher's top K and their tail, the k3 estimate from the sampled token."""
-    total = 0.0
-    for indices in group(rollouts, max_tokens):
-        members = [rollouts[i] for i in indices]
-        total += _sum_of_reverse_kl(student, members, teacher.score(members, max_tokens))
-    return total / sum(r.weight_T().sum().item() for r in rollouts)
+    """The `reverse_kl` of `distance`."""
+    return distance(student, teacher, rollouts, max_tokens)["reverse_kl"]
 
 
-def _sum_of_reverse_kl(student: LanguageModel, rollouts: Sequence[Rollout], signals: Sequence[Signal]) -> float:
-    scored = [Scored(r, r.weight_T(), s) for r, s in zip(rollouts, signals, strict=True)]
+def _sum_of_reverse_kl(student: LanguageModel, scored: Sequence[Scored]) -> float:
     batch, criterion, size = pack(scored, student.device), ReverseKL(), student.chunk_tokens
     total, _ = student(batch, lambda hidden_TD, head: over_chunks(criterion, hidden_TD, head, batch.tokens, size))
     return total.item()
@@ -137,13 +154,12 @@ def evaluate_model(
     """Evaluate a checkpoint on the prompts of a `data` section."""
     where, config = pick_device(device), ModelConfig(model=model)
     tokenizer = load_tokenizer(config, "student")
-    if teacher is not None:
-        check_same_tokenizer(tokenizer, load_tokenizer(ModelConfig(model=teacher), "teacher"))
     limit = min(eval.num_prompts, data.limit or eval.num_prompts)
     prompts = load_prompts(data.model_copy(update={"limit": limit}), tokenizer, eval.seed)
     grader = load_grader(data, prompts)
+    theirs = None if teacher is None else load_model(ModelConfig(model=teacher), "teacher", where)
+    scorer = None if theirs is None else reader_of(theirs, tokenizer, data.template)
     student = load_model(config, "student", where, tokenizer)
-    scorer = None if teacher is None else local_teacher(load_model(ModelConfig(model=teacher), "teacher", where))
     sampling = Sampling(
         max_tokens=rollout.max_tokens,
         num_samples=eval.samples,

@@ -287,6 +287,11 @@ def check_same_tokenizer(
         f"student and {other} have different tokenizers ({len(ours)} and {len(theirs)} tokens; {token!r} is "
         f"{ours.get(token, 'missing')} for the student and {theirs.get(token, 'missing')} for the {other}): "
         f"choose a {other} of the student's family"
+        + (
+            ", or align their text: write teacher.tokenizer=own and method.support=sampled"
+            if other == "teacher"
+            else ""
+        )
     )
 
 

@@ -97,7 +97,7 @@ def prepare(
     student = load_student(recipe.student, device, tokenizer, recipe.seed, resumed_from)
     if recipe.optim.checkpointing:
         student.recompute_activations()
-    teacher = teachers.load(recipe.teacher, device)
+    teacher = teachers.load(recipe.teacher, device, tokenizer, recipe.data.template)
     reference = None
     if recipe.method.needs_reference():  # never the checkpoint that a run goes on from
         reference = local_teacher(load_model(recipe.method.reference or recipe.student, "reference", device, tokenizer))

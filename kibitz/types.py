@@ -186,7 +186,34 @@ class Sampled:
     logp_T: Tensor
 
 
-Signal = Dense | TopK | Sampled
+@dataclass
+class FirstTokens:
+    """At each token, the teacher's distribution over the *first* of its own tokens in the span, `dense`, and its
+    log-probability of the later ones. `shared` are the ids, of the student and of the teacher, of tokens that mean the same."""
+
+    dense: Dense
+    rest_logp_T: Tensor
+    shared: tuple[Tensor, Tensor]
+
+
+@dataclass
+class Spans:
+    """From a teacher with another tokenizer. A span is a stretch of text that is whole tokens for both models (see
+    `kibitz.alignment`); what is known of it stands at each of its tokens, so that any part of them will do.
+
+    `student_logp_T` is as it was sampled, and both log-probabilities are of the whole span. `heard_T` is 0 where the two
+    cannot be compared, and the two are equal there."""
+
+    span_T: Tensor  # which one, counted from 0 in a batch
+    size_T: Tensor  # tokens of the student in it
+    bytes_T: Tensor  # bytes of the text in it; 0: the end of the response
+    teacher_logp_T: Tensor
+    student_logp_T: Tensor
+    heard_T: Tensor
+    first: FirstTokens | None = None
+
+
+Signal = Dense | TopK | Sampled | Spans
 
 
 def cat_signals(signals: list[Signal]) -> Signal:
@@ -202,6 +229,8 @@ def cat_signals(signals: list[Signal]) -> Signal:
             return TopK(torch.cat(ids), torch.cat(logps), first.temperature)
         case Sampled():
             return Sampled(torch.cat([s.logp_T for s in signals]))
+        case Spans():
+            return _cat_spans(signals)
 
 
 def slice_signal(signal: Signal, tokens: slice) -> Signal:
@@ -213,6 +242,27 @@ def slice_signal(signal: Signal, tokens: slice) -> Signal:
             return TopK(ids_TK[tokens], logp_TK[tokens], temperature)
         case Sampled(logp_T):
             return Sampled(logp_T[tokens])
+        case Spans(first=first):
+            columns = {name: getattr(signal, name)[tokens] for name in SPAN_COLUMNS}
+            if first is not None:
+                dense = Dense(first.dense.hidden_TD[tokens], first.dense.head)
+                first = FirstTokens(dense, first.rest_logp_T[tokens], first.shared)
+            return Spans(**columns, first=first)
+
+
+SPAN_COLUMNS = ("span_T", "size_T", "bytes_T", "teacher_logp_T", "student_logp_T", "heard_T")
+
+
+def _cat_spans(signals: list[Spans]) -> Spans:
+    columns = {name: torch.cat([getattr(s, name) for s in signals]) for name in SPAN_COLUMNS}
+    counts = [int(s.span_T[-1]) + 1 if len(s.span_T) else 0 for s in signals]
+    parts = [s.span_T + sum(counts[:i]) for i, s in enumerate(signals)]
+    first = None
+    if (one := signals[0].first) is not None:
+        dense = torch.cat([s.first.dense.hidden_TD for s in signals])
+        rest = torch.cat([s.first.rest_logp_T for s in signals])
+        first = FirstTokens(Dense(dense, one.dense.head), rest, one.shared)
+    return Spans(**{**columns, "span_T": torch.cat(parts)}, first=first)
 
 
 class Anchor(NamedTuple):
@@ -241,6 +291,14 @@ class Scored:
     numbers: Mapping[str, Tensor] = field(default_factory=dict)
     anchor: Anchor | None = None
     objective: str = ""
+
+    @classmethod
+    def told(cls, rollout: Rollout, signal: Signal) -> "Scored":
+        """By the teacher, at every token that the student wrote and that the teacher could hear."""
+        weight_T = rollout.weight_T()
+        if isinstance(signal, Spans):
+            weight_T = weight_T * signal.heard_T.to(weight_T)
+        return cls(rollout, weight_T, signal)
 
 
 @dataclass

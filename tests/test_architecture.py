@@ -56,6 +56,7 @@ WITHIN_A_LEVEL = {
     ("engines", "models"),
     ("annotate", "methods"),
     ("teachers", "metrics"),
+    ("teachers", "data"),
     ("teachers", "models"),
     ("teachers", "engines"),
     ("runs", "checkpoint"),

@@ -56,6 +56,15 @@ class Aligner:
         """One vocabulary: the teacher then reads the student's own tokens, canonical or not."""
         return self.student.get_vocab() == self.teacher.get_vocab()
 
+    @cached_property
+    def shared_ids(self) -> tuple[list[int], list[int]]:
+        """Tokens that mean the same bytes in both vocabularies, and the two ends; all, if it is one vocabulary."""
+        if self.same:
+            return list(range(len(self.student))), list(range(len(self.teacher)))
+        ours, theirs = _by_meaning(self.student, self.student_pieces), _by_meaning(self.teacher, self.teacher_pieces)
+        common = sorted(ours.keys() & theirs.keys(), key=ours.__getitem__)
+        return [ours[meaning] for meaning in common], [theirs[meaning] for meaning in common]
+
     def align(self, ids: Sequence[int], finished: bool) -> Alignment:
         """`ids` are a response's tokens; `finished`: the last of them ended it. That one is the teacher's EOS, whatever
         the two are called. Other special tokens are the teacher's of the same name, if it has one; what merely reads
@@ -138,3 +147,11 @@ def _spans(
             Span((student_at + i, student_at + next_i), (teacher_at + j, teacher_at + next_j), high - low, comparable)
         )
     return spans
+
+
+def _by_meaning(tokenizer: Any, pieces: Pieces) -> dict[bytes | None, int]:
+    """The token that stands for some bytes in the middle of a text, None for the end. Where there are two, such as the
+    letter and its byte of SentencePiece, the one that comes later, which is the letter."""
+    ids = [i for i in range(len(tokenizer)) if i not in pieces.special_ids and tokenizer.convert_ids_to_tokens(i)]
+    found = pieces.in_the_middle(ids)
+    return {piece: i for i, piece in zip(ids, found, strict=True) if piece} | {None: tokenizer.eos_token_id}

@@ -32,17 +32,26 @@ class Pieces:
         pieces = iter(self._of_text(written))
         return [None if i in self.special_ids else next(pieces) for i in ids]
 
+    def in_the_middle(self, ids: Sequence[int]) -> list[bytes]:
+        """The same for each token by itself, as it is behind other text; special ones have no place here."""
+        if self._steps is None:
+            return [self._by_prefixes([ids[0], i])[1] for i in ids]
+        return self._followed([ids[0], *ids])[1:]
+
     def _of_text(self, ids: list[int]) -> list[bytes]:
         if not ids:
             return []
         if self._steps is not None:
-            strings: list[str] = self.tokenizer.convert_ids_to_tokens(ids)
-            for step in self._steps:
-                strings = step(strings)
-            pieces = [string.encode("utf-8", "surrogateescape") for string in strings]
+            pieces = self._followed(ids)
             if _same_text(b"".join(pieces), self._decode(ids)):
                 return pieces
         return self._by_prefixes(ids)
+
+    def _followed(self, ids: Sequence[int]) -> list[bytes]:
+        strings: list[str] = self.tokenizer.convert_ids_to_tokens(list(ids))
+        for step in self._steps or []:
+            strings = step(strings)
+        return [string.encode("utf-8", "surrogateescape") for string in strings]
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

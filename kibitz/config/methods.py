@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from kibitz.config.alignment import AlignmentConfig
 from kibitz.config.extras import ExtrasConfig
 from kibitz.config.sections import ModelConfig, RolloutConfig
 from kibitz.config.teachers import SignalKind, TeacherConfig
@@ -13,6 +14,8 @@ HOW_TO_ASK: dict[SignalKind, str] = {
     "dense": "full",
     "top_k": "top_k with method.top_k_of=teacher",
     "sampled": "sampled",
+    "spans": "sampled with method.type=opd",
+    "span_distributions": "full with method.type=opd and method.alignment=gold",
 }
 
 
@@ -149,7 +152,7 @@ class PolicyGradientConfig(MethodConfig):
     max_drop: float = Field(0.2, gt=0, le=1, description="Of one_sided: a fall in probability. 0.2: prime-rl.")
 
 
-class OPDConfig(WritingConfig, DistillationConfig, PolicyGradientConfig):
+class OPDConfig(WritingConfig, AlignmentConfig, DistillationConfig, PolicyGradientConfig):
     """On-policy distillation: the student writes, the teacher scores every token, the divergence is the loss."""
 
     type: Literal["opd"] = "opd"
@@ -187,9 +190,11 @@ class OPDConfig(WritingConfig, DistillationConfig, PolicyGradientConfig):
         return self.reward_coef > 0
 
     def asks(self) -> tuple[SignalKind, ...]:
+        if kinds := self.asks_for_spans():
+            return kinds
         if self.support != "sampled":
             return super().asks()
-        return ("dense", "top_k") if self.baseline else ("sampled",)
+        return ("dense", "top_k") if self.baseline else ("sampled", "spans")
 
     def writes_with_teacher(self) -> bool:
         return self.seed_tokens > 0
@@ -197,8 +202,14 @@ class OPDConfig(WritingConfig, DistillationConfig, PolicyGradientConfig):
     def needs_reference(self) -> bool:
         return super().needs_reference() or self.extrapolation != 1
 
+    def check_teacher(self, teacher: TeacherConfig) -> None:
+        by_token = "discount" if self.discount else "extrapolation" if self.extrapolation != 1 else None
+        self.check_aligned(teacher, by_token)
+        super().check_teacher(teacher)
+
     def check(self, rollout: RolloutConfig) -> None:
         self.check_writing(rollout, sampled=self.support == "sampled")
+        self.check_alignment(self.support, self.temperature)
         if self.support != "sampled":
             for name in ("discount", "clip_advantage", "baseline", "reward_coef"):
                 if getattr(self, name):

@@ -7,8 +7,9 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from kibitz.config.base import Section
 from kibitz.config.sections import ModelConfig
 
-SignalKind = Literal["dense", "top_k", "sampled"]
-"""What a teacher can say of a token: its whole distribution, the K likeliest tokens, or the written one's probability."""
+SignalKind = Literal["dense", "top_k", "sampled", "spans", "span_distributions"]
+"""What a teacher can say of a token: its whole distribution, the K likeliest tokens, or the written one's probability.
+With a tokenizer of its own, the probability of a span of text, alone or with a distribution over its first token."""
 
 
 class TeacherConfig(Section):
@@ -35,6 +36,24 @@ class TeacherConfig(Section):
 
 class LocalTeacherConfig(ModelConfig, TeacherConfig):
     """A model in this process: it scores every token and is never changed."""
+
+    tokenizer: Literal["student", "own"] = Field(
+        "student",
+        description="student: the same as the student's, or the run is refused; own: it reads prompt and text in its own "
+        "tokens, by its own chat template, and is heard by spans of text; see docs/tokenizers.md.",
+    )
+
+    def answers(self) -> tuple[SignalKind, ...]:
+        return ("spans", "span_distributions") if self.tokenizer == "own" else super().answers()
+
+    def writes(self) -> bool:
+        return self.tokenizer == "student"
+
+    @model_validator(mode="after")
+    def _keeps_tokens(self) -> "LocalTeacherConfig":
+        if self.tokenizer == "own" and self.store is not None:
+            raise ValueError("a store keeps what is said of tokens, and this teacher speaks of spans: leave out store")
+        return self
 
 
 class StoredTeacherConfig(TeacherConfig):

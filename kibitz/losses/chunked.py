@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kibitz.types import Tokens
+from kibitz.types import Spans, Tokens
 
 Criterion = Callable[[Tensor, Tokens], dict[str, Tensor]]
 """logits_CV (float32, cut to the vocabulary) and the chunk's tokens -> {"loss": [C], and any metrics [C]}.
 
-Each token must be scored by itself: what a criterion computed across tokens would depend on the size of the chunks.
+Each token must be scored by itself, or with the other tokens of its span: no chunk ends inside one. What a criterion
+computed across other tokens would depend on the size of the chunks.
 """
 
 
@@ -37,16 +38,15 @@ def over_chunks(
     graph, so that a rank with nothing to learn takes part in the backward pass. Losses of tokens of weight 0 must be
     finite all the same.
 
-    Memory, whatever T is: about ten float32 tensors [chunk_size, V] for an exact divergence with its metrics and its
-    gradient, fewer for cross-entropy; so 6 GB at 1,024 tokens of a vocabulary of 152,000.
+    Memory, whatever T is, if no span is longer than a chunk: about ten float32 tensors [chunk_size, V] for an exact
+    divergence with its metrics and its gradient, fewer for cross-entropy; so 6 GB at 1,024 tokens of a vocabulary of 152,000.
     """
     parameters = [p for p in head.parameters() if p.requires_grad]
     with_grad = torch.is_grad_enabled() and (hidden_TD.requires_grad or bool(parameters))
     hidden_grad_TD = torch.zeros_like(hidden_TD) if with_grad and hidden_TD.requires_grad else None
     parameter_grads = [torch.zeros_like(p, dtype=_at_least_float32(p)) for p in parameters] if with_grad else []
     chunks: list[dict[str, Tensor]] = []
-    for start in range(0, max(len(hidden_TD), 1), chunk_size):  # once for no tokens: the names of the values are known
-        chunk = slice(start, start + chunk_size)
+    for chunk in _chunks(tokens, chunk_size):
         hidden_CD = hidden_TD[chunk].detach().requires_grad_(hidden_grad_TD is not None)
         with torch.set_grad_enabled(with_grad):
             logits_CV = head(hidden_CD)
@@ -67,6 +67,22 @@ def over_chunks(
     if hidden_grad_TD is None:
         return _WithGradients.apply(loss, parameter_grads, *parameters), values_T
     return _WithGradients.apply(loss, [hidden_grad_TD, *parameter_grads], hidden_TD, *parameters), values_T
+
+
+def _chunks(tokens: Tokens, size: int) -> list[slice]:
+    """At most `size` tokens each, or one span that is longer; one empty chunk for no tokens: the names of the values are
+    known then too."""
+    num = len(tokens.token_T)
+    if not isinstance(tokens.signal, Spans):
+        return [slice(start, start + size) for start in range(0, max(num, 1), size)]
+    span_T = tokens.signal.span_T
+    ends = [*((span_T[1:] != span_T[:-1]).nonzero()[:, 0] + 1).tolist(), num]
+    chunks, start = [], 0
+    for end, following in zip(ends, [*ends[1:], num + size + 1], strict=True):
+        if following - start > size:
+            chunks.append(slice(start, end))
+            start = end
+    return chunks
 
 
 def _gradients(weight_C: Tensor, loss_C: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from kibitz.losses import policy_gradient
 from kibitz.losses.divergences import entropy, reverse_kl
 from kibitz.losses.overlap import top_k_overlap
+from kibitz.losses.spans import span_sums
 from kibitz.losses.supports import (
     Buckets,
     find_token,
@@ -24,7 +25,7 @@ from kibitz.losses.supports import (
     teacher_logits,
     top_k_buckets,
 )
-from kibitz.types import Dense, Sampled, Signal, Tokens, TopK
+from kibitz.types import Dense, Sampled, Signal, Spans, Tokens, TopK
 
 PolicyLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(logp_C with gradient, sampled_logp_C, advantage_C) -> [C]"""
@@ -155,7 +156,10 @@ class PolicyGradient:
                 return given_C, _student_metrics(plain_CV, tokens)
             return given_C, self._heard(student_CV, plain_CV, tokens, signal)[2]
         teacher_C, kl_C, metrics = self._heard(student_CV, plain_CV, tokens, signal)
-        distilled_C = policy_gradient.distillation_advantage(tokens.logp_T, teacher_C, self.coefficient)
+        sampled_C = tokens.logp_T
+        if isinstance(signal, Spans):  # the joint probability of a span is what all of its tokens are credited with
+            sampled_C, teacher_C = signal.student_logp_T, signal.teacher_logp_T
+        distilled_C = policy_gradient.distillation_advantage(sampled_C, teacher_C, self.coefficient)
         if self.baseline:
             if kl_C is None:
                 raise ValueError("The vOPD baseline needs the teacher's distribution; it sent the sampled token only.")
@@ -190,9 +194,19 @@ class PolicyGradient:
                     )
                 buckets = signal_buckets(student_CV, most_likely_but_one(signal))
                 return metrics["teacher_logp"], reverse_kl(buckets.student_CS, buckets.teacher_CS), metrics
-            case Sampled():
+            case Sampled() | Spans():
                 metrics = _student_metrics(plain_CV, tokens) | _signal_metrics(student_CV, tokens, signal)
                 return metrics["teacher_logp"], None, metrics
+
+
+@dataclass(frozen=True)
+class SpanLoss:
+    """A loss of `kibitz.losses.spans`, with the metrics that a teacher with another tokenizer leaves."""
+
+    loss: Callable[[Tensor, Tokens], Tensor]
+
+    def __call__(self, logits_CV: Tensor, tokens: Tokens) -> dict[str, Tensor]:
+        return ReverseKL()(logits_CV.detach(), tokens) | {"loss": self.loss(logits_CV, tokens)}
 
 
 @dataclass(frozen=True)
@@ -204,7 +218,7 @@ class ReverseKL:
         match tokens.signal:
             case Dense() as signal:
                 metrics = _dense_metrics(student_CV, log_probs(teacher_logits(signal, logits_CV)), tokens)
-            case TopK() | Sampled() as signal:
+            case TopK() | Sampled() | Spans() as signal:
                 metrics = _student_metrics(student_CV, tokens) | _signal_metrics(student_CV, tokens, signal)
             case None:
                 raise ValueError("There is no teacher's signal to measure the student against.")
@@ -232,23 +246,26 @@ def _dense_metrics(student_CV: Tensor, teacher_CV: Tensor, tokens: Tokens) -> di
 
 
 @torch.no_grad()
-def _signal_metrics(student_CV: Tensor, tokens: Tokens, signal: TopK | Sampled) -> dict[str, Tensor]:
-    """`reverse_kl` is a lower bound from K tokens and the tail, or the k3 estimate from the sampled token; both at the
-    temperature of the teacher's numbers."""
+def _signal_metrics(student_CV: Tensor, tokens: Tokens, signal: TopK | Sampled | Spans) -> dict[str, Tensor]:
+    """`reverse_kl` is a lower bound from K tokens and the tail, or the k3 estimate from the sampled token or span, whose
+    tokens share it equally; all at the temperature of the teacher's numbers."""
     if isinstance(signal, TopK):
         buckets = signal_buckets(student_CV, signal)
         logp_C = find_token(signal, tokens.token_T)[0].to(student_CV.dtype)
         return {"teacher_logp": logp_C, "reverse_kl": reverse_kl(buckets.student_CS, buckets.teacher_CS)}
-    teacher_C = signal.logp_T.to(student_CV.dtype)
+    student_C, size = gather_tokens(student_CV, tokens.token_T), 1.0
+    if isinstance(signal, Spans):
+        student_C, size = span_sums(student_C, signal), signal.size_T
+        heard_C = signal.heard_T > 0
+        teacher_C = torch.where(heard_C, signal.teacher_logp_T.to(student_CV.dtype), student_C)
+    else:
+        teacher_C = signal.logp_T.to(student_CV.dtype)
     if not torch.isfinite(teacher_C.sum()):
         raise ValueError(
             "The teacher's log-probabilities of the sampled tokens hold NaN or -inf: it gives one of them probability "
             "zero. Score without top-p or top-k on the teacher's side, and check that both use the same tokenizer."
         )
-    return {
-        "teacher_logp": teacher_C,
-        "reverse_kl": policy_gradient.k3(gather_tokens(student_CV, tokens.token_T), teacher_C),
-    }
+    return {"teacher_logp": teacher_C / size, "reverse_kl": policy_gradient.k3(student_C, teacher_C) / size}
 
 
 @torch.no_grad()
@@ -262,7 +279,7 @@ def likeliest(signal: Signal, num: int) -> tuple[Tensor, Tensor]:
         case TopK(ids_CK, logp_CK):
             best = logp_CK.topk(min(num, logp_CK.shape[-1]), dim=-1)
             return ids_CK.gather(-1, best.indices), best.values
-        case Sampled(logp_C):
+        case Sampled(logp_C) | Spans(teacher_logp_T=logp_C):
             nothing_C0 = logp_C[:, None][:, :0]
             return nothing_C0.long(), nothing_C0
 

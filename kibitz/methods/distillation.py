@@ -6,10 +6,11 @@ from functools import partial
 
 from torch import Tensor
 
-from kibitz.config import DistillationConfig
+from kibitz.config import DistillationConfig, OPDConfig
 from kibitz.losses.chunked import Criterion
-from kibitz.losses.criteria import Divergence
+from kibitz.losses.criteria import Divergence, SpanLoss
 from kibitz.losses.divergences import DIVERGENCES
+from kibitz.losses.spans import MergedDistributions, SpanLikelihood
 from kibitz.methods.parts import Parts, scorer, token_loss
 from kibitz.methods.sources import Source
 from kibitz.models import LanguageModel
@@ -28,7 +29,7 @@ class Distillation:
         return self.source.rollout(prompts, step)
 
     def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
-        return [Scored(r, r.weight_T(), s) for r, s in zip(rollouts, self.teacher.score(rollouts), strict=True)]
+        return [Scored.told(r, s) for r, s in zip(rollouts, self.teacher.score(rollouts), strict=True)]
 
     def loss(self, student: LanguageModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return token_loss(student, batch, self.criterion, self.chunk_tokens)
@@ -40,6 +41,14 @@ def distil(parts: Parts, config: DistillationConfig, source: Source) -> Distilla
     function = parts.divergence or divergence(config)
     criterion = Divergence(function, config.top_k_of if top_k else "full", config.top_k, config.temperature)
     return Distillation(source, scorer(parts, config), criterion, parts.recipe.optim.chunk_tokens)
+
+
+def distil_spans(parts: Parts, config: OPDConfig, source: Source) -> Distillation:
+    """The same with a loss of spans, for a teacher with a tokenizer of its own."""
+    loss = SpanLikelihood(config.alm_tau)
+    if config.alignment != "alm":
+        loss = MergedDistributions(None if config.alignment == "uld" else parts.divergence or divergence(config))
+    return Distillation(source, scorer(parts, config), SpanLoss(loss), parts.recipe.optim.chunk_tokens)
 
 
 def divergence(config: DistillationConfig) -> Callable[[Tensor, Tensor], Tensor]:

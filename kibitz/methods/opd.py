@@ -14,7 +14,7 @@ from torch import Tensor
 from kibitz.config import OPDConfig
 from kibitz.losses.criteria import PolicyGradient
 from kibitz.losses.policy_gradient import clipped, discounted, distillation_advantage, extrapolated, group_advantages
-from kibitz.methods.distillation import distil
+from kibitz.methods.distillation import distil, distil_spans
 from kibitz.methods.parts import Method, Parts, policy_loss, scorer, teacher_engine, token_loss
 from kibitz.methods.reference import reference_scorer
 from kibitz.methods.sources import Linear, Seeded, Source, Stored
@@ -38,7 +38,7 @@ class SampledTokenOPD:
 
     def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
         """A token's own credit is the criterion's to give; what needs whole rollouts, rewards or a discount, is given here."""
-        scored = [Scored(r, r.weight_T(), s) for r, s in zip(rollouts, self.teacher.score(rollouts), strict=True)]
+        scored = [Scored.told(r, s) for r, s in zip(rollouts, self.teacher.score(rollouts), strict=True)]
         if self.reference is not None:
             for one, signal in zip(scored, self.reference.score(rollouts), strict=True):
                 one.advantage_T = self._credited(one.rollout, one.signal, signal)
@@ -75,6 +75,8 @@ class SampledTokenOPD:
 def build(parts: Parts) -> Method:
     config = cast(OPDConfig, parts.recipe.method)
     source = _source(parts, config)
+    if config.alignment != "spans":
+        return distil_spans(parts, config, source)
     if config.support != "sampled":
         return distil(parts, config, source)
     reference = reference_scorer(parts, "sampled") if config.extrapolation != 1 else None

@@ -7,7 +7,7 @@ few rollouts: does the student read 0 against itself, do engine and trainer agre
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kibitz.config import ModelConfig, Recipe
+from kibitz.config import LocalTeacherConfig, ModelConfig, Recipe
 from kibitz.data import load_prompts
 from kibitz.methods import teacher_engine
 from kibitz.models import load_tokenizer, pick_device, pick_dtype
@@ -47,6 +47,9 @@ def check_files(recipe: Recipe, options: Options = Options()) -> Iterator[Findin
     prompts = load_prompts(recipe.data, student, recipe.seed, recipe.method.wants_demonstrations())
     for section in _local_teachers(recipe):
         teacher = load_tokenizer(section, "teacher")
+        if isinstance(section, LocalTeacherConfig) and section.tokenizer == "own":
+            yield texts.aligned(student, teacher, prompts)
+            continue
         yield texts.tokenizers(student, teacher)
         yield texts.first_token(student, teacher, prompts)
         yield texts.chat_template(recipe, student, teacher)

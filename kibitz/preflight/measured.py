@@ -19,7 +19,7 @@ from kibitz.preflight.finding import Finding
 from kibitz.prepare import Setup
 from kibitz.teachers import Ask
 from kibitz.teachers.local import LocalScorer
-from kibitz.types import Rollout, Sampled, Scored, Signal, TopK
+from kibitz.types import Rollout, Sampled, Scored, Signal, Spans, TopK
 
 LARGE_GAP, HUGE_GAP = 0.02, 0.2
 """Nats between engine and trainer: bf16 gives 0.005 to 0.02 on average at a large vocabulary, other weights give more."""
@@ -103,7 +103,7 @@ def opinions(setup: Setup, rollouts: Sequence[Rollout], signals: Sequence[Signal
 
 def _criterion(signals: Sequence[Signal]) -> Criterion:
     match signals[0]:
-        case Sampled():
+        case Sampled() | Spans():
             return PolicyGradient()
         case TopK() as signal:
             return Divergence(support="teacher", temperature=signal.temperature)

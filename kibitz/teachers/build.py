@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from kibitz.alignment import Aligner
 from kibitz.config import LocalTeacherConfig, StoredTeacherConfig, TeacherConfig
-from kibitz.models import check_same_tokenizer, load_model, load_tokenizer
+from kibitz.models import LanguageModel, check_same_tokenizer, load_model, load_tokenizer
 from kibitz.teachers import Teacher, stored
+from kibitz.teachers.aligned import aligned
 from kibitz.teachers.local import local_teacher
 
 
@@ -23,7 +25,9 @@ class Kind:
 
 
 def _check_local(config: LocalTeacherConfig, tokenizer: Any) -> None:
-    check_same_tokenizer(tokenizer, load_tokenizer(config, "teacher"))
+    own = load_tokenizer(config, "teacher")
+    if config.tokenizer == "student":
+        check_same_tokenizer(tokenizer, own)
 
 
 def _load_local(config: LocalTeacherConfig, device: torch.device) -> Teacher:
@@ -49,10 +53,22 @@ def check(config: TeacherConfig | None, tokenizer: Any) -> None:
         KINDS[type(config)].check(config, tokenizer)
 
 
-def load(config: TeacherConfig | None, device: torch.device) -> Teacher | None:
+def load(
+    config: TeacherConfig | None, device: torch.device, tokenizer: Any = None, template: dict[str, Any] | None = None
+) -> Teacher | None:
+    """For a teacher with a tokenizer of its own, `tokenizer` is the student's and `template` the arguments of its chat
+    template."""
     if config is None:
         return None
     teacher = KINDS[type(config)].load(config, device)
+    if isinstance(config, LocalTeacherConfig) and config.tokenizer == "own":
+        teacher = aligned(teacher, Aligner(tokenizer, load_tokenizer(config, "teacher")), template or {})
     if config.store is None:
         return teacher
     return stored.with_store(teacher, Path(config.store), config.says_by(), device)
+
+
+def reader_of(model: LanguageModel, tokenizer: Any, template: dict[str, Any]) -> Teacher:
+    """A model to compare a student with, whatever its tokenizer: by tokens if it is the student's, else by spans."""
+    teacher, aligner = local_teacher(model), Aligner(tokenizer, model.tokenizer)
+    return teacher if aligner.same else aligned(teacher, aligner, template)
