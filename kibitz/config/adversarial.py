@@ -77,9 +77,7 @@ class GADConfig(PolicyGradientConfig):
         description="Share of the run's steps in which the student learns the teacher's text by cross-entropy, and the judge "
         "as always. A third: one of three epochs, the paper (2511.10643).",
     )
-    normalize_std: bool = Field(
-        True, description="Divide by the group's deviation, as GRPO does. On: a judge's score has no unit."
-    )
+    normalize_std: bool = Field(True, description="Divide by the group's deviation. On: GRPO's own form (2402.03300).")
     policy_loss: PolicyLossName = Field(
         "ppo_clip", description="ppo_clip: GRPO, as in the paper; see opd for the others."
     )
