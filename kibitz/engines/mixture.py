@@ -78,3 +78,5 @@ class MixtureEngine:
     def sync(self, student: Student) -> None:
         self._student.sync(student)
         self._writer.sync(student)
+
+    def close(self) -> None: ...
