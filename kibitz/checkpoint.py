@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig
 
 from kibitz import lora
@@ -65,10 +66,15 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def save(
-    folder: Path, step: int, student: LanguageModel, keeps: Mapping[str, Stateful], state: dict[str, Any], keep: int
+    folder: Path,
+    step: int,
+    student: LanguageModel,
+    keeps: Mapping[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    keep: int,
 ) -> Path:
     """Write the checkpoint of a step, then delete all but the last `keep`. If that fails, the older ones stay whole.
-    `keeps` are the optimizer and what else has a state, by the names of their files."""
+    `keeps` are the states of the optimizer and of what else has one, by the names of their files."""
     final = folder / "checkpoints" / f"step-{step:06d}"
     for left_by_a_kill in final.parent.glob(".step-*"):
         shutil.rmtree(left_by_a_kill)
@@ -77,7 +83,7 @@ def save(
         student.save(temporary)
         (temporary / "training").mkdir()
         for name, kept in keeps.items():
-            save_file(kept.state(), temporary / "training" / f"{name}.safetensors")
+            save_file(kept, temporary / "training" / f"{name}.safetensors")
         (temporary / "training" / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
         sums = _sums(temporary, sorted(str(path.relative_to(temporary)) for path in _files(temporary)))
         (temporary / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=1), encoding="utf-8")

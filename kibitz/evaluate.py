@@ -13,6 +13,7 @@ import torch
 from kibitz.batching import group, pack
 from kibitz.config import DataConfig, EvalConfig, ModelConfig, RolloutConfig
 from kibitz.data import load_grader, load_prompts
+from kibitz.distributed import ALONE, Ranks
 from kibitz.engines import Engine
 from kibitz.engines.torch import TorchEngine
 from kibitz.graders import Grader
@@ -38,36 +39,42 @@ class Evaluator:
         Sampling  # max_tokens, num_samples, stop_ids and seed; temperature, truncation and epsilon are the evaluation's
     )
     split: str = "dev"
+    ranks: Ranks = ALONE
 
     def run(self) -> tuple[dict[str, Any], list[Rollout]]:
         """A row for `evals.jsonl`, and the rollouts at temperature 1 that it describes."""
         sampling = replace(self.sampling, temperature=1.0, top_p=1.0, top_k=0, epsilon=0.0)
         sampled = self.engine.generate(self.prompts, sampling)
         row: dict[str, Any] = {"split": self.split, "num_prompts": len(self.prompts)}
-        grade(self.grader, self.student, sampled)
+        grade(self.grader, self.student, sampled, self.ranks)
         if self.grader is not None:
             greedy = self.engine.generate(self.prompts, replace(sampling, temperature=0.0, num_samples=1))
-            grade(self.grader, self.student, greedy)
+            grade(self.grader, self.student, greedy, self.ranks)
             row |= {"sampled": accuracy(sampled), "greedy": accuracy(greedy), "pass_at_k": _pass_at_k(sampled)}
         if self.teacher is not None:
-            row |= distance(self.student, self.teacher, sampled)
+            row |= distance(self.student, self.teacher, sampled, ranks=self.ranks)
         row["response_tokens"] = fmean(r.num_tokens for r in sampled)
         row["cut_off"] = fmean(not r.finished for r in sampled)
         return row, sampled
 
 
-def grade(grader: Grader | None, student: LanguageModel, rollouts: Sequence[Rollout]) -> None:
+def grade(grader: Grader | None, student: LanguageModel, rollouts: Sequence[Rollout], ranks: Ranks = ALONE) -> None:
     """Write text and reward into the rollouts. A grader that raises names the prompt and stops the run."""
     for rollout in rollouts:
         rollout.text = student.tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
-        if grader is None:
-            continue
-        try:
-            rollout.reward = float(grader(rollout.prompt, rollout.text))
-        except Exception as error:
-            raise RuntimeError(
-                f"the grader failed on prompt {rollout.prompt.text[:200]!r}, response {rollout.text[:200]!r}"
-            ) from error
+    if grader is not None:
+        rewards = ranks.in_shares(lambda part: [_reward(grader, rollout) for rollout in part], rollouts)
+        for rollout, reward in zip(rollouts, rewards, strict=True):
+            rollout.reward = reward
+
+
+def _reward(grader: Grader, rollout: Rollout) -> float:
+    try:
+        return float(grader(rollout.prompt, rollout.text))
+    except Exception as error:
+        raise RuntimeError(
+            f"the grader failed on prompt {rollout.prompt.text[:200]!r}, response {rollout.text[:200]!r}"
+        ) from error
 
 
 def accuracy(rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -107,7 +114,11 @@ def _by_prompt(rollouts: Sequence[Rollout]) -> list[list[float]]:
 
 @torch.no_grad()
 def distance(
-    student: LanguageModel, teacher: Teacher, rollouts: Sequence[Rollout], max_tokens: int = 16384
+    student: LanguageModel,
+    teacher: Teacher,
+    rollouts: Sequence[Rollout],
+    max_tokens: int = 16384,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """`reverse_kl`, KL(student || teacher) in nats per token of the student's own text: exact over the vocabulary from a
     dense signal, a lower bound from the teacher's top K and their tail, the k3 estimate from the sampled token or span.
@@ -115,14 +126,17 @@ def distance(
     Of a teacher with another tokenizer also `reverse_kl_per_byte`, which students of different tokenizers can be compared
     by, and `unaligned`, the share of tokens that it could say nothing about."""
     total, num_bytes, heard, written = 0.0, 0.0, 0.0, 0.0
-    for indices in group(rollouts, max_tokens):
-        members = [rollouts[i] for i in indices]
+    part = ranks.part(rollouts)
+    for indices in group(part, max_tokens):
+        members = [part[i] for i in indices]
         signals = teacher.score(members, max_tokens)
         scored = [Scored.told(r, s) for r, s in zip(members, signals, strict=True)]
         total += _sum_of_reverse_kl(student, scored)
         heard += sum(s.weight_T.sum().item() for s in scored)
         written += sum(r.weight_T().sum().item() for r in members)
         num_bytes += sum((s.bytes_T / s.size_T * s.heard_T).sum().item() for s in signals if isinstance(s, Spans))
+    sums = ranks.gather((total, num_bytes, heard, written))
+    total, num_bytes, heard, written = (sum(values) for values in zip(*sums, strict=True))
     row = {"reverse_kl": total / max(1.0, heard)}
     if num_bytes:
         row |= {"reverse_kl_per_byte": total / num_bytes, "unaligned": 1 - heard / written}

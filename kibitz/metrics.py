@@ -36,10 +36,12 @@ class Ledger:
 class JSONL:
     """A file of one JSON object a line, flushed after each, that a reader can follow."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True):
+        self.path, self.writes = path, writes
 
     def append(self, row: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_plain(row), ensure_ascii=False) + "\n")
 

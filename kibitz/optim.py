@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kibitz.config import OptimConfig
+from kibitz.distributed import on_cpu, plain, shared_like
 
 
 def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
@@ -30,11 +31,12 @@ class Optimizer:
     norms), as one thing to step.
 
     What is not float32 learns through a float32 master copy: gradients are summed there, the update is made there, and
-    the weight is its rounding. In bfloat16 itself, steps of less than 1/256 of a weight would be lost.
+    the weight is its rounding. In bfloat16 itself, steps of less than 1/256 of a weight would be lost. `keep_weights`: what is
+    trained is a float32 copy of weights that are not, and counts as the master in the state.
     """
 
-    def __init__(self, model: nn.Module, config: OptimConfig):
-        self.config = config
+    def __init__(self, model: nn.Module, config: OptimConfig, keep_weights: bool = False):
+        self.config, self.keep_weights = config, keep_weights
         learnt = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self.masters: dict[Tensor, Tensor] = {p: _master(p) for p in learnt if p.dtype != torch.float32}
         self.names: dict[Tensor, str] = {self.masters.get(p, p): name for p, name in learnt.items()}
@@ -51,7 +53,7 @@ class Optimizer:
     def step(self, factor: float = 1.0) -> float:
         """One update at `factor` times the learning rate; returns the gradient's norm before clipping. Gradients that
         are not finite change nothing."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf).item()
+        norm = plain(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf)).item()
         groups = [group for part in self.parts for group in part.param_groups]
         for group, rate in zip(groups, self.rates, strict=True):
             group["lr"] = rate * factor
@@ -74,13 +76,13 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """All moments, and the master copies, by the names of their parameters; fit for safetensors."""
         moments = {
-            f"{self.names[parameter]}|{key}": torch.as_tensor(value).detach().cpu().contiguous()
+            f"{self.names[parameter]}|{key}": on_cpu(torch.as_tensor(value))
             for part in self.parts
             for parameter, moments in part.state.items()
             for key, value in moments.items()
         }
-        masters = {f"{self.names[p]}|master": p.detach().cpu().contiguous() for p in self.masters.values()}
-        return moments | masters
+        kept = self.parameters if self.keep_weights else self.masters.values()
+        return moments | {f"{self.names[master]}|master": on_cpu(master) for master in kept}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         for part in self.parts:
@@ -88,9 +90,9 @@ class Optimizer:
                 prefix = self.names[parameter] + "|"
                 moments = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
                 if (master := moments.pop("master", None)) is not None:
-                    parameter.data.copy_(master)
+                    parameter.data.copy_(shared_like(master, parameter.data))
                 part.state[parameter] = {
-                    key: self._step(value) if key == "step" else value.to(parameter.device, copy=True)
+                    key: self._step(value) if key == "step" else shared_like(value, parameter.data)
                     for key, value in moments.items()
                 }
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kibitz import config, lora, optim, trackers
+from kibitz import config, distributed, lora, optim, trackers
 from kibitz.config import DataConfig, Recipe, RecipeError
 from kibitz.data import PromptStream, encode_response, load_grader, load_prompts
+from kibitz.distributed import Ranks
 from kibitz.engines import Engine
 from kibitz.engines.build import make_engine
 from kibitz.evaluate import Evaluator
@@ -33,7 +34,7 @@ from kibitz.runs import RunFolder, open_folder
 from kibitz.teachers import Teacher
 from kibitz.teachers import build as teachers
 from kibitz.teachers.local import local_teacher
-from kibitz.types import Prompt, Sampling
+from kibitz.types import Prompt, Rollout, Sampling
 
 
 @dataclass
@@ -42,12 +43,15 @@ class Setup:
     folder: RunFolder
     resumed_from: Path | None
     student: LanguageModel
+    learner: LanguageModel
+    """The student that is trained: the same, or of several processes its sharded copy."""
     teacher: Teacher | None
     engine: Engine
     stream: PromptStream
     grader: Grader | None
     evaluator: Evaluator | None
     parts: Parts
+    ranks: Ranks
 
     def close(self) -> None:
         """Let go of servers and of what the teacher holds."""
@@ -84,16 +88,13 @@ def prepare(
         raise RecipeError(
             f"method {recipe.method.type} needs rewards: give rows an answer, name data.grader, or pass grader="
         )
-    stored = None
-    if (path := recipe.method.stored_rollouts()) is not None:
-        wanted = recipe.rollout
-        stored = load_rollouts(path, prompts, len(tokenizer), wanted.samples_per_prompt, wanted.max_tokens)
+    stored = _stored(recipe, prompts, len(tokenizer))
     held_out = _held_out(recipe, tokenizer)
-    folder, resumed_from = open_folder(recipe, resume, overwrite)
-
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    device = pick_device(recipe.device)
+    ranks, device = _meet(recipe, prompts)
+    folder, resumed_from = open_folder(recipe, resume, overwrite, ranks)
+
     student = load_student(recipe.student, device, tokenizer, recipe.seed, resumed_from)
     if recipe.optim.checkpointing:
         student.recompute_activations()
@@ -105,17 +106,58 @@ def prepare(
     for check in checks:
         check([*prompts, *held_out], recipe.rollout.max_tokens)
     pack_rows([student, *(m for t in (teacher, reference) if t is not None for m in t.models)], recipe.optim.packing)
-    engine = make_engine(recipe.rollout, student, Path(recipe.output), prompts[:2])
+    learner = distributed.learner_of(student, ranks)
+    engine = _engine(recipe, student, prompts[:2], ranks)
     sampling = _sampling(recipe, student)
     examiner = teacher if teacher is not None and teacher.reads_all else None
     evaluator = None
     if held_out:
         eval_sampling = replace(sampling, num_samples=recipe.eval.samples, seed=recipe.eval.seed)
-        evaluator = Evaluator(student, engine, examiner, held_out, grader, eval_sampling, recipe.eval.split)
+        evaluator = Evaluator(student, engine, examiner, held_out, grader, eval_sampling, recipe.eval.split, ranks)
     encode = partial(encode_response, tokenizer)
-    parts = Parts(recipe, student, engine, teacher, sampling, encode, loss, mask_ids, stored, reference)
+    parts = Parts(recipe, student, engine, teacher, sampling, encode, loss, mask_ids, stored, reference, ranks=ranks)
     stream = PromptStream(prompts, recipe.seed, recipe.data.shuffle)
-    return Setup(recipe, folder, resumed_from, student, teacher, engine, stream, grader, evaluator, parts)
+    return Setup(
+        recipe, folder, resumed_from, student, learner, teacher, engine, stream, grader, evaluator, parts, ranks
+    )
+
+
+def _engine(recipe: Recipe, student: LanguageModel, probe: Sequence[Prompt], ranks: Ranks) -> Engine:
+    make = partial(make_engine, recipe.rollout, student, Path(recipe.output), probe)
+    return ranks.spread(make()) if recipe.rollout.engine == "torch" else ranks.of_first(make)
+
+
+def _stored(recipe: Recipe, prompts: Sequence[Prompt], vocab_size: int) -> dict[str, list[Rollout]] | None:
+    path, wanted = recipe.method.stored_rollouts(), recipe.rollout
+    if path is None:
+        return None
+    return load_rollouts(path, prompts, vocab_size, wanted.samples_per_prompt, wanted.max_tokens)
+
+
+def _meet(recipe: Recipe, prompts: Sequence[Prompt]) -> tuple[Ranks, torch.device]:
+    """The processes that torchrun started and this one's device. What several cannot do is refused before weights load."""
+    ranks, device = distributed.join(recipe.parallel, pick_device(recipe.device))
+    if ranks.size == 1:
+        return ranks, device
+    if recipe.optim.name != "adamw":
+        raise RecipeError(
+            f"optim.name: {recipe.optim.name} needs whole matrices, and {ranks.size} processes hold parts: write optim.name=adamw"
+        )
+    if recipe.student.compile:
+        raise RecipeError(
+            "student.compile: sharded layers are not compiled: write student.compile=false, or start one process"
+        )
+    if recipe.teacher is not None and recipe.teacher.store is not None:
+        raise RecipeError("teacher.store: one process fills a store: leave it out, or start one")
+    if recipe.method.trains_an_opponent():
+        raise RecipeError(f"method {recipe.method.type} trains an opponent of the student in one process: start one")
+    num = min(recipe.rollout.prompts_per_step, len({prompt.key for prompt in prompts}))
+    if num < ranks.size:
+        raise RecipeError(
+            f"rollout.prompts_per_step: a step has {num} different prompts for {ranks.size} processes, and each needs one: "
+            "write more, or start fewer processes"
+        )
+    return ranks, device
 
 
 def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

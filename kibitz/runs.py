@@ -13,6 +13,7 @@ import torch
 from kibitz import __version__, config
 from kibitz.checkpoint import checkpoints, newest_sound, remove, set_aside
 from kibitz.config import Recipe, RecipeError
+from kibitz.distributed import ALONE, Ranks
 from kibitz.methods.stored import as_row
 from kibitz.metrics import JSONL, write_atomically
 from kibitz.models import LanguageModel
@@ -20,16 +21,16 @@ from kibitz.teachers import Teacher
 from kibitz.types import Rollout
 
 FILES = ("metrics", "evals", "rollouts", "alarms", "stored")
-FREE_TO_CHANGE = {"steps", "eval", "save", "guards", "track", "output", "threads", "device"}
+FREE_TO_CHANGE = {"steps", "eval", "save", "guards", "track", "output", "threads", "device", "parallel"}
 """Sections of the recipe that may differ when a run goes on."""
 
 
 class RunFolder:
-    """The files of one run, opened for writing."""
+    """The files of one run, opened for writing; where another process writes them (`writes` is false), for reading."""
 
-    def __init__(self, path: Path, recipe: Recipe, overwrite: bool = False):
-        self.path, self.recipe, self.overwrite = path, recipe, overwrite
-        self.files = [JSONL(path / f"{name}.jsonl") for name in FILES]
+    def __init__(self, path: Path, recipe: Recipe, overwrite: bool = False, writes: bool = True):
+        self.path, self.recipe, self.overwrite, self.writes = path, recipe, overwrite, writes
+        self.files = [JSONL(path / f"{name}.jsonl", writes) for name in FILES]
         self.metrics, self.evals, self.rollouts, self.alarms, self.stored = self.files
         self.started = time.time()
         self.info: dict[str, Any] = {}
@@ -40,6 +41,8 @@ class RunFolder:
         """Write what is known at the start; on resuming, drop what was written after the checkpoint, and everything if
         there is none. An old run is thrown away only here, when all of the new one is checked and loaded: its checkpoint
         may be the new one's student."""
+        if not self.writes:
+            return
         if self.overwrite:
             _forget(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -73,6 +76,8 @@ class RunFolder:
         self._write_info()
 
     def _write_info(self) -> None:
+        if not self.writes:
+            return
         write_atomically(self.path / "run.json", json.dumps(self.info, indent=1))
 
     def sync(self) -> None:
@@ -93,6 +98,8 @@ class RunFolder:
 
     def write_rollouts(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Keep the rows from before training and the newest: between them the report draws before and after."""
+        if not self.writes:
+            return
         kept = [row for row in self.rollouts.read() if row["step"] == 0 and step > 0]
         rows = kept + [{"step": step, **row} for row in rows]
         write_atomically(self.rollouts.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -107,21 +114,26 @@ class RunFolder:
         return make(self.path, self.recipe, self.metrics.read(), self.evals.read(), last[-1] if last else None)
 
 
-def open_folder(recipe: Recipe, resume: bool, overwrite: bool) -> tuple[RunFolder, Path | None]:
+def open_folder(recipe: Recipe, resume: bool, overwrite: bool, ranks: Ranks = ALONE) -> tuple[RunFolder, Path | None]:
     """The folder of a new run, or that of an old one and the checkpoint to go on from."""
+    folder = RunFolder(Path(recipe.output), recipe, overwrite, writes=ranks.is_main)
+    resumed_from, folder.notes = ranks.first(lambda: _how_to_begin(recipe, resume, overwrite))
+    return folder, resumed_from
+
+
+def _how_to_begin(recipe: Recipe, resume: bool, overwrite: bool) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, if there is one, and what to tell about it."""
     path = Path(recipe.output)
-    folder = RunFolder(path, recipe, overwrite)
     if path.exists() and not path.is_dir():
         raise RecipeError(f"output: {path} is a file; write the name of a folder")
     held = (path / "recipe.yaml").exists() or (path / "metrics.jsonl").exists()
     if resume:
-        resumed_from, folder.notes = _to_resume(path, recipe, held)
-        return folder, resumed_from
+        return _to_resume(path, recipe, held)
     if held and not overwrite:
         raise RecipeError(
             f"output: {path} already holds a run: go on with it by --resume, replace it by --overwrite, or write output=ANOTHER"
         )
-    return folder, None
+    return None, []
 
 
 def _forget(path: Path) -> None:

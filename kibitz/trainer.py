@@ -19,6 +19,7 @@ from kibitz import checkpoint, methods
 from kibitz.annotate import annotate
 from kibitz.batching import micro_batches, pack
 from kibitz.config import Recipe
+from kibitz.distributed import copy_weights, reduce_gradients
 from kibitz.evaluate import grade
 from kibitz.graders import Grader
 from kibitz.guards import Alarm, Guards, rollout_metrics
@@ -78,7 +79,7 @@ def train(
     Mistakes in the recipe or the data raise ValueError before any weights load.
     """
     setup = prepare(recipe, overrides, loss=loss, grader=grader, resume=resume, overwrite=overwrite)
-    watcher = Tracked(progress or Silence())
+    watcher = Tracked((progress if setup.ranks.is_main else None) or Silence())
     try:
         Trainer(setup, watcher).run()
     finally:
@@ -99,7 +100,9 @@ class Trainer:
     def __post_init__(self) -> None:
         self.recipe, self.student, self.folder = self.setup.recipe, self.setup.student, self.setup.folder
         self.method = methods.build(self.setup.parts)
-        self.optimizer = Optimizer(self.student.model, self.recipe.optim)
+        self.learner, self.ranks = self.setup.learner, self.setup.ranks
+        rounded = self.learner.model.dtype != self.student.model.dtype
+        self.optimizer = Optimizer(self.learner.model, self.recipe.optim, keep_weights=rounded)
         assert "optimizer" not in self.setup.parts.keeps, "that is the name of the student's own"
         self.keeps: dict[str, Stateful] = {**self.setup.parts.keeps, "optimizer": self.optimizer}
         self.done, self.ledger = 0, Ledger()
@@ -109,6 +112,7 @@ class Trainer:
             self.done, self.setup.stream.position = state["step"], state["position"]
             self.ledger, self.guards = Ledger(state["ledger"]), Guards(self.recipe.guards, state["guards"])
         self.saved = self.done
+        self.ranks.gather(None)  # all have loaded what an overwritten run may hold
         self.folder.begin(self.done, self.student, self.setup.teacher)
 
     def run(self) -> None:
@@ -118,9 +122,9 @@ class Trainer:
             self.progress.note(text)
         try:
             with _stop_between_steps(self):
-                if not self.folder.evals.read():
+                if self.ranks.first(lambda: not self.folder.evals.read()):
                     self.evaluate()
-                while self.done < recipe.steps and not self.stopping:
+                while self.done < recipe.steps and not self._stopping():
                     self.step()
                     if _due(recipe.eval.every, self.done) or self.done == recipe.steps:
                         self.evaluate()
@@ -131,12 +135,15 @@ class Trainer:
         finally:
             self.setup.close()
         self.folder.finish("finished" if self.done == recipe.steps else "stopped")
+        self.ranks.gather(None)  # the files are whole, for all to read
         if self.interrupted and self.done < recipe.steps:
             raise KeyboardInterrupt(self.interrupted)
 
-    @property
-    def stopping(self) -> bool:
-        return bool(self.interrupted) or self.stopped_by is not None
+    def _stopping(self) -> bool:
+        """Whether all stop now: a signal may have reached one process only."""
+        said = self.ranks.gather((self.interrupted, self.stopped_by is not None))
+        self.interrupted = max(number for number, _ in said)
+        return bool(self.interrupted) or any(alarmed for _, alarmed in said)
 
     def step(self) -> None:
         """One update of the student: write, score, learn."""
@@ -146,18 +153,21 @@ class Trainer:
         self.progress.phase("rollouts")
         with ledger.timed("sampling"):
             rollouts = self.method.rollout(prompts, Step(self.done, recipe.steps, recipe.seed * 1_000_003 + self.done))
+            self.ranks.once(self.setup.parts.notes.flops)
             # The beginning of a response has no reward, and the responses that ended before it are not typical.
             if not any(r.shortened for r in rollouts):
-                grade(self.setup.grader, self.student, [r for r in rollouts if r.has_tokens_of(Writer.STUDENT)])
+                graded = [r for r in rollouts if r.has_tokens_of(Writer.STUDENT)]
+                grade(self.setup.grader, self.student, graded, self.ranks)
         rollouts = self.guards.mask(rollouts)
         self.progress.phase("teacher")
         with ledger.timed("scoring"):
-            scored = self.method.signal(rollouts)
+            scored = self.method.signal(self.ranks.share(rollouts))
         self.progress.phase("student")
         with ledger.timed("training"):
             means, num_tokens = self._accumulate(scored)
             norm = self.optimizer.step(factor)
         with ledger.timed("sampling"):
+            copy_weights(self.learner, self.student)
             self.setup.engine.sync(self.student)
             if self.setup.teacher is not None:
                 self.setup.teacher.sync(self.student)
@@ -172,16 +182,19 @@ class Trainer:
         counts: Counter[str] = Counter()
         for one in scored:
             counts[one.objective] += int((one.weight_T > 0).sum())
+        counts = self.ranks.add({"tokens": counts})["tokens"]
         sums: dict[str, Counter[str]] = defaultdict(Counter)
-        for indices in micro_batches(scored, self.recipe.optim.tokens_per_micro_batch):
-            batch = pack([scored[i] for i in indices], self.student.device)
-            total, values = self.method.loss(self.student, batch)
+        batches = micro_batches(scored, self.recipe.optim.tokens_per_micro_batch)
+        for members, last in self.ranks.in_step([[scored[i] for i in indices] for indices in batches]):
+            batch = pack(members, self.student.device)
+            reduce_gradients(self.learner, last)
+            total, values = self.method.loss(self.learner, batch)
             if total.requires_grad:
                 (total / max(1, counts[batch.objective])).backward()
             learnt_T = batch.tokens.weight_T > 0
             for name, value_T in values.items():
                 sums[name][batch.objective] += value_T[learnt_T].sum(dtype=torch.float64).item()
-        return _means(sums, counts), counts.total()
+        return _means(self.ranks.add(sums), counts), counts.total()
 
     def _write_metrics(
         self, rollouts: list[Rollout], means: dict[str, float], num_tokens: int, more: dict[str, float]
@@ -238,7 +251,8 @@ class Trainer:
                 self.ledger.add("flops", f"{writer.name.lower()}_sampling", flops_of(written, read))
         if teacher is not None and self.recipe.method.scores_with_teacher():
             self.ledger.add("flops", "teacher_scoring", teacher.flops(own, ()))
-        for phase, amount in self.setup.parts.notes.flops.items():
+        noted = self.ranks.add({"flops": Counter(self.setup.parts.notes.flops)})["flops"]
+        for phase, amount in noted.items():
             self.ledger.add("flops", phase, amount)
 
     def evaluate(self) -> None:
@@ -248,7 +262,7 @@ class Trainer:
         row, rollouts = self.setup.evaluator.run()
         row = {"step": self.done, **row}
         self.folder.evals.append(row)
-        shown = self.folder.choose_shown(rollouts, self.recipe.eval.heatmaps)
+        shown = self.ranks.first(lambda: self.folder.choose_shown(rollouts, self.recipe.eval.heatmaps))
         self.folder.write_rollouts(self.done, annotate(self.student, self.setup.evaluator.teacher, shown))
         self.progress.evaluated(row)
         self._sound(self.guards.watch_eval(row))
@@ -258,7 +272,8 @@ class Trainer:
         self.folder.sync()
         position, ledger, guards = self.setup.stream.position, self.ledger.total, self.guards.state()
         state = {"position": position, "ledger": ledger, "guards": guards}
-        checkpoint.save(self.folder.path, self.done, self.student, self.keeps, state, self.recipe.save.keep)
+        keeps, keep = {name: kept.state() for name, kept in self.keeps.items()}, self.recipe.save.keep
+        self.ranks.first(lambda: checkpoint.save(self.folder.path, self.done, self.student, keeps, state, keep))
         self.saved = self.done
 
 

@@ -51,6 +51,7 @@ LEVELS = {
     "experiments": 5,
     "demo": 5,
     "cli": 6,
+    "__main__": 7,
 }
 WITHIN_A_LEVEL = {
     ("engines", "models"),
@@ -58,6 +59,9 @@ WITHIN_A_LEVEL = {
     ("teachers", "metrics"),
     ("teachers", "data"),
     ("teachers", "models"),
+    ("distributed", "models"),
+    ("distributed", "engines"),
+    ("optim", "distributed"),
     ("teachers", "engines"),
     ("runs", "checkpoint"),
     ("preflight", "evaluate"),

@@ -6,6 +6,7 @@ neither colour the screen nor send escape sequences to the terminal.
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,16 +40,22 @@ def _raised_by_kibitz(error: Exception) -> bool:
 
 
 class Output:
-    """The two consoles of a command, and what `--quiet` and `--json` do to them."""
+    """The two consoles of a command, and what `--quiet` and `--json` do to them. Of the processes that torchrun started, the
+    first speaks, and the others of their mistakes only."""
 
     def __init__(self, quiet: bool = False, as_json: bool = False):
+        rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
+        self.is_main = rank == "0"
         self.as_json = as_json
-        self.live = not quiet and not as_json
-        self.console = Console(highlight=False)
-        self.errors = Console(stderr=True, highlight=False)
+        self.live = not quiet and not as_json and self.is_main
+        self.console = Console(highlight=False, quiet=not self.is_main)
+        self.errors = Console(stderr=True, highlight=False, quiet=not self.is_main)
+        self.mistake = "error: " if self.is_main else f"error in process {rank}: "
 
     def result(self, tree: dict[str, Any], show: Callable[[Console], None]) -> None:
         """One JSON object under `--json`; else what `show` prints for a person."""
+        if not self.is_main:
+            return
         if self.as_json:
             self.console.file.write(json.dumps(_finite(tree), ensure_ascii=True, allow_nan=False) + "\n")
         else:
@@ -60,7 +67,8 @@ class Output:
             self.errors.print(Text(harmless(text), style="dim"))
 
     def fail(self, text: str) -> None:
-        self.errors.print(Text.assemble(("error: ", "bold red"), harmless(text)), soft_wrap=True)
+        said = Text.assemble((self.mistake, "bold red"), harmless(text))
+        Console(stderr=True, highlight=False).print(said, soft_wrap=True)
 
 
 def _finite(value: Any) -> Any:

@@ -71,10 +71,11 @@ def run_training(out: Output, recipe: "Recipe", again: list[str], *, resume: boo
             _look_first(out, recipe)
         with Bar(out.errors) if out.live else nullcontext() as bar:
             run = trainer.train(recipe, resume=resume, overwrite=overwrite, progress=bar)
-        report.build([run.folder])
+        if out.is_main:
+            report.build([run.folder])
         return run
     except KeyboardInterrupt as stopped:
-        if (folder := Path(recipe.output)).is_dir():
+        if out.is_main and (folder := Path(recipe.output)).is_dir():
             report.build([folder])
         out.errors.print(
             f"stopped; the run is in {recipe.output}, go on with: {shlex.join(again)}", markup=False, soft_wrap=True

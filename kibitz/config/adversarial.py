@@ -29,6 +29,9 @@ class AMMDConfig(MethodConfig):
     )
     q_width: int = Field(128, ge=1, description="Of their one hidden layer, on both models' probabilities. 128: ours.")
 
+    def trains_an_opponent(self) -> bool:
+        return True
+
     def needs_teacher(self) -> bool:
         return True
 
@@ -82,6 +85,9 @@ class GADConfig(PolicyGradientConfig):
         "ppo_clip", description="ppo_clip: GRPO, as in the paper; see opd for the others."
     )
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
+
+    def trains_an_opponent(self) -> bool:
+        return True
 
     def needs_teacher(self) -> bool:
         return self.source == "teacher"

@@ -42,6 +42,10 @@ class MethodConfig(ExtrasConfig):
         """Whether there must be a grader."""
         return False
 
+    def trains_an_opponent(self) -> bool:
+        """Whether more than the student learns, and from all rollouts of a step: it then needs them in one process."""
+        return False
+
     def needs_responses(self) -> bool:
         """Whether every row of the data must bring a response."""
         return False

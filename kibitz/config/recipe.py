@@ -10,6 +10,7 @@ from kibitz.config.sections import (
     DataConfig,
     EvalConfig,
     OptimConfig,
+    ParallelConfig,
     RolloutConfig,
     SaveConfig,
     StudentConfig,
@@ -31,6 +32,7 @@ class Recipe(Section):
     steps: int = Field(150, ge=1, description="150: Thinking Machines' reasoning run.")
     eval: EvalConfig = EvalConfig()
     save: SaveConfig = SaveConfig()
+    parallel: ParallelConfig = ParallelConfig()
     guards: GuardConfig = GuardConfig()
     track: TrackConfig | None = None
     seed: int = Field(0, description="Of the order of prompts and of all sampling.")

@@ -245,6 +245,17 @@ class EvalConfig(Section):
     heatmaps: int = Field(12, ge=0, description="Rollouts written with both models' top-5 for the report.")
 
 
+class ParallelConfig(Section):
+    """How the processes that torchrun started divide one student (FSDP2); see docs/machines.md."""
+
+    shard: int | None = Field(
+        None, ge=1, description="Processes that hold one copy of the weights and moments between them; all, if not set."
+    )
+    replicate: int = Field(
+        1, ge=1, description="Such copies (HSDP): above 1, whole weights travel inside a machine only."
+    )
+
+
 class SaveConfig(Section):
     """Checkpoints: Hugging Face folders plus what training needs to go on."""
 

@@ -13,7 +13,7 @@ What each estimator of the reverse KL gives, for tokens sampled from the student
 So: k1 in the advantage, k3 as the metric, and neither as a loss (Schulman, "Approximating KL Divergence", 2020).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -89,11 +89,11 @@ def to_come(reward_T: Tensor, weight_T: Tensor, gamma: float, mean: bool = True,
     return torch.where(count_T > 0, sum_T / count_T.clamp(min=1e-6), 0.0) if mean else sum_T
 
 
-def whitened(advantages: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+def whitened(advantages: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
     """Less their mean, and over their deviation (its square + 1e-8), of all the learnable tokens of a step."""
     learnt = torch.cat(advantages)[torch.cat(weights) > 0]
     if not len(learnt):
-        return advantages
+        return list(advantages)
     mean, scale = learnt.mean(), (learnt.var(correction=0) + 1e-8).rsqrt()
     return [(advantage_T - mean) * scale for advantage_T in advantages]
 

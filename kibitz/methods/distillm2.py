@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kibitz.config import DistiLLM2Config
+from kibitz.distributed import ALONE, Ranks
 from kibitz.losses.criteria import Divergence
 from kibitz.losses.divergences import adaptive_alpha, skew_kl, skew_reverse_kl
 from kibitz.methods.parts import Parts, scorer, spoken, teacher_engine, token_loss
@@ -40,6 +41,7 @@ class DistiLLM2:
     student: Scorer
     chunk_tokens: int | None
     coefficient: float
+    ranks: Ranks = ALONE
 
     def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
         start, end = self.config.student_coef, self.config.student_coef_end
@@ -74,7 +76,10 @@ class DistiLLM2:
             for scored in (signals, self.student.score(rollouts))
         )
         gap_N = teacher_N - student_N if objective == "teacher_text" else student_N - teacher_N
-        return adaptive_alpha(gap_N, self.config.alpha)
+        alphas = self.ranks.with_all(
+            lambda gaps: list(adaptive_alpha(torch.stack(gaps), self.config.alpha)), list(gap_N)
+        )
+        return torch.stack(alphas)
 
     def loss(self, student: LanguageModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         skewed = DIVERGENCE[batch.objective]
@@ -90,4 +95,6 @@ def build(parts: Parts) -> DistiLLM2:
     theirs = Sampled(teacher_engine(parts), parts.sampling, Writer.TEACHER)
     own = Sampled(parts.engine, parts.sampling)
     student = LocalScorer(parts.student, Ask("sampled", tokens_per_micro_batch=optim.tokens_per_micro_batch))
-    return DistiLLM2(config, theirs, own, scorer(parts, config), student, optim.chunk_tokens, config.student_coef)
+    return DistiLLM2(
+        config, theirs, own, scorer(parts, config), student, optim.chunk_tokens, config.student_coef, parts.ranks
+    )

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from kibitz.config import MiniLLMConfig
 from kibitz.engines.mixture import MixtureEngine
-from kibitz.engines.torch import TorchEngine
 from kibitz.losses.criteria import PolicyGradient
 from kibitz.losses.joint import Sum, single_step
 from kibitz.losses.policy_gradient import distillation_advantage, to_come, whitened
@@ -58,7 +57,8 @@ class MiniLLM:
             for student_T, teacher_T, weight_T in zip(own, spoken(rollouts, signals), weights, strict=True)
         ]
         if self.config.whiten:
-            advantages = whitened(advantages, weights)
+            pairs = list(zip(advantages, weights, strict=True))
+            advantages = self.parts.ranks.with_all(lambda all_pairs: whitened(*zip(*all_pairs, strict=True)), pairs)
         parts = zip(rollouts, weights, signals, advantages, strict=True)
         return [Scored(r, weight_T, signal, advantage_T) for r, weight_T, signal, advantage_T in parts]
 
@@ -77,7 +77,7 @@ def build(parts: Parts) -> MiniLLM:
     teacher = scorer(parts, config)
     if not config.teacher_mixed_alpha:
         return MiniLLM(config, parts, Sampled(parts.engine, parts.sampling), teacher, None)
-    if not isinstance(parts.engine, TorchEngine):
+    if parts.recipe.rollout.engine != "torch":
         raise ValueError("minillm mixes with a student in this process: write rollout.engine: torch")
     share, max_rows = config.teacher_mixed_alpha, parts.recipe.rollout.max_rows
     engine = teacher_engine(parts, partial(MixtureEngine, parts.student, share=share, max_rows=max_rows))

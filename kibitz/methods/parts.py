@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kibitz.config import DistillationConfig, MethodConfig, PolicyGradientConfig, Recipe, SignalKind
+from kibitz.distributed import ALONE, Ranks
 from kibitz.engines import Engine
 from kibitz.engines.torch import TorchEngine
 from kibitz.losses.chunked import Criterion, over_chunks
@@ -63,7 +64,10 @@ class Parts:
     `reference` the frozen model that it compares the student with.
 
     Who has a state beyond the student's enters it in `keeps` while the method is built; a `Stateful` method is entered as
-    "method". Checkpoints hold each as training/NAME.safetensors."""
+    "method". Checkpoints hold each as training/NAME.safetensors.
+
+    Of several processes, each has its `rollout` and `signal` asked for the prompts of all and the rollouts of its own;
+    what compares rollouts of different prompts does so through `ranks`."""
 
     recipe: Recipe
     student: LanguageModel
@@ -77,6 +81,7 @@ class Parts:
     reference: Teacher | None = None
     keeps: dict[str, Stateful] = field(default_factory=dict)
     notes: Notes = field(default_factory=Notes)
+    ranks: Ranks = ALONE
 
 
 def scorer(parts: Parts, config: MethodConfig) -> Scorer:
@@ -106,7 +111,8 @@ def _spoken(rollout: Rollout, signal: Signal) -> Tensor:
 def teacher_engine(parts: Parts, make: MakeEngine | None = None) -> Engine:
     """Who writes as the teacher. `make` drives a teacher that is a model in this process; by default one that writes alone."""
     assert parts.teacher is not None
-    return parts.teacher.writer(make or (lambda model: TorchEngine(model, parts.recipe.rollout.max_rows)))
+    engine = parts.teacher.writer(make or (lambda model: TorchEngine(model, parts.recipe.rollout.max_rows)))
+    return parts.ranks.spread(engine)
 
 
 def token_loss(

@@ -7,7 +7,6 @@ from typing import cast
 
 from kibitz.config import SKDConfig
 from kibitz.engines.speculative import SpeculativeEngine
-from kibitz.engines.torch import TorchEngine
 from kibitz.methods.distillation import Distillation, distil
 from kibitz.methods.parts import Parts, teacher_engine
 from kibitz.methods.sources import Sampled
@@ -15,11 +14,11 @@ from kibitz.methods.sources import Sampled
 
 def build(parts: Parts) -> Distillation:
     config = cast(SKDConfig, parts.recipe.method)
-    if not isinstance(parts.engine, TorchEngine):
+    if parts.recipe.rollout.engine != "torch":
         raise ValueError("skd drafts with a student in this process: write rollout.engine: torch")
     make = partial(
         SpeculativeEngine,
-        parts.engine.student,
+        parts.student,
         top_k=config.accept_top_k,
         draft_tokens=config.draft_tokens,
         decay=config.decay,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kibitz.batching import micro_batches, pack
 from kibitz.config import DistillationConfig
+from kibitz.distributed import Ranks
 from kibitz.losses.token_weights import prefix_drift, sequence_mean, tip_score, top_share
 from kibitz.methods.parts import Method, Parts
 from kibitz.models import LanguageModel
@@ -37,7 +38,8 @@ class Weighted:
             scored = self.selection(self.method, scored)
         if recipe.method.normalize == "token":
             return scored
-        return _by_sequence(scored)
+        weights = self.parts.ranks.with_all(_by_sequence, [(s.objective, s.weight_T) for s in scored])
+        return [replace(s, weight_T=weight_T) for s, weight_T in zip(scored, weights, strict=True)]
 
     def loss(self, student: LanguageModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return self.method.loss(student, batch)
@@ -47,13 +49,13 @@ class Weighted:
         return torch.tensor([float(token not in masked) for token in rollout.response_ids])
 
 
-def _by_sequence(scored: Sequence[Scored]) -> list[Scored]:
-    """The mean over responses of each one's mean, within each objective."""
+def _by_sequence(sequences: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
+    """Objectives and weights in, weights out: the mean over responses of each one's mean, within each objective."""
     weights: dict[int, Tensor] = {}
-    for objective in {s.objective for s in scored}:
-        members = [i for i, s in enumerate(scored) if s.objective == objective]
-        weights.update(zip(members, sequence_mean([scored[i].weight_T for i in members]), strict=True))
-    return [replace(s, weight_T=weights[i]) for i, s in enumerate(scored)]
+    for objective in {name for name, _ in sequences}:
+        members = [i for i, (name, _) in enumerate(sequences) if name == objective]
+        weights.update(zip(members, sequence_mean([sequences[i][1] for i in members]), strict=True))
+    return [weights[i] for i in range(len(sequences))]
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Selection:
     share: float
     student: LanguageModel
     tokens_per_micro_batch: int
+    ranks: Ranks
 
     def __call__(self, method: Method, scored: Sequence[Scored]) -> list[Scored]:
         weights, values = [s.weight_T for s in scored], self._values(method, scored)
@@ -80,13 +83,22 @@ class Selection:
                 pairs = zip(values["teacher_logp"], values["student_logp"], weights, strict=True)
                 weights = [prefix_drift(teacher_T - student_T, weight_T) for teacher_T, student_T, weight_T in pairs]
             case "entropy":
-                weights = self._kept(torch.cat(values["student_entropy"]), weights)
+                pairs = list(zip(values["student_entropy"], weights, strict=True))
+                weights = self.ranks.with_all(self._most_entropy, pairs)
             case "tip":
-                both = torch.cat(values["student_entropy"]), torch.cat(values["reverse_kl"])
-                weights = self._kept(tip_score(*both, torch.cat(weights)), weights)
+                triples = list(zip(values["student_entropy"], values["reverse_kl"], weights, strict=True))
+                weights = self.ranks.with_all(self._most_told, triples)
         return [replace(s, weight_T=weight_T) for s, weight_T in zip(scored, weights, strict=True)]
 
-    def _kept(self, score_T: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    def _most_entropy(self, sequences: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        entropies, weights = zip(*sequences, strict=True)
+        return self._kept(torch.cat(entropies), weights)
+
+    def _most_told(self, sequences: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+        entropies, divergences, weights = zip(*sequences, strict=True)
+        return self._kept(tip_score(torch.cat(entropies), torch.cat(divergences), torch.cat(weights)), weights)
+
+    def _kept(self, score_T: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
         return list(top_share(score_T, torch.cat(weights), self.share).split([len(weight_T) for weight_T in weights]))
 
     @torch.no_grad()
@@ -107,7 +119,7 @@ def weighted(method: Method, parts: Parts, select: bool = True) -> Method:
     config, selection = parts.recipe.method, None
     if select and isinstance(config, DistillationConfig) and config.token_weight != "none":
         tokens = parts.recipe.optim.tokens_per_micro_batch
-        selection = Selection(config.token_weight, config.token_share, parts.student, tokens)
+        selection = Selection(config.token_weight, config.token_share, parts.student, tokens, parts.ranks)
     if selection is None and config.normalize == "token" and not parts.mask_ids:
         return method
     return Weighted(method, parts, selection)

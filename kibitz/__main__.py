@@ -1,0 +1,5 @@
+"""`python -m kibitz`, as torchrun wants it."""
+
+from kibitz.cli import main
+
+main()

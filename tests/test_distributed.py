@@ -1,0 +1,298 @@
+"""Several processes train what one trains: real ones, which meet by gloo, on two and three ranks and on two hosts."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import make_model, recipe
+from train_together import train
+
+import kibitz
+from kibitz import checkpoint
+from kibitz.config import ParallelConfig
+from kibitz.distributed import Ranks, join
+from kibitz.metrics import JSONL
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are started and stopped the POSIX way")
+
+WORKER = Path(__file__).with_name("train_together.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+RUNS = {
+    "opd": {},
+    "sft": {"method": {"type": "sft"}},
+    "grpo": {"method": {"type": "grpo", "normalize_std": True, "normalize": "sequence"}},
+    # 30 tokens a micro-batch: some processes have more of them than others
+    "entropy": {"method": {"token_weight": "entropy", "token_share": 0.3}, "optim": {"tokens_per_micro_batch": 30}},
+    "tip": {"method": {"token_weight": "tip", "normalize": "sequence"}, "guards": {"cut_off": "mask"}},
+    "sampled": {"method": {"support": "sampled", "reward_coef": 0.5, "discount": 0.9}},
+    "skd": {"method": {"type": "skd", "accept_top_k": 4}},
+    "minillm": {"method": {"type": "minillm", "whiten": True}},
+    "distillm2": {"method": {"type": "distillm2", "adaptive": True}},
+    "kdrl": {"method": {"type": "kdrl"}},
+    "lora": {"student": {"lora": {"rank": 4}}, "optim": {"lr": 1e-2}},
+    "checkpointing": {"optim": {"checkpointing": True, "clip": 0.1, "packing": True}},
+    "held": {"method": {"reference_kl": 0.3, "replay": 0.5}, "optim": {"tokens_per_micro_batch": 60}},
+    "tied": {},
+}
+UNEVEN = ["opd", "grpo", "entropy"]
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    make_model(folder / "tied", seed=3, tie_word_embeddings=True)
+    return make_model(folder / "student", seed=1), make_model(folder / "teacher", seed=2, hidden_size=48)
+
+
+def jobs(models, folder: Path, names) -> list[dict]:
+    """Runs of 5 prompts a step, which neither two nor three processes share evenly, and one that is saved halfway."""
+    made = [_job(models, folder, name, **RUNS[name]) for name in names]
+    return [*made, _job(models, folder, "half", steps=2, optim={"schedule": "constant"})]
+
+
+def _job(models, folder: Path, name: str, resume: bool = False, **sections) -> dict:
+    sections = {"steps": STEPS, "rollout": {"prompts_per_step": 5, "store": True}, **sections}
+    sections["eval"] = {"every": 2, "num_prompts": 5, "samples": 2, "heatmaps": 1}
+    student = models[0].with_name("tied") if name == "tied" else models[0]
+    return {"recipe": recipe(student, models[1], folder / name, **sections), "resume": resume}
+
+
+def torchrun(num: int, jobs: list[dict], folder: Path) -> None:
+    path = folder / f"jobs-{num}.json"
+    path.write_text(json.dumps(jobs))
+    line = [*TORCHRUN, "--standalone", "--nproc-per-node", str(num), str(WORKER), str(path)]
+    answer = subprocess.run(line, capture_output=True, text=True, timeout=600)
+    assert answer.returncode == 0, answer.stderr[-4000:]
+    assert answer.stdout.count("done") == num, answer.stdout
+
+
+@pytest.fixture(scope="module")
+def alone(models, tmp_path_factory) -> Path:
+    """The folder of all runs, in this process; and of the one that was never halved."""
+    folder = tmp_path_factory.mktemp("alone")
+    for job in jobs(models, folder, RUNS):
+        train(job)
+    train(_job(models, folder, "whole", steps=4, optim={"schedule": "constant"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_two(alone, models, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("by-two")
+    copies = _job(models, folder, "copies", parallel={"replicate": 2})
+    torchrun(2, [*jobs(models, folder, RUNS), copies], folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_three(alone, models, tmp_path_factory) -> Path:
+    """And what one process had saved halfway goes on with three."""
+    folder = tmp_path_factory.mktemp("by-three")
+    shutil.copytree(alone / "half", folder / "from_one")
+    going_on = _job(models, folder, "from_one", resume=True, steps=4, optim={"schedule": "constant"})
+    torchrun(3, [*jobs(models, folder, UNEVEN), going_on], folder)
+    return folder
+
+
+def rows(folder: Path, name: str) -> list[dict]:
+    return JSONL(folder / f"{name}.jsonl").read()
+
+
+def assert_same_run(one: Path, other: Path, tolerance: float = 1e-5) -> None:
+    """Every number of every step and evaluation, the rollouts token by token, and the weights and moments."""
+    for name in ("metrics", "evals"):
+        for mine, theirs in zip(rows(one, name), rows(other, name), strict=True):
+            assert _numbers(mine) == pytest.approx(_numbers(theirs), rel=tolerance, abs=tolerance)
+    assert [(row["prompt_key"], row["response_ids"]) for row in rows(one, "stored")] == [
+        (row["prompt_key"], row["response_ids"]) for row in rows(other, "stored")
+    ]
+    checkpoints = [checkpoint.checkpoints(folder)[-1] for folder in (one, other)]
+    assert checkpoints[0].name == checkpoints[1].name
+    files = [path.relative_to(checkpoints[0]) for path in checkpoints[0].rglob("*.safetensors")]
+    assert len(files) == 2
+    for file in files:
+        ours, theirs = (load_file(path / file) for path in checkpoints)
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=10 * tolerance)
+
+
+def _numbers(row: dict, path: str = "") -> dict[str, float]:
+    found: dict[str, float] = {}
+    for key, value in row.items():
+        if isinstance(value, dict) and key != "seconds":
+            found |= _numbers(value, f"{path}{key}.")
+        elif isinstance(value, int | float) and key not in ("tokens_per_second",):
+            found[path + key] = value
+    return found
+
+
+# ------------------------------------------------------------------ the same run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num", "name"), [*((2, name) for name in RUNS), *((3, name) for name in UNEVEN)])
+def test_several_processes_give_the_run_of_one(alone, by_two, by_three, num, name):
+    assert_same_run((by_two if num == 2 else by_three) / name, alone / name)
+
+
+@pytest.mark.slow
+def test_two_copies_of_the_student_learn_as_one(alone, by_two):
+    """HSDP: each process holds all, and gradients are summed between them."""
+    assert_same_run(by_two / "copies", alone / "opd")
+
+
+@pytest.mark.slow
+def test_a_run_of_one_process_goes_on_with_three(alone, by_three):
+    assert_same_run(by_three / "from_one", alone / "whole")
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_goes_on_with_one(alone, by_two, models, tmp_path):
+    shutil.copytree(by_two / "half", tmp_path / "half")
+    train(_job(models, tmp_path, "half", resume=True, steps=4, optim={"schedule": "constant"}))
+    assert_same_run(tmp_path / "half", alone / "whole")
+
+
+@pytest.mark.slow
+def test_one_process_writes_the_files(by_two):
+    for name in RUNS:
+        assert [row["step"] for row in rows(by_two / name, "metrics")] == list(range(1, STEPS + 1))
+        assert checkpoint.damage(checkpoint.checkpoints(by_two / name)[-1]) is None
+
+
+# ------------------------------------------------------------------ the command line, and a signal
+
+
+def processes_under(parent: int) -> dict[str, int]:
+    """The processes that torchrun started, by rank."""
+    found = {}
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        environment = Path(f"/proc/{child}/environ").read_bytes().decode().split("\0")
+        found |= {line.removeprefix("RANK="): int(child) for line in environment if line.startswith("RANK=")}
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes by Linux's /proc")
+def test_a_command_trains_on_two_processes_and_goes_on_with_one(models, tmp_path):
+    """One of them is told to stop, all do, and what is saved is that of one and the same step."""
+    sections = {"optim": {"schedule": "constant"}, "save": {"every": 0}, "eval": {"num_prompts": 4}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe(*models, tmp_path / "run", steps=500, **sections)))
+    line = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "kibitz", "train", str(path)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        deadline = time.monotonic() + 300
+        while len(rows(tmp_path / "run", "metrics")) < 2:
+            assert running.poll() is None, running.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(processes_under(running.pid)["1"], signal.SIGTERM)
+        _, said = running.communicate(timeout=300)
+    assert "go on with: kibitz train" in said
+    (saved,) = checkpoint.checkpoints(tmp_path / "run")
+    done = int(saved.name.removeprefix("step-"))
+    assert checkpoint.damage(saved) is None
+    assert 2 <= done < 500
+
+    program = "from kibitz.cli import main; main()"
+    line = [sys.executable, "-c", program, "train", str(path), "--resume", f"steps={done + 1}", "--quiet", "--json"]
+    answer = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout)["steps"] == done + 1
+    whole = kibitz.train(recipe(*models, tmp_path / "whole", steps=done + 1, **sections))
+    assert [_numbers(row) for row in rows(tmp_path / "run", "metrics")] == [
+        pytest.approx(_numbers(row), rel=1e-5, abs=1e-5) for row in whole.metrics
+    ]
+
+
+# ------------------------------------------------------------------ two hosts
+
+
+def ip(*words: str) -> bool:
+    return subprocess.run(["ip", *words], capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture
+def hosts() -> Iterator[dict[str, str]]:
+    """Two network namespaces, each with an address of its own and a wire between them; names by address."""
+    if shutil.which("ip") is None:
+        pytest.skip("there is no `ip` to make network namespaces with")
+    names = [f"kibitz-{side}-{os.getpid()}" for side in "ab"]
+    ends = [f"kb{side}{os.getpid() % 100000}" for side in "ab"]
+    addresses = ["10.213.77.1", "10.213.77.2"]
+    try:
+        if not all(ip("netns", "add", name) for name in names):
+            pytest.skip("network namespaces are not permitted here")
+        if not ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1]):
+            pytest.skip("virtual network cards are not permitted here")
+        for name, end, address in zip(names, ends, addresses, strict=True):
+            assert ip("link", "set", end, "netns", name)
+            assert ip("-n", name, "link", "set", end, "name", "wire")
+            assert ip("-n", name, "address", "add", f"{address}/24", "dev", "wire")
+            assert ip("-n", name, "link", "set", "wire", "up")
+            assert ip("-n", name, "link", "set", "lo", "up")
+        yield dict(zip(addresses, names, strict=True))
+    finally:
+        for name in names:
+            ip("netns", "delete", name)  # and with it the card inside
+
+
+@pytest.mark.slow
+def test_two_hosts_give_the_run_of_one_process(hosts, models, tmp_path):
+    (tmp_path / "together").mkdir()
+    (tmp_path / "jobs.json").write_text(json.dumps([_job(models, tmp_path / "together", "opd")]))
+    first = next(iter(hosts))
+    running = []
+    for place, name in enumerate(hosts.values()):
+        line = ["ip", "netns", "exec", name, *TORCHRUN, "--nnodes", "2", "--node-rank", str(place)]
+        line += ["--nproc-per-node", "1", "--master-addr", first, "--master-port", "29500"]
+        line += [str(WORKER), str(tmp_path / "jobs.json")]
+        options = {"env": os.environ | {"GLOO_SOCKET_IFNAME": "wire"}, "stderr": subprocess.PIPE, "text": True}
+        running.append(subprocess.Popen(line, stdout=subprocess.PIPE, **options))
+    for process in running:
+        out, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said[-4000:]
+        assert "done" in out
+    train(_job(models, tmp_path, "opd"))
+    assert_same_run(tmp_path / "together" / "opd", tmp_path / "opd")
+
+
+# ------------------------------------------------------------------ what one process can be asked
+
+
+def test_alone_everything_is_trivial():
+    ranks = Ranks()
+    assert ranks.is_main
+    assert ranks.gather(3) == [3]
+    assert ranks.first(lambda: 3) == 3
+    assert ranks.part([1, 2, 3]) == [1, 2, 3]
+    assert ranks.in_shares(lambda part: [2 * one for one in part], [1, 2]) == [2, 4]
+    assert ranks.with_all(sorted, [2, 1]) == [1, 2]
+    assert join(ParallelConfig(), torch.device("cpu")) == (ranks, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_parts_are_even_and_together_are_the_whole(size):
+    items = list(range(17))
+    parts = [Ranks(rank, size).part(items) for rank in range(size)]
+    assert [item for part in parts for item in part] == items
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("config", [{"shard": 2}, {"replicate": 2}, {"shard": 2, "replicate": 3}])
+def test_a_division_that_is_not_that_of_the_processes_is_refused(config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="is not the number of processes, 3"):
+        join(ParallelConfig(**config), torch.device("cpu"))
