@@ -172,11 +172,13 @@ class Dense:
 class TopK:
     """The teacher's log-probabilities of K tokens per position; what is left of 1 is the tail bucket.
 
-    `temperature` is the one that the teacher's logits were divided by."""
+    `temperature` is the one that the teacher's logits were divided by. `named`: who asked said which tokens (the
+    student's likeliest), or agreed to the teacher's in their place."""
 
     ids_TK: Tensor
     logp_TK: Tensor
     temperature: float = 1.0
+    named: bool = False
 
 
 @dataclass
@@ -226,7 +228,7 @@ def cat_signals(signals: list[Signal]) -> Signal:
             return Dense(torch.cat([s.hidden_TD for s in signals]), first.head)
         case TopK():
             ids, logps = [s.ids_TK for s in signals], [s.logp_TK for s in signals]
-            return TopK(torch.cat(ids), torch.cat(logps), first.temperature)
+            return TopK(torch.cat(ids), torch.cat(logps), first.temperature, first.named)
         case Sampled():
             return Sampled(torch.cat([s.logp_T for s in signals]))
         case Spans():
@@ -238,8 +240,8 @@ def slice_signal(signal: Signal, tokens: slice) -> Signal:
     match signal:
         case Dense(hidden_TD, head):
             return Dense(hidden_TD[tokens], head)
-        case TopK(ids_TK, logp_TK, temperature):
-            return TopK(ids_TK[tokens], logp_TK[tokens], temperature)
+        case TopK(ids_TK, logp_TK, temperature, named):
+            return TopK(ids_TK[tokens], logp_TK[tokens], temperature, named)
         case Sampled(logp_T):
             return Sampled(logp_T[tokens])
         case Spans(first=first):

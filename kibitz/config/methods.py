@@ -13,6 +13,7 @@ from kibitz.config.writing import WritingConfig
 HOW_TO_ASK: dict[SignalKind, str] = {
     "dense": "full",
     "top_k": "top_k with method.top_k_of=teacher",
+    "named": "top_k",
     "sampled": "sampled",
     "spans": "sampled with method.type=opd",
     "span_distributions": "full with method.type=opd and method.alignment=gold",
@@ -135,7 +136,9 @@ class DistillationConfig(MethodConfig):
         return True
 
     def asks(self) -> tuple[SignalKind, ...]:
-        return ("top_k", "dense") if self.support == "top_k" and self.top_k_of == "teacher" else ("dense",)
+        if self.support != "top_k" or self.top_k_of == "union":
+            return ("dense",)
+        return ("top_k", "dense") if self.top_k_of == "teacher" else ("dense", "named")
 
     def scores_with_student(self) -> bool:
         return self.token_weight != "none"

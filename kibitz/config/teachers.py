@@ -6,10 +6,12 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from kibitz.config.base import Section
 from kibitz.config.sections import ModelConfig
+from kibitz.config.servers import ServerConfig, ServerURL
 
-SignalKind = Literal["dense", "top_k", "sampled", "spans", "span_distributions"]
-"""What a teacher can say of a token: its whole distribution, the K likeliest tokens, or the written one's probability.
-With a tokenizer of its own, the probability of a span of text, alone or with a distribution over its first token."""
+SignalKind = Literal["dense", "top_k", "named", "sampled", "spans", "span_distributions"]
+"""What a teacher can say of a token: its whole distribution, the K likeliest tokens, those that it is asked about, or the
+written one's probability. With a tokenizer of its own, the probability of a span of text, alone or with a distribution
+over its first token."""
 
 
 class TeacherConfig(Section):
@@ -71,8 +73,27 @@ class StoredTeacherConfig(TeacherConfig):
         return self
 
 
-TEACHER_CONFIGS: dict[str, type[TeacherConfig]] = {"model": LocalTeacherConfig, "stored": StoredTeacherConfig}
-"""By the key that only this kind of teacher has, and must have."""
+class RemoteTeacherConfig(TeacherConfig, ServerConfig):
+    """A model behind a vLLM server: it scores over HTTP, and nothing of it is loaded here."""
+
+    url: ServerURL = Field(
+        description="Its address, such as http://127.0.0.1:8001; `kibitz serve` prints how to start it."
+    )
+    model: str | None = Field(None, description="The name that it is served under; without it the only one served.")
+
+    def answers(self) -> tuple[SignalKind, ...]:
+        return ("top_k", "named", "sampled")
+
+    def writes(self) -> bool:
+        return False
+
+
+TEACHER_CONFIGS: dict[str, type[TeacherConfig]] = {
+    "url": RemoteTeacherConfig,  # its model is a name on the server
+    "model": LocalTeacherConfig,
+    "stored": StoredTeacherConfig,
+}
+"""By the key that a teacher of this kind must have; the first one that is there says which kind it is."""
 
 
 def teacher_key(value: Any) -> str:

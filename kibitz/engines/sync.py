@@ -19,7 +19,7 @@ from kibitz.batching import pack
 from kibitz.config.sections import RolloutServerConfig
 from kibitz.losses.supports import gather_tokens, log_probs
 from kibitz.models import LanguageModel
-from kibitz.servers import ServerError
+from kibitz.servers import ServerError, served_model
 from kibitz.servers.http import Refused, Server
 from kibitz.types import Rollout, Scored
 
@@ -149,7 +149,7 @@ class Weights:
 
     def meet(self, server: Server) -> None:
         """Learn under which name a server knows the student."""
-        self._base[server.url] = served_model(server, self.config.model, "rollout.server.model")
+        self._base[server.url], _ = served_model(server, self.config.model, "rollout.server.model")
 
     def model(self, server: Server) -> str:
         return self.carrier.model(self._base[server.url])
@@ -219,18 +219,3 @@ def score(model: LanguageModel, rollouts: Sequence[Rollout]) -> Tensor:
         batch, lambda hidden_TD, head: (gather_tokens(log_probs(head(hidden_TD).float()), batch.tokens.token_T),)
     )
     return logp_T.cpu()
-
-
-def served_model(server: Server, wanted: str | None, key: str) -> str:
-    """The name of the model to ask for. `key` is where the recipe can say it."""
-    tree = server.ask("/v1/models")
-    rows = tree.get("data") if isinstance(tree, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get("id"), str) for row in rows):
-        raise ServerError(f"{server.name} does not list its models at /v1/models: is it a model server?")
-    own = [row["id"] for row in rows if not row.get("parent")]
-    if wanted is None and len(own) == 1:
-        return own[0]
-    if wanted is not None and wanted in [row["id"] for row in rows]:
-        return wanted
-    listed = server.clean(", ".join(own)) or "no model"
-    raise ServerError(f"{server.name} serves {listed}" + (f" and not {wanted}" if wanted else f": write one as {key}"))

@@ -99,7 +99,7 @@ class Divergence:
         return logp_CV.detach() if self.temperature == 1.0 else log_probs(logits_CV.detach())
 
     def _refuse(self, signal: TopK) -> None:
-        if self.support != "teacher":
+        if self.support != "teacher" and not signal.named:
             raise ValueError(
                 f"The teacher sends its own top {signal.ids_TK.shape[-1]} tokens, and the support is {self.support!r}: "
                 "write support: teacher, or use a teacher whose hidden states are at hand."

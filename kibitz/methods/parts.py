@@ -16,6 +16,7 @@ from kibitz.losses.chunked import Criterion, over_chunks
 from kibitz.losses.criteria import PolicyLoss
 from kibitz.losses.joint import Sum, anchor_kl
 from kibitz.losses.policy_gradient import POLICY_LOSSES
+from kibitz.methods.candidates import student_top_k
 from kibitz.models import LanguageModel
 from kibitz.teachers import Ask, MakeEngine, Scorer, Teacher
 from kibitz.teachers.local import narrowed
@@ -90,7 +91,8 @@ def scorer(parts: Parts, config: MethodConfig) -> Scorer:
     kind: SignalKind = next(kind for kind in config.asks() if kind in parts.teacher.kinds)
     ask = Ask(kind, tokens_per_micro_batch=parts.recipe.optim.tokens_per_micro_batch)
     if isinstance(config, DistillationConfig):
-        ask = replace(ask, top_k=config.top_k, temperature=config.temperature)
+        candidates = partial(student_top_k, parts.student, config.top_k, ask.tokens_per_micro_batch)
+        ask = replace(ask, top_k=config.top_k, temperature=config.temperature, candidates=candidates)
     return parts.teacher.scorer(ask)
 
 

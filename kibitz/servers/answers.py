@@ -175,6 +175,8 @@ def _row(name: str, row: Any, token: int, wanted: int, vocab_size: int) -> tuple
         )
     _refuse_over_full(name, outside + sum(math.exp(logp) for logp in logps.values()))
     best = sorted(logps.items(), key=lambda pair: -pair[1])
+    if wanted > 1:
+        _refuse_left_out(name, [math.exp(logp) for _, logp in best[:wanted]], vocab_size)
     return best + best[:1] * (wanted - len(best)), logps[token]
 
 
@@ -183,6 +185,15 @@ def _refuse_over_full(name: str, total: float) -> None:
         raise ServerError(
             f"{name} sent probabilities that add up to {total:.3g}: they must be natural log-probabilities over the whole "
             "vocabulary; start it with --logprobs-mode raw_logprobs"
+        )
+
+
+def _refuse_left_out(name: str, likeliest: Sequence[float], vocab_size: int) -> None:
+    """No token of the rest is likelier than the least of the likeliest, so the rest cannot hold more than so much."""
+    most = 2 * vocab_size * likeliest[-1]  # twice: the server's vocabulary may be padded
+    if 1 - sum(likeliest) > OVER_FULL + most:
+        raise ServerError(
+            f"{name} left out tokens that are likelier than those it sent: its numbers do not fit together"
         )
 
 

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from kibitz.config import SignalKind
 from kibitz.engines import Engine
 from kibitz.models import LanguageModel
@@ -33,6 +35,7 @@ class Ask:
     top_k: int = 64
     temperature: float = 1.0
     tokens_per_micro_batch: int = 16384
+    candidates: Callable[[Sequence[Rollout]], list[Tensor]] | None = None  # of "named": ids [T, K] of each rollout
 
 
 class Scorer(Protocol):

@@ -1,0 +1,210 @@
+"""A teacher behind a server: vLLM's `prompt_logprobs` of the text with the response in it, one pass for each rollout.
+
+    sampled    the written token's log-probability
+    top_k      the teacher's K likeliest tokens, the written one, and what is left as the tail
+    named      the tokens that the asker names at each position (the student's K likeliest, and the written one), through
+               `prompt_logprob_token_ids`: the support on which the reverse KL is nearest to the full one. vLLM 0.32 has it,
+               where its V2 model runner drives a GPU; another server's own K are taken instead, and the log says so.
+
+Entry p of `prompt_logprobs` is about the token at p given those before it; the first has none. Both endpoints give the same
+numbers: `/inference/v1/generate` quicker, where the server was started with --enable-scale-out.
+"""
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kibitz.config import SignalKind
+from kibitz.config.teachers import RemoteTeacherConfig
+from kibitz.servers import ServerError, served_model
+from kibitz.servers.answers import named, said
+from kibitz.servers.http import Refused, Server, Servers
+from kibitz.teachers import Ask, MakeEngine, Teacher
+from kibitz.types import Prompt, Rollout, Sampled, Signal, TopK
+
+log = logging.getLogger(__name__)
+
+COMPLETIONS, GENERATE = "/v1/completions", "/inference/v1/generate"
+TRIED_ON = ("Compare: 1 + 2 = 3, don't!", "naïve Größe 東京 🙂\n\tx", "<|im_start|>user")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model on a server, and what that server can do."""
+
+    servers: Servers
+    model: str
+    vocab_size: int
+    room: int | None  # its longest text in tokens, with the one token that it always writes
+    path: str
+    names: bool  # whether it scores tokens that it is asked about
+
+    @property
+    def name(self) -> str:
+        return self.servers.servers[0].name
+
+
+def remote_teacher(config: RemoteTeacherConfig, tokenizer: Any) -> Teacher:
+    """Meet the server: which models it has, whether its tokenizer is the student's, what it can be asked."""
+    servers = Servers(config, [config.url], "teacher")
+    try:
+        (served,) = servers.each(lambda server: _meet(server, servers, config, tokenizer))
+    except BaseException:
+        servers.close()
+        raise
+    kinds: tuple[SignalKind, ...] = ("top_k", "named", "sampled")
+    return Teacher(
+        name="teacher",
+        kinds=kinds,
+        scorer=lambda ask: RemoteScorer(served, _possible(served, ask)),
+        writer=partial(_writes_nothing, served),
+        num_parameters=0,
+        flops=lambda rollouts, num_tokens: 0.0,
+        check=partial(_check_lengths, served),
+        close=servers.close,
+        reads_all=False,
+    )
+
+
+def _meet(server: Server, servers: Servers, config: RemoteTeacherConfig, tokenizer: Any) -> Served:
+    model, row = served_model(server, config.model, "teacher.model")
+    room = row.get("max_model_len")
+    _check_tokenizer(server, model, tokenizer)
+    path = (
+        GENERATE
+        if _takes(server, {"model": model, "token_ids": [0, 0], "sampling_params": {"max_tokens": 1}})
+        else COMPLETIONS
+    )
+    asked = {"max_tokens": 1, "prompt_logprob_token_ids": [[0]], "prompt_logprob_start": 0}
+    names = path == GENERATE and _takes(server, {"model": model, "token_ids": [0, 0], "sampling_params": asked})
+    return Served(servers, model, len(tokenizer), room if isinstance(room, int) else None, path, names)
+
+
+def _takes(server: Server, body: dict[str, Any]) -> bool:
+    try:
+        server.order(GENERATE, body)
+    except Refused as error:
+        if error.status in (400, 403, 404, 405, 422, 501):
+            return False
+        raise
+    return True
+
+
+def _check_tokenizer(server: Server, model: str, tokenizer: Any) -> None:
+    """The server must read text as the student does; one that has no /tokenize is taken at its word."""
+    for text in TRIED_ON:
+        try:
+            answer = server.ask("/tokenize", {"model": model, "prompt": text, "add_special_tokens": False})
+        except Refused as error:
+            if error.status in (404, 405):
+                log.warning("%s has no /tokenize: whether its tokenizer is the student's cannot be seen", server.name)
+                return
+            raise
+        theirs = answer.get("tokens") if isinstance(answer, dict) else None
+        if theirs != tokenizer.encode(text, add_special_tokens=False):
+            raise ServerError(
+                f"{server.name} reads {text!r} as other tokens than the student does: choose a teacher of the student's family"
+            )
+
+
+def _possible(served: Served, ask: Ask) -> Ask:
+    if ask.temperature != 1:
+        raise ValueError(
+            "a server tells log-probabilities at temperature 1: write method.temperature=1, or a teacher in this process"
+        )
+    if ask.kind == "named" and not served.names:
+        log.warning(
+            "%s does not score tokens that it is asked about (vLLM 0.32 or newer on a GPU, with --enable-scale-out and "
+            "VLLM_USE_V2_MODEL_RUNNER=1): its own %d likeliest take the place of the student's, as with "
+            "method.top_k_of=teacher", served.name, ask.top_k,
+        )  # fmt: skip
+    return ask
+
+
+def _writes_nothing(served: Served, make: MakeEngine) -> Any:
+    raise ValueError(f"{served.name} scores tokens and writes none: choose a teacher.model in this process for that")
+
+
+def _check_lengths(served: Served, prompts: Sequence[Prompt], max_tokens: int) -> None:
+    longest = max(len(prompt.ids) for prompt in prompts)
+    if served.room is not None and longest + max_tokens + 1 > served.room:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens, responses up to {max_tokens}, and {served.name} takes {served.room - 1}: "
+            "start it with a longer --max-model-len, or lower rollout.max_tokens"
+        )
+
+
+@dataclass(frozen=True)
+class RemoteScorer:
+    served: Served
+    ask: Ask
+    _early: dict[tuple, Future] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_early", {})
+
+    def expect(self, rollouts: Sequence[Rollout]) -> None:
+        """Begin with rollouts that `score` will be asked about, while others are still written. The same numbers: a text
+        is scored by itself."""
+        assert self._early is not None
+        if self.ask.kind != "named":
+            for rollout in rollouts:
+                self._early[_text(rollout)] = self._submit(rollout, None)
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
+        assert self._early is not None
+        candidates: Sequence[Tensor | None] = [None] * len(rollouts)
+        if self.ask.kind == "named" and self.served.names:
+            assert self.ask.candidates is not None, "nobody said which tokens"
+            candidates = self.ask.candidates(rollouts)
+        jobs = [
+            self._early.get(_text(rollout)) or self._submit(rollout, ids_TK)
+            for rollout, ids_TK in zip(rollouts, candidates, strict=True)
+        ]
+        self._early.clear()
+        return self.served.servers.gather(jobs)
+
+    def _submit(self, rollout: Rollout, ids_TK: Tensor | None) -> Future:
+        work = self._say if ids_TK is None else partial(self._name, ids_TK=ids_TK.cpu())
+        return self.served.servers.submit(lambda server: work(server, rollout))
+
+    def _say(self, server: Server, rollout: Rollout) -> Signal:
+        served, ids, start = self.served, [*rollout.prompt.ids, *rollout.response_ids], len(rollout.prompt.ids)
+        top_k = 0 if self.ask.kind == "sampled" else min(self.ask.top_k, served.vocab_size)
+        params = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": top_k}
+        if served.path == GENERATE:
+            body = {"model": served.model, "token_ids": ids, "sampling_params": params | {"detokenize": False}}
+        else:
+            body = {"model": served.model, "prompt": ids, **params}
+        told = said(server.name, server.ask(served.path, body), served.model, ids, start, top_k, served.vocab_size)
+        if self.ask.kind == "sampled":
+            return Sampled(told.logp_T)
+        token_T = torch.tensor(rollout.response_ids)
+        return TopK(
+            torch.cat([told.ids_TK, token_T[:, None]], dim=-1),
+            torch.cat([told.logp_TK, told.logp_T[:, None]], dim=-1),
+            named=self.ask.kind == "named",
+        )
+
+    def _name(self, server: Server, rollout: Rollout, ids_TK: Tensor) -> Signal:
+        served = self.served
+        params = {
+            "max_tokens": 1,
+            "temperature": 1.0,
+            "detokenize": False,
+            "prompt_logprob_token_ids": ids_TK.tolist(),
+            "prompt_logprob_start": len(rollout.prompt.ids) - 1,  # row i is about the token at start + i + 1
+        }
+        ids = [*rollout.prompt.ids, *rollout.response_ids]
+        answer = server.ask(GENERATE, {"model": served.model, "token_ids": ids, "sampling_params": params})
+        return TopK(ids_TK, named(server.name, answer, served.model, ids_TK), named=True)
+
+
+def _text(rollout: Rollout) -> tuple:
+    return rollout.prompt.ids, tuple(rollout.response_ids)

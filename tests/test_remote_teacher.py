@@ -1,0 +1,238 @@
+"""A teacher behind a server says what the same model says in this process; and nothing that cannot be is learnt from."""
+
+import copy
+import json
+import random
+from contextlib import ExitStack
+from functools import partial
+
+import pytest
+import torch
+from support import make_model
+from support import recipe as small_recipe
+from vllm_stub import Stub
+
+import kibitz
+from kibitz import config
+from kibitz.batching import pack
+from kibitz.config import ModelConfig, RecipeError
+from kibitz.config.servers import ServerConfig
+from kibitz.config.teachers import RemoteTeacherConfig
+from kibitz.engines.torch import TorchEngine
+from kibitz.losses.chunked import over_chunks
+from kibitz.losses.criteria import Divergence
+from kibitz.methods.candidates import student_top_k
+from kibitz.models import load_model
+from kibitz.servers import ServerError
+from kibitz.servers.http import Servers
+from kibitz.teachers import Ask
+from kibitz.teachers.local import local_teacher
+from kibitz.teachers.remote import GENERATE, RemoteScorer, Served, remote_teacher
+from kibitz.types import Prompt, Sampled, Sampling, Scored
+
+PROMPTS = [Prompt(ids=(1, 5 + i, 6, 7), text="", key=str(i)) for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return [make_model(root / str(seed), seed=seed) for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def student(folders):
+    return load_model(ModelConfig(model=str(folders[0])), "student", torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def rollouts(student):
+    return TorchEngine(student).generate(PROMPTS, Sampling(max_tokens=9, stop_ids=(2,), num_samples=2))
+
+
+@pytest.fixture
+def teacher(student):
+    with ExitStack() as stack:
+
+        def make(stub, **section):
+            made = remote_teacher(RemoteTeacherConfig(url=stub.url, **{"patience": 0.5, **section}), student.tokenizer)
+            stack.callback(made.close)
+            return made
+
+        yield make
+
+
+@pytest.mark.parametrize("path", ["generate", "completions"])
+def test_numbers_are_those_of_the_same_model_in_this_process(folders, rollouts, teacher, path):
+    closed = (lambda p, a: (403, {"error": "scale-out is off"})) if path == "completions" else None
+    local = local_teacher(load_model(ModelConfig(model=str(folders[1])), "teacher", torch.device("cpu")))
+    with Stub(folders[1], bend=lambda p, a: closed(p, a) if closed and "generate" in p else a) as stub:
+        remote = teacher(stub)
+        for ours, theirs in zip(*(t.scorer(Ask("sampled")).score(rollouts) for t in (local, remote)), strict=True):
+            assert torch.allclose(ours.logp_T, theirs.logp_T, atol=1e-5)
+        for k in (1, 5, 10**6):
+            ask = Ask("top_k", top_k=k)
+            for rollout, ours, theirs in zip(
+                rollouts, *(t.scorer(ask).score(rollouts) for t in (local, remote)), strict=True
+            ):
+                assert torch.equal(ours.ids_TK, theirs.ids_TK[:, :-1])
+                assert torch.allclose(ours.logp_TK, theirs.logp_TK[:, :-1], atol=1e-5)
+                assert theirs.ids_TK[:, -1].tolist() == rollout.response_ids
+
+
+def test_the_students_tokens_give_the_loss_that_a_local_teacher_gives(folders, student, rollouts, teacher):
+    """support: top_k of the student needs the teacher's log-probabilities of the student's tokens: the loss, token for token,
+    is that of a teacher whose whole distribution is at hand."""
+    local = local_teacher(load_model(ModelConfig(model=str(folders[1])), "teacher", torch.device("cpu")))
+    criterion, losses = Divergence(support="student", top_k=3), []
+    with Stub(folders[1]) as stub:
+        ask = Ask("named", top_k=3, candidates=partial(student_top_k, student, 3, 999))
+        for signals in (local.scorer(Ask("dense")).score(rollouts), teacher(stub).scorer(ask).score(rollouts)):
+            batch = pack([Scored(r, r.weight_T(), s) for r, s in zip(rollouts, signals, strict=True)])
+            _, values = student(batch, lambda h, head, b=batch: over_chunks(criterion, h, head, b.tokens, 64))
+            losses.append(values["loss"])
+        bodies = [body["sampling_params"] for path, _, body in stub.asked if "generate" in path]
+    assert torch.allclose(*losses, atol=1e-5) and losses[0].mean() > 0.1
+    assert all(len(body["prompt_logprob_token_ids"][0]) == 4 for body in bodies[-len(rollouts) :])
+
+
+def test_a_server_that_scores_no_named_tokens_falls_back_loudly(folders, student, rollouts, teacher, caplog):
+    with Stub(folders[1], generous=False) as stub:
+        signals = teacher(stub).scorer(Ask("named", top_k=3)).score(rollouts)
+    assert "its own 3 likeliest take the place of the student's" in caplog.text
+    assert all(signal.named and signal.ids_TK.shape[1] == 4 for signal in signals)
+
+
+def test_what_is_scored_early_is_the_same(folders, rollouts, teacher):
+    with Stub(folders[1]) as stub:
+        scorer = teacher(stub).scorer(Ask("top_k", top_k=3))
+        later = scorer.score(rollouts)
+        stub.asked.clear()
+        scorer.expect(rollouts[::-1])
+        early = scorer.score(rollouts)
+        assert len(stub.asked) == len(rollouts)
+    assert all(
+        torch.equal(a.logp_TK, b.logp_TK) and torch.equal(a.ids_TK, b.ids_TK) for a, b in zip(early, later, strict=True)
+    )
+
+
+def test_what_does_not_fit_is_refused_with_its_name(folders, teacher, tmp_path):
+    with Stub(folders[1]) as stub:
+        with pytest.raises(ServerError, match="serves stub and not qwen"):
+            teacher(stub, model="qwen")
+        with pytest.raises(ValueError, match="temperature 1"):
+            teacher(stub).scorer(Ask("top_k", temperature=2.0))
+        with pytest.raises(ValueError, match="--max-model-len"):
+            teacher(stub).check(PROMPTS, 124)
+        teacher(stub).check(PROMPTS, 123)
+        stub.bend = lambda path, answer: {"tokens": [1]} if path == "/tokenize" else answer
+        with pytest.raises(ServerError, match="other tokens than the student"):
+            teacher(stub)
+    base = small_recipe(folders[0], None, tmp_path)
+    with pytest.raises(RecipeError, match="write method.support=top_k"):
+        config.load({**base, "teacher": {"url": "http://127.0.0.1:1"}})
+    with pytest.raises(RecipeError, match="lets the teacher write"):
+        config.load({**base, "teacher": {"url": "http://127.0.0.1:1"}, "method": {"type": "sft", "source": "teacher"}})
+
+
+@pytest.mark.parametrize("method", [{"support": "top_k", "top_k": 5}, {"support": "top_k", "top_k": 5, "top_k_of": "teacher"},
+                                    {"support": "sampled"}])  # fmt: skip
+def test_training_goes_as_with_a_local_teacher(folders, tmp_path, method):
+    """The same seeds, the same losses: to 1e-4 over a few steps of learning."""
+    losses = []
+    with Stub(folders[1]) as stub:
+        for name, teacher in {"local": {"model": str(folders[1])}, "remote": {"url": stub.url}}.items():
+            tree = small_recipe(
+                folders[0], None, tmp_path / name, method={"type": "opd", **method}, eval={"num_prompts": 1}
+            )
+            losses.append([row["loss"] for row in kibitz.train({**tree, "teacher": teacher}).metrics])
+    if method.get("top_k_of") != "teacher":  # there the server adds the written token to the K
+        assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert len(losses[1]) == 4
+
+
+# ------------------------------------------------------------------ answers that cannot be
+
+VALUES = [
+    None,
+    True,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    1e30,
+    -1e30,
+    10**300,
+    "x",
+    "-1.0",
+    [],
+    {},
+    [1],
+    {"a": 1},
+    5,
+    0.5,
+]
+
+
+def bend_somewhere(tree, rng: random.Random):
+    """One random wound: a value replaced, dropped, doubled or put in another place; or the text of it cut or smeared."""
+    if rng.random() < 0.15:
+        data = json.dumps(tree).encode()
+        cut = rng.randrange(len(data))
+        return data[:cut] if rng.random() < 0.5 else data[:cut] + bytes([rng.randrange(256)]) + data[cut + 1 :]
+    tree = copy.deepcopy(tree)
+    places = []
+
+    def walk(node):
+        for key in list(node) if isinstance(node, dict) else range(len(node)):
+            places.append((node, key))
+            if isinstance(node[key], dict | list):
+                walk(node[key])
+
+    walk(tree)
+    node, key = rng.choice(places)
+    match rng.randrange(5):
+        case 0 | 1:
+            node[key] = rng.choice(VALUES)
+        case 2:
+            del node[key]
+        case 3 if isinstance(node, list):
+            node.insert(key, copy.deepcopy(node[key]))
+        case 4 if isinstance(node[key], float):
+            node[key] = -node[key]
+        case _ if isinstance(node, dict):
+            node[rng.choice(["-1", "999999", "x", "", "7" * 5000])] = node.pop(key)
+        case _:
+            node[key] = rng.choice(VALUES)
+    return tree
+
+
+@pytest.mark.parametrize("kind", ["top_k", "sampled", "named"])
+def test_no_mutated_answer_trains_silently(folders, student, rollouts, teacher, kind):
+    """100 wounds for each kind of question, 300 in all: either a sentence with the address, or numbers that are within the
+    truth, because what was wounded says nothing of them (a rank, a decoded token, the text of a choice)."""
+    rng, refused = random.Random(kind), 0
+    ask, one = Ask(kind, top_k=3, candidates=partial(student_top_k, student, 3, 999)), rollouts[:1]
+    with Stub(folders[1]) as stub:
+        for number in range(101):
+            servers = Servers(ServerConfig(patience=0), [stub.url], "teacher")
+            scorer = RemoteScorer(Served(servers, "stub", student.vocab_size, None, GENERATE, True), ask)
+            caught = None
+            try:
+                (signal,) = scorer.score(one)
+            except ServerError as error:
+                caught = error
+            servers.close()
+            if number == 0:
+                truth = signal
+                stub.bend = lambda path, answer: bend_somewhere(answer, rng)
+            elif caught is not None:
+                assert stub.url in str(caught) and str(caught).isprintable()
+                refused += 1
+            else:
+                assert num_wrong_rows(signal, truth) <= 1, "a wound touches one number, and no other token's"
+    assert refused > 20
+
+
+def num_wrong_rows(signal, truth) -> int:
+    ours, theirs = ((s.logp_T[:, None] if isinstance(s, Sampled) else s.logp_TK) for s in (signal, truth))
+    assert ours.shape == theirs.shape and ours.isfinite().all() and (ours <= 0).all()
+    return int(((ours - theirs).abs() > 1e-3).any(-1).sum())
