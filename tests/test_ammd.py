@@ -205,3 +205,5 @@ def test_what_cannot_be_is_refused(models, tmp_path):
         load(recipe(*models, tmp_path / "run", method={"type": "ammd", "on_policy": 0.01}))
     with pytest.raises(RecipeError, match="method ammd needs a teacher"):
         load(recipe(models[0], None, tmp_path / "run", method={"type": "ammd"}))
+    with pytest.raises(RecipeError, match=r"drop method\.reference_kl"):
+        load(recipe(*models, tmp_path / "run", method={"type": "ammd", "reference_kl": 0.1}))

@@ -48,6 +48,10 @@ class AMMDConfig(MethodConfig):
         return self.source == "dataset" and self.on_policy < 1
 
     def check(self, rollout: RolloutConfig) -> None:
+        if self.reference_kl:
+            raise ValueError(
+                "ammd learns a moment and not a loss of each token, which a KL could join: drop method.reference_kl"
+            )
         own, all_of_them = round(self.on_policy * rollout.prompts_per_step), rollout.prompts_per_step
         if 0 < self.on_policy < 1 and own in (0, all_of_them):
             raise ValueError(
