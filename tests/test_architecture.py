@@ -41,6 +41,7 @@ LEVELS = {
     "methods": 3,
     "annotate": 3,
     "packing": 3,
+    "harness": 3,
     "checkpoint": 4,
     "evaluate": 4,
     "preflight": 4,

@@ -1,7 +1,7 @@
 """`kibitz eval`, `score` and `export`: what a model can do, what a teacher says about one text, and a model for others."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,10 +20,22 @@ def evaluate(
     teacher: Annotated[str | None, typer.Option(help="Measure the reverse KL to this model.")] = None,
     world: Annotated[str | None, typer.Option(help="A toy world; see `kibitz worlds`.")] = None,
     prompts: Annotated[str | None, typer.Option(help="JSONL, parquet, or a dataset name.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Benchmarks of lm-evaluation-harness instead, such as gsm8k,ifeval.")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="With --tasks: the vLLM server that writes, as MODEL.")] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="With --tasks: a folder of tasks of your own.")] = None,
 ) -> None:
     """Measure a model: accuracy at temperature 1 and greedy, pass@k, reverse KL to a teacher, response length."""
     from kibitz import config
 
+    if tasks is not None and not (world or prompts or teacher):
+        _benchmarks(ctx, _resolved(model), tasks.split(","), overrides or [], url=url, folder=task_folder)
+        return
+    if tasks or url or task_folder:
+        raise ValueError(
+            "--tasks brings its own prompts: leave out --world, --prompts and --teacher; --url and --task-folder go with it"
+        )
     if (world is None) == (prompts is None):
         raise ValueError("write what to evaluate on: either --world NAME or --prompts FILE")
     recipe = config.load(
@@ -50,6 +62,30 @@ def evaluate(
         show.evaluation(console, row)
 
     ctx.obj.result({"model": model, **row}, for_a_person)
+
+
+def _benchmarks(ctx: typer.Context, model: str, tasks: list[str], overrides: list[str], **options: Any) -> None:
+    """Of the overrides, two have a meaning here: how many rows of each task, and how long a response may be."""
+    from kibitz import config
+
+    settings = ("eval.num_prompts", "rollout.max_tokens")
+    if unknown := [override for override in overrides if override.partition("=")[0] not in settings]:
+        raise ValueError(f"--tasks brings its own settings but for {' and '.join(settings)}: leave out {unknown[0]}")
+    base = {"student": {"model": model}, "data": {"world": "arithmetic"}, "method": {"type": "grpo"}}
+    recipe = config.load(base, overrides)
+    limit = recipe.eval.num_prompts if "num_prompts" in recipe.eval.model_fields_set else None
+    longest = recipe.rollout.max_tokens if "max_tokens" in recipe.rollout.model_fields_set else None
+
+    from kibitz.harness import run_tasks
+
+    found = run_tasks(model, tasks, limit=limit, max_tokens=longest, **options)
+
+    def for_a_person(console: Console) -> None:
+        for task, row in found.items():
+            for name, value in row.items():
+                console.print(f"{task:<20} {name:<40} {value:.4g}", markup=False)
+
+    ctx.obj.result({"model": model, "tasks": found}, for_a_person)
 
 
 def score(

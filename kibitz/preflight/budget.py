@@ -42,7 +42,7 @@ def memory(recipe: Recipe, student: Shape, teachers: Sequence[Shape], longest_pr
     held = {"student weights": student.num_parameters * student.itemsize / devices}
     if teachers:
         held["teacher weights"] = sum(t.num_parameters * t.itemsize for t in teachers) / devices
-    held["moments of the optimizer"] = 2 * 4 * trained / devices
+    held["moments of the optimizer"] = 2 * (1 if recipe.optim.name == "adamw_8bit" else 4) * trained / devices
     if student.itemsize < 4:
         held["float32 copy of what is trained"] = 4 * trained / devices
     rollout, optim = recipe.rollout, recipe.optim
@@ -55,7 +55,7 @@ def memory(recipe: Recipe, student: Shape, teachers: Sequence[Shape], longest_pr
     width = max((t.width * t.itemsize for t in teachers), default=0)
     kept = {"teacher's hidden states": step_tokens * width / devices} if teachers else {}
     per_token = student.activation_bytes_per_token
-    if getattr(optim, "checkpointing", False):
+    if optim.checkpointing:
         per_token = student.num_layers * student.width * student.itemsize + per_token / student.num_layers
     phases = {
         "rollouts": {"keys and values": float(rows * length * student.cache_bytes_per_token)},
