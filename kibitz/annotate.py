@@ -1,5 +1,6 @@
 """What both models thought at every token of a response: the rows that the heat-map shows."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from kibitz.data import encode_prompt
 from kibitz.engines.torch import TorchEngine
 from kibitz.losses.criteria import ReverseKL, likeliest
 from kibitz.losses.spans import span_sums
+from kibitz.losses.supports import find_token
 from kibitz.methods.stored import load_rollouts, prompts_of
 from kibitz.models import LanguageModel, load_model, load_tokenizer, pick_device, stop_ids
 from kibitz.teachers import Ask, Teacher, build
-from kibitz.types import Batch, Prompt, Rollout, Sampling, Scored, Spans
+from kibitz.types import Batch, Dense, Prompt, Rollout, Sampled, Sampling, Scored, Signal, Spans, Tokens, TopK
 
 DEFAULT_TOKENS = 256
 FORK_NATS = 1.0
@@ -43,9 +45,44 @@ def annotate(
         batch = pack([Scored(r, r.weight_T(), s) for r, s in zip(members, signals, strict=True)], student.device)
         tokens, start = _tokens(student, batch, top), 0
         for index, rollout in zip(indices, members, strict=True):
-            rows[index] = _row(student, rollout, tokens[start : start + rollout.num_tokens])
-            start += rollout.num_tokens
+            part = slice(start, start + rollout.num_tokens)
+            rows[index] = _row(student, rollout, tokens[part])
+            if teacher is not None and teacher.members:
+                rows[index]["teachers"] = _voices(student, teacher, rollout, batch.tokens[part], tokens[part], top)
+            start = part.stop
     return [rows[i] for i in range(len(rollouts))]
+
+
+def _voices(
+    student: LanguageModel, teacher: Teacher, rollout: Rollout, tokens: Tokens, shown: list[dict[str, Any]], top: int
+) -> list[dict[str, Any]]:
+    """What each of several teachers says of the tokens, entered as `teachers` of each; and their names and weights."""
+    mix, who = teacher.mix(rollout.prompt), []
+    for token in shown:
+        token["teachers"] = []
+    for place, member in enumerate(teacher.members):
+        if not member.reads_all or (place not in mix and not member.everywhere):
+            continue
+        who.append({"name": member.name, "weight": math.exp(mix[place]) if place in mix else 0.0})
+        signal = member.score([rollout])[0]
+        logp_T, kl_T = _against(signal, tokens)
+        best = _named(student, *likeliest(signal, top))
+        for token, logp, kl, likely in zip(shown, logp_T.tolist(), kl_T.tolist(), best, strict=True):
+            token["teachers"].append({"logp": logp, "kl": None if math.isnan(kl) else kl, "top": likely})
+    return who
+
+
+def _against(signal: Signal, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """One teacher's log-probabilities of the written tokens, and KL(it || all of them together); NaN if it cannot be known."""
+    match signal:
+        case Dense(hidden_TD, head):
+            heard = ReverseKL()(head(hidden_TD).float(), tokens)
+            return heard["student_logp"], heard["reverse_kl"]
+        case TopK():
+            logp_T = find_token(signal, tokens.token_T)[0]
+        case Sampled(logp_T) | Spans(teacher_logp_T=logp_T):
+            pass
+    return logp_T, torch.full_like(logp_T, math.nan)
 
 
 def _tokens(student: LanguageModel, batch: Batch, top: int) -> list[dict[str, Any]]:

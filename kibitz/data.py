@@ -119,8 +119,8 @@ def _prompt(
     messages, response = _messages(place, row, config)
     if demonstrations and response is None:
         raise ValueError(
-            f"{place} has no response to learn from: sft needs a column {config.columns.response!r}, or messages that end "
-            "with the assistant's; or write method.source=teacher"
+            f"{place} has no response: the method, or teacher.context, needs a column {config.columns.response!r}, or "
+            "messages that end with the assistant's; or, for sft, write method.source=teacher"
         )
     try:
         ids = encode_prompt(tokenizer, messages, config.template)
@@ -144,6 +144,7 @@ def _prompt(
         response=response,
         columns=row,
         messages=tuple(messages),
+        route=None if (route := row.get(config.columns.route)) is None else str(route),
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kibitz import config, distributed, lora, optim, trackers
-from kibitz.config import DataConfig, Recipe, RecipeError
+from kibitz.config import DataConfig, Recipe, RecipeError, StudentTeacherConfig
 from kibitz.data import PromptStream, encode_response, load_grader, load_prompts
 from kibitz.distributed import Ranks
 from kibitz.engines import Engine
@@ -78,11 +78,10 @@ def prepare(
     optim.require(recipe.optim)
     trackers.require(recipe.track)
     tokenizer = load_tokenizer(recipe.student, "student")
-    teachers.check(recipe.teacher, tokenizer)
     for role, model in recipe.method.other_models().items():
         check_same_tokenizer(tokenizer, load_tokenizer(model, role), role)
     mask_ids = single_tokens(tokenizer, recipe.method.mask_tokens, "method.mask_tokens")
-    prompts = load_prompts(recipe.data, tokenizer, recipe.seed, recipe.method.wants_demonstrations())
+    prompts = load_prompts(recipe.data, tokenizer, recipe.seed, recipe.wants_demonstrations())
     grader = grader or load_grader(recipe.data, prompts)
     if recipe.method.needs_reward() and grader is None:
         raise RecipeError(
@@ -90,6 +89,7 @@ def prepare(
         )
     stored = _stored(recipe, prompts, len(tokenizer))
     held_out = _held_out(recipe, tokenizer)
+    teacher_tokenizers = teachers.check_all(recipe, tokenizer, [*prompts, *held_out])
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     ranks, device = _meet(recipe, prompts)
@@ -98,10 +98,8 @@ def prepare(
     student = load_student(recipe.student, device, tokenizer, recipe.seed, resumed_from)
     if recipe.optim.checkpointing:
         student.recompute_activations()
-    teacher = teachers.load(recipe.teacher, device, tokenizer, recipe.data.template)
-    reference = None
-    if recipe.method.needs_reference():  # never the checkpoint that a run goes on from
-        reference = local_teacher(load_model(recipe.method.reference or recipe.student, "reference", device, tokenizer))
+    teacher = teachers.load_all(teacher_tokenizers, teachers.Pupil(recipe, tokenizer, student), device)
+    reference = _reference(recipe, device, tokenizer)
     checks = [student.check_lengths, *(model.check for model in (teacher, reference) if model is not None)]
     for check in checks:
         check([*prompts, *held_out], recipe.rollout.max_tokens)
@@ -116,6 +114,7 @@ def prepare(
         evaluator = Evaluator(student, engine, examiner, held_out, grader, eval_sampling, recipe.eval.split, ranks)
     encode = partial(encode_response, tokenizer)
     parts = Parts(recipe, student, engine, teacher, sampling, encode, loss, mask_ids, stored, reference, ranks=ranks)
+    parts.keeps.update({} if teacher is None else teacher.keeps)
     stream = PromptStream(prompts, recipe.seed, recipe.data.shuffle)
     return Setup(
         recipe, folder, resumed_from, student, learner, teacher, engine, stream, grader, evaluator, parts, ranks
@@ -147,7 +146,12 @@ def _meet(recipe: Recipe, prompts: Sequence[Prompt]) -> tuple[Ranks, torch.devic
         raise RecipeError(
             "student.compile: sharded layers are not compiled: write student.compile=false, or start one process"
         )
-    if recipe.teacher is not None and recipe.teacher.store is not None:
+    if any(isinstance(teacher, StudentTeacherConfig) and teacher.student != "start" for teacher in recipe.teachers):
+        raise RecipeError(
+            "teacher.student: several processes hold parts of the student, and no teacher can be made of one part: write "
+            "teacher.student=start or teacher.model, or start one process"
+        )
+    if any(teacher.store is not None for teacher in recipe.teachers):
         raise RecipeError("teacher.store: one process fills a store: leave it out, or start one")
     if recipe.method.trains_an_opponent():
         raise RecipeError(f"method {recipe.method.type} trains an opponent of the student in one process: start one")
@@ -160,6 +164,13 @@ def _meet(recipe: Recipe, prompts: Sequence[Prompt]) -> tuple[Ranks, torch.devic
     return ranks, device
 
 
+def _reference(recipe: Recipe, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> Teacher | None:
+    """The model that a method holds its student to; never the checkpoint that a run goes on from."""
+    if not recipe.method.needs_reference():
+        return None
+    return local_teacher(load_model(recipe.method.reference or recipe.student, "reference", device, tokenizer))
+
+
 def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """The evaluation's prompts: its own file, or the dev split of a world; none otherwise."""
     if recipe.eval.prompts is None and recipe.data.world is None:
@@ -167,7 +178,7 @@ def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt
     options = {} if recipe.eval.prompts is None else {"prompts": recipe.eval.prompts, "world": None}
     changes = {"split": recipe.eval.split, "limit": recipe.eval.num_prompts, "options": {}, **options}
     data = DataConfig.model_validate({**recipe.data.model_dump(), **changes})
-    return load_prompts(data, tokenizer, recipe.eval.seed)
+    return load_prompts(data, tokenizer, recipe.eval.seed, recipe.teachers_need_responses())
 
 
 def _sampling(recipe: Recipe, student: LanguageModel) -> Sampling:

@@ -37,7 +37,7 @@ class Prompt:
 
     `key` names the row for good: seeds are drawn from it, so a prompt gives the same rollout in any batch.
     `response` is the demonstration, where the data has one. `messages` is the conversation before it was rendered, for
-    those who read it by another chat template.
+    those who read it by another chat template. `route` names the teacher of this row, where the data does.
     """
 
     ids: tuple[int, ...]
@@ -48,6 +48,7 @@ class Prompt:
     response: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
     messages: tuple[Mapping[str, str], ...] = ()
+    route: str | None = None
 
 
 @dataclass(frozen=True)

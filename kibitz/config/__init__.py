@@ -36,14 +36,22 @@ from kibitz.config.sections import (
     TrackConfig,
 )
 from kibitz.config.table import METHOD_CONFIGS
-from kibitz.config.teachers import TEACHER_CONFIGS, LocalTeacherConfig, SignalKind, StoredTeacherConfig, TeacherConfig
+from kibitz.config.teachers import (
+    TEACHER_CONFIGS,
+    ContextConfig,
+    LocalTeacherConfig,
+    SignalKind,
+    StoredTeacherConfig,
+    StudentTeacherConfig,
+    TeacherConfig,
+)
 
 __all__ = [
-    "METHOD_CONFIGS", "TEACHER_CONFIGS", "AMMDConfig", "Columns", "DataConfig", "DiscriminatorConfig",
-    "DistiLLM2Config", "DistillationConfig", "DivergenceName", "EvalConfig", "GADConfig", "GKDConfig", "GRPOConfig",
-    "GroupConfig", "GuardConfig", "KDRLConfig", "LocalTeacherConfig", "LoraConfig", "MethodConfig", "MiniLLMConfig",
-    "ModelConfig", "OPDConfig", "OptimConfig", "ParallelConfig",
+    "METHOD_CONFIGS", "TEACHER_CONFIGS", "AMMDConfig", "Columns", "ContextConfig", "DataConfig",
+    "DiscriminatorConfig", "DistiLLM2Config", "DistillationConfig", "DivergenceName", "EvalConfig", "GADConfig",
+    "GKDConfig", "GRPOConfig", "GroupConfig", "GuardConfig", "KDRLConfig", "LocalTeacherConfig", "LoraConfig",
+    "MethodConfig", "MiniLLMConfig", "ModelConfig", "OPDConfig", "OptimConfig", "ParallelConfig",
     "PolicyGradientConfig", "Recipe", "RecipeError", "RolloutConfig", "SFTConfig", "SKDConfig", "SaveConfig",
-    "Section", "SignalKind", "StoredTeacherConfig", "StudentConfig",
-    "TeacherConfig", "TrackConfig", "dump", "json_schema", "load", "register_method",
+    "Section", "SignalKind", "StoredTeacherConfig", "StudentConfig", "StudentTeacherConfig", "TeacherConfig",
+    "TrackConfig", "dump", "json_schema", "load", "register_method",
 ]  # fmt: skip

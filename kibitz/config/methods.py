@@ -67,6 +67,10 @@ class MethodConfig(ExtrasConfig):
         """Whether the teacher writes any of the text."""
         return False
 
+    def judges_with_teacher(self) -> bool:
+        """Whether a teacher reads the text while it is written, token by token."""
+        return False
+
     def scores_with_student(self) -> bool:
         """Whether the student reads each rollout once more before it learns, to choose tokens."""
         return False
@@ -93,6 +97,11 @@ class MethodConfig(ExtrasConfig):
             )
         if self.writes_with_teacher() and not teacher.writes():
             raise ValueError(f"method {self.type} lets the teacher write, and this one cannot: choose one that can")
+        if self.judges_with_teacher() and not teacher.reads_along():
+            raise ValueError(
+                f"{self.type} judges a text while it is written: its teacher must be a model of its own in this process that "
+                "reads the student's prompt: write teacher.model without teacher.context, or method.type=opd"
+            )
 
 
 PolicyLossName = Literal["sampled_token", "ppo_clip", "truncated", "banded", "one_sided"]
@@ -303,6 +312,9 @@ class SKDConfig(DistillationConfig):
     teacher_top_p: float = Field(1.0, gt=0, le=1, description="Of the teacher's draws. The paper's runs: 0.5.")
 
     def writes_with_teacher(self) -> bool:
+        return True
+
+    def judges_with_teacher(self) -> bool:
         return True
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from kibitz.config.base import RecipeError, Section
 from kibitz.config.recipe import Recipe
 from kibitz.config.table import METHOD_CONFIGS, method_type
-from kibitz.config.teachers import TEACHER_CONFIGS
+from kibitz.config.teachers import SEVERAL, TEACHER_CONFIGS
 
 TAGGED: dict[str, dict[str, Any]] = {"method": METHOD_CONFIGS, "teacher": TEACHER_CONFIGS}
 """The sections that are one of several kinds."""
@@ -54,12 +54,24 @@ def _assign(tree: dict, override: str) -> None:
     except yaml.YAMLError:
         value = text
     *parents, last = path.strip().split(".")
-    node = tree
+    node: Any = tree
     for name in parents:
-        if not isinstance(node.get(name), dict):
+        if isinstance(node, list):
+            node = node[_place(node, name, override)]
+            continue
+        if not isinstance(node.get(name), dict | list):
             node[name] = {}
         node = node[name]
-    node[last] = value
+    node[_place(node, last, override) if isinstance(node, list) else last] = value
+
+
+def _place(entries: list, name: str, override: str) -> int:
+    """Of an entry in a list, such as the 1 of `teacher.1.weight`."""
+    if not name.isdecimal() or int(name) >= len(entries):
+        raise RecipeError(
+            f"cannot read the override {override!r}: {name} is none of the {len(entries)} entries, 0 and on"
+        )
+    return int(name)
 
 
 def _explain(error: ValidationError, tree: dict) -> str:
@@ -86,6 +98,8 @@ def _explain(error: ValidationError, tree: dict) -> str:
 def _without_tags(location: tuple) -> list:
     """pydantic puts the tag of a union (`opd`) into the path; people did not write it."""
     parts, tags = list(location), TAGGED.get(location[0], {}) if location else {}
+    if len(parts) > 1 and parts[1] == SEVERAL and tags is TEACHER_CONFIGS:
+        return [parts[0], parts[2], *parts[4:]] if len(parts) > 2 else [parts[0]]
     if tags and len(parts) > 1 and parts[1] in tags:
         del parts[1]
     return parts
@@ -93,7 +107,9 @@ def _without_tags(location: tuple) -> list:
 
 def _nearest(location: tuple) -> str:
     section, tags, inside = Recipe, TAGGED.get(location[0], {}), location[:-1]
-    if tags and len(inside) > 1:
+    if len(inside) > 3 and inside[1] == SEVERAL:
+        section, inside = tags[inside[3]], inside[4:]
+    elif tags and len(inside) > 1:
         section, inside = tags[inside[1]], inside[2:]
     for part in inside:
         section = _section_of(section.model_fields[part].annotation)

@@ -17,7 +17,7 @@ from kibitz.config.sections import (
     TrackConfig,
 )
 from kibitz.config.table import METHOD_CONFIGS, method_union
-from kibitz.config.teachers import teacher_union
+from kibitz.config.teachers import TeacherConfig, teacher_union
 
 
 class Recipe(Section):
@@ -44,11 +44,36 @@ class Recipe(Section):
     def _consistent(self) -> "Recipe":
         if self.method.needs_teacher() and self.teacher is None:
             raise ValueError(f"method {self.method.type} needs a teacher: write teacher: {{model: folder-or-name}}")
-        if self.teacher is not None:
-            self.method.check_teacher(self.teacher)
+        for teacher in self.teachers:
+            self.method.check_teacher(teacher)
+            teacher.check(self.student)
+        given = [set(teacher.answers()) for teacher in self.teachers]
+        if given and self.method.asks() and not set(self.method.asks()).intersection(*given):
+            raise ValueError(
+                f"teacher: method {self.method.type} asks for {' or '.join(self.method.asks())} signals, and there are none "
+                "that all teachers give: leave one out, or choose another method.support"
+            )
+        names = [teacher.name for teacher in self.teachers if teacher.name is not None]
+        if len(set(names)) < len(names):
+            raise ValueError(f"teacher: two have the same name ({', '.join(names)}): rename one")
         self.method.check_extras()
         self.method.check(self.rollout)
         return self
+
+    @property
+    def teachers(self) -> tuple[TeacherConfig, ...]:
+        """All of them: none, one, or those of the list."""
+        if self.teacher is None:
+            return ()
+        return tuple(self.teacher) if isinstance(self.teacher, list) else (self.teacher,)
+
+    def wants_demonstrations(self) -> bool:
+        """Whether every row of the data must bring a response: for the method, or for what a teacher reads."""
+        return self.method.wants_demonstrations() or self.teachers_need_responses()
+
+    def teachers_need_responses(self) -> bool:
+        contexts = [teacher.context for teacher in self.teachers if teacher.context is not None]
+        return any("response" in context.names() for context in contexts)
 
 
 def register_method(name: str, section: type[MethodConfig]) -> None:

@@ -74,6 +74,7 @@ class Columns(Section):
     answer: str = "answer"
     response: str = "response"
     task: str = "task"
+    route: str = "route"
 
 
 class DataConfig(Section):

@@ -1,17 +1,43 @@
-"""The `teacher` section: one class per kind of teacher, told apart by the key that names it (`model: ...`)."""
+"""The `teacher` section: one class per kind of teacher, told apart by the key that names it (`model: ...`, `student: ...`),
+or a list of them."""
 
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from kibitz.config.base import Section
-from kibitz.config.sections import ModelConfig
+from kibitz.config.sections import ModelConfig, StudentConfig
 from kibitz.config.servers import ServerConfig, ServerURL
 
 SignalKind = Literal["dense", "top_k", "named", "sampled", "spans", "span_distributions"]
 """What a teacher can say of a token: its whole distribution, the K likeliest tokens, those that it is asked about, or the
 written one's probability. With a tokenizer of its own, the probability of a span of text, alone or with a distribution
 over its first token."""
+
+
+class ContextConfig(Section):
+    """What the teacher reads and the student does not. Templates are Jinja's, in a sandbox. They know the row's columns,
+    `prompt`, `answer`, `response` (the demonstration) and `task`; and of the rollout that is scored `attempt` (its text),
+    `reward`, and `success`: another response to the same prompt, of this step, with reward 1, or none."""
+
+    prompt: str = Field(
+        "{{ prompt }}", description="Takes the place of the last user message, in the teacher's prompt."
+    )
+    system: str | None = Field(None, description="Takes the place of the system message, or becomes one.")
+    template: dict[str, Any] = Field(
+        default_factory=dict, description="Arguments of the teacher's chat template; data.template is the student's."
+    )
+
+    def names(self) -> set[str]:
+        """What the templates speak of."""
+        from jinja2 import TemplateSyntaxError, meta, sandbox
+
+        environment = sandbox.ImmutableSandboxedEnvironment()
+        try:
+            trees = [environment.parse(text) for text in (self.prompt, self.system or "")]
+        except TemplateSyntaxError as error:
+            raise ValueError(f"teacher.context is no Jinja template: {error}") from None
+        return set().union(*(meta.find_undeclared_variables(tree) for tree in trees))
 
 
 class TeacherConfig(Section):
@@ -22,10 +48,28 @@ class TeacherConfig(Section):
         description="Folder that keeps what the teacher says, so that it need not read the same rollout again, in this run or "
         "another (Lightning OPD, 2604.13010). Whole distributions take 2-4 bytes x its width for each token.",
     )
+    name: str | None = Field(
+        None, description="What the heat-map calls it, and a row's column `route`. Off: its number."
+    )
+    tasks: list[str] = Field(
+        default_factory=list,
+        description="Of several teachers: the tasks that are its own, on which those without tasks are silent. Off: all "
+        "tasks that are nobody's own (MOPD, 2606.30406: a teacher per domain).",
+    )
+    weight: float | dict[str, float] = Field(
+        1.0,
+        description="Of several teachers on one prompt: this one's share of the mixture, before the shares are made to add "
+        "up to 1; by task, if it is a mapping (1 for a task that is not in it). 1: all alike.",
+    )
+    context: Annotated[
+        ContextConfig | None, BeforeValidator(lambda value: {"prompt": value} if isinstance(value, str) else value)
+    ] = Field(None, description="What its prompt has and the student's has not; a text is the template of the prompt.")
 
     def says_by(self) -> dict[str, Any]:
-        """The settings that change what it says: a store of its scores is refused to a teacher with others."""
-        return self.model_dump(mode="json", exclude={"store", "model", "trust_remote_code"}, exclude_defaults=True)
+        """The settings that change what it says: a store of its scores is refused to a teacher with others. Its context is
+        not among them: the store sees the prompt that came of it."""
+        silent = {"store", "model", "trust_remote_code", "name", "tasks", "weight", "context"}
+        return self.model_dump(mode="json", exclude=silent, exclude_defaults=True)
 
     def answers(self) -> tuple[SignalKind, ...]:
         """The kinds of signal that it can give, the most telling first."""
@@ -34,6 +78,21 @@ class TeacherConfig(Section):
     def writes(self) -> bool:
         """Whether it can write responses."""
         return True
+
+    def reads_along(self) -> bool:
+        """Whether it is a model in this process that reads what the student reads, so that several can write one text."""
+        return self.context is None
+
+    def check(self, student: StudentConfig) -> None:
+        """Raise ValueError, with what to write instead, for settings that exclude each other."""
+        weights = self.weight.values() if isinstance(self.weight, dict) else [self.weight]
+        if min(weights, default=0.0) < 0:
+            raise ValueError("teacher.weight is a share and cannot be negative: write 0 for a teacher that is silent")
+        if self.context is not None:
+            self.context.names()
+
+    def weight_on(self, task: str) -> float:
+        return self.weight.get(task, 1.0) if isinstance(self.weight, dict) else self.weight
 
 
 class LocalTeacherConfig(ModelConfig, TeacherConfig):
@@ -51,6 +110,9 @@ class LocalTeacherConfig(ModelConfig, TeacherConfig):
     def writes(self) -> bool:
         return self.tokenizer == "student"
 
+    def reads_along(self) -> bool:
+        return super().reads_along() and self.tokenizer == "student"
+
     @model_validator(mode="after")
     def _keeps_tokens(self) -> "LocalTeacherConfig":
         if self.tokenizer == "own" and self.store is not None:
@@ -64,6 +126,9 @@ class StoredTeacherConfig(TeacherConfig):
     stored: str = Field(description="A folder that `kibitz score --out` or `teacher.store` made.")
 
     def writes(self) -> bool:
+        return False
+
+    def reads_along(self) -> bool:
         return False
 
     @model_validator(mode="after")
@@ -87,17 +152,51 @@ class RemoteTeacherConfig(TeacherConfig, ServerConfig):
     def writes(self) -> bool:
         return False
 
+    def reads_along(self) -> bool:
+        return False
+
+
+class StudentTeacherConfig(TeacherConfig):
+    """A teacher made of the student: nothing else is loaded."""
+
+    student: Literal["start", "ema", "base", "current"] = Field(
+        description="start: as the run found it; ema: the average of its weights over time; base: its adapter switched off, "
+        "no second copy; current: the same weights as they are, which needs a context to have something to say."
+    )
+    decay: float = Field(0.95, ge=0, lt=1, description="Of ema, per step. 0.95: SDPO (2601.20802) renews 5% a step.")
+
+    def check(self, student: StudentConfig) -> None:
+        super().check(student)
+        if self.student == "base" and student.lora is None:
+            raise ValueError(
+                "teacher.student: base is a student without its adapter: write student.lora, or teacher.student=start"
+            )
+        if self.student == "current" and self.context is None:
+            raise ValueError("teacher.student: current says what the student says itself: write teacher.context")
+        if self.student != "start" and self.store is not None:
+            raise ValueError("teacher.store keeps what is said for good, and this teacher changes: drop teacher.store")
+        if self.student != "ema" and self.decay != type(self).model_fields["decay"].default:
+            raise ValueError("teacher.decay belongs to an average: write teacher.student=ema, or drop it")
+
+    def reads_along(self) -> bool:
+        return super().reads_along() and self.student in ("start", "ema")
+
 
 TEACHER_CONFIGS: dict[str, type[TeacherConfig]] = {
     "url": RemoteTeacherConfig,  # its model is a name on the server
     "model": LocalTeacherConfig,
+    "student": StudentTeacherConfig,
     "stored": StoredTeacherConfig,
 }
 """By the key that a teacher of this kind must have; the first one that is there says which kind it is."""
 
+SEVERAL = "several"
+
 
 def teacher_key(value: Any) -> str:
     """Which kind of teacher a section is, read or not; what says nothing is taken for a model, to be told so."""
+    if isinstance(value, list | tuple):
+        return SEVERAL
     for key, section in TEACHER_CONFIGS.items():
         if isinstance(value, section) or (isinstance(value, dict) and key in value):
             return key
@@ -105,6 +204,8 @@ def teacher_key(value: Any) -> str:
 
 
 def teacher_union() -> Any:
-    """All sections of `TEACHER_CONFIGS` as one type."""
+    """All sections of `TEACHER_CONFIGS` as one type, or a list of them."""
     members = tuple(Annotated[section, Tag(key)] for key, section in TEACHER_CONFIGS.items())
-    return Annotated[Union[members], Discriminator(teacher_key)]  # noqa: UP007  # of a tuple made at run time
+    one = Annotated[Union[members], Discriminator(teacher_key)]  # noqa: UP007  # of a tuple made at run time
+    several = Annotated[list[one], Field(min_length=1), Tag(SEVERAL)]
+    return Annotated[Union[(*members, several)], Discriminator(teacher_key)]

@@ -7,7 +7,7 @@ few rollouts: does the student read 0 against itself, do engine and trainer agre
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kibitz.config import LocalTeacherConfig, ModelConfig, Recipe
+from kibitz.config import LocalTeacherConfig, Recipe
 from kibitz.data import load_prompts
 from kibitz.methods import teacher_engine
 from kibitz.models import load_tokenizer, pick_device, pick_dtype
@@ -44,10 +44,10 @@ def check(recipe: Recipe, options: Options = Options()) -> Iterator[Finding]:
 def check_files(recipe: Recipe, options: Options = Options()) -> Iterator[Finding]:
     """The short form, before weights load: what `kibitz train` says of itself."""
     student = load_tokenizer(recipe.student, "student")
-    prompts = load_prompts(recipe.data, student, recipe.seed, recipe.method.wants_demonstrations())
-    for section in _local_teachers(recipe):
+    prompts = load_prompts(recipe.data, student, recipe.seed, recipe.wants_demonstrations())
+    for section in _models(recipe):
         teacher = load_tokenizer(section, "teacher")
-        if isinstance(section, LocalTeacherConfig) and section.tokenizer == "own":
+        if section.tokenizer == "own":
             yield texts.aligned(student, teacher, prompts)
             continue
         yield texts.tokenizers(student, teacher)
@@ -59,14 +59,13 @@ def check_files(recipe: Recipe, options: Options = Options()) -> Iterator[Findin
     yield from _sizes(recipe, options, [len(prompt.ids) for prompt in prompts])
 
 
-def _local_teachers(recipe: Recipe) -> list[ModelConfig]:
-    """Those that are folders or hub names; a server answers for itself when it is asked."""
-    sections = recipe.teacher if isinstance(recipe.teacher, list) else [recipe.teacher]
-    return [section for section in sections if isinstance(section, ModelConfig)]
+def _models(recipe: Recipe) -> list[LocalTeacherConfig]:
+    """The teachers that are models of their own in this process."""
+    return [section for section in recipe.teachers if isinstance(section, LocalTeacherConfig)]
 
 
 def _sizes(recipe: Recipe, options: Options, prompt_lengths: list[int]) -> Iterator[Finding]:
-    device, sections = pick_device(recipe.device), [recipe.student, *_local_teachers(recipe)]
+    device, sections = pick_device(recipe.device), [recipe.student, *_models(recipe)]
     try:
         shapes = [shape_of(section, pick_dtype(section.dtype, device)) for section in sections]
     except ValueError as error:
@@ -100,7 +99,7 @@ def _measured(setup: Setup, options: Options) -> Iterator[Finding]:
             first, second = (setup.teacher.scorer(ask).score(rollouts[:1])[0] for ask in asks)
             assert isinstance(first, TopK) and isinstance(second, TopK)
             yield measured.loss_temperature(first, second)
-        if setup.grader is not None and recipe.teacher.writes():
+        if setup.grader is not None and all(section.writes() for section in recipe.teachers):
             written = measured.write_with(setup, teacher_engine(setup.parts), options.prompts)
     finding = measured.task(setup, written, rollouts)
     if finding is not None:

@@ -52,7 +52,7 @@ def memory(recipe: Recipe, student: Shape, teachers: Sequence[Shape], longest_pr
     logits = LOSS_TENSORS * 4.0 * min(chunk, tokens) * student.rows
     rows = min(rollout.max_rows, rollout.prompts_per_step * rollout.samples_per_prompt)
     step_tokens = rollout.prompts_per_step * rollout.samples_per_prompt * rollout.max_tokens
-    width = max((t.width * t.itemsize for t in teachers), default=0)
+    width = sum(t.width * t.itemsize for t in teachers)
     kept = {"teacher's hidden states": step_tokens * width / devices} if teachers else {}
     per_token = student.activation_bytes_per_token
     if optim.checkpointing:

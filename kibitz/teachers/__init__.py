@@ -4,17 +4,18 @@ A `Teacher` is a value. One file here makes each kind of it from its section of 
 in common is put around it, as `replace(teacher, scorer=...)` does. From the outside in:
 
     several teachers      who speaks about which rollout, and how several voices become one
-    a store of signals    of one teacher, so that a change of one leaves the others' stored
     context               what this teacher's prompt has and the student's has not
+    a store of signals    of one teacher, so that a change of one leaves the others' stored; found by what it read
     another tokenizer     the response's tokens become the teacher's, and their scores go back to the student's
     the model or server
 
 The outer ones see the student's rollouts. Context comes before the tokenizer, because each teacher's prompt is rendered
-by its own chat template; from there on inwards, `prompt.ids` are the teacher's.
+by its own chat template, and before the store, because two rows may differ in nothing else; from there on inwards,
+`prompt.ids` are the teacher's.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch import Tensor
 from kibitz.config import SignalKind
 from kibitz.engines import Engine
 from kibitz.models import LanguageModel
-from kibitz.types import Prompt, Rollout, Signal
+from kibitz.types import Prompt, Rollout, Signal, Stateful
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ def _nothing(*_: object) -> None:
     """For teachers that need not be told."""
 
 
+def _alone(_: Prompt) -> Mapping[int, float]:
+    return {0: 0.0}
+
+
 @dataclass(frozen=True)
 class Teacher:
     """All that a run knows of its teacher. `kinds` are the signals that it can give, the most telling first.
@@ -68,7 +73,11 @@ class Teacher:
     do not fit. `sync(student)`: the student has learnt, after each step. `metrics()`: numbers of the step since the
     last call. `close()`: nobody asks any more. `models`: those of this process that it reads rollouts with. `identity()`:
     hashes of its parts, for a store of its scores; ValueError where it changes from step to step. `aside`: who answers
-    evaluations and heat-maps in its place; with `reads_all` False nobody can, because it knows certain rollouts only."""
+    evaluations and heat-maps in its place; with `reads_all` False nobody can, because it knows certain rollouts only.
+    `keeps`: what changes from step to step, by the names of its files in a checkpoint.
+
+    Of several teachers, `members` are the single ones, and `mix(prompt)` says who speaks: log-weights by place.
+    `everywhere`: it can be asked about the others' prompts."""
 
     name: str
     kinds: tuple[SignalKind, ...]
@@ -84,6 +93,10 @@ class Teacher:
     identity: Callable[[], dict[str, Any]] = _nobody
     aside: Callable[[Ask], Scorer] | None = None
     reads_all: bool = True
+    keeps: Mapping[str, Stateful] = field(default_factory=dict)
+    members: tuple["Teacher", ...] = ()
+    mix: Callable[[Prompt], Mapping[int, float]] = _alone
+    everywhere: bool = True
 
     def score(self, rollouts: Sequence[Rollout], tokens_per_micro_batch: int = 16384) -> list[Signal]:
         """The most telling signals that it has, at temperature 1: for evaluation and the heat-map."""

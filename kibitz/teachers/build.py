@@ -1,6 +1,6 @@
 """From the recipe's `teacher` to a `Teacher`: first what can be refused without weights, then the weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,75 +8,113 @@ from typing import Any
 import torch
 
 from kibitz.alignment import Aligner
-from kibitz.config import LocalTeacherConfig, StoredTeacherConfig, TeacherConfig
+from kibitz.config import LocalTeacherConfig, Recipe, StoredTeacherConfig, StudentTeacherConfig, TeacherConfig
 from kibitz.config.teachers import RemoteTeacherConfig
 from kibitz.models import LanguageModel, check_same_tokenizer, load_model, load_tokenizer
 from kibitz.teachers import Teacher, stored
 from kibitz.teachers.aligned import aligned
+from kibitz.teachers.context import check_context, in_context
 from kibitz.teachers.local import local_teacher
+from kibitz.teachers.own import own_teacher
 from kibitz.teachers.remote import remote_teacher
+from kibitz.teachers.several import routed, several
+from kibitz.types import Prompt
+
+
+@dataclass(frozen=True)
+class Pupil:
+    """Whom a teacher is for: some are made of the student, or must know its tokenizer."""
+
+    recipe: Recipe
+    tokenizer: Any
+    model: LanguageModel
 
 
 @dataclass(frozen=True)
 class Kind:
     """`check(config, tokenizer)` raises ValueError, before any weights load, for a teacher that cannot teach a student
-    with this tokenizer; `load(config, device, tokenizer)` makes it."""
+    with this tokenizer, and gives the teacher's own; `load(config, device, pupil)` makes it."""
 
-    check: Callable[[Any, Any], None]
-    load: Callable[[Any, torch.device, Any], Teacher]
+    check: Callable[[Any, Any], Any]
+    load: Callable[[Any, torch.device, Pupil | None], Teacher]
 
 
-def _check_local(config: LocalTeacherConfig, tokenizer: Any) -> None:
+def _check_local(config: LocalTeacherConfig, tokenizer: Any) -> Any:
     own = load_tokenizer(config, "teacher")
     if config.tokenizer == "student":
         check_same_tokenizer(tokenizer, own)
+    return own
 
 
-def _load_local(config: LocalTeacherConfig, device: torch.device, tokenizer: Any) -> Teacher:
-    return local_teacher(load_model(config, "teacher", device))
+def _load_local(config: LocalTeacherConfig, device: torch.device, pupil: Pupil | None) -> Teacher:
+    teacher = local_teacher(load_model(config, "teacher", device))
+    if config.tokenizer == "student":
+        return teacher
+    assert pupil is not None, "spans are of two tokenizers"
+    return aligned(teacher, Aligner(pupil.tokenizer, load_tokenizer(config, "teacher")), pupil.recipe.data.template)
 
 
-def _check_stored(config: StoredTeacherConfig, tokenizer: Any) -> None:
+def _check_stored(config: StoredTeacherConfig, tokenizer: Any) -> Any:
     stored.check(Path(config.stored), tokenizer)
+    return tokenizer
 
 
-def _load_stored(config: StoredTeacherConfig, device: torch.device, tokenizer: Any) -> Teacher:
+def _load_stored(config: StoredTeacherConfig, device: torch.device, pupil: Pupil | None) -> Teacher:
     return stored.stored_teacher(Path(config.stored), device)
 
 
-def _check_remote(config: RemoteTeacherConfig, tokenizer: Any) -> None:
-    """All that it can be asked, it is asked when it is loaded."""
+def _load_remote(config: RemoteTeacherConfig, device: torch.device, pupil: Pupil | None) -> Teacher:
+    assert pupil is not None, "a server is asked about the student's tokens"
+    return remote_teacher(config, pupil.tokenizer)
 
 
-def _load_remote(config: RemoteTeacherConfig, device: torch.device, tokenizer: Any) -> Teacher:
-    return remote_teacher(config, tokenizer)
+def _load_own(config: StudentTeacherConfig, device: torch.device, pupil: Pupil | None) -> Teacher:
+    assert pupil is not None, "there is nothing to make it of"
+    return own_teacher(config, pupil.recipe.student, pupil.model)
 
 
 KINDS: dict[type[TeacherConfig], Kind] = {
     LocalTeacherConfig: Kind(_check_local, _load_local),
+    StudentTeacherConfig: Kind(lambda config, tokenizer: tokenizer, _load_own),
     StoredTeacherConfig: Kind(_check_stored, _load_stored),
-    RemoteTeacherConfig: Kind(_check_remote, _load_remote),
+    # All that a server can be asked, it is asked when it is loaded.
+    RemoteTeacherConfig: Kind(lambda config, tokenizer: tokenizer, _load_remote),
 }
 
 
-def check(config: TeacherConfig | None, tokenizer: Any) -> None:
-    if config is not None:
-        KINDS[type(config)].check(config, tokenizer)
+def check(config: TeacherConfig, tokenizer: Any) -> Any:
+    """Raise ValueError for a teacher that cannot teach a student with this tokenizer; the tokenizer of the teacher."""
+    return KINDS[type(config)].check(config, tokenizer)
 
 
-def load(
-    config: TeacherConfig | None, device: torch.device, tokenizer: Any = None, template: dict[str, Any] | None = None
-) -> Teacher | None:
-    """For a teacher with a tokenizer of its own, `tokenizer` is the student's and `template` the arguments of its chat
-    template."""
-    if config is None:
-        return None
-    teacher = KINDS[type(config)].load(config, device, tokenizer)
-    if isinstance(config, LocalTeacherConfig) and config.tokenizer == "own":
-        teacher = aligned(teacher, Aligner(tokenizer, load_tokenizer(config, "teacher")), template or {})
+def load(config: TeacherConfig, device: torch.device, pupil: Pupil | None = None) -> Teacher:
+    """One teacher with its store, and no context yet."""
+    teacher = KINDS[type(config)].load(config, device, pupil)
     if config.store is None:
         return teacher
     return stored.with_store(teacher, Path(config.store), config.says_by(), device)
+
+
+def check_all(recipe: Recipe, tokenizer: Any, prompts: Sequence[Prompt]) -> list[Any]:
+    """The tokenizer of each teacher. `prompts` are all that a teacher will read: of training, and of evaluation."""
+    configs = recipe.teachers
+    tokenizers = [check(config, tokenizer) for config in configs]
+    heard = [prompts] if len(configs) == 1 else routed(configs, prompts, recipe.method)
+    for config, own in zip(configs, heard, strict=bool(configs)):
+        if config.context is not None:
+            check_context(config.context, own)
+    return tokenizers
+
+
+def load_all(tokenizers: Sequence[Any], pupil: Pupil, device: torch.device) -> Teacher | None:
+    """The teacher of a run, if it has any. `tokenizers` are the teachers'."""
+    members, configs = [], pupil.recipe.teachers
+    for config, tokenizer in zip(configs, tokenizers, strict=True):
+        teacher = load(config, device, pupil)
+        members.append(teacher if config.context is None else in_context(teacher, config.context, tokenizer))
+    if len(members) > 1:
+        return several(members, configs)
+    return members[0] if members else None
 
 
 def reader_of(model: LanguageModel, tokenizer: Any, template: dict[str, Any]) -> Teacher:

@@ -1,0 +1,132 @@
+"""Privileged context: a teacher whose prompt says more than the student's (a solution, feedback, a system prompt).
+
+OPSD (2601.18734), SDFT (2601.19897), SDPO (2601.20802) and context distillation (2602.12275) are this, around a teacher made
+of the student. The rollout is scored after the teacher's own prompt, rendered by the teacher's own chat template; the
+response's tokens are the same, so only positions move.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError, UndefinedError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from kibitz.config import ContextConfig
+from kibitz.data import encode_prompt
+from kibitz.engines import Engine
+from kibitz.models import LanguageModel
+from kibitz.teachers import Ask, Scorer, Teacher
+from kibitz.types import Prompt, Rollout, Sampling, Signal
+
+NOTHING_YET: dict[str, Any] = {"attempt": None, "reward": None, "success": None}
+
+
+class Rendering:
+    """From the student's prompt to the teacher's."""
+
+    def __init__(self, config: ContextConfig, tokenizer: Any):
+        self.config, self.tokenizer = config, tokenizer
+        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
+        self.prompt = environment.from_string(config.prompt)
+        self.system = None if config.system is None else environment.from_string(config.system)
+
+    def messages(self, prompt: Prompt, seen: dict[str, Any] = NOTHING_YET) -> list[dict[str, str]]:
+        """The teacher's conversation; `seen` is what there is to say of a rollout."""
+        known = {"answer": prompt.answer, "response": prompt.response, "task": prompt.task}
+        known = {name: value for name, value in known.items() if value is not None}
+        columns = {**prompt.columns, **known, "prompt": prompt.text, **seen}
+        try:
+            text = self.prompt.render(columns)
+            system = None if self.system is None else self.system.render(columns)
+        except UndefinedError as error:
+            raise ValueError(
+                f"teacher.context: {error} in the row of the prompt {prompt.text[:80]!r}, which has "
+                f"{', '.join(map(repr, sorted(columns)))}: bring that column, or write {{% if NAME is defined %}} around it"
+            ) from None
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"teacher.context cannot be rendered: {error}") from None
+        before = [dict(message) for message in prompt.messages[:-1]]
+        if system is not None:
+            before = [{"role": "system", "content": system}, *(m for m in before if m["role"] != "system")]
+        return [*before, {"role": "user", "content": text}]
+
+    def __call__(self, prompt: Prompt, seen: dict[str, Any] = NOTHING_YET) -> Prompt:
+        messages = self.messages(prompt, seen)
+        ids = encode_prompt(self.tokenizer, messages, self.config.template)
+        return replace(prompt, ids=tuple(ids), messages=tuple(messages))
+
+
+def check_context(config: ContextConfig, prompts: Sequence[Prompt]) -> None:
+    """Raise ValueError for a row that lacks what the templates speak of."""
+    rendering = Rendering(config, None)
+    for prompt in prompts:
+        rendering.messages(prompt)
+
+
+def in_context(teacher: Teacher, config: ContextConfig, tokenizer: Any) -> Teacher:
+    """`teacher`, with prompts of its own. `tokenizer` is the teacher's."""
+    rendering = Rendering(config, tokenizer)
+
+    def read(rollouts: Sequence[Rollout]) -> list[Rollout]:
+        prompts = [rendering(r.prompt, seen) for r, seen in zip(rollouts, seen_of(rollouts), strict=True)]
+        return [replace(r, prompt=prompt) for r, prompt in zip(rollouts, prompts, strict=True)]
+
+    return replace(
+        teacher,
+        everywhere=False,  # the rows of others need not have the columns
+        scorer=lambda ask: InContext(teacher, teacher.scorer, ask, read),
+        aside=lambda ask: InContext(teacher, teacher.aside or teacher.scorer, ask, read),
+        writer=lambda make: ContextEngine(teacher.writer(make), rendering),
+        flops=lambda rollouts, num_tokens=(): teacher.flops(read(rollouts), num_tokens),
+        check=lambda prompts, max_tokens: teacher.check([rendering(prompt) for prompt in prompts], max_tokens),
+    )
+
+
+def seen_of(rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
+    """Of each rollout: its text and reward, and another one of the same prompt that got all of it, if there is one."""
+    right: dict[str, list[Rollout]] = {}
+    for rollout in rollouts:
+        if rollout.reward is not None and rollout.reward >= 1.0:
+            right.setdefault(rollout.prompt.key, []).append(rollout)
+    seen = []
+    for rollout in rollouts:
+        others = (other.text for other in right.get(rollout.prompt.key, []) if other is not rollout)
+        seen.append({"attempt": rollout.text, "reward": rollout.reward, "success": next(others, None)})
+    return seen
+
+
+@dataclass(frozen=True)
+class InContext:
+    teacher: Teacher
+    scorer: Callable[[Ask], Scorer]
+    ask: Ask
+    read: Callable[[Sequence[Rollout]], list[Rollout]]
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
+        theirs = self.read(rollouts)
+        self.teacher.check([r.prompt for r in theirs], max(r.num_tokens for r in theirs))
+        return self.scorer(self._asked(rollouts, theirs)).score(theirs)
+
+    def _asked(self, rollouts: Sequence[Rollout], theirs: Sequence[Rollout]) -> Ask:
+        """Tokens that the asker names, it names by the student's rollouts."""
+        name = self.ask.candidates
+        if name is None:
+            return self.ask
+        own = {id(their): rollout for their, rollout in zip(theirs, rollouts, strict=True)}
+        return replace(self.ask, candidates=lambda some: name([own[id(r)] for r in some]))
+
+
+class ContextEngine:
+    """Writes after the teacher's prompt; the rollouts keep the student's."""
+
+    def __init__(self, engine: Engine, rendering: Rendering):
+        self.engine, self.rendering = engine, rendering
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        written = self.engine.generate([self.rendering(prompt) for prompt in prompts], sampling)
+        asked = (prompt for prompt in prompts for _ in range(sampling.num_samples))
+        return [replace(rollout, prompt=prompt) for rollout, prompt in zip(written, asked, strict=True)]
+
+    def sync(self, student: LanguageModel) -> None:
+        self.engine.sync(student)

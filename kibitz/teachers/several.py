@@ -1,0 +1,232 @@
+"""Several teachers: each prompt has one or more of them, by its row, its task or none of these, and those of one prompt
+speak together, as a mixture in probability space."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from kibitz.config import MethodConfig, SignalKind, TeacherConfig
+from kibitz.engines import Engine
+from kibitz.engines.torch import TorchEngine
+from kibitz.losses.mixtures import log_mixture
+from kibitz.models import LanguageModel
+from kibitz.teachers import Ask, MakeEngine, Scorer, Teacher
+from kibitz.teachers.local import narrowed
+from kibitz.teachers.mixture import CHUNK_TOKENS, Mix, MixedDecoder, MixedHead, mix_of
+from kibitz.types import Dense, Prompt, Rollout, Sampled, Sampling, Signal
+
+ALONG = (
+    "only models of their own in this process that read the student's prompt can, one token after another: give each task one "
+    "teacher (tasks)"
+)
+
+
+def name_of(config: TeacherConfig, place: int) -> str:
+    return config.name or f"teacher {place + 1}"
+
+
+def mix_for(configs: Sequence[TeacherConfig], prompt: Prompt) -> Mix:
+    """Who speaks about a prompt: the one that its row names; else those whose task it is; else those without tasks."""
+    names = [name_of(config, place) for place, config in enumerate(configs)]
+    if prompt.route is not None:
+        if prompt.route not in names:
+            raise ValueError(
+                f"a row's route is {prompt.route!r} and the teachers are {', '.join(map(repr, names))}: give one that name"
+            )
+        return ((names.index(prompt.route), 0.0),)
+    own = [place for place, config in enumerate(configs) if prompt.task in config.tasks]
+    places = own or [place for place, config in enumerate(configs) if not config.tasks]
+    mix = mix_of({place: configs[place].weight_on(prompt.task) for place in places})
+    if not mix:
+        raise ValueError(
+            f"no teacher speaks about the task {prompt.task!r}: enter it in the tasks of one, leave the tasks of one out, or "
+            "give one of those that could a weight above 0"
+        )
+    return mix
+
+
+def routed(configs: Sequence[TeacherConfig], prompts: Sequence[Prompt], method: MethodConfig) -> list[list[Prompt]]:
+    """The prompts on which each teacher speaks; ValueError where one would have no teacher, or more than the method can
+    take."""
+    mix, heard = remembered(configs), [[] for _ in configs]
+    for prompt in prompts:
+        speak = [place for place, _ in mix(prompt)]
+        for place in speak:
+            heard[place].append(prompt)
+        if len(speak) == 1 or not method.writes_with_teacher():
+            continue
+        if method.judges_with_teacher():
+            raise ValueError(
+                f"{method.type} has one teacher judge a text, and the task {prompt.task!r} has {len(speak)}: give it one (tasks)"
+            )
+        if not all(configs[place].reads_along() for place in speak):
+            raise ValueError(f"the teachers of the task {prompt.task!r} cannot write together: {ALONG}")
+    return heard
+
+
+def several(members: Sequence[Teacher], configs: Sequence[TeacherConfig]) -> Teacher:
+    """All of them as one teacher."""
+    members = [
+        replace(member, name=name_of(config, place))
+        for place, (member, config) in enumerate(zip(members, configs, strict=True))
+    ]
+    mix = remembered(configs)
+    kinds = tuple(kind for kind in members[0].kinds if all(kind in member.kinds for member in members))
+    numbers: dict[str, float] = {}
+
+    def of(prompts: Sequence[Prompt], place: int) -> list[int]:
+        return [i for i, prompt in enumerate(prompts) if any(place == at for at, _ in mix(prompt))]
+
+    def flops(rollouts: Sequence[Rollout], num_tokens: Sequence[int] = ()) -> float:
+        total = 0.0
+        for place, member in enumerate(members):
+            own = of([r.prompt for r in rollouts], place)
+            total += member.flops([rollouts[i] for i in own], [num_tokens[i] for i in own] if num_tokens else ())
+        return total
+
+    def check(prompts: Sequence[Prompt], max_tokens: int) -> None:
+        for place, member in enumerate(members):
+            if own := of(prompts, place):
+                member.check([prompts[i] for i in own], max_tokens)
+
+    def each(call: Callable[[Teacher], object]) -> None:
+        for member in members:
+            call(member)
+
+    return Teacher(
+        name="the teachers",
+        kinds=kinds,
+        scorer=lambda ask: SeveralScorer(members, mix, ask, numbers),
+        writer=lambda make: SeveralEngine(members, mix, make),
+        num_parameters=sum(member.num_parameters for member in members),
+        flops=flops,
+        check=check,
+        sync=lambda student: each(lambda member: member.sync(student)),
+        metrics=lambda: {**numbers, **{k: v for member in members for k, v in member.metrics().items()}},
+        close=lambda: each(lambda member: member.close()),
+        keeps={
+            name if i == 0 else f"{name}-{i}": kept for i, m in enumerate(members) for name, kept in m.keeps.items()
+        },
+        members=tuple(members),
+        reads_all=all(member.reads_all for member in members),
+        aside=lambda ask: SeveralScorer([_aside(member) for member in members], mix, ask, {}),
+        models=[model for member in members for model in member.models],
+        mix=lambda prompt: dict(mix(prompt)),
+    )
+
+
+def _aside(member: Teacher) -> Teacher:
+    return member if member.aside is None else replace(member, scorer=member.aside)
+
+
+def remembered(configs: Sequence[TeacherConfig]) -> Callable[[Prompt], Mix]:
+    """`mix_for`, worked out once for each task and route."""
+    found: dict[tuple[str, str | None], Mix] = {}
+
+    def mix(prompt: Prompt) -> Mix:
+        key = (prompt.task, prompt.route)
+        if key not in found:
+            found[key] = mix_for(configs, prompt)
+        return found[key]
+
+    return mix
+
+
+@dataclass(frozen=True)
+class SeveralScorer:
+    """`numbers` are those of the last rollouts that were scored: how far the teachers of one prompt are from each other."""
+
+    members: Sequence[Teacher]
+    mix: Callable[[Prompt], Mix]
+    ask: Ask
+    numbers: dict[str, float]
+    head: MixedHead = field(default_factory=MixedHead)
+
+    @torch.no_grad()
+    def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
+        mixes = [self.mix(rollout.prompt) for rollout in rollouts]
+        said: list[dict[int, Signal]] = [{} for _ in rollouts]
+        kinds = [self._kind(mix) for mix in mixes]
+        for place, member in enumerate(self.members):
+            for kind in sorted(set(kinds)):
+                own = [i for i, mix in enumerate(mixes) if kinds[i] == kind and any(place == at for at, _ in mix)]
+                scorer: Scorer = member.scorer(replace(self.ask, kind=kind))
+                signals = scorer.score([rollouts[i] for i in own]) if own else []
+                for i, signal in zip(own, signals, strict=True):
+                    said[i][place] = signal
+        dense = [_dense(one) for one in said]
+        width = 1 + max((sum(s.hidden_TD.shape[-1] for s in one.values()) for one in dense if one), default=0)
+        whole = [self.head.packed(mix, one, width) if one else None for mix, one in zip(mixes, dense, strict=True)]
+        self._watch(mixes, whole)
+        return [self._joined(*parts) for parts in zip(rollouts, mixes, said, whole, strict=True)]
+
+    def _kind(self, mix: Mix) -> SignalKind:
+        """What to ask the teachers for: a mixture takes whole distributions where it can have them."""
+        if len(mix) == 1 or not all("dense" in self.members[place].kinds for place, _ in mix):
+            return self.ask.kind
+        return "dense"
+
+    def _joined(self, rollout: Rollout, mix: Mix, said: dict[int, Signal], whole: Dense | None) -> Signal:
+        if whole is not None:
+            token_T = torch.tensor(rollout.response_ids, device=whole.hidden_TD.device)
+            return narrowed(whole, token_T, self.ask, CHUNK_TOKENS)
+        if len(mix) == 1:
+            return said[mix[0][0]]
+        logp = [s.logp_T for s in said.values() if isinstance(s, Sampled)]
+        if len(logp) < len(mix) or self.ask.temperature != 1:
+            raise ValueError(
+                "teachers that do not give whole distributions are mixed by the sampled token's probability, at temperature "
+                "1: write method.support=sampled, or give each task one teacher (tasks)"
+            )
+        logp_IT = torch.stack([logp_T.to(logp[0].device) for logp_T in logp])
+        return Sampled(log_mixture(logp_IT, logp_IT.new_tensor([log_weight for _, log_weight in mix])))
+
+    def _watch(self, mixes: Sequence[Mix], whole: Sequence[Dense | None]) -> None:
+        self.numbers.clear()
+        together = [(mix, one) for mix, one in zip(mixes, whole, strict=True) if len(mix) > 1 and one is not None]
+        if not together:
+            return
+        sums = [self.head.agreement(mix, one.hidden_TD) for mix, one in together]
+        num_tokens = sum(len(one.hidden_TD) for _, one in together)
+        self.numbers["teachers_disagreement"] = sum(nats for nats, _ in sums) / max(1, num_tokens)
+        self.numbers["teachers_agree"] = sum(same for _, same in sums) / max(1, num_tokens)
+
+
+def _dense(said: dict[int, Signal]) -> dict[int, Dense]:
+    return {place: signal for place, signal in said.items() if isinstance(signal, Dense)}
+
+
+class SeveralEngine:
+    """Each prompt is answered by its teacher; where it has several, each token is drawn from their mixture."""
+
+    def __init__(self, members: Sequence[Teacher], mix: Callable[[Prompt], Mix], make: MakeEngine):
+        self.members, self.mix, self.make = members, mix, make
+        self.engines: dict[Mix, Engine] = {}
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        places: dict[Mix, list[int]] = {}
+        for place, prompt in enumerate(prompts):
+            places.setdefault(self.mix(prompt), []).append(place)
+        written: list[list[Rollout]] = [[] for _ in prompts]
+        for mix, own in places.items():
+            if mix not in self.engines:
+                self.engines[mix] = self._engine(mix)
+            rollouts = iter(self.engines[mix].generate([prompts[place] for place in own], sampling))
+            for place in own:
+                written[place] = [next(rollouts) for _ in range(sampling.num_samples)]
+        return [rollout for group in written for rollout in group]
+
+    def sync(self, student: LanguageModel) -> None:
+        """Teachers follow the student by themselves, if at all."""
+
+    def _engine(self, mix: Mix) -> Engine:
+        if len(mix) == 1:
+            return self.members[mix[0][0]].writer(self.make)
+        engines = [self.members[place].writer(self.make) for place, _ in mix]
+        writers = [engine for engine in engines if isinstance(engine, TorchEngine)]
+        if len(writers) < len(mix):
+            raise ValueError(f"these teachers cannot write together: {ALONG}")
+        vocab_size = min(writer.student.vocab_size for writer in writers)
+        writers[0].use(MixedDecoder([writer.decoder() for writer in writers], mix, vocab_size))
+        return writers[0]
