@@ -218,7 +218,7 @@ def store_scores(teacher: str, rollouts: Path, folder: Path, ask: Ask, rows: int
     prompts = prompts_of(rollouts)
     by_key = load_rollouts(rollouts, prompts, len(tokenizer), num_samples=1, max_tokens=2**31)
     found = [rollout for some in by_key.values() for rollout in some]
-    model = build.load(config, pick_device(), tokenizer)
+    model = build.load(config, pick_device(), build.Pupil(tokenizer))
     assert model is not None
     model.check(prompts, max(r.num_tokens for r in found))
     scorer = model.scorer(ask)

@@ -98,7 +98,7 @@ def prepare(
     student = load_student(recipe.student, device, tokenizer, recipe.seed, resumed_from)
     if recipe.optim.checkpointing:
         student.recompute_activations()
-    teacher = teachers.load_all(teacher_tokenizers, teachers.Pupil(recipe, tokenizer, student), device)
+    teacher = teachers.load_all(recipe, teacher_tokenizers, student)
     reference = _reference(recipe, device, tokenizer)
     checks = [student.check_lengths, *(model.check for model in (teacher, reference) if model is not None)]
     for check in checks:

@@ -1,14 +1,21 @@
 """From the recipe's `teacher` to a `Teacher`: first what can be refused without weights, then the weights."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kibitz.alignment import Aligner
-from kibitz.config import LocalTeacherConfig, Recipe, StoredTeacherConfig, StudentTeacherConfig, TeacherConfig
+from kibitz.config import (
+    LocalTeacherConfig,
+    ModelConfig,
+    Recipe,
+    StoredTeacherConfig,
+    StudentTeacherConfig,
+    TeacherConfig,
+)
 from kibitz.config.teachers import RemoteTeacherConfig
 from kibitz.models import LanguageModel, check_same_tokenizer, load_model, load_tokenizer
 from kibitz.teachers import Teacher, stored
@@ -25,9 +32,10 @@ from kibitz.types import Prompt
 class Pupil:
     """Whom a teacher is for: some are made of the student, or must know its tokenizer."""
 
-    recipe: Recipe
     tokenizer: Any
-    model: LanguageModel
+    template: Mapping[str, Any] = field(default_factory=dict)
+    model: LanguageModel | None = None
+    section: ModelConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ def _load_local(config: LocalTeacherConfig, device: torch.device, pupil: Pupil |
     if config.tokenizer == "student":
         return teacher
     assert pupil is not None, "spans are of two tokenizers"
-    return aligned(teacher, Aligner(pupil.tokenizer, load_tokenizer(config, "teacher")), pupil.recipe.data.template)
+    return aligned(teacher, Aligner(pupil.tokenizer, load_tokenizer(config, "teacher")), dict(pupil.template))
 
 
 def _check_stored(config: StoredTeacherConfig, tokenizer: Any) -> Any:
@@ -69,8 +77,8 @@ def _load_remote(config: RemoteTeacherConfig, device: torch.device, pupil: Pupil
 
 
 def _load_own(config: StudentTeacherConfig, device: torch.device, pupil: Pupil | None) -> Teacher:
-    assert pupil is not None, "there is nothing to make it of"
-    return own_teacher(config, pupil.recipe.student, pupil.model)
+    assert pupil is not None and pupil.model is not None and pupil.section is not None, "nothing to make it of"
+    return own_teacher(config, pupil.section, pupil.model)
 
 
 KINDS: dict[type[TeacherConfig], Kind] = {
@@ -106,9 +114,10 @@ def check_all(recipe: Recipe, tokenizer: Any, prompts: Sequence[Prompt]) -> list
     return tokenizers
 
 
-def load_all(tokenizers: Sequence[Any], pupil: Pupil, device: torch.device) -> Teacher | None:
+def load_all(recipe: Recipe, tokenizers: Sequence[Any], student: LanguageModel) -> Teacher | None:
     """The teacher of a run, if it has any. `tokenizers` are the teachers'."""
-    members, configs = [], pupil.recipe.teachers
+    members, configs, device = [], recipe.teachers, student.device
+    pupil = Pupil(student.tokenizer, recipe.data.template, student, recipe.student)
     for config, tokenizer in zip(configs, tokenizers, strict=True):
         teacher = load(config, device, pupil)
         members.append(teacher if config.context is None else in_context(teacher, config.context, tokenizer))
