@@ -56,15 +56,15 @@ def run_tasks(
 
 def _harness() -> Any:
     try:
-        import lm_eval
-        import lm_eval.tasks
+        import lm_eval  # pyright: ignore[reportMissingImports]
+        import lm_eval.tasks  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(f"--tasks needs lm-evaluation-harness ({error}): pip install 'kibitz[evals]'") from None
     return lm_eval
 
 
 def _folder(model: str, tokenizer: Any, batch_size: int, device: str) -> Any:
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
     where = pick_device(device)
     loaded = load_model(ModelConfig(model=model), "model", where, tokenizer)
@@ -73,7 +73,7 @@ def _folder(model: str, tokenizer: Any, batch_size: int, device: str) -> Any:
 
 def _server(model: str, url: str) -> Any:
     """Prompts as token ids, made by the model's own tokenizer here. The key stands in the environment."""
-    from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from lm_eval.models.openai_completions import LocalCompletionsAPI  # pyright: ignore[reportMissingImports]
 
     os.environ.setdefault("OPENAI_API_KEY", "none")  # vLLM without --api-key takes any
     return LocalCompletionsAPI(model=model, base_url=f"{url.rstrip('/')}/v1/completions", num_concurrent=16)

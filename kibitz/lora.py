@@ -80,6 +80,11 @@ def base_of(folder: str | Path) -> str:
     return base
 
 
+def base_or_self(name: str) -> str:
+    """Where the architecture of a model is written: in its base, of an adapter."""
+    return base_of(name) if is_adapter(name) else name
+
+
 def attach(model: Any, config: LoraConfig, seed: int) -> Adapter:
     """Put a new adapter into `model`, in place; what is not adapter is frozen. The same seed gives the same A."""
     _refuse_tied_head(model, config.targets)

@@ -118,7 +118,8 @@ class LanguageModel(nn.Module):
             before = self.hidden(ids_BL)
             for layer in layers:
                 layer.gradient_checkpointing = layer.training = True  # wanted together; dropout has a flag of its own
-                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+                again: Any = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+                layer._gradient_checkpointing_func = again
             same = torch.equal(before, self.hidden(ids_BL))
         if not same:
             raise ValueError(
@@ -202,8 +203,7 @@ def check_folder(name: str, role: str) -> None:
 def load_tokenizer(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
     check_folder(config.model, role)
     try:
-        base = lora.base_of(config.model) if lora.is_adapter(config.model) else config.model
-        AutoConfig.from_pretrained(base, trust_remote_code=config.trust_remote_code)
+        AutoConfig.from_pretrained(lora.base_or_self(config.model), trust_remote_code=config.trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # whatever a broken folder makes transformers raise
         raise ValueError(_unreadable(config.model, role, error)) from error

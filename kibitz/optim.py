@@ -107,7 +107,7 @@ def _adam(parameters: list[Tensor], config: OptimConfig) -> torch.optim.Optimize
     require(config)
     import bitsandbytes
 
-    return bitsandbytes.optim.AdamW8bit(parameters, **options)
+    return bitsandbytes.optim.AdamW8bit(parameters, **options)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def require(config: OptimConfig) -> None:

@@ -249,3 +249,14 @@ def test_what_cannot_be_is_refused_in_words(small_models, tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"pip install 'kibitz\[lora\]'"):
         run(small_models, tmp_path / "run")
+
+
+def test_the_preflight_reads_the_base_of_an_adapter(tmp_path):
+    from kibitz.preflight import texts
+
+    folder = make_model(tmp_path / "base")
+    student_of(folder).save(tmp_path / "adapter")
+    adapter, base = (ModelConfig(model=str(tmp_path / name)) for name in ("adapter", "base"))
+    tok = load_tokenizer(adapter, "teacher")
+    assert texts.stop_tokens(adapter, tok) == texts.stop_tokens(base, tok)
+    assert lora.base_or_self(str(folder)) == str(folder)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kibitz import lora
 from kibitz.config import ModelConfig
 
 PROBED_TOKENS = 64
@@ -90,7 +91,9 @@ class Shape:
 def shape_of(config: ModelConfig, dtype: torch.dtype) -> Shape:
     """The model of a recipe's section, without its weights. ValueError for an architecture that cannot be built so."""
     try:
-        architecture = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+        architecture = AutoConfig.from_pretrained(
+            lora.base_or_self(config.model), trust_remote_code=config.trust_remote_code
+        )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 architecture, dtype=dtype, trust_remote_code=config.trust_remote_code

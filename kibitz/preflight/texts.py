@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
+from kibitz import lora
 from kibitz.alignment import Aligner
 from kibitz.config import ModelConfig, Recipe
 from kibitz.data import encode_prompt
@@ -71,9 +72,9 @@ def stop_tokens(config: ModelConfig, tokenizer: Any, more: Sequence[str] = ()) -
 
 def _settings(config: ModelConfig) -> list[Any]:
     try:
-        return [GenerationConfig.from_pretrained(config.model)]
+        return [GenerationConfig.from_pretrained(lora.base_or_self(config.model))]
     except OSError:  # a folder without generation settings: transformers then takes the model's own
-        return [AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)]
+        return [AutoConfig.from_pretrained(lora.base_or_self(config.model), trust_remote_code=config.trust_remote_code)]
 
 
 def first_token(student: Any, teacher: Any, prompts: Sequence[Prompt]) -> Finding:
