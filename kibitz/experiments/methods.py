@@ -14,7 +14,7 @@ def _opd(name: str, about: str, **settings) -> Arm:
 def _skd(top_k: int, divergence: str, short: str) -> Arm:
     method = {"type": "skd", "accept_top_k": top_k, "divergence": divergence}
     return Arm(
-        f"skd-k{top_k}-{short}", f"speculative KD, K={top_k}, {divergence.replace('_', ' ')}", {"method": method}
+        f"skd-k{top_k}-{short}", f"speculative KD, K={top_k}, {divergence.replace('_kl', ' KL')}", {"method": method}
     )
 
 
