@@ -8,13 +8,8 @@ from pathlib import Path
 from kibitz.experiments.design import Experiment
 from kibitz.experiments.tables import Estimate, Row, models, nats, percent, rows
 
-NAMES, WIDTH, COLUMN, HEIGHT, TOP = (
-    180,
-    430,
-    95,
-    26,
-    64,
-)  # pixels: names, the axis, a column of numbers, a row, the head
+# In pixels: the names, the axis, a column of numbers, a row, the head.
+NAMES, WIDTH, COLUMN, HEIGHT, TOP = 180, 430, 105, 26, 64
 STYLE = """
 text{font:13px system-ui,sans-serif;fill:#1f2328}
 .name{font-family:ui-monospace,monospace;font-size:12px}.small{font-size:11px;fill:#59636e}
