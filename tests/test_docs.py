@@ -16,7 +16,14 @@ from kibitz import config, methods
 
 ROOT = Path(__file__).parents[1]
 LEAST = {"student": {"model": "s"}, "teacher": {"model": "t"}, "data": {"prompts": "p.jsonl"}}
-PAGES = ("README.md", "docs/methods.md", "docs/comparison.md", "docs/students.md", "docs/machines.md")
+PAGES = (
+    "README.md",
+    "docs/methods.md",
+    "docs/comparison.md",
+    "docs/students.md",
+    "docs/machines.md",
+    "docs/servers.md",
+)
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
 WANTED = ("```", "**Source.**", "**When.**", "**When not.**")
 

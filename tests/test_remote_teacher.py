@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import threading
 from contextlib import ExitStack
 from functools import partial
 
@@ -23,11 +24,13 @@ from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import Divergence
 from kibitz.methods.candidates import student_top_k
 from kibitz.models import load_model
+from kibitz.prepare import prepare
 from kibitz.servers import ServerError
 from kibitz.servers.http import Servers
 from kibitz.teachers import Ask
 from kibitz.teachers.local import local_teacher
 from kibitz.teachers.remote import GENERATE, RemoteScorer, Served, remote_teacher
+from kibitz.trainer import Silence, Trainer
 from kibitz.types import Prompt, Sampled, Sampling, Scored
 
 PROMPTS = [Prompt(ids=(1, 5 + i, 6, 7), text="", key=str(i)) for i in range(4)]
@@ -148,6 +151,41 @@ def test_training_goes_as_with_a_local_teacher(folders, tmp_path, method):
     if method.get("top_k_of") != "teacher":  # there the server adds the written token to the K
         assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert len(losses[1]) == 4
+
+
+def test_the_teacher_begins_while_others_are_still_written(folders, tmp_path):
+    """The last rollouts of a step are held back until the teacher has been asked about others: it would wait for ever if it
+    were asked only when all are written. And the losses are those of the embedded order."""
+    asked, held = threading.Event(), 0
+
+    def hold(path, answer):
+        nonlocal held
+        if path == "/v1/completions" and student.asked[-1][2]["n"] == 2:
+            with lock:
+                held += 1
+                mine = held
+            if mine == 8 and not asked.wait(20):
+                return 400, {"error": "the teacher was not asked"}
+        return answer
+
+    def notice(path, answer):
+        if "generate" in path:
+            asked.set()
+        return answer
+
+    lock = threading.Lock()
+    with Stub(folders[0], bend=hold) as student, Stub(folders[1]) as teacher:
+        tree = small_recipe(
+            folders[0], None, tmp_path / "run", steps=1,
+            rollout={"engine": "vllm", "urls": [student.url]},
+            method={"type": "opd", "support": "sampled"}, eval={"num_prompts": 1, "samples": 1},
+        )  # fmt: skip
+        teacher.bend = notice
+        setup = prepare({**tree, "teacher": {"url": teacher.url}})
+        asked.clear()
+        Trainer(setup, Silence()).step()
+        setup.close()
+    assert held == 8 and asked.is_set()
 
 
 # ------------------------------------------------------------------ answers that cannot be

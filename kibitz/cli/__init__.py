@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 import kibitz
-from kibitz.cli import check, data, experiments, models, training
+from kibitz.cli import check, data, experiments, models, serve, training
 from kibitz.cli.output import Output, sentence
 
 ANYWHERE = ("--quiet", "-q", "--json", "--debug")
@@ -80,6 +80,7 @@ app.command()(data.report)
 app.add_typer(data.worlds, name="worlds")
 app.command()(experiments.reproduce)
 app.command()(data.schema)
+app.command()(serve.serve)
 
 
 def main() -> None:

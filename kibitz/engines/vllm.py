@@ -28,7 +28,7 @@ class VLLMEngine:
 
     def __init__(self, student: LanguageModel, config: RolloutConfig, folder: Path, probe: Sequence[Prompt]):
         self.student = student
-        self.finished: Callable[[Sequence[Rollout]], None] = lambda rollouts: None
+        self.finished: Callable[[Sequence[Rollout]], object] = lambda rollouts: None
         self.weights = Weights(config.server, folder, student, lambda server: self._answers(server, probe))
         self.servers = Servers(config.server, config.urls, "student", self.weights.ensure)
         try:

@@ -18,7 +18,7 @@ from kibitz.losses.joint import Sum, anchor_kl
 from kibitz.losses.policy_gradient import POLICY_LOSSES
 from kibitz.methods.candidates import student_top_k
 from kibitz.models import LanguageModel
-from kibitz.teachers import Ask, MakeEngine, Scorer, Teacher
+from kibitz.teachers import Ask, Early, MakeEngine, Scorer, Teacher
 from kibitz.teachers.local import narrowed
 from kibitz.types import Batch, Dense, Prompt, Rollout, Sampled, Sampling, Scored, Signal, Stateful, Step
 
@@ -82,6 +82,7 @@ class Parts:
     reference: Teacher | None = None
     keeps: dict[str, Stateful] = field(default_factory=dict)
     notes: Notes = field(default_factory=Notes)
+    hears: list[Callable[[Sequence[Rollout]], None]] = field(default_factory=list)  # of rollouts as they are written
     ranks: Ranks = ALONE
 
 
@@ -93,7 +94,10 @@ def scorer(parts: Parts, config: MethodConfig) -> Scorer:
     if isinstance(config, DistillationConfig):
         candidates = partial(student_top_k, parts.student, config.top_k, ask.tokens_per_micro_batch)
         ask = replace(ask, top_k=config.top_k, temperature=config.temperature, candidates=candidates)
-    return parts.teacher.scorer(ask)
+    made = parts.teacher.scorer(ask)
+    if isinstance(made, Early):
+        parts.hears.append(made.expect)
+    return made
 
 
 def spoken(rollouts: Sequence[Rollout], signals: Sequence[Signal]) -> list[Tensor]:

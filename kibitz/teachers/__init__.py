@@ -16,7 +16,7 @@ by its own chat template, and before the store, because two rows may differ in n
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -42,6 +42,15 @@ class Ask:
 class Scorer(Protocol):
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
         """One signal per rollout, in order, an entry for each response token."""
+        ...
+
+
+@runtime_checkable
+class Early(Protocol):
+    """A scorer that can begin before it is asked."""
+
+    def expect(self, rollouts: Sequence[Rollout]) -> None:
+        """These are written, and will be asked about; others are not written yet."""
         ...
 
 

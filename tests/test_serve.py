@@ -1,0 +1,92 @@
+"""`kibitz serve`: the commands say what a recipe needs, hold no key, bind to this machine; processes end with the block."""
+
+import os
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from kibitz import config
+from kibitz.cli import app
+from kibitz.servers import ServerError
+from kibitz.servers.commands import commands, running
+
+SERVER = """
+import http.server, sys
+if "--fail" in sys.argv[1:]: sys.exit(3)
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.send_header("Content-Length", "0"); self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Healthy).serve_forever()
+"""
+
+
+def tree(**sections):
+    base = {
+        "student": {"model": "org/student", "lora": {"rank": 20}},
+        "teacher": {"url": "http://127.0.0.1:8001", "model": "org/teacher"},
+        "data": {"world": "arithmetic", "max_prompt_tokens": 100},
+        "method": {"type": "opd", "support": "top_k"},
+        "rollout": {"engine": "vllm", "urls": ["http://localhost:8000"], "max_tokens": 50},
+    }
+    return {**base, **sections}
+
+
+@pytest.fixture
+def fake_python(tmp_path):
+    path = tmp_path / "python"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} "{tmp_path / "server.py"}" "$@"\n')
+    path.chmod(0o755)
+    (tmp_path / "server.py").write_text(SERVER)
+    return str(path)
+
+
+def test_the_commands_say_what_the_recipe_needs():
+    student, teacher = (one.line() for one in commands(config.load(tree()), cpu=False))
+    for part in ("--host 127.0.0.1 --port 8000", "--max-model-len 151", "--enable-lora --max-lora-rank 32",
+                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", "vllm.entrypoints.openai.api_server"):  # fmt: skip
+        assert part in student
+    for part in ("--port 8001", "--enable-scale-out", "--max-logprobs 65", "VLLM_USE_V2_MODEL_RUNNER=1"):
+        assert part in teacher
+    whole = tree(student={"model": "m"}, rollout={"engine": "vllm", "urls": ["http://gpu7:1"], "temperature": 0.7})
+    (line, cpu) = (commands(config.load(whole), cpu=cpu)[0].line() for cpu in (False, True))
+    assert "VLLM_SERVER_DEV_MODE=1" in line and "processed_logprobs" in line and "--host gpu7 --port 1" in line
+    assert "--dtype float32" in cpu and "--enforce-eager" in cpu
+    with pytest.raises(ValueError, match="names no server"):
+        commands(config.load(tree(rollout={}, teacher={"model": "t"})), cpu=True)
+
+
+def test_a_printed_command_names_the_key_and_does_not_hold_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("KIBITZ_API_KEY", "sk-very-secret")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(config.dump(config.load(tree())))
+    for more in ([], ["--json"]):
+        answer = CliRunner().invoke(app, ["serve", str(path), "--cpu", *more])
+        assert answer.exit_code == 0 and "$KIBITZ_API_KEY" in answer.output and "sk-very-secret" not in answer.output
+
+
+def test_servers_are_up_inside_the_block_and_gone_after_it(tmp_path, fake_python):
+    found = commands(config.load(tree(rollout={}, teacher={"url": "http://127.0.0.1:18977", "model": "t"})), cpu=True)
+    with running(found, fake_python, tmp_path / "logs", timeout=30) as (process,):
+        assert httpx.get("http://127.0.0.1:18977/health", trust_env=False).status_code == 200
+    assert process.poll() is not None
+    with pytest.raises(httpx.ConnectError):
+        httpx.get("http://127.0.0.1:18977/health", trust_env=False)
+
+
+def test_a_server_that_does_not_start_is_named(tmp_path, fake_python):
+    found = commands(
+        config.load(tree(rollout={}, teacher={"url": "http://127.0.0.1:18978", "model": "--fail"})), cpu=True
+    )
+    with (
+        pytest.raises(ServerError, match="teacher at http://127.0.0.1:18978 ended with code 3"),
+        running(found, fake_python, tmp_path / "logs", timeout=30),
+    ):
+        pass
+    elsewhere = commands(config.load(tree()), cpu=True)[:1]
+    elsewhere = [type(elsewhere[0])("student", "http://gpu7:8000", ())]
+    with pytest.raises(ValueError, match="not this machine"), running(elsewhere, fake_python, tmp_path):
+        pass
+    assert Path(fake_python).exists() and os.access(fake_python, os.X_OK)
