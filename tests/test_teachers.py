@@ -132,3 +132,8 @@ def test_a_mistake_in_the_teachers_section_is_told_without_its_kind():
         with pytest.raises(RecipeError) as raised:
             config.load({"student": {"model": "s"}, "teacher": section, "data": {"world": "arithmetic"}})
         assert str(raised.value) == message
+
+
+def test_a_run_without_a_teacher_needs_none(models, tmp_path):
+    setup = prepare(recipe(models / "student", None, tmp_path / "run", method={"type": "sft"}))
+    assert setup.teacher is None and setup.evaluator.teacher is None

@@ -107,8 +107,8 @@ def check_all(recipe: Recipe, tokenizer: Any, prompts: Sequence[Prompt]) -> list
     """The tokenizer of each teacher. `prompts` are all that a teacher will read: of training, and of evaluation."""
     configs = recipe.teachers
     tokenizers = [check(config, tokenizer) for config in configs]
-    heard = [prompts] if len(configs) == 1 else routed(configs, prompts, recipe.method)
-    for config, own in zip(configs, heard, strict=bool(configs)):
+    heard = routed(configs, prompts, recipe.method) if len(configs) > 1 else [prompts] * len(configs)
+    for config, own in zip(configs, heard, strict=True):
         if config.context is not None:
             check_context(config.context, own)
     return tokenizers
