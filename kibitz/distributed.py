@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -116,10 +116,14 @@ class Ranks:
     def in_step(self, batches: list[list[Scored]]) -> Iterator[tuple[list[Scored], bool]]:
         """The micro-batches, and whether one is the last. A forward pass of the learner is one of all processes, so who
         has fewer learns nothing from some more."""
-        num = max(self.gather(len(batches)))
-        idle = [replace(one, weight_T=torch.zeros_like(one.weight_T)) for one in batches[-1]] if num else []
-        for number in range(num):
-            yield batches[number] if number < len(batches) else idle, number == num - 1
+        together = self.as_many(batches)
+        idle = [replace(one, weight_T=torch.zeros_like(one.weight_T)) for one in together[-1]] if together else []
+        for number, batch in enumerate(together, 1):
+            yield batch if number <= len(batches) else idle, number == len(together)
+
+    def as_many(self, items: list[T]) -> list[T]:
+        """The list, with its last entry repeated until it is as long as the longest of all processes."""
+        return items + items[-1:] * (max(self.gather(len(items))) - len(items))
 
     def spread(self, engine: Engine) -> Engine:
         """The same engine, for which each process writes its share."""
@@ -202,13 +206,27 @@ def learner_of(student: LanguageModel, ranks: Ranks) -> LanguageModel:
     learner.packs = student.packs
     dtype = student.model.dtype
     policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
-    kinds = set(getattr(student.model, "_no_split_modules", None) or ())
-    layers = [module for module in learner.model.modules() if type(module).__name__ in kinds]
-    for module in [*layers, learner]:
+    for module in [*_layers(learner), learner]:
         fully_shard(module, mesh=ranks.mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     return learner
+
+
+def shard_layers(model: LanguageModel, ranks: Ranks) -> None:
+    """Split a frozen model over the processes, but for what stands around its layers: the head is used outside of its
+    forward pass, too. From here on a pass of one process is a pass of all, which `model.as_many` provides for."""
+    if ranks.size == 1:
+        return
+    for layer in _layers(model):
+        fully_shard(layer, mesh=ranks.mesh)
+    model.as_many = ranks.as_many
+
+
+def _layers(model: LanguageModel) -> list[nn.Module]:
+    """The parts that transformers names as not to be split."""
+    kinds = set(getattr(model.model, "_no_split_modules", None) or ())
+    return [module for module in model.model.modules() if type(module).__name__ in kinds]
 
 
 def reduce_gradients(learner: LanguageModel, last: bool) -> None:

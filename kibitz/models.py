@@ -46,6 +46,7 @@ class LanguageModel(nn.Module):
         self.vocab_size: int = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
         self.head, self.head_stands_alone = build_head(model, self.vocab_size, name)
         self.packs = False  # see `kibitz.packing`
+        self.as_many: Callable[[list[Any]], list[Any]] = list  # as many passes in each process: see `shard_layers`
         self._compiled: tuple[Any, ...] = ()  # in a tuple, so that it is no second child
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kibitz import config, distributed, lora, optim, trackers
-from kibitz.config import DataConfig, Recipe, RecipeError, StudentTeacherConfig
+from kibitz.config import DataConfig, LocalTeacherConfig, Recipe, RecipeError, StudentTeacherConfig
 from kibitz.data import PromptStream, encode_response, load_grader, load_prompts
 from kibitz.distributed import Ranks
 from kibitz.engines import Engine
@@ -113,6 +113,7 @@ def prepare(
     if recipe.optim.checkpointing:
         student.recompute_activations()
     teacher = teachers.load_all(recipe, teacher_tokenizers, student)
+    _shard(teacher, recipe, ranks)
     reference = _reference(recipe, device, tokenizer)
     checks = [student.check_lengths, *(model.check for model in (teacher, reference) if model is not None)]
     for check in checks:
@@ -133,6 +134,12 @@ def prepare(
     return Setup(
         recipe, folder, resumed_from, student, learner, teacher, engine, stream, grader, evaluator, parts, ranks
     )
+
+
+def _shard(teacher: Teacher | None, recipe: Recipe, ranks: Ranks) -> None:
+    if teacher is not None and recipe.parallel.shard_teacher:
+        for model in teacher.models:
+            distributed.shard_layers(model, ranks)
 
 
 def _engine(recipe: Recipe, student: LanguageModel, probe: Sequence[Prompt], ranks: Ranks) -> Engine:
@@ -167,6 +174,14 @@ def _meet(recipe: Recipe, prompts: Sequence[Prompt]) -> tuple[Ranks, torch.devic
         )
     if any(teacher.store is not None for teacher in recipe.teachers):
         raise RecipeError("teacher.store: one process fills a store: leave it out, or start one")
+    if recipe.parallel.shard_teacher and [type(teacher) for teacher in recipe.teachers] != [LocalTeacherConfig]:
+        raise RecipeError("parallel.shard_teacher: that is for one teacher.model in this process: leave it out")
+    if recipe.parallel.shard_teacher and recipe.method.writes_with_teacher():
+        raise RecipeError(
+            f"parallel.shard_teacher: method {recipe.method.type} lets the teacher write, which it does whole: leave it out"
+        )
+    if recipe.parallel.shard_teacher and recipe.eval.num_prompts < ranks.size:
+        raise RecipeError(f"parallel.shard_teacher needs eval.num_prompts={ranks.size} or more, one for each process")
     if recipe.method.trains_an_opponent():
         raise RecipeError(f"method {recipe.method.type} trains an opponent of the student in one process: start one")
     num = min(recipe.rollout.prompts_per_step, len({prompt.key for prompt in prompts}))

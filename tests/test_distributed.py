@@ -91,7 +91,8 @@ def alone(models, tmp_path_factory) -> Path:
 def by_two(alone, models, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("by-two")
     copies = _job(models, folder, "copies", parallel={"replicate": 2})
-    torchrun(2, [*jobs(models, folder, RUNS), copies], folder)
+    sharded = _job(models, folder, "sharded", parallel={"shard_teacher": True}, optim={"tokens_per_micro_batch": 30})
+    torchrun(2, [*jobs(models, folder, RUNS), copies, sharded], folder)
     return folder
 
 
@@ -151,6 +152,11 @@ def test_several_processes_give_the_run_of_one(alone, by_two, by_three, num, nam
 def test_two_copies_of_the_student_learn_as_one(alone, by_two):
     """HSDP: each process holds all, and gradients are summed between them."""
     assert_same_run(by_two / "copies", alone / "opd")
+
+
+@pytest.mark.slow
+def test_a_teacher_that_is_sharded_says_the_same(alone, by_two):
+    assert_same_run(by_two / "sharded", alone / "opd")
 
 
 @pytest.mark.slow

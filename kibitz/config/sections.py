@@ -255,6 +255,11 @@ class ParallelConfig(Section):
     replicate: int = Field(
         1, ge=1, description="Such copies (HSDP): above 1, whole weights travel inside a machine only."
     )
+    shard_teacher: bool = Field(
+        False,
+        description="Split the layers of a teacher in this process as well: less memory, more communication. Off: each process "
+        "holds it whole.",
+    )
 
 
 class SaveConfig(Section):

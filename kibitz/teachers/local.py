@@ -40,7 +40,7 @@ class LocalScorer:
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
         signals: dict[int, Signal] = {}
-        for indices in group(rollouts, self.ask.tokens_per_micro_batch):
+        for indices in self.model.as_many(group(rollouts, self.ask.tokens_per_micro_batch)):
             members = [rollouts[i] for i in indices]
             signal, start = self._score_together(members), 0
             for index, rollout in zip(indices, members, strict=True):
