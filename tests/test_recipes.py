@@ -2,9 +2,11 @@
 byte-level tokenizer with Qwen's template, and a file of rows with the columns that its data set has."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from support import make_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -74,7 +76,9 @@ def small(recipe: config.Recipe, tiny: dict[str, Path], output: Path) -> list[st
         "threads=1",
         f"output={output}",
     ]
-    return changes if recipe.teacher is None else [*changes, f"teacher.model={tiny['teacher']}"]
+    if recipe.rollout.engine == "vllm":
+        changes += ["rollout.engine=torch", "rollout.urls=[]"]
+    return changes if recipe.teacher is None else [*changes, f"teacher={{model: {tiny['teacher']}}}"]
 
 
 def test_there_are_recipes():
@@ -101,3 +105,12 @@ def test_a_recipe_trains(path, tiny, tmp_path):
     assert run.checkpoint is not None
     assert asks.method == recipe.method
     assert asks.optim == recipe.optim
+
+
+def test_the_slurm_script_is_shell_and_the_skypilot_file_names_a_recipe():
+    script = FOLDER / "launch" / "slurm.sh"
+    assert subprocess.run(["bash", "-n", script], check=False, capture_output=True).returncode == 0
+    task = yaml.safe_load((FOLDER / "launch" / "skypilot.yaml").read_text(encoding="utf-8"))
+    assert (FOLDER.parent / task["envs"]["RECIPE"]).is_file()
+    assert "--resume" in task["run"]
+    assert "--resume" in script.read_text(encoding="utf-8")
