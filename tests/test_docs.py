@@ -21,6 +21,7 @@ PAGES = (
     "docs/methods.md",
     "docs/comparison.md",
     "docs/students.md",
+    "docs/teachers.md",
     "docs/machines.md",
     "docs/servers.md",
 )

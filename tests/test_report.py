@@ -218,7 +218,7 @@ def test_odd_tokens_are_taken_as_they_are():
     ]
     page = rollout_page([{"prompt": None, "tokens": tokens, "fork": True}, {"tokens": 3, "response": "x"}])
     first, second = island(page, "rollouts")["runs"][0]["pairs"]
-    assert [token[1:] for token in first["sides"][0]["tokens"]] == [
+    assert [token[1:6] for token in first["sides"][0]["tokens"]] == [
         [-100.0, None, None, [], []],
         *[[None, None, None, [], []]] * 2,
     ]
@@ -411,3 +411,16 @@ def test_what_the_guards_said_stands_at_the_top(folder):
     (folder / "alarms.jsonl").write_text(json.dumps(alarm) + "\n")
     page = page_of(folder)
     assert "Step 12, repetition: &lt;b&gt;half&lt;/b&gt; of the tokens repeat. Lower the rate." in page
+
+
+def test_what_each_of_several_teachers_says_stands_on_the_tokens_card():
+    said = [{"logp": -0.5, "kl": 0.25, "top": [["7", 0.6]]}, {"logp": float("-inf"), "kl": None, "top": "x"}]
+    row = {"prompt": "p", "teachers": [{"name": "<b>sums</b>", "weight": 0.75}, {"name": 3}, "no teacher"]}
+    odd = {"text": "8", "teachers": "none"}
+    page = rollout_page([row | {"tokens": [{"text": "7", "teachers": said}, odd]}])
+    held = island(page, "rollouts")
+    (side,) = held["runs"][0]["pairs"][0]["sides"]
+    assert [name for name, _ in side["teachers"]] == ["<b>sums</b>", "3"] and "<b>sums" not in page
+    seven = held["strings"].index("7")
+    assert side["tokens"][0][6] == [[-0.5, 0.25, [seven, 0.6]], [-100.0, None, []]]
+    assert side["tokens"][1][6] == []

@@ -3,7 +3,7 @@
    Model text enters the page through textContent only. */
 (() => {
   const { levels, runs, strings } = JSON.parse(document.getElementById("rollouts").textContent);
-  const [TEXT, STUDENT, TEACHER, KL, STUDENT_TOP, TEACHER_TOP] = [0, 1, 2, 3, 4, 5];
+  const [TEXT, STUDENT, TEACHER, KL, STUDENT_TOP, TEACHER_TOP, VOICES] = [0, 1, 2, 3, 4, 5, 6];
   const PER_PAGE = 2000, OPEN = 4, STRIP_FROM = 200, STRIP_BINS = 120;
   const place = document.getElementById("pairs");
   const card = document.getElementById("card");
@@ -18,8 +18,7 @@
   const checked = (name) => document.querySelector(`input[name="${name}"]:checked`)?.value ?? "all";
   const penalty = (token) => token[STUDENT] === null || token[TEACHER] === null ? null : token[STUDENT] - token[TEACHER];
   const heat = (token) => {
-    const dotted = (index) => strings[index].replaceAll(" ", "·") || "∅";
-  const nats = scale === "penalty" ? penalty(token) : token[KL];
+    const nats = scale === "penalty" ? penalty(token) : token[KL];
     return nats === null ? 0 : levels.filter((bound) => nats >= bound).length;
   };
   const percent = (p) => p > 0 && p < 0.001 ? "<0.1%" : `${(100 * p).toFixed(1)}%`;
@@ -187,6 +186,11 @@
     const tops = el("div", "tops"), facts = el("p", "card-facts");
     tops.append(bars("Student", token[STUDENT_TOP], token[TEXT], p[0]), bars("Teacher", token[TEACHER_TOP], token[TEXT], p[1]));
     facts.append(el("span", "", `penalty ${nats(penalty(token))}`), el("span", "", `reverse KL ${nats(token[KL])}`));
+    token[VOICES].forEach(([logp, kl, top], i) => {
+      const [name, weight] = box.side.teachers[i] ?? ["", null], share = weight ? ` (${percent(weight)})` : " (silent)";
+      tops.append(bars(`${name}${share}`, top, token[TEXT], logp === null ? null : Math.exp(logp)));
+      facts.append(el("span", "", `${name} is ${nats(kl)} from all of them`));
+    });
     card.replaceChildren(head, el("p", "card-words", inWords(token)), tops, facts);
     card.hidden = false;
     shownFor?.classList.remove("looked-at");

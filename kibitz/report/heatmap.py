@@ -36,6 +36,12 @@ def tokens(row: Row) -> list[Row]:
     return [token for token in listed if isinstance(token, dict)] if isinstance(listed, list) else []
 
 
+def teachers(row: Row) -> list[Row]:
+    """Of several teachers, each one's own: of a rollout their names and weights, of a token what they said of it."""
+    listed = row.get("teachers")
+    return [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+
+
 def penalty(token: Row) -> float | None:
     """log p_student - log p_teacher of the token that was written, in nats."""
     student, teacher = _logp(token.get("student_logp")), _logp(token.get("teacher_logp"))
@@ -132,6 +138,7 @@ def _pair(pair: Pair, intern: Any) -> Row:
                 "reward": number(row.get("reward")),
                 "right": is_right(row),
                 "fork": fork(row),
+                "teachers": [[safe_lines(str(t.get("name", ""))), number(t.get("weight"))] for t in teachers(row)],
                 "tokens": [_token(token, intern) for token in listed],
                 "response": "" if listed else safe_lines(str(row.get("response", ""))),
             }
@@ -147,6 +154,7 @@ def _token(token: Row, intern: Any) -> list[Any]:
         _rounded(number(token.get("reverse_kl"))),
         _top(token.get("student_top"), intern),
         _top(token.get("teacher_top"), intern),
+        [[_logp(v.get("logp")), _rounded(number(v.get("kl"))), _top(v.get("top"), intern)] for v in teachers(token)],
     ]
 
 
