@@ -103,6 +103,13 @@ def test_arms_are_told_apart_by_the_interval_of_their_difference(tmp_path):
     assert "| `grpo` | reward only, 8 samples a prompt | 0.001 | 50.0 ± 9.8 |" in text
 
 
+def test_a_best_rate_that_may_lie_beyond_is_named(tmp_path):
+    sweep = {1e-3: 0.9, 2e-3: 0.8, 4e-3: 0.7}
+    put(tmp_path, *(record("gad", rate, 0, dev, 0.5) for rate, dev in sweep.items()))
+    put(tmp_path, *(record("opd", rate, 0, 1 - abs(dev - 0.8), 0.5) for rate, dev in sweep.items()))
+    assert "The best rate is the lowest or highest tried: `gad`." in tables.markdown(METHODS, tmp_path)
+
+
 # ------------------------------------------------------------------ designs
 
 
@@ -160,9 +167,16 @@ def test_a_file_is_cut_into_splits_that_share_no_prompt(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("peak", "tried"), [(1e-3, 3), (9e-3, 5), (4e-3, 5), (1e-4, 5)], ids=["inside", "far above", "above", "below"]
+    ("peak", "beyond", "best"),
+    [
+        (1e-3, [], 1e-3),
+        (4e-3, [4e-3, 8e-3], 4e-3),
+        (9e-3, [4e-3, 8e-3], 8e-3),
+        (1e-4, [2.5e-4, 1.25e-4], 1.25e-4),
+        (2.5e-4, [2.5e-4, 1.25e-4], 2.5e-4),
+    ],
 )
-def test_a_best_rate_at_the_edge_is_tried_against_one_beyond(monkeypatch, tmp_path, peak, tried):
+def test_a_best_rate_at_the_edge_is_tried_against_one_beyond(monkeypatch, tmp_path, peak, beyond, best):
     made = []
 
     def trained(self, arm, rate, seed):
@@ -170,9 +184,9 @@ def test_a_best_rate_at_the_edge_is_tried_against_one_beyond(monkeypatch, tmp_pa
         return record(arm.name, rate, seed, dev=1 / (1 + abs(math.log(rate / peak))))
 
     monkeypatch.setattr(Study, "trained", trained)
-    best = Study(METHODS, Subject.of(METHODS), tmp_path, tmp_path).sweep(METHODS.arms[0])
-    assert len(made) == tried
-    assert best == min(made, key=lambda rate: abs(math.log(rate / peak)))
+    study = Study(METHODS, Subject.of(METHODS), tmp_path, tmp_path)
+    assert study.sweep(METHODS.arms[0]) == best
+    assert made == [*METHODS.rates, *beyond]
 
 
 @pytest.fixture(scope="module")
@@ -185,9 +199,10 @@ def subject(tmp_path_factory) -> Subject:
 
 def test_what_was_run_is_not_run_again(monkeypatch, tmp_path, subject):
     study = Study(TINY, subject, tmp_path / "results", tmp_path / "work")
-    study.run(seeds=2)
+    arms = TINY.choose(["sft-teacher", "opd"])
+    study.run(arms, seeds=2)
     files = sorted(path.name for path in study.folder.glob("*.json"))
-    wanted = [f"{arm}-0.001-{seed}.json" for arm in ("grpo", "opd", "sft-teacher") for seed in (0, 1)]
+    wanted = [f"{arm}-0.001-{seed}.json" for arm in ("opd", "sft-teacher") for seed in (0, 1)]
     assert files == [*wanted, "student.json", "teacher.json"]
     found = json.loads((study.folder / "opd-0.001-1.json").read_text())
     assert found["settings"]["student"] == subject.student and found["settings"]["recipe"]["seed"] == 1
@@ -197,11 +212,11 @@ def test_what_was_run_is_not_run_again(monkeypatch, tmp_path, subject):
 
     runs = []
     monkeypatch.setattr(kibitz, "train", lambda *_, **__: runs.append(1) or pytest.fail("it trains again"))
-    study.run(seeds=2)
+    study.run(arms, seeds=2)
     assert not runs
     monkeypatch.undo()
     (study.folder / "opd-0.001-1.json").unlink()  # as if it had been killed before this one
-    study.run(seeds=2)
+    study.run(arms, seeds=2)
     again = json.loads((study.folder / "opd-0.001-1.json").read_text())
     timeless = ("settings", "flops", "dev", "test", "tokens")
     assert {name: again[name] for name in timeless} == {name: found[name] for name in timeless}
@@ -224,6 +239,17 @@ def test_on_the_command_line_with_prompts_of_ones_own(monkeypatch, tmp_path, sub
         subject.student, ""
     )
     assert "`opd`" in Path("out/methods/table.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
+def test_quickly_with_the_shipped_models(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    answer = CliRunner().invoke(app, ["reproduce", name, "--quick", "--only", "opd", "--json"])
+    assert answer.exit_code == 0, answer.output
+    (row,) = json.loads(answer.stdout)["rows"]
+    assert row["student_gflop"] > 0 and row["teacher_gflop"] > 0
+    svg_file = tmp_path / "runs" / "quick" / name / "plot.svg"
+    assert ET.parse(svg_file).getroot().tag.endswith("svg")
 
 
 def test_the_list_of_experiments():

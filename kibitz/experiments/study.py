@@ -104,7 +104,8 @@ class Study:
 
     def _with_models(self, recipe: Recipe, output: Path) -> dict[str, Any]:
         """The recipe with the weights' places, ready to be trained."""
-        tree = recipe.model_dump(mode="json", exclude_unset=True) | QUIET | {"output": str(output)}
+        tree: dict[str, Any] = recipe.model_dump(mode="json", exclude_unset=True) | QUIET
+        tree |= {"output": str(output)}
         for role in ROLES:
             tree[role] = {**tree[role], "model": self.subject.model(tree[role]["model"])}
         if self.subject.prompts is not None:

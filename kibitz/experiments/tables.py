@@ -6,7 +6,16 @@ from pathlib import Path
 from statistics import fmean
 
 from kibitz.experiments.design import ROLES, Experiment
-from kibitz.experiments.records import Record, finals, half_of_seeds, read, read_all, share_with_interval
+from kibitz.experiments.records import (
+    Record,
+    best_rate,
+    finals,
+    half_of_seeds,
+    read,
+    read_all,
+    share_with_interval,
+    sweeps,
+)
 
 Estimate = tuple[float, float]
 """A mean, and half its 95% interval."""
@@ -98,7 +107,8 @@ def markdown(experiment: Experiment, folder: Path) -> str:
     body = [_cells(row) for row in found] + [_model_cells(role, row) for role, row in models(folder).items()]
     lines = [head, ("---", "---", *["--:"] * 6), *body]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n\n".join(part for part in (table, _separation(experiment, found), _made_from(experiment, folder)) if part)
+    parts = (table, _separation(experiment, found), _at_the_edge(folder), _made_from(experiment, folder))
+    return "\n\n".join(part for part in parts if part)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -142,6 +152,13 @@ def _separation(experiment: Experiment, found: list[Row]) -> str:
         groups[side if abs(difference[0]) > difference[1] else "not told apart from"].append(f"`{row.arm}`")
     lines = [f"- {side} `{reference.arm}`: {', '.join(names) or 'none'}" for side, names in groups.items()]
     return "At temperature 1, by the 95% interval of the difference:\n\n" + "\n".join(lines)
+
+
+def _at_the_edge(folder: Path) -> str:
+    """Whose best rate may lie beyond what was tried."""
+    found = {arm: sweep for arm, sweep in sweeps(read_all(folder)).items() if len(sweep) > 1}
+    edges = [arm for arm, sweep in found.items() if best_rate(sweep) in (min(sweep), max(sweep))]
+    return f"The best rate is the lowest or highest tried: {', '.join(f'`{arm}`' for arm in edges)}." if edges else ""
 
 
 def _made_from(experiment: Experiment, folder: Path) -> str:
