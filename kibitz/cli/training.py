@@ -84,13 +84,13 @@ def run_training(out: Output, recipe: "Recipe", again: list[str], *, resume: boo
 
 
 def _look_first(out: Output, recipe: "Recipe") -> None:
-    """The short form of `kibitz check`: what is not green. The run goes on, because memory is an estimate; what would
-    train wrongly is refused where it is loaded."""
+    """The short form of `kibitz check`: what is not green. The run goes on, because memory is an estimate; what loading
+    refuses has a sentence of its own there."""
     from kibitz.cli.check import show
-    from kibitz.preflight import check_files
+    from kibitz.preflight import REFUSED, check_files
 
     for finding in check_files(recipe):
-        if finding.light != "green":
+        if finding.light != "green" and finding.name not in REFUSED:
             show(out.errors, finding)
 
 

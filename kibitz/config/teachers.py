@@ -156,6 +156,24 @@ class RemoteTeacherConfig(TeacherConfig, ServerConfig):
         return False
 
 
+class ChatTeacherConfig(TeacherConfig, ServerConfig):
+    """A model of which only its text can be had: an OpenAI-compatible chat endpoint. For sft and gad."""
+
+    chat: ServerURL = Field(description="Its address, without /v1/chat/completions.")
+    model: str | None = Field(None, description="The name that it is served under; without it the only one served.")
+
+    def answers(self) -> tuple[SignalKind, ...]:
+        return ()
+
+    def reads_along(self) -> bool:
+        return False
+
+    def check(self, student: StudentConfig) -> None:
+        super().check(student)
+        if self.store is not None or self.context is not None:
+            raise ValueError("a chat endpoint scores nothing: drop teacher.store and teacher.context")
+
+
 class StudentTeacherConfig(TeacherConfig):
     """A teacher made of the student: nothing else is loaded."""
 
@@ -183,6 +201,7 @@ class StudentTeacherConfig(TeacherConfig):
 
 
 TEACHER_CONFIGS: dict[str, type[TeacherConfig]] = {
+    "chat": ChatTeacherConfig,
     "url": RemoteTeacherConfig,  # its model is a name on the server
     "model": LocalTeacherConfig,
     "student": StudentTeacherConfig,

@@ -18,7 +18,11 @@ from kibitz.prepare import Setup, prepare
 from kibitz.teachers import Ask
 from kibitz.types import TopK
 
-__all__ = ["Finding", "Light", "Options", "check", "check_files", "worst"]
+__all__ = ["REFUSED", "Finding", "Light", "Options", "check", "check_files", "worst"]
+
+
+REFUSED = ("tokenizer", "lengths")
+"""Findings that training refuses in a sentence of its own."""
 
 
 @dataclass(frozen=True)

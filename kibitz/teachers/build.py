@@ -16,10 +16,11 @@ from kibitz.config import (
     StudentTeacherConfig,
     TeacherConfig,
 )
-from kibitz.config.teachers import RemoteTeacherConfig
+from kibitz.config.teachers import ChatTeacherConfig, RemoteTeacherConfig
 from kibitz.models import LanguageModel, check_same_tokenizer, load_model, load_tokenizer
 from kibitz.teachers import Teacher, stored
 from kibitz.teachers.aligned import aligned
+from kibitz.teachers.chat import chat_teacher
 from kibitz.teachers.context import check_context, in_context
 from kibitz.teachers.local import local_teacher
 from kibitz.teachers.own import own_teacher
@@ -81,12 +82,18 @@ def _load_own(config: StudentTeacherConfig, device: torch.device, pupil: Pupil |
     return own_teacher(config, pupil.section, pupil.model)
 
 
+def _load_chat(config: ChatTeacherConfig, device: torch.device, pupil: Pupil | None) -> Teacher:
+    assert pupil is not None, "its text becomes the student's tokens"
+    return chat_teacher(config, pupil.tokenizer)
+
+
 KINDS: dict[type[TeacherConfig], Kind] = {
     LocalTeacherConfig: Kind(_check_local, _load_local),
     StudentTeacherConfig: Kind(lambda config, tokenizer: tokenizer, _load_own),
     StoredTeacherConfig: Kind(_check_stored, _load_stored),
     # All that a server can be asked, it is asked when it is loaded.
     RemoteTeacherConfig: Kind(lambda config, tokenizer: tokenizer, _load_remote),
+    ChatTeacherConfig: Kind(lambda config, tokenizer: tokenizer, _load_chat),
 }
 
 

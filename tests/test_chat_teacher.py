@@ -1,0 +1,174 @@
+"""A teacher of which only text can be had, behind a real HTTP server in a thread."""
+
+import json
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import recipe, tokenizer
+
+import kibitz
+from kibitz.config import RecipeError, load
+from kibitz.config.teachers import ChatTeacherConfig
+from kibitz.servers import ServerError
+from kibitz.teachers import Ask
+from kibitz.teachers.chat import chat_teacher
+from kibitz.types import Prompt, Sampling
+
+CHAT = "/v1/chat/completions"
+
+
+def says(text: Any, reason: Any = "stop") -> dict[str, Any]:
+    return {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": reason}]}
+
+
+class Endpoint:
+    """`answer(body)` is what comes back: a tree, or bytes as they are."""
+
+    def __init__(self, answer: Callable[[dict[str, Any]], Any]):
+        self.asked: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._send({"data": [{"id": "big"}]})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                assert self.path == CHAT
+                endpoint.asked.append(body)
+                endpoint.headers.append(dict(self.headers))
+                self._send(answer(body))
+
+            def _send(self, tree: Any) -> None:
+                data = tree if isinstance(tree, bytes) else json.dumps(tree).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: Any) -> None:
+                """Quiet."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> "Endpoint":
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def teacher_at(url: str, **settings: Any):
+    return chat_teacher(ChatTeacherConfig(chat=url, patience=0.0, **settings), tokenizer())
+
+
+BRIEF = {"role": "system", "content": "Be short."}
+PROMPTS = [
+    Prompt(ids=(3,), text="1+2", key="a", messages=(BRIEF, {"role": "user", "content": "1+2"})),
+    Prompt(ids=(4,), text="2*3", key="b"),
+]  # fmt: skip
+
+
+def test_messages_go_out_as_they_are_and_text_comes_back_as_the_students_tokens():
+    with Endpoint(lambda body: says(f"{body['messages'][-1]['content']}=3")) as endpoint:
+        teacher = teacher_at(endpoint.url)
+        rollouts = teacher.writer(lambda _: pytest.fail("no model is loaded")).generate(
+            PROMPTS, Sampling(max_tokens=9, num_samples=2, temperature=0.7, top_p=0.9, seed=5)
+        )
+        teacher.close()
+    assert [(r.prompt.key, r.sample) for r in rollouts] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    tok = tokenizer()
+    assert tok.decode(rollouts[0].response_ids, skip_special_tokens=True).replace(" ", "") == "1+2=3"
+    assert all(r.finished and r.response_ids[-1] == tok.eos_token_id for r in rollouts)
+    assert all(r.logp_T.tolist() == [0.0] * r.num_tokens for r in rollouts)
+    by_text = {body["messages"][-1]["content"]: body for body in endpoint.asked}
+    assert by_text["1+2"]["messages"][0] == {"role": "system", "content": "Be short."}
+    assert by_text["2*3"]["messages"] == [{"role": "user", "content": "2*3"}]
+    assert {(b["model"], b["temperature"], b["top_p"], b["max_tokens"]) for b in endpoint.asked} == {
+        ("big", 0.7, 0.9, 9)
+    }
+    assert len({body["seed"] for body in endpoint.asked}) == 4
+
+
+def test_the_same_step_asks_for_the_same_samples():
+    with Endpoint(lambda body: says(str(body["seed"] % 10))) as endpoint:
+        engine = teacher_at(endpoint.url).writer(lambda _: None)
+        first, again, other = (engine.generate(PROMPTS, Sampling(max_tokens=4, seed=seed)) for seed in (1, 1, 2))
+    assert [r.response_ids for r in first] == [r.response_ids for r in again]
+    assert [r.response_ids for r in first] != [r.response_ids for r in other]
+
+
+def test_what_was_cut_off_has_no_invented_end():
+    answers = iter([says("1+2+3", "length"), says("1+2+3+4+5")])
+    with Endpoint(lambda _: next(answers)) as endpoint:
+        engine = teacher_at(endpoint.url, in_flight=1).writer(lambda _: None)
+        by_server, by_us = engine.generate(PROMPTS, Sampling(max_tokens=5))
+    eos = tokenizer().eos_token_id
+    assert not by_server.finished
+    assert not by_us.finished
+    assert by_us.num_tokens == 5
+    assert eos not in by_server.response_ids + by_us.response_ids
+
+
+WOUNDED = [
+    {}, [], None, {"choices": []}, {"choices": [{}]}, {"choices": [{"message": {"content": None}, "finish_reason": "stop"}]},
+    {"choices": [{"message": {"content": 3}, "finish_reason": "stop"}]}, says("1", None), says("1", "content_filter"),
+    says("1", "tool_calls"), {"choices": "1"}, {"error": "\x1b[2Jboo"}, b'{"choices": [', b"\xff\xfe", b"", says("", "length"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", WOUNDED, ids=lambda answer: repr(answer)[:40])
+def test_a_wounded_answer_is_a_sentence_with_the_address(answer):
+    with Endpoint(lambda _: answer) as endpoint:
+        engine = teacher_at(endpoint.url).writer(lambda _: None)
+        with pytest.raises(ServerError, match="127.0.0.1") as refusal:
+            engine.generate(PROMPTS[:1], Sampling(max_tokens=5))
+    assert "\x1b" not in str(refusal.value)
+
+
+METHODS = [{"type": "sft", "source": "teacher"}, {"type": "gad", "source": "teacher"}]
+
+
+def run_of(small_models: Path, url: str, output: Path, **sections: Any):
+    tree = recipe(small_models / "student", None, output, steps=2, **sections)
+    return tree | {"teacher": {"chat": url, "patience": 0.0}}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=["sft", "gad"])
+def test_a_run_learns_from_text_alone(method, small_models, tmp_path, monkeypatch):
+    monkeypatch.setenv("KIBITZ_API_KEY", "sk-very-secret")
+    with Endpoint(lambda body: says(f"{body['seed'] % 7}+1=2")) as endpoint:
+        run = kibitz.train(run_of(small_models, endpoint.url, tmp_path / "run", method=method))
+    assert len(run.metrics) == 2
+    assert all(row["loss"] == row["loss"] and row["num_tokens"] > 0 for row in run.metrics)
+    assert endpoint.headers[0]["Authorization"] == "Bearer sk-very-secret"
+    written = [path for path in run.folder.rglob("*") if path.is_file()]
+    assert not any(b"sk-very-secret" in path.read_bytes() for path in written)
+    if method["type"] == "sft":
+        assert {row["teacher_written"] for row in run.metrics} == {1.0}
+        assert len(endpoint.asked) == 2 * 8 * 2
+
+
+def test_what_needs_scores_is_refused_before_anything_loads(small_models, tmp_path):
+    with pytest.raises(RecipeError, match="none: choose one that scores tokens"):
+        load(run_of(small_models, "http://127.0.0.1:9", tmp_path / "run"), [])
+    writes = run_of(small_models, "http://127.0.0.1:9", tmp_path / "run", method=METHODS[0])
+    with pytest.raises(RecipeError, match=r"drop teacher\.store"):
+        load(writes | {"teacher": {"chat": "http://127.0.0.1:9", "store": "x"}}, [])
+    with Endpoint(lambda _: says("1")) as endpoint, pytest.raises(ValueError, match="no log-probabilities"):
+        teacher_at(endpoint.url).scorer(Ask())
+
+
+def test_an_endpoint_that_is_down_or_has_another_model_is_named(tmp_path):
+    with pytest.raises(ServerError, match="127.0.0.1:9 cannot be reached"):
+        teacher_at("http://127.0.0.1:9")
+    with Endpoint(lambda _: says("1")) as endpoint, pytest.raises(ServerError, match="serves big and not small"):
+        teacher_at(endpoint.url, model="small")
