@@ -130,3 +130,6 @@ class ContextEngine:
 
     def sync(self, student: LanguageModel) -> None:
         self.engine.sync(student)
+
+    def close(self) -> None:
+        self.engine.close()

@@ -68,6 +68,9 @@ class BaseEngine:
     def sync(self, student: LanguageModel) -> None:
         self.engine.sync(student)
 
+    def close(self) -> None:
+        self.engine.close()
+
 
 def _base_engine(student: LanguageModel, make: MakeEngine) -> Engine:
     engine = make(student)

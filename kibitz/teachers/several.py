@@ -72,7 +72,9 @@ def several(members: Sequence[Teacher], configs: Sequence[TeacherConfig]) -> Tea
         for place, (member, config) in enumerate(zip(members, configs, strict=True))
     ]
     mix = remembered(configs)
-    kinds = tuple(kind for kind in members[0].kinds if all(kind in member.kinds for member in members))
+    kinds: tuple[SignalKind, ...] = tuple(
+        kind for kind in members[0].kinds if all(kind in member.kinds for member in members)
+    )
     numbers: dict[str, float] = {}
 
     def of(prompts: Sequence[Prompt], place: int) -> list[int]:
@@ -219,6 +221,10 @@ class SeveralEngine:
 
     def sync(self, student: LanguageModel) -> None:
         """Teachers follow the student by themselves, if at all."""
+
+    def close(self) -> None:
+        for engine in self.engines.values():
+            engine.close()
 
     def _engine(self, mix: Mix) -> Engine:
         if len(mix) == 1:
