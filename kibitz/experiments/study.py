@@ -89,6 +89,8 @@ class Study:
         path, recipe = self._path(arm, rate, seed), self.recipe(arm, rate, seed)
         started = time.process_time()
         run = kibitz.train(self._with_models(recipe, self.work / path.stem), overwrite=True)
+        if len({row["step"] for row in run.metrics}) != len(run.metrics):
+            raise ValueError(f"{path.stem} was run by two processes at one time: give each its own arms by --only")
         record = {
             "experiment": self.experiment.name,
             "arm": arm.name,
