@@ -80,7 +80,7 @@ def test_missing_files_and_responses(tmp_path):
     with pytest.raises(ValueError, match="cannot read .*no.parquet"):
         prompts(str(tmp_path / "no.parquet"))
     path = write(tmp_path / "p.jsonl", {"prompt": "1+2"})
-    with pytest.raises(ValueError, match="sft needs a column 'response'"):
+    with pytest.raises(ValueError, match="needs a column 'response'.*for sft, write method.source=teacher"):
         load_prompts(DataConfig(prompts=path), tokenizer(), demonstrations=True)
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9"}\n')
     with pytest.raises(ValueError, match="not UTF-8"):
