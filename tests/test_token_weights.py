@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support import recipe, teacher_model
 
@@ -15,8 +17,9 @@ from kibitz.batching import group, pack
 from kibitz.config import GRPOConfig, OPDConfig, RecipeError
 from kibitz.guards import Guards
 from kibitz.losses import POLICY_LOSSES, token_weights
+from kibitz.losses.token_weights import by_turn
 from kibitz.models import single_tokens
-from kibitz.types import Rollout, Scored
+from kibitz.types import Rollout, Scored, Writer
 
 POLICY_NAMES = list(POLICY_LOSSES)
 
@@ -352,3 +355,61 @@ def test_tip_on_sampled_tokens_is_possible_where_the_baseline_needs_the_distribu
     one = lab({"type": "opd", "support": "sampled", "baseline": True, "token_weight": "tip"})
     dense = lab({"type": "opd", "token_weight": "tip"}, "dense")
     assert torch.equal(torch.cat(one.weights()), torch.cat(dense.weights()))
+
+
+# ------------------------------------------------------------------ turns
+
+ENVIRONMENT = torch.tensor([0, 0, 0, 1, 1, 0, 1, 0, 0], dtype=torch.bool)  # turns of 3, 1 and 2 tokens
+
+
+def test_even_turns_share_the_sum_and_keep_proportions_inside():
+    weight_T = torch.tensor([1.0, 2.0, 1.0, 0.0, 0.0, 5.0, 0.0, 1.0, 2.0])
+    found = by_turn(weight_T, ENVIRONMENT, "even")
+    sums = [found[0:3].sum(), found[5:6].sum(), found[7:9].sum()]
+    assert sums == pytest.approx([4.0, 4.0, 4.0])
+    assert found[1] == 2 * found[0]
+    assert found[8] == 2 * found[7]
+    assert found[ENVIRONMENT].tolist() == [0.0] * 3
+
+
+def test_first_and_last_turn_skip_those_with_nothing_to_learn():
+    weight_T = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0])
+    assert by_turn(weight_T, ENVIRONMENT, "first").nonzero()[:, 0].tolist() == [5]
+    assert by_turn(weight_T, ENVIRONMENT, "last").nonzero()[:, 0].tolist() == [7, 8]
+    assert by_turn(weight_T * 0, ENVIRONMENT, "last").sum() == 0
+
+
+def test_one_turn_is_left_as_it_is_and_the_environment_is_never_learnt():
+    weight_T = torch.tensor([1.0, 0.5, 1.0])
+    none = torch.zeros(3, dtype=torch.bool)
+    for rule in ("even", "first", "last"):
+        assert torch.equal(by_turn(weight_T, none, rule), weight_T)
+        assert by_turn(weight_T, ~none, rule).tolist() == [0.0] * 3
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=20), st.randoms(use_true_random=False))
+def test_even_turns_against_a_loop(environment, draw):
+    weights = [draw.choice([0.0, 0.5, 1.0]) for _ in environment]
+    turns: list[list[int]] = []
+    for place, outside in enumerate(environment):
+        if not outside:
+            if place == 0 or environment[place - 1]:
+                turns.append([])
+            turns[-1].append(place)
+    learnt = [turn for turn in turns if sum(weights[i] for i in turn) > 0]
+    expected = [0.0] * len(weights)
+    for turn in learnt:
+        total = sum(weights[i] for t in learnt for i in t)
+        for i in turn:
+            expected[i] = weights[i] * total / len(learnt) / sum(weights[j] for j in turn)
+    found = by_turn(torch.tensor(weights), torch.tensor(environment), "even")
+    assert found.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_recipe_weighs_turns(small_models, tmp_path):
+    lab = Lab(small_models, tmp_path / "run", {"type": "opd", "turn_weight": "last"})
+    rollout = next(r for r in lab.rollouts if r.num_tokens >= 5)
+    rollout.writer_T = torch.full((rollout.num_tokens,), Writer.STUDENT, dtype=torch.uint8)
+    rollout.writer_T[2] = Writer.ENVIRONMENT
+    weights = lab.weights()[lab.rollouts.index(rollout)].tolist()
+    assert weights == [0.0, 0.0, 0.0] + [1.0] * (rollout.num_tokens - 3)

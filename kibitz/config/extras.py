@@ -1,5 +1,7 @@
 """What may join any method: a hold on a reference model, and gold responses beside what it learns from."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from kibitz.config.base import Section
@@ -21,6 +23,12 @@ class ExtrasConfig(Section):
     )
     reference: ReferenceConfig | None = Field(
         None, description="What reference_kl and extrapolation compare with. Off: the student before its first step."
+    )
+    turn_weight: Literal["none", "even", "first", "last"] = Field(
+        "none",
+        description="Of the student's turns in a response that the environment interrupts (tool results; stored rollouts have "
+        "them): even: each counts alike, however long; first, last: only that one is learnt (turn curricula and step weights "
+        "for agents: 2605.12913 and its kin). none: each token counts.",
     )
     replay: float = Field(
         0.0,

@@ -5,6 +5,7 @@ Weights are set before the loss runs. Those that need the student's entropy or d
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +43,24 @@ def prefix_drift(advantage_T: Tensor, weight_T: Tensor, gamma: float = 0.5) -> T
     size_T = advantage_T.detach().abs() * (weight_T > 0)
     before_T = size_T.cumsum(0) - size_T
     return weight_T * (1 + gamma * (1 - before_T / size_T.sum().clamp(min=torch.finfo(size_T.dtype).tiny)))
+
+
+def by_turn(weight_T: Tensor, environment_T: Tensor, rule: Literal["even", "first", "last"]) -> Tensor:
+    """The weights of ONE response by its turns: runs of tokens between those of the environment.
+
+    "even": each turn that has something to learn gets the same part of their sum, however many tokens it has. "first" and
+    "last" keep the first or last such turn alone."""
+    other_T = ~environment_T
+    begins_T = other_T & torch.cat([other_T.new_ones(1), environment_T[:-1]])
+    turn_T = begins_T.cumsum(0) * (weight_T * other_T > 0)  # from 1 on; 0 where nothing is learnt
+    turns = turn_T[turn_T > 0].unique().tolist()
+    if not turns:
+        return weight_T * other_T
+    if rule != "even":
+        return weight_T * (turn_T == turns[0 if rule == "first" else -1])
+    each, weight_T = (weight_T * other_T).sum() / len(turns), weight_T * other_T
+    shares = [(turn_T == turn) * (each / weight_T[turn_T == turn].sum()) for turn in turns]
+    return weight_T * torch.stack(shares).sum(0)
 
 
 def sequence_mean(weights: list[Tensor]) -> list[Tensor]:

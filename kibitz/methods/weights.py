@@ -13,16 +13,16 @@ from torch import Tensor
 from kibitz.batching import micro_batches, pack
 from kibitz.config import DistillationConfig
 from kibitz.distributed import Ranks
-from kibitz.losses.token_weights import prefix_drift, sequence_mean, tip_score, top_share
+from kibitz.losses.token_weights import by_turn, prefix_drift, sequence_mean, tip_score, top_share
 from kibitz.methods.parts import Method, Parts
 from kibitz.models import LanguageModel
-from kibitz.types import Batch, Prompt, Rollout, Scored, Step
+from kibitz.types import Batch, Prompt, Rollout, Scored, Step, Writer
 
 
 @dataclass(frozen=True)
 class Weighted:
     """`method`, with its tokens weighed. Masked tokens leave first (masked rollouts are gone already), so that shares and
-    means are of what remains; then tokens are chosen; then sequences are evened out."""
+    means are of what remains; turns are weighed; then tokens are chosen; then sequences are evened out."""
 
     method: Method
     parts: Parts
@@ -33,7 +33,7 @@ class Weighted:
 
     def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
         recipe = self.parts.recipe
-        scored = [replace(s, weight_T=s.weight_T * self._allowed_T(s.rollout)) for s in self.method.signal(rollouts)]
+        scored = [replace(s, weight_T=self._allowed_T(s)) for s in self.method.signal(rollouts)]
         if self.selection is not None:
             scored = self.selection(self.method, scored)
         if recipe.method.normalize == "token":
@@ -44,9 +44,13 @@ class Weighted:
     def loss(self, student: LanguageModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return self.method.loss(student, batch)
 
-    def _allowed_T(self, rollout: Rollout) -> Tensor:
-        masked = set(self.parts.mask_ids)
-        return torch.tensor([float(token not in masked) for token in rollout.response_ids])
+    def _allowed_T(self, scored: Scored) -> Tensor:
+        """Without masked tokens, and by turns."""
+        masked, rule, rollout = set(self.parts.mask_ids), self.parts.recipe.method.turn_weight, scored.rollout
+        weight_T = scored.weight_T * torch.tensor([float(token not in masked) for token in rollout.response_ids])
+        if rule == "none" or rollout.writer_T is None:
+            return weight_T
+        return by_turn(weight_T, rollout.writer_T == Writer.ENVIRONMENT, rule)
 
 
 def _by_sequence(sequences: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
@@ -120,6 +124,7 @@ def weighted(method: Method, parts: Parts, select: bool = True) -> Method:
     if select and isinstance(config, DistillationConfig) and config.token_weight != "none":
         tokens = parts.recipe.optim.tokens_per_micro_batch
         selection = Selection(config.token_weight, config.token_share, parts.student, tokens, parts.ranks)
-    if selection is None and config.normalize == "token" and not parts.mask_ids:
+    plain = config.normalize == "token" and config.turn_weight == "none" and not parts.mask_ids
+    if selection is None and plain:
         return method
     return Weighted(method, parts, selection)
