@@ -9,16 +9,17 @@ import torch
 import yaml
 from support import make_model, recipe, tokenizer
 from typer.testing import CliRunner
+from vllm_stub import Stub
 
 from kibitz import config, preflight
 from kibitz.cli import app
-from kibitz.config import ModelConfig
+from kibitz.config import LocalTeacherConfig, ModelConfig
 from kibitz.models import load_model, load_tokenizer
 from kibitz.preflight import budget, measured, texts
 from kibitz.preflight.finding import Finding, worst
 from kibitz.preflight.shapes import shape_of
 from kibitz.prepare import prepare
-from kibitz.teachers import Ask
+from kibitz.teachers import Ask, build
 from kibitz.teachers.local import LocalScorer
 from kibitz.types import Prompt, TopK
 
@@ -340,3 +341,40 @@ def test_what_models_say_cannot_reach_the_terminal():
     console = Console(record=True, width=80, force_terminal=False)
     show(console, Finding("x", "amber", "\x1b[31mred[/]", {}, (("[bold]a\x1b[2J", "b"),)))
     assert "\x1b" not in console.export_text()
+
+
+# ------------------------------------------------------------------ teachers that are no models here
+
+
+def asks(small_models, teacher: dict, **sections) -> config.Recipe:
+    return config.load({**recipe(small_models / "student", None, SILENT, **sections), "teacher": teacher}, [])
+
+
+def test_a_server_is_compared_with_a_copy_of_its_model(small_models):
+    method = {"type": "opd", "support": "top_k", "top_k_of": "teacher", "top_k": 8}
+    with Stub(small_models / "teacher") as stub:
+        asked = asks(small_models, {"url": stub.url, "patience": 0.0}, method=method)
+        right, wrong = (
+            {
+                f.name: f
+                for f in preflight.check(asked, preflight.Options(None, 1.0, prompts=4, local_teacher=str(copy)))
+            }
+            for copy in (small_models / "teacher", small_models / "student")
+        )
+    assert right["server against local teacher"].light == "green"
+    assert right["server against local teacher"].numbers["mean"] < 1e-3
+    assert wrong["server against local teacher"].light == "red"
+    assert right["distance"].numbers["reverse_kl"] > 0
+
+
+def test_stored_scores_and_chat_endpoints_are_checked_as_far_as_they_go(small_models, tmp_path):
+    store = tmp_path / "s"
+    kept = build.load(LocalTeacherConfig(model=str(small_models / "teacher"), store=str(store)), torch.device("cpu"))
+    kept.scorer(Ask()).score(measured.write(prepare(loaded(small_models), overwrite=True), 2))
+    with Stub(small_models / "teacher") as stub:
+        pairs = [({"stored": str(store)}, {"type": "opd"}), ({"chat": stub.url}, {"type": "sft", "source": "teacher"})]
+        for teacher, method in pairs:
+            asked = asks(small_models, teacher, method=method)
+            found = lights(preflight.check(asked, preflight.Options(teraflops=1, prompts=2)))
+            assert found["student against itself"] == "green"
+            assert "distance" not in found

@@ -34,13 +34,16 @@ def check(
     teraflops: Annotated[
         float | None, typer.Option(min=0, help="Of one device in matrix products; or measured.")
     ] = None,
+    local_teacher: Annotated[
+        str | None, typer.Option(help="A copy of the teacher here, to compare its server's numbers with.")
+    ] = None,
 ) -> None:
     """Look at a recipe before it costs anything: tokenizers, templates, ends, memory, cost, and a few rollouts.
 
     Exit code 0: go. 1: something would go wrong (a red light). 2: the recipe itself is mistaken."""
     from kibitz import config, preflight
 
-    options = preflight.Options(price, teraflops, memory, devices, prompts)
+    options = preflight.Options(price, teraflops, memory, devices, prompts, local_teacher)
     look = preflight.check_files if files_only else preflight.check
     found = []
     out: Output = ctx.obj

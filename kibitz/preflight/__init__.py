@@ -7,16 +7,17 @@ few rollouts: does the student read 0 against itself, do engine and trainer agre
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kibitz.config import LocalTeacherConfig, Recipe
+from kibitz.config import LocalTeacherConfig, Recipe, StoredTeacherConfig
 from kibitz.data import load_prompts
 from kibitz.methods import teacher_engine
-from kibitz.models import load_tokenizer, pick_device, pick_dtype
+from kibitz.models import load_model, load_tokenizer, pick_device, pick_dtype
 from kibitz.preflight import budget, measured, texts
 from kibitz.preflight.finding import Finding, Light, worst
 from kibitz.preflight.shapes import shape_of
 from kibitz.prepare import Setup, prepare
-from kibitz.teachers import Ask
-from kibitz.types import TopK
+from kibitz.teachers import Ask, Teacher
+from kibitz.teachers.local import LocalScorer
+from kibitz.types import Rollout, TopK
 
 __all__ = ["REFUSED", "Finding", "Light", "Options", "check", "check_files", "worst"]
 
@@ -28,13 +29,15 @@ REFUSED = ("tokenizer", "lengths")
 @dataclass(frozen=True)
 class Options:
     """What a check may assume. `price` is of one device for one hour; `teraflops` what one really does in matrix products
-    (measured if not said); `gibibytes` its memory; `prompts` how many are answered by both models."""
+    (measured if not said); `gibibytes` its memory; `prompts` how many are answered by both models; `local_teacher` a copy
+    of the teacher to compare a server's numbers with."""
 
     price: float | None = None
     teraflops: float | None = None
     gibibytes: float | None = None
     devices: int = 1
     prompts: int = 32
+    local_teacher: str | None = None
 
 
 def check(recipe: Recipe, options: Options = Options()) -> Iterator[Finding]:
@@ -89,22 +92,41 @@ def _sizes(recipe: Recipe, options: Options, prompt_lengths: list[int]) -> Itera
 
 
 def _measured(setup: Setup, options: Options) -> Iterator[Finding]:
-    recipe = setup.recipe
-    rollouts = measured.write(setup, options.prompts)
-    yield measured.endings(rollouts, recipe.rollout.max_tokens)
-    yield measured.itself(setup, rollouts)
-    yield measured.engine_gap(setup, rollouts)
-    written = None
-    if setup.teacher is not None:
-        signals = setup.teacher.score(rollouts, recipe.optim.tokens_per_micro_batch)
-        yield from measured.opinions(setup, rollouts, signals)
-        if "top_k" in setup.teacher.kinds:
-            asks = (Ask("top_k", temperature=tau) for tau in (1.0, 2.0))
-            first, second = (setup.teacher.scorer(ask).score(rollouts[:1])[0] for ask in asks)
-            assert isinstance(first, TopK) and isinstance(second, TopK)
-            yield measured.loss_temperature(first, second)
-        if setup.grader is not None and all(section.writes() for section in recipe.teachers):
+    try:
+        rollouts = measured.write(setup, options.prompts)
+        yield measured.endings(rollouts, setup.recipe.rollout.max_tokens)
+        yield measured.itself(setup, rollouts)
+        yield measured.engine_gap(setup, rollouts)
+        if setup.teacher is not None:
+            yield from _of_teacher(setup, setup.teacher, rollouts, options)
+        written = None
+        if setup.teacher is not None and setup.grader and all(section.writes() for section in setup.recipe.teachers):
             written = measured.write_with(setup, teacher_engine(setup.parts), options.prompts)
-    finding = measured.task(setup, written, rollouts)
-    if finding is not None:
-        yield finding
+        finding = measured.task(setup, written, rollouts)
+        if finding is not None:
+            yield finding
+    finally:
+        setup.engine.close()
+        if setup.teacher is not None:
+            setup.teacher.close()
+
+
+def _of_teacher(setup: Setup, teacher: Teacher, rollouts: list[Rollout], options: Options) -> Iterator[Finding]:
+    """What it says of these rollouts; a chat endpoint says nothing, and stored scores know other rollouts."""
+    if not teacher.kinds or any(isinstance(section, StoredTeacherConfig) for section in setup.recipe.teachers):
+        return
+    signals = teacher.score(rollouts, setup.recipe.optim.tokens_per_micro_batch)
+    yield from measured.opinions(setup, rollouts, signals)
+    if options.local_teacher is not None:
+        if "sampled" not in teacher.kinds:
+            raise ValueError("--local-teacher compares the written tokens' probabilities, and this teacher tells none")
+        copy = load_model(LocalTeacherConfig(model=options.local_teacher), "teacher", setup.student.device)
+        both = [
+            scorer.score(rollouts) for scorer in (teacher.scorer(Ask("sampled")), LocalScorer(copy, Ask("sampled")))
+        ]
+        yield measured.teacher_gap(*both)
+    # A server gives its log-probabilities at temperature 1 only, and then refuses a recipe with another.
+    if "dense" in teacher.kinds and "top_k" in teacher.kinds:
+        first, second = (teacher.scorer(Ask("top_k", temperature=tau)).score(rollouts[:1])[0] for tau in (1.0, 2.0))
+        assert isinstance(first, TopK) and isinstance(second, TopK)
+        yield measured.loss_temperature(first, second)

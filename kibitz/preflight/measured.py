@@ -84,6 +84,17 @@ def engine_gap(setup: Setup, rollouts: Sequence[Rollout]) -> Finding:
     return Finding("engine against trainer", light, text, {"mean": mean, "max": most})
 
 
+def teacher_gap(remote: Sequence[Signal], local: Sequence[Signal]) -> Finding:
+    """A server against a copy of its model here: the written tokens' log-probabilities."""
+    gaps = torch.cat([(a.logp_T.cpu() - b.logp_T.cpu()).abs() for a, b in zip(remote, local, strict=True)])  # type: ignore
+    mean, most = gaps.mean().item(), gaps.max().item()
+    text = f"log-probabilities differ by {mean:.1e} nats on average, {most:.1e} at most"
+    light = "green" if mean < LARGE_GAP else "amber" if mean < HUGE_GAP else "red"
+    if light == "red":
+        text += ": the server has other weights, or applies a temperature"
+    return Finding("server against local teacher", light, text, {"mean": mean, "max": most})
+
+
 def opinions(setup: Setup, rollouts: Sequence[Rollout], signals: Sequence[Signal]) -> list[Finding]:
     """How far apart the two models are where the student goes, and whether the teacher's numbers look like a teacher's."""
     values = values_of(setup.student, rollouts, signals, _criterion(signals), setup.recipe.optim.tokens_per_micro_batch)
