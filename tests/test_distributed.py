@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from support import make_model, recipe
 from train_together import train
+from vllm_stub import Stub
 
 import kibitz
 from kibitz import checkpoint
@@ -302,3 +303,23 @@ def test_a_division_that_is_not_that_of_the_processes_is_refused(config, monkeyp
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="is not the number of processes, 3"):
         join(ParallelConfig(**config), torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_servers_write_and_score_for_two_processes_as_for_one(models, tmp_path):
+    """The set-up of many machines: the student in several processes, rollouts and teacher behind servers."""
+    method = {"support": "top_k", "top_k_of": "teacher", "top_k": 8}
+    for num, name in enumerate(("one", "two"), 1):
+        with Stub(models[0], name="student") as writer, Stub(models[1]) as teacher:
+            rollout = {"engine": "vllm", "urls": [writer.url], "prompts_per_step": 5, "server": {"patience": 5.0}}
+            job = _job(models, tmp_path, name, method=method, rollout=rollout)
+            job["recipe"]["teacher"] = {"url": teacher.url, "patience": 5.0}
+            train(job) if num == 1 else torchrun(2, [job], tmp_path)
+            reloads = [path for path, _, _ in writer.asked if path == "/collective_rpc"]
+            assert len(reloads) >= STEPS, "each step's weights reach the server, once for all processes"
+    one, two = (rows(tmp_path / name, "metrics") for name in ("one", "two"))
+    assert len(one) == len(two) == STEPS
+    for ours, theirs in zip(one, two, strict=True):
+        for key in ("loss", "reverse_kl", "grad_norm", "response_tokens", "num_tokens"):
+            assert theirs[key] == pytest.approx(ours[key], abs=1e-4), key
+    assert one[0]["loss"] > 0
