@@ -297,11 +297,15 @@ def check_same_tokenizer(
 
 
 def stop_ids(model: LanguageModel, stop: list[str]) -> tuple[int, ...]:
+    return end_ids(model.tokenizer, model.model.generation_config, stop)
+
+
+def end_ids(tokenizer: Any, settings: Any, stop: list[str]) -> tuple[int, ...]:
     """All tokens that end a response: the tokenizer's EOS, those of the generation settings, and the recipe's."""
-    ids: set[Any] = {model.tokenizer.eos_token_id}
-    configured = getattr(model.model.generation_config, "eos_token_id", None)
+    ids: set[Any] = {tokenizer.eos_token_id}
+    configured = getattr(settings, "eos_token_id", None)
     ids.update(configured if isinstance(configured, list) else [] if configured is None else [configured])
-    ids.update(single_tokens(model.tokenizer, stop, "rollout.stop"))
+    ids.update(single_tokens(tokenizer, stop, "rollout.stop"))
     return tuple(sorted(ids))
 
 

@@ -258,5 +258,5 @@ def test_the_preflight_reads_the_base_of_an_adapter(tmp_path):
     student_of(folder).save(tmp_path / "adapter")
     adapter, base = (ModelConfig(model=str(tmp_path / name)) for name in ("adapter", "base"))
     tok = load_tokenizer(adapter, "teacher")
-    assert texts.stop_tokens(adapter, tok) == texts.stop_tokens(base, tok)
+    assert texts.stop_tokens(adapter, tok, []) == texts.stop_tokens(base, tok, [])
     assert lora.base_or_self(str(folder)) == str(folder)

@@ -97,8 +97,19 @@ def test_memory_that_does_not_fit_is_red_and_names_the_largest_part(small_models
     assert "optim.tokens_per_micro_batch" in over.text
     none = budget.memory_finding(plan, 0.5 * sum(plan.held.values()), "the device")
     assert "do not fit" in none.text
-    halves = budget.memory(loaded(small_models), shape, [shape], 20, devices=2)
-    assert sum(halves.held.values()) == sum(plan.held.values()) / 2
+
+
+def test_several_devices_share_moments_and_masters_and_nothing_else(small_models):
+    """As docs/machines.md has it; a teacher is shared only where the recipe shards it."""
+    shape = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32)
+    whole = 4.0 * shape.num_parameters
+    alone = budget.memory(loaded(small_models), shape, [shape], 20)
+    two = budget.memory(loaded(small_models), shape, [shape], 20, devices=2)
+    assert sum(alone.held.values()) == whole * (1 + 1 + 2)
+    assert sum(two.held.values()) == whole * (1 + 1 + 2 / 2 + 1 / 2)
+    assert two.phases["training"]["gradients"] == alone.phases["training"]["gradients"] == whole
+    sharded = budget.memory(loaded(small_models, parallel={"shard_teacher": True}), shape, [shape], 20, devices=2)
+    assert sum(two.held.values()) - sum(sharded.held.values()) == whole / 2
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"]])
@@ -148,7 +159,7 @@ def test_ends_are_read_from_the_generation_settings(tmp_path):
     settings = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": [2, 7]}))
     where = ModelConfig(model=str(folder))
-    assert texts.stop_tokens(where, load_tokenizer(where, "teacher")) == {2, 7}
+    assert texts.stop_tokens(where, load_tokenizer(where, "teacher"), []) == {2, 7}
     assert texts.stop_tokens(where, load_tokenizer(where, "teacher"), ["="]) > {2, 7}
 
 

@@ -60,7 +60,7 @@ def check_files(recipe: Recipe, options: Options = Options()) -> Iterator[Findin
         yield texts.tokenizers(student, teacher)
         yield texts.first_token(student, teacher, prompts)
         yield texts.chat_template(recipe, student, teacher)
-        stops = texts.stop_tokens(recipe.student, student, recipe.rollout.stop), texts.stop_tokens(section, teacher)
+        stops = texts.stop_tokens(recipe.student, student, recipe.rollout.stop), texts.stop_tokens(section, teacher, [])
         yield texts.ends(student, teacher, *stops)
     yield texts.thinking(recipe, student)
     yield from _sizes(recipe, options, [len(prompt.ids) for prompt in prompts])

@@ -36,14 +36,17 @@ class Memory:
 
 
 def memory(recipe: Recipe, student: Shape, teachers: Sequence[Shape], longest_prompt: int, devices: int = 1) -> Memory:
-    """One step's memory on one of `devices`, over which weights, gradients and moments are divided."""
+    """One step's memory on one of `devices`. As docs/machines.md says, each process holds a whole copy of the student; the
+    teacher, whole if it is not sharded; its part of the float32 weights and moments; and gradients that are whole while
+    micro-batches add up."""
     lora = recipe.student.lora
     trained = student.num_parameters if lora is None else student.lora_parameters(lora.rank, lora.targets)
-    held = {"student weights": student.num_parameters * student.itemsize / devices}
+    held = {"student weights": float(student.num_parameters * student.itemsize)}
     if teachers:
-        held["teacher weights"] = sum(t.num_parameters * t.itemsize for t in teachers) / devices
+        shared_by = devices if recipe.parallel.shard_teacher else 1
+        held["teacher weights"] = sum(t.num_parameters * t.itemsize for t in teachers) / shared_by
     held["moments of the optimizer"] = 2 * (1 if recipe.optim.name == "adamw_8bit" else 4) * trained / devices
-    if student.itemsize < 4:
+    if student.itemsize < 4 or devices > 1:
         held["float32 copy of what is trained"] = 4 * trained / devices
     rollout, optim = recipe.rollout, recipe.optim
     length = longest_prompt + rollout.max_tokens
@@ -63,7 +66,7 @@ def memory(recipe: Recipe, student: Shape, teachers: Sequence[Shape], longest_pr
             "activations of two layers": 2 * tokens * student.activation_bytes_per_token / student.num_layers,
             **kept,
         },
-        "training": {"activations": tokens * per_token, "logits": logits, "gradients": 4.0 * trained / devices, **kept},
+        "training": {"activations": tokens * per_token, "logits": logits, "gradients": 4.0 * trained, **kept},
     }
     return Memory(held, phases)
 

@@ -10,6 +10,7 @@ from kibitz import lora
 from kibitz.alignment import Aligner
 from kibitz.config import ModelConfig, Recipe
 from kibitz.data import encode_prompt
+from kibitz.models import end_ids
 from kibitz.preflight.finding import Finding
 from kibitz.types import Prompt
 
@@ -60,21 +61,14 @@ def ends(student: Any, teacher: Any, student_stop: set[int], teacher_stop: set[i
     return Finding("end of a response", "amber" if teacher_stop & student_stop else "red", text, numbers)
 
 
-def stop_tokens(config: ModelConfig, tokenizer: Any, more: Sequence[str] = ()) -> set[int]:
+def stop_tokens(config: ModelConfig, tokenizer: Any, stop: list[str]) -> set[int]:
     """All tokens that end a response of a model, from its files alone."""
-    ids = {tokenizer.eos_token_id}
-    for section in _settings(config):
-        configured = getattr(section, "eos_token_id", None)
-        ids.update(configured if isinstance(configured, list) else [configured])
-    ids.update(i for text in more for i in tokenizer.encode(text, add_special_tokens=False))
-    return {i for i in ids if i is not None}
-
-
-def _settings(config: ModelConfig) -> list[Any]:
+    folder = lora.base_or_self(config.model)
     try:
-        return [GenerationConfig.from_pretrained(lora.base_or_self(config.model))]
+        settings: Any = GenerationConfig.from_pretrained(folder)
     except OSError:  # a folder without generation settings: transformers then takes the model's own
-        return [AutoConfig.from_pretrained(lora.base_or_self(config.model), trust_remote_code=config.trust_remote_code)]
+        settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    return set(end_ids(tokenizer, settings, stop))
 
 
 def first_token(student: Any, teacher: Any, prompts: Sequence[Prompt]) -> Finding:
