@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,13 @@ class RunFolder:
         }
         self._write_info()
 
-    def finish(self, status: str) -> None:
+    def finish(self, status: str, peaks: Mapping[str, Any]) -> None:
+        """`peaks`: the largest memory of each phase."""
         self.info |= {
             "status": status,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "seconds": time.time() - self.started,
+            **peaks,
         }
         self._write_info()
 

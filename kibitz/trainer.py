@@ -17,13 +17,14 @@ from torch import Tensor
 
 from kibitz import checkpoint, methods
 from kibitz.annotate import annotate
-from kibitz.batching import micro_batches, pack
+from kibitz.batching import micro_batches, pack, signal_bytes
 from kibitz.config import Recipe
 from kibitz.distributed import copy_weights, reduce_gradients
 from kibitz.evaluate import grade
 from kibitz.graders import Grader
 from kibitz.guards import Alarm, Guards, rollout_metrics
-from kibitz.metrics import Ledger
+from kibitz.memory import Gauge
+from kibitz.metrics import Ledger, highest
 from kibitz.optim import Optimizer, lr_factor
 from kibitz.prepare import Setup, prepare
 from kibitz.trackers import Tracked
@@ -78,6 +79,7 @@ def train(
     `resume` goes on from the last checkpoint of `output`; `overwrite` throws away what is there.
     Mistakes in the recipe or the data raise ValueError before any weights load.
     """
+    Gauge(torch.device("cuda" if torch.cuda.is_initialized() else "cpu")).reset()  # loading begins
     setup = prepare(recipe, overrides, loss=loss, grader=grader, resume=resume, overwrite=overwrite)
     watcher = Tracked((progress if setup.ranks.is_main else None) or Silence())
     try:
@@ -105,12 +107,14 @@ class Trainer:
         self.optimizer = Optimizer(self.learner.model, self.recipe.optim, keep_weights=rounded)
         assert "optimizer" not in self.setup.parts.keeps, "that is the name of the student's own"
         self.keeps: dict[str, Stateful] = {**self.setup.parts.keeps, "optimizer": self.optimizer}
-        self.done, self.ledger = 0, Ledger()
+        gauge = Gauge(self.student.device)
+        self.done, self.ledger = 0, Ledger(watch=gauge)
         self.guards = Guards(self.recipe.guards)
         if self.setup.resumed_from is not None:
             state = checkpoint.load_state(self.setup.resumed_from, self.keeps)
             self.done, self.setup.stream.position = state["step"], state["position"]
-            self.ledger, self.guards = Ledger(state["ledger"]), Guards(self.recipe.guards, state["guards"])
+            self.ledger, self.guards = Ledger(state["ledger"], gauge), Guards(self.recipe.guards, state["guards"])
+        self.ledger.note_peaks("loading")
         self.saved = self.done
         self.ranks.gather(None)  # all have loaded what an overwritten run may hold
         self.folder.begin(self.done, self.student, self.setup.teacher)
@@ -134,7 +138,8 @@ class Trainer:
                     self.save()
         finally:
             self.setup.close()
-        self.folder.finish("finished" if self.done == recipe.steps else "stopped")
+        peaks = highest(self.ranks.gather(self.ledger.total))
+        self.folder.finish("finished" if self.done == recipe.steps else "stopped", peaks)
         self.ranks.gather(None)  # the files are whole, for all to read
         if self.interrupted and self.done < recipe.steps:
             raise KeyboardInterrupt(self.interrupted)
@@ -177,7 +182,9 @@ class Trainer:
         self.done += 1
         if recipe.rollout.store:
             self.folder.store(self.done, [r for r in rollouts if not r.replayed])
-        self._write_metrics(rollouts, means, num_tokens, {"grad_norm": norm, "lr": recipe.optim.lr * factor})
+        waited = self.ranks.gather(sum(map(signal_bytes, scored)))
+        more = {"grad_norm": norm, "lr": recipe.optim.lr * factor, "signal_bytes": float(sum(waited))}
+        self._write_metrics(rollouts, means, num_tokens, more)
 
     def _accumulate(self, scored: list[Scored]) -> tuple[dict[str, float], int]:
         """Gradients of the mean over all tokens of the step, whatever the micro-batches; and the mean of each value. Where
@@ -221,6 +228,7 @@ class Trainer:
             "tokens_per_second": num_tokens / sum(costs["seconds"].values()),
             "seconds": costs["seconds"],
             "flops": costs["flops"],
+            **highest(self.ranks.gather(costs)),
         }
         if self.setup.teacher is not None:
             row |= self.setup.teacher.metrics()
@@ -262,11 +270,12 @@ class Trainer:
         if self.setup.evaluator is None:
             return
         self.progress.phase("evaluation")
-        row, rollouts = self.setup.evaluator.run()
-        row = {"step": self.done, **row}
-        self.folder.evals.append(row)
-        shown = self.ranks.first(lambda: self.folder.choose_shown(rollouts, self.recipe.eval.heatmaps))
-        self.folder.write_rollouts(self.done, annotate(self.student, self.setup.evaluator.teacher, shown))
+        with self.ledger.watched("evaluation"):
+            row, rollouts = self.setup.evaluator.run()
+            row = {"step": self.done, **row}
+            self.folder.evals.append(row)
+            shown = self.ranks.first(lambda: self.folder.choose_shown(rollouts, self.recipe.eval.heatmaps))
+            self.folder.write_rollouts(self.done, annotate(self.student, self.setup.evaluator.teacher, shown))
         self.progress.evaluated(row)
         self._sound(self.guards.watch_eval(row))
 
@@ -275,8 +284,9 @@ class Trainer:
         self.folder.sync()
         position, ledger, guards = self.setup.stream.position, self.ledger.total, self.guards.state()
         state = {"position": position, "ledger": ledger, "guards": guards}
-        keeps, keep = {name: kept.state() for name, kept in self.keeps.items()}, self.recipe.save.keep
-        self.ranks.first(lambda: checkpoint.save(self.folder.path, self.done, self.student, keeps, state, keep))
+        with self.ledger.watched("saving"):
+            keeps, keep = {name: kept.state() for name, kept in self.keeps.items()}, self.recipe.save.keep
+            self.ranks.first(lambda: checkpoint.save(self.folder.path, self.done, self.student, keeps, state, keep))
         self.saved = self.done
 
 

@@ -16,7 +16,7 @@ from kibitz.prepare import prepare
 from kibitz.trainer import Silence
 from kibitz.types import Dense, Step, Tokens
 
-TIMES = {"seconds", "tokens_per_second"}
+TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
 
 
 @pytest.fixture(scope="module")

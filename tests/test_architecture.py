@@ -42,6 +42,7 @@ LEVELS = {
     "annotate": 3,
     "packing": 3,
     "harness": 3,
+    "memory": 3,
     "checkpoint": 4,
     "evaluate": 4,
     "preflight": 4,

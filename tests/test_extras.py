@@ -25,7 +25,7 @@ METHODS = {
     "skd": {"type": "skd", "accept_top_k": 3},
     "grpo": {"type": "grpo"},
 }
-TIMES = {"seconds", "tokens_per_second"}
+TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
 
 
 def odd(prompt, text) -> float:

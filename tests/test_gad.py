@@ -18,7 +18,7 @@ from kibitz.prepare import prepare
 from kibitz.trainer import Silence
 from kibitz.types import Prompt, Rollout, Step
 
-TIMES = {"seconds", "tokens_per_second"}
+TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from kibitz.trainer import Silence
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are forked and killed the POSIX way")
 
-TIMES = {"seconds", "tokens_per_second"}
+TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
 
 LAUNCHER = """
 import json, os, sys

@@ -25,7 +25,7 @@ from kibitz.types import Prompt, Rollout, Sampling, Step, Writer
 
 NOW = Step(0, 1, seed=7)
 LIMIT = 12  # rollout.max_tokens of `support.recipe`
-TIMES = {"seconds", "tokens_per_second"}
+TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from kibitz.methods import opd
 from kibitz.trainer import Silence
 from kibitz.types import Stateful
 
-TIMES = {"seconds", "tokens_per_second"}
+TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
 
 
 class DriftConfig(MethodConfig):

@@ -17,7 +17,7 @@ import kibitz
 from kibitz import checkpoint
 from kibitz.trainer import Silence
 
-TIMES = {"seconds", "tokens_per_second"}
+TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
 
 
 @pytest.fixture(scope="module")

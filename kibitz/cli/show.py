@@ -38,8 +38,9 @@ def evaluation(console: Console, row: dict[str, Any]) -> None:
 
 
 def costs(console: Console, folder: Path) -> None:
-    """FLOPs and seconds by phase."""
-    found = report_costs.table(read_run(folder))
+    """FLOPs and seconds by phase, and the largest memory of each."""
+    run = read_run(folder)
+    found = report_costs.table(run)
     if found is None:
         return
     table = _table("What it cost")
@@ -50,6 +51,10 @@ def costs(console: Console, folder: Path) -> None:
     table.add_row(*found["total"], style="bold")
     table.add_row("With loading, evaluating and saving", "", "", found["wall"], "", style="dim")
     console.print(table)
+    if peaks := report_costs.memory(run):
+        console.print(
+            Text("Largest memory: " + ", ".join(f"{label.lower()} {words}" for label, words in peaks.items()))
+        )
 
 
 def files(console: Console, paths: dict[str, Path | None]) -> None:

@@ -1,4 +1,4 @@
-"""What a run cost: floating-point operations and seconds, by phase."""
+"""What a run cost: floating-point operations, seconds and memory, by phase."""
 
 import html
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from kibitz.report.folder import Run, dig_number
-from kibitz.report.formats import flops, percent, safe_lines, seconds
+from kibitz.report.formats import DASH, flops, percent, safe_lines, seconds, size
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,34 @@ def table(run: Run) -> dict[str, Any] | None:
         rows.append([ELSE, flops(None), "", seconds(left), _share(left, all_time)])
     wall = seconds(dig_number(run.info, "seconds"))
     return {"rows": rows, "total": ["Together", flops(all_compute), "", seconds(all_time), ""], "wall": wall}
+
+
+PEAKS = {
+    "loading": "Loading",
+    "sampling": "Writing",
+    "scoring": "Scoring",
+    "training": "Learning",
+    "evaluation": "Evaluating",
+    "saving": "Saving",
+}
+"""The phases of which `run.json` and `metrics.jsonl` hold the largest memory."""
+
+
+def memory(run: Run) -> dict[str, str]:
+    """The largest memory of each phase in words: of the device, and of the process beside a GPU. Of a run that did not end,
+    what its steps say."""
+    found = {}
+    for key, label in PEAKS.items():
+        parts = [_highest(run, unit, key) for unit in ("peak_bytes", "host_peak_bytes")]
+        if parts[0] is not None or parts[1] is not None:
+            host = "" if parts[1] is None else f", {size(parts[1])} of the machine"
+            found[label] = (DASH if parts[0] is None else size(parts[0])) + host
+    return found
+
+
+def _highest(run: Run, *path: str) -> float | None:
+    known = [value for row in (run.info, *run.metrics) if (value := dig_number(row, *path)) is not None]
+    return max(known, default=None)
 
 
 def labels(tables: list[dict[str, Any] | None]) -> list[str]:

@@ -87,6 +87,13 @@ def _scaled(value: float, units: tuple[str, ...]) -> str:
     return f"{value:.3g}{units[power]}"
 
 
+def size(num_bytes: float | None) -> str:
+    """In units of 1024: 512 MiB, 3.21 GiB."""
+    if num_bytes is None:
+        return DASH
+    return f"{num_bytes / 2**20:.3g} MiB" if num_bytes < 1000 * 2**20 else f"{num_bytes / 2**30:.3g} GiB"
+
+
 def seconds(value: float | None) -> str:
     """0.42 s, 12.3 s, 4 min 05 s, 3 h 12 min, 2 d 4 h."""
     if value is None:

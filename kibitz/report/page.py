@@ -67,6 +67,7 @@ def _run(run: Run) -> dict[str, Any]:
         "facts": summary.facts(run),
         "comparisons": summary.comparisons(run),
         "costs": costs.table(run),
+        "memory": costs.memory(run),
         "alarms": [_alarm(alarm) for alarm in run.alarms],
         "notices": [formats.safe_lines(notice) for notice in run.notices],
         "details": _details(run),
@@ -123,7 +124,9 @@ def _details(run: Run) -> list[tuple[str, str]]:
     return [
         (formats.safe_lines(key.replace("_", " ")), formats.safe_lines(words.get(key, str)(value)))
         for key, value in entries
-        if value is not None and (key not in words or dig_number(run.info, key) is not None)
+        if value is not None
+        and not key.endswith("peak_bytes")
+        and (key not in words or dig_number(run.info, key) is not None)
     ]
 
 

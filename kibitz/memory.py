@@ -1,0 +1,56 @@
+"""The largest memory that was in use, phase by phase.
+
+On a GPU that is what torch's allocator had handed out there; of the process it is the resident set, whose high-water mark
+Linux lets its owner set back (proc_pid_clear_refs(5), value 5). Where a system does not, nothing is said of the process: the
+mark since it began would call every phase as large as the largest one.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kibitz.metrics import PEAKS
+
+MARK, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """Of one device and this process; where the device is the CPU, the two are one."""
+
+    device: torch.device
+
+    def reset(self) -> None:
+        """A phase begins."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        _reset_host()
+
+    def peaks(self) -> dict[str, float]:
+        """Bytes since then, by the names of `PEAKS`; what is not known is left out."""
+        of_device, of_host = PEAKS
+        host = _host_peak()
+        if self.device.type != "cuda":
+            return {} if host is None else {of_device: host}
+        found = {of_device: float(torch.cuda.max_memory_allocated(self.device))}
+        return found if host is None else {**found, of_host: host}
+
+
+def _reset_host() -> bool:
+    """Whether it could be done."""
+    try:
+        MARK.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _host_peak() -> float | None:
+    """Reading it begins a new phase, so that what can never be set back is not read either."""
+    try:
+        lines = STATUS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    peak = next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
+    return peak if _reset_host() else None
