@@ -56,7 +56,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) --editable '.[dev,lora,bitsandbytes,tensorboard,wandb,trackio,evals]'
+	$(PIP) --editable '.[dev,lora,bitsandbytes,tensorboard,wandb,trackio,evals,plots]'
 	@touch $@ $(VENV)/.installed
 
 $(BIN)/python:

@@ -1,5 +1,6 @@
-"""Writes those parts of docs/methods.md that the code knows: what stands between `<!-- generated: name -->` and `<!-- end -->`;
-and what the files in results/ say: the tables and plots beside them, and those of docs/comparison.md.
+"""Writes those parts of docs/methods.md that the code knows, between `<!-- generated: name -->` and `<!-- end -->`;
+and what the files in results/ say: the tables and plots beside them, those of docs/comparison.md and README.md, and
+docs/evidence.md.
 
     python docs/generate.py
 
@@ -23,7 +24,8 @@ from kibitz.guards import GUARDS
 from kibitz.losses import DIVERGENCES, POLICY_LOSSES
 
 PAGE = Path(__file__).with_name("methods.md")
-RESULT_PAGES = (PAGE.with_name("comparison.md"),)
+RESULT_PAGES = (PAGE.with_name("comparison.md"), PAGE.parents[1] / "README.md")
+EVIDENCE = PAGE.with_name("evidence.md")
 BLOCK = re.compile(r"(?P<begin><!-- generated: (?P<name>[^>]*?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 NEXT_METHOD = "<!-- the next method's section goes above this line -->"
 CREDIT = ("discount", "clip_advantage", "extrapolation", "baseline", "reward_coef", "normalize_std")
@@ -307,12 +309,15 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def write_results() -> None:
-    """What the results say, beside them and on the page that discusses them."""
-    results = PAGE.parents[1] / "results"
-    for name in sorted(EXPERIMENTS.keys() & {folder.name for folder in results.glob("*/")}):
-        pages.write(EXPERIMENTS[name], results / name)
+    """What the results say, beside them and on the pages that discuss them."""
+    root = PAGE.parents[1]
+    results = root / "results"
+    for experiment in EXPERIMENTS.values():
+        if (results / experiment.home).is_dir():
+            pages.write(experiment, results)
     for page in RESULT_PAGES:
         page.write_text(pages.render(page.read_text(encoding="utf-8"), EXPERIMENTS, results), encoding="utf-8")
+    EVIDENCE.write_text(pages.evidence_page(EXPERIMENTS, results), encoding="utf-8")
 
 
 if __name__ == "__main__":

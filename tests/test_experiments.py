@@ -119,13 +119,19 @@ def test_sections_are_merged_and_methods_replaced():
 
 
 @pytest.mark.parametrize("experiment", experiments.EXPERIMENTS.values(), ids=lambda e: e.name)
-def test_every_arm_is_a_recipe_with_as_many_rollouts(experiment):
+def test_every_arm_is_a_recipe(experiment):
     names = [arm.name for arm in experiment.arms]
     assert len(set(names)) == len(names)
-    assert {experiment.reference, *experiment.quick_arms} <= set(names)
-    for arm in experiment.arms:
+    assert {experiment.reference, *experiment.quick_arms} - {""} <= set(names)
+    families = {arm.family for arm in experiment.arms} - {""}
+    assert not families & set(names), "`arm:NAME` would name two things"
+    for arm in (*experiment.arms, *experiment.quick().arms):
         recipe = Subject.of(experiment).recipe(experiment, arm, 1e-3, 7)
         assert recipe.optim.lr == 1e-3 and recipe.seed == 7
+        assert set(arm.needs()) <= set(names) | families
+        assert set(arm.judge) <= set(experiment.measures)
+    for arm in experiment.arms if experiment.claim is None else ():
+        recipe = Subject.of(experiment).recipe(experiment, arm, 1e-3, 7)
         writers = 2 if recipe.method.type == "distillm2" else 1  # student and teacher both answer each prompt
         assert writers * recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt == 64
         assert recipe.data.limit == recipe.steps * recipe.rollout.prompts_per_step
@@ -194,7 +200,7 @@ def subject(tmp_path_factory) -> Subject:
     """Models of another architecture than the shipped ones, from folders."""
     folder = tmp_path_factory.mktemp("models")
     student, teacher = (str(make_model(folder / name, seed, kind="llama")) for seed, name in enumerate(("s", "t")))
-    return Subject.of(METHODS, student, teacher, overrides=("rollout.max_tokens=6", "steps=1"))
+    return Subject.of(METHODS, {"student": student, "teacher": teacher}, overrides=("rollout.max_tokens=6", "steps=1"))
 
 
 def test_what_was_run_is_not_run_again(monkeypatch, tmp_path, subject):
@@ -205,7 +211,7 @@ def test_what_was_run_is_not_run_again(monkeypatch, tmp_path, subject):
     wanted = [f"{arm}-0.001-{seed}.json" for arm in ("opd", "sft-teacher") for seed in (0, 1)]
     assert files == [*wanted, "student.json", "teacher.json"]
     found = json.loads((study.folder / "opd-0.001-1.json").read_text())
-    assert found["settings"]["student"] == subject.student and found["settings"]["recipe"]["seed"] == 1
+    assert found["settings"]["student"] == subject.models["student"] and found["settings"]["recipe"]["seed"] == 1
     assert found["dev"]["split"] == "dev" and found["dev"]["num_prompts"] == 4
     assert found["test"]["split"] == "test" and found["test"]["num_prompts"] == 8
     assert set(found["flops"]) == {"student_sampling", "student_training", "teacher_scoring"}
@@ -230,26 +236,39 @@ def test_on_the_command_line_with_prompts_of_ones_own(monkeypatch, tmp_path, sub
     rows = [{"prompt": f"{i % 10}+{i // 10}", "answer": str(i)} for i in range(60)]
     Path("p.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     words = ["reproduce", "methods", "--quick", "--only", "opd", "--prompts", "p.jsonl", "--output", "out", "--json"]
-    models = ["--student", subject.student, "--teacher", subject.teacher, "rollout.max_tokens=6", "optim.lr=5e-5"]
+    models = [
+        "--student",
+        subject.models["student"],
+        "--teacher",
+        subject.models["teacher"],
+        "rollout.max_tokens=6",
+        "optim.lr=5e-5",
+    ]
     answer = CliRunner().invoke(app, [*words, *models])
     assert answer.exit_code == 0, answer.output
     (row,) = json.loads(answer.stdout)["rows"]
     assert row["arm"] == "opd" and row["rate"] == 5e-5
     assert str(tmp_path) not in (tmp_path / "out" / "methods" / "opd-5e-05-0.json").read_text().replace(
-        subject.student, ""
+        subject.models["student"], ""
     )
     assert "`opd`" in Path("out/methods/table.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
-def test_quickly_with_the_shipped_models(monkeypatch, tmp_path, name):
+def test_all_of_them_quickly(monkeypatch, tmp_path):
+    """`kibitz reproduce all --quick`, with the shipped models."""
     monkeypatch.chdir(tmp_path)
-    answer = CliRunner().invoke(app, ["reproduce", name, "--quick", "--only", "opd", "--json"])
+    answer = CliRunner().invoke(app, ["reproduce", "all", "--quick", "--json"])
     assert answer.exit_code == 0, answer.output
-    (row,) = json.loads(answer.stdout)["rows"]
-    assert row["student_gflop"] > 0 and row["teacher_gflop"] > 0
-    svg_file = tmp_path / "runs" / "quick" / name / "plot.svg"
-    assert ET.parse(svg_file).getroot().tag.endswith("svg")
+    found = json.loads(answer.stdout)["experiments"]
+    assert list(found) == list(experiments.EXPERIMENTS)
+    for name, experiment in experiments.EXPERIMENTS.items():
+        assert {row["arm"] for row in found[name]["rows"]} >= {
+            a for a in experiment.quick_arms if not experiment.arm(a).family
+        }
+        folder = tmp_path / "runs" / "quick" / name
+        if experiment.claim is not None:
+            assert "not run yet" not in (folder / "table.md").read_text(encoding="utf-8"), name
+        assert ET.parse(folder / "plot.svg").getroot().tag.endswith("svg")
 
 
 def test_the_list_of_experiments():
@@ -262,17 +281,21 @@ def test_the_list_of_experiments():
 
 def test_the_plot_is_an_svg_of_every_arm(tmp_path):
     put(tmp_path, record("opd", 1e-3, 0, 0.5, 0.8), record("grpo", 1e-3, 0, 0.5, 0.55))
-    root = ET.fromstring(svg(METHODS, tmp_path))
-    names = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert names.index("opd") < names.index("grpo") and "40%" in names and "30%" not in names
+    text = svg(METHODS, tmp_path)
+    names = [element.text for element in ET.fromstring(text).iter("{http://www.w3.org/2000/svg}text")]
+    assert names.index("opd") < names.index("grpo") and "40" in names and "30" not in names
+    assert svg(METHODS, tmp_path) == text
 
 
 def test_the_pages_say_what_the_results_say():
     """No number is typed by hand."""
-    for name, experiment in experiments.EXPERIMENTS.items():
-        folder = ROOT / "results" / name
-        if folder.is_dir():
-            assert (folder / "table.md").read_text(encoding="utf-8") == tables.markdown(experiment, folder) + "\n"
-            assert (folder / "plot.svg").read_text(encoding="utf-8") == svg(experiment, folder)
-    page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
-    assert pages.render(page, experiments.EXPERIMENTS, ROOT / "results") == page, "stale: python docs/generate.py"
+    known, results = experiments.EXPERIMENTS, ROOT / "results"
+    for name, experiment in known.items():
+        if (results / experiment.home).is_dir():
+            for file, text in pages.texts(experiment, results).items():
+                assert (results / name / file).read_text(encoding="utf-8") == text, "stale: python docs/generate.py"
+    for path in (ROOT / "docs" / "comparison.md", ROOT / "README.md"):
+        page = path.read_text(encoding="utf-8")
+        assert pages.render(page, known, results) == page, "stale: python docs/generate.py"
+    written = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    assert pages.evidence_page(known, results) == written, "stale: python docs/generate.py"

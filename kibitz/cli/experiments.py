@@ -16,12 +16,18 @@ def reproduce(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME] [A.B=VALUE]...", help="An experiment, and settings such as steps=80; or nothing."
+            metavar="[NAME|all] [A.B=VALUE]...", help="An experiment, and settings such as steps=80; or nothing."
         ),
     ] = None,
     student: Annotated[str | None, typer.Option(help="Folder or hub name; without it the toy world's.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Folder or hub name; without it the toy world's.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="JSONL in the toy world's place; is cut by a hash.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(metavar="ROLE=MODEL", help="Of another role; without it student or teacher.")
+    ] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[SOURCE=]FILE", help="JSONL in the toy world's place; is cut by a hash."),
+    ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many; the experiment knows how many by itself.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="In seconds, to see that it runs; says nothing.")] = False,
     only: Annotated[str, typer.Option(help="Some of its arms: opd,grpo.")] = "",
@@ -29,8 +35,8 @@ def reproduce(
 ) -> None:
     """Run an experiment and write its table and plot; without a name, list them. What is done is not done again.
 
-    Results are files in OUTPUT/NAME, one for each run: after Ctrl-C the same command goes on. `optim.lr=X` puts the middle
-    of the sweep over learning rates at X.
+    Results are files in OUTPUT/NAME, one for each run: after Ctrl-C the same command goes on. `all` runs one experiment after
+    another. `optim.lr=X` puts the middle of the sweep over learning rates at X.
     """
     from kibitz import experiments
 
@@ -38,27 +44,58 @@ def reproduce(
     if not words:
         _list(out)
         return
-    experiment, *settings = experiments.get(words[0]), *words[1:]
+    name, *settings = words
+    if name == "all" and only:
+        raise ValueError("--only chooses arms of one experiment: name it instead of all")
+    chosen = list(experiments.EXPERIMENTS.values()) if name == "all" else [experiments.get(name)]
+    models = _pairs(model) | {"student": student, "teacher": teacher}
+    files = _pairs(prompts)
+    results = output or Path("runs/quick" if quick else "results")
+    rows = {}
+    for experiment in chosen:
+        here = {role: where for role, where in models.items() if role in experiment.roles or where is not None}
+        rows[experiment.name] = _one(out, experiment, here, files, settings, seeds, quick, only, results)
+    if name != "all":
+        (found,) = rows.values()
+        _tell(out, {"experiment": name, **found})
+        return
+    _tell(out, {"experiments": rows, "text": "".join(found.pop("text") for found in rows.values())})
+
+
+def _one(out, experiment, models, files, settings, seeds, quick, only, results) -> dict:
+    """Run one experiment, and say what came of it."""
+    from kibitz.experiments import Subject, pages
+    from kibitz.experiments.study import Study
+
+    settings = list(settings)
     for setting in [word for word in settings if word.startswith("optim.lr=")]:
         settings.remove(setting)
         experiment = experiment.around(_rate(setting))
     experiment = experiment.quick() if quick else experiment
-    folder = (output or Path("runs/quick" if quick else "results")) / experiment.name
-    subject = experiments.Subject.of(experiment, student, teacher, prompts, settings)
-    arms = experiment.choose([name for name in only.split(",") if name])
-
-    from kibitz.experiments import pages
-    from kibitz.experiments.study import Study
-
+    subject = Subject.of(experiment, models, files, settings)
+    arms = experiment.choose([one for one in only.split(",") if one] or (experiment.quick_arms if quick else ()))
     out.say(experiment.question)
-    work = Path("runs/reproduce") / ("quick" if quick else "whole") / experiment.name
-    Study(experiment, subject, folder, work, out.say).run(arms, seeds)
-    files = pages.write(experiment, folder)
-    table = (folder / "table.md").read_text(encoding="utf-8")
-    out.result(
-        {"experiment": experiment.name, "files": files, "rows": pages.tree(experiment, folder)},
-        lambda console: console.print(Text(harmless(table)), soft_wrap=True),
-    )
+    work = Path("runs/reproduce") / ("quick" if quick else "whole") / experiment.home
+    Study(experiment, subject, results / experiment.home, work, out.say).run(arms, seeds)
+    files = pages.write(experiment, results)
+    if len(files) == 1:
+        out.say(pages.NO_CHARTS)
+    text = (results / experiment.name / "table.md").read_text(encoding="utf-8")
+    return {"files": files, "rows": pages.tree(experiment, results), "text": text}
+
+
+def _tell(out: Output, found: dict) -> None:
+    text = found.pop("text")
+    out.result(found, lambda console: console.print(Text(harmless(text)), soft_wrap=True))
+
+
+def _pairs(words: list[str] | None) -> dict[str, str]:
+    """`name=value` as a mapping; a word without a name has the name ``."""
+    found = {}
+    for word in words or []:
+        name, equals, value = word.partition("=")
+        found[name if equals else ""] = value if equals else word
+    return found
 
 
 def _rate(setting: str) -> float:

@@ -8,12 +8,20 @@ measured by `kibitz.evaluate`, on the toy worlds or, by naming other checkpoints
 
 import difflib
 
-from kibitz.experiments.design import Arm, Experiment, Subject
+from kibitz.experiments import kl_direction
+from kibitz.experiments.design import Arm, Claim, Experiment, Subject
 from kibitz.experiments.methods import METHODS, NAVIGATION
 
-__all__ = ["Arm", "EXPERIMENTS", "Experiment", "Subject", "get"]
+__all__ = ["Arm", "Claim", "EXPERIMENTS", "Experiment", "Subject", "get"]
 
-EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in (METHODS, NAVIGATION)}
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment
+    for experiment in (
+        METHODS,
+        NAVIGATION,
+        kl_direction.EXPERIMENT,
+    )
+}
 
 
 def get(name: str) -> Experiment:

@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,27 +11,60 @@ from typing import Any
 from kibitz import config, worlds
 from kibitz.config import Recipe
 
-ROLES = ("student", "teacher")
 SPLITS = ("train", "dev", "test")
+OF_ARM = "arm:"
+"""Before the name of an arm, in the place of a model: the checkpoint that the arm left, of the same seed."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train. `changes` go over the experiment's recipe, section by section; models are named by their role,
-    `student` and `teacher`. `rates` replaces the experiment's where an arm needs others."""
+    """One way to train. `changes` go over the experiment's recipe, section by section; models are named by their role
+    (`student`, `teacher`, or another of the experiment's), or as `arm:NAME`, the checkpoint of another arm.
+
+    `rates` replaces the experiment's where an arm needs others. Of the arms of one `family` only the best on the dev
+    split gets all seeds: so a batch size is chosen like a rate. `data` is the name of the experiment's data that it
+    trains on. `every`: its checkpoints of so many steps are all measured on the dev split, a curve; with `stop: best`
+    the best of them is the arm's result, not the last. `judge` names the measures whose mean accuracy on the dev
+    split chooses rates and checkpoints, the first measure if empty.
+    """
 
     name: str
     about: str
     changes: Mapping[str, Any]
     rates: tuple[float, ...] = ()
+    family: str = ""
+    data: str = "prompts"
+    every: int = 0
+    stop: str = "last"
+    judge: tuple[str, ...] = ()
+
+    def needs(self) -> list[str]:
+        """The names of the arms whose checkpoints it is made of."""
+        text = json.dumps(self.changes, default=list)
+        return list(dict.fromkeys(part.partition('"')[0] for part in text.split(f'"{OF_ARM}')[1:]))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What was published, in one or two sentences with its numbers, and where (a Markdown link)."""
+
+    says: str
+    source: str
+    short: str
+    """The same in a few words, for a table."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A recipe without models, data, rate and seed; its arms; how they are measured.
+    """A recipe without models, data, rate and seed; its arms; how they are measured; what they say about a claim.
 
     Every arm tries each of `rates` once, on seed 0, and the best on the dev split is run with all seeds and measured on
-    the test split. `reference` is the arm that the others are compared with.
+    the test split. `reference` is the arm that the others are compared with, if any.
+
+    `models`: the role of each model and the shipped one it is on the toy world. `data`: the name of each source of
+    prompts and its section of a recipe. `measures`: the name of each measure and the data it is taken on; the first
+    is the main one. `runs_in`: the experiment in whose folder the runs are, where two ask different questions of the
+    same runs.
     """
 
     name: str
@@ -40,20 +73,47 @@ class Experiment:
     recipe: Mapping[str, Any]
     arms: tuple[Arm, ...]
     rates: tuple[float, ...]
-    reference: str
+    reference: str = ""
     dev_problems: int = 512
     test_problems: int = 1024
     extensions: int = 2
     seeds: int = 3
     quick_arms: tuple[str, ...] = ()
+    models: Mapping[str, str] = field(default_factory=dict)
+    data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    measures: Mapping[str, str] = field(default_factory=lambda: {"accuracy": "prompts"})
+    series: tuple[str, ...] = ()
+    """Metrics of each step that are kept with the record of a run."""
+    runs_in: str = ""
+    claim: Claim | None = None
+    find: Callable[[Any], Any] | None = None
+    """From its `Results` to the claim's `Finding`."""
+
+    @property
+    def roles(self) -> Mapping[str, str]:
+        """role -> `world/model`."""
+        return self.models or {role: f"{self.world}/{role}" for role in ("student", "teacher")}
+
+    @property
+    def sources(self) -> Mapping[str, Mapping[str, Any]]:
+        """Name -> the `data` section on the toy worlds."""
+        return self.data or {"prompts": {"world": self.world}}
+
+    @property
+    def home(self) -> str:
+        """The folder of its runs below the results."""
+        return self.runs_in or self.name
 
     def quick(self) -> "Experiment":
         """The same in seconds, to see that all of it runs; its numbers say nothing."""
-        recipe = merged(self.recipe, {"steps": 3, "rollout": {"prompts_per_step": 8}})
-        arms = tuple(replace(arm, rates=()) for arm in self.choose(self.quick_arms))
+        arms = tuple(_quick(arm, self.recipe) for arm in self.choose(self.quick_arms))
         return replace(
-            self, recipe=recipe, arms=arms, rates=self.rates[1:2], dev_problems=16, test_problems=16, extensions=0, seeds=1
+            self, arms=arms, rates=self.rates[1:2] or self.rates, dev_problems=16, test_problems=16, extensions=0,
+            seeds=1
         )  # fmt: skip
+
+    def arm(self, name: str) -> Arm:
+        return self.choose([name])[0]
 
     def choose(self, names: Sequence[str]) -> tuple[Arm, ...]:
         """The arms of these names, all if none is given."""
@@ -71,58 +131,106 @@ class Experiment:
         return replace(self, rates=tuple(r * rate / middle for r in self.rates), arms=arms)
 
 
+def _quick(arm: Arm, base: Mapping[str, Any]) -> Arm:
+    rollout = merged(base, arm.changes).get("rollout", {})
+    few = {"prompts_per_step": 4, "samples_per_prompt": min(2, rollout.get("samples_per_prompt", 1))}
+    changes = merged(arm.changes, {"steps": 2, "rollout": few})
+    return replace(arm, changes=changes, rates=arm.rates[:1], every=min(arm.every, 1))
+
+
 @dataclass(frozen=True)
 class Subject:
-    """The models and the problems. `world/name` is a model that the world ships; anything else is a folder or hub name.
-    `prompts` is a JSONL file in the world's place; `overrides` are `a.b=value` of the recipe."""
+    """The models and the problems. `models`: for each role `world/name`, a model that the world ships, or a folder or
+    hub name. `files`: for each named source of prompts a JSONL file in the world's place; none are the toy world's
+    own. `overrides` are `a.b=value` of the recipe."""
 
-    student: str
-    teacher: str
+    models: Mapping[str, str]
     world: str
-    prompts: str | None = None
-    overrides: tuple[str, ...] = field(default=())
+    files: Mapping[str, str] = field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
 
     @staticmethod
     def of(
         experiment: Experiment,
-        student: str | None = None,
-        teacher: str | None = None,
-        prompts: str | None = None,
+        models: Mapping[str, str | None] | None = None,
+        files: Mapping[str, str] | None = None,
         overrides: Sequence[str] = (),
     ) -> "Subject":
-        """The experiment's own world and its shipped models, where nothing else is named."""
-        world = experiment.world
-        return Subject(student or f"{world}/student", teacher or f"{world}/teacher", world, prompts, tuple(overrides))
+        """The experiment's own world and its shipped models, where nothing else is named. Once a student is named,
+        roles that are not are its; those called teacher something the teacher's. A file without a name, `""`, is for
+        every source that has none of its own."""
+        named = {role: name for role, name in (models or {}).items() if name is not None}
+        known(experiment.name, "role", named, experiment.roles)
+        files = files or {}
+        known(experiment.name, "source of prompts", [name for name in files if name], experiment.sources)
+        found = {}
+        for role, shipped in experiment.roles.items():
+            kin = "teacher" if role.startswith("teacher") else "student"
+            found[role] = named.get(role) or named.get(kin) or shipped
+        sources = {name: files.get(name) or files[""] for name in experiment.sources} if files else {}
+        return Subject(found, experiment.world, sources, tuple(overrides))
+
+    @property
+    def prompts(self) -> str | None:
+        return next(iter(self.files.values()), None)
 
     def model(self, role: str) -> str:
-        """Where the weights are."""
-        name = {"student": self.student, "teacher": self.teacher}[role]
+        """Where the weights of a role are; what is no role is a folder or a hub name."""
+        name = self.models.get(role, role)
         world, _, shipped = name.partition("/")
         return str(worlds.get(world).checkpoint(shipped)) if world in worlds.WORLDS else name
 
+    def section(self, experiment: Experiment, name: str) -> dict[str, Any]:
+        """The `data` section that a source of prompts stands for."""
+        return {"prompts": self.files[name]} if self.files else dict(experiment.sources[name])
+
     def recipe(self, experiment: Experiment, arm: Arm, rate: float, seed: int) -> Recipe:
         """The arm's recipe with roles in the place of models: what is written down with its result."""
-        tree = merged(experiment.recipe, {"teacher": {"model": "teacher"}}, arm.changes)
-        tree = merged(tree, {"student": {"model": "student"}, "optim": {"lr": rate}, "seed": seed})
-        if self.prompts is not None:
-            return config.load(tree | {"data": {"prompts": self.prompts}}, self.overrides)
-        recipe = config.load(tree | {"data": {"world": self.world}}, self.overrides)
+        known(experiment.name, "source of prompts", [arm.data], experiment.sources)
+        roles = {role: {"model": role} for role in ("student", "teacher") if role in experiment.roles}
+        tree = merged(roles, experiment.recipe, arm.changes, {"optim": {"lr": rate}, "seed": seed})
+        limit = tree.pop("data", {})
+        recipe = config.load(tree | {"data": {**self.section(experiment, arm.data), **limit}}, self.overrides)
+        if self.files or limit:
+            return recipe
         return config.load(recipe, [f"data.limit={recipe.steps * recipe.rollout.prompts_per_step}"])
 
 
+def known(experiment: str, what: str, names: Sequence[str] | Mapping[str, Any], all_of: Mapping[str, Any]) -> None:
+    """Raise ValueError for a name that the experiment does not have."""
+    for name in names:
+        if name not in all_of:
+            raise ValueError(f"{experiment} has no {what} {name!r}; it has: {', '.join(all_of)}")
+
+
 def merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
-    """Later trees win, section by section; a method is replaced as a whole, because settings of two do not mix."""
+    """Later trees win, section by section; a method or a teacher is replaced as a whole, because settings of two do
+    not mix."""
     whole: dict[str, Any] = {}
     for tree in trees:
         for name, section in tree.items():
-            joins = isinstance(section, Mapping) and name != "method"
+            joins = isinstance(section, Mapping) and name not in ("method", "teacher")
             whole[name] = {**whole.get(name, {}), **section} if joins else section
     return whole
 
 
+def with_models(tree: Mapping[str, Any], place: Callable[[str], str]) -> dict[str, Any]:
+    """A recipe's tree with every model's name replaced by `place(name)`."""
+
+    def put(section: Any) -> Any:
+        if isinstance(section, Mapping):
+            return section | ({"model": place(section["model"])} if "model" in section else {})
+        return [put(one) for one in section] if isinstance(section, list) else section
+
+    found = {name: put(section) if name in ("student", "teacher") else section for name, section in tree.items()}
+    if "reference" in found.get("method", {}):
+        found["method"] = found["method"] | {"reference": put(found["method"]["reference"])}
+    return found
+
+
 def cut(source: Path, folder: Path) -> None:
-    """`train.jsonl`, `dev.jsonl` and `test.jsonl` of 80, 10 and 10% of a JSONL file. A row goes by a hash of its prompt,
-    so no two splits share one."""
+    """`train.jsonl`, `dev.jsonl` and `test.jsonl` of 80, 10 and 10% of a JSONL file. A row goes by a hash of its
+    prompt, so no two splits share one."""
     parts: dict[str, list[str]] = {split: [] for split in SPLITS}
     for number, line in enumerate(source.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():

@@ -1,35 +1,91 @@
 """Writes what people read of an experiment: its table, its plot, and the parts of pages that quote it."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from kibitz.experiments import charts, evidence
 from kibitz.experiments.design import Experiment
 from kibitz.experiments.plot import svg
 from kibitz.experiments.tables import markdown, rows
 
-BLOCK = re.compile(r"(?P<begin><!-- results: (?P<name>[a-z-]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(?P<begin><!-- (?P<kind>results|finding|overview): (?P<name>[a-z-]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL
+)
+NO_CHARTS = "no plot was drawn: install kibitz[plots]"
 
 
-def write(experiment: Experiment, folder: Path) -> list[Path]:
-    """`table.md` and `plot.svg` beside the results."""
-    texts = {"table.md": markdown(experiment, folder) + "\n", "plot.svg": svg(experiment, folder)}
-    for name, text in texts.items():
+def texts(experiment: Experiment, results: Path) -> dict[str, str]:
+    """file -> what it says, of `table.md`, the arms at their best rates or, of a claim, its finding; and `plot.svg`,
+    where charts can be drawn."""
+    folder = results / experiment.home
+    if experiment.claim is None:
+        found, drawing = markdown(experiment, folder), lambda: svg(experiment, folder)
+    else:
+        found = f"{evidence.markdown(experiment, results)}\n\n{markdown(experiment, folder)}"
+        drawing = lambda: evidence.plot(experiment, results)  # noqa: E731
+    plot = drawing() if charts.available() else None
+    return {"table.md": found + "\n"} | ({} if plot is None else {"plot.svg": plot})
+
+
+def write(experiment: Experiment, results: Path) -> list[Path]:
+    """`table.md` and `plot.svg` below `results/NAME`."""
+    folder = results / experiment.name
+    folder.mkdir(parents=True, exist_ok=True)
+    found = texts(experiment, results)
+    for name, text in found.items():
         (folder / name).write_text(text, encoding="utf-8")
-    return [folder / name for name in texts]
+    return [folder / name for name in found]
 
 
-def tree(experiment: Experiment, folder: Path) -> list[dict[str, Any]]:
+def tree(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
     """The rows of the table as plain data."""
-    return [asdict(row) for row in rows(experiment, folder)]
+    return [asdict(row) for row in rows(experiment, results / experiment.home)]
 
 
-def render(page: str, experiments: dict[str, Experiment], results: Path) -> str:
-    """A page with the table of every experiment that it quotes between `<!-- results: name -->` and `<!-- end -->`."""
+def render(page: str, experiments: Mapping[str, Experiment], results: Path, place: str = "../results") -> str:
+    """A page with what it quotes between `<!-- KIND: name -->` and `<!-- end -->`: `results`, the arms of an
+    experiment; `finding`, of a claim; `overview: claims`, all of them in one table. `place` is where the results are,
+    seen from the page."""
 
     def block(match: re.Match[str]) -> str:
-        experiment = experiments[match["name"]]
-        return f"{match['begin']}{markdown(experiment, results / experiment.name)}\n{match['end']}"
+        if match["kind"] == "overview":
+            text = evidence.overview(experiments.values(), results)
+        elif match["kind"] == "finding":
+            name = match["name"]
+            text = evidence.markdown(experiments[name], results, f"{place}/{name}/plot.svg")
+        else:
+            experiment = experiments[match["name"]]
+            text = markdown(experiment, results / experiment.home)
+        return f"{match['begin']}{text}\n{match['end']}"
 
     return BLOCK.sub(block, page)
+
+
+def evidence_page(experiments: Mapping[str, Experiment], results: Path) -> str:
+    """docs/evidence.md: a head, the table of all claims, and a screen for each."""
+    claims = [experiment for experiment in experiments.values() if experiment.claim is not None]
+    parts = [HEAD, evidence.overview(claims, results, page="")]
+    for experiment in claims:
+        plot = f"../results/{experiment.name}/plot.svg"
+        parts.append(f"## {experiment.name}\n\n{evidence.markdown(experiment, results, plot)}")
+    return "\n\n".join(parts) + "\n"
+
+
+HEAD = """# The evidence
+
+Each claim that was published about on-policy distillation: what was published, what came out here on toy worlds that
+a CPU learns in minutes, and whether that reproduces it. `kibitz reproduce NAME` makes a section again; with
+`--student`, `--teacher` and `--prompts` the same file asks the same question of real models. This page is written by
+`python docs/generate.py` from the files in [`results/`](../results), one for each run with its settings, seed,
+commit, machine and cost; no number of ours is typed by hand.
+
+How it is done, everywhere: each arm tries several learning rates with seed 0 (more beyond an edge that is best), and
+the best on the dev split is run with all seeds and measured once on the test split, which shares no problem with
+train and dev. "±" is half a 95% interval: Student's t over seeds and the noise of the number of problems, in
+quadrature; intervals of ratios and costs are bootstrapped over seeds and problems. Seeds change the problems, their
+order and the sampling; the models one starts from are the same, unless a section says otherwise. Accuracy is at
+temperature 1, where not called greedy. FLOPs are counted, not estimated from time: the student's and the teacher's,
+sampling, scoring and training."""

@@ -1,13 +1,18 @@
 """What came out, as files: one JSON for each run. Tables and plots are made from these alone."""
 
 import json
-from collections.abc import Iterable, Mapping
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kibitz.experiments.design import Experiment
-from kibitz.metrics import write_atomically
+from kibitz.metrics import JSONL, write_atomically
+
+if TYPE_CHECKING:
+    from kibitz.trainer import Run
 
 Record = dict[str, Any]
 
@@ -34,15 +39,21 @@ def read_all(folder: Path) -> list[Record]:
     return [record for record in found if "arm" in record]
 
 
-def score(record: Record) -> float:
-    """What a rate is chosen by: accuracy at temperature 1 on the dev split, or nearness to the teacher without answers."""
-    dev = record["dev"]
-    return dev["sampled"]["accuracy"] if "sampled" in dev else -dev["reverse_kl"]
+def score(record: Record, judge: Sequence[str] = ()) -> float:
+    """What a rate is chosen by: accuracy at temperature 1 on the dev split, or nearness to the teacher without answers.
+    `judge` names the measures whose mean it is, the main one if empty."""
+    found = [measure(record["dev"], name) for name in judge or ("",)]
+    return fmean(row["sampled"]["accuracy"] if "sampled" in row else -row["reverse_kl"] for row in found)
 
 
-def best_rate(sweep: Mapping[float, Record]) -> float:
+def measure(row: Record, name: str = "") -> Record:
+    """One measure of an evaluation, the main one if none of the others has the name."""
+    return row.get("measures", {}).get(name, row)
+
+
+def best_rate(sweep: Mapping[float, Record], judge: Sequence[str] = ()) -> float:
     """The rate of the best run; of equal ones the lowest."""
-    return max(sorted(sweep), key=lambda rate: score(sweep[rate]))
+    return max(sorted(sweep), key=lambda rate: score(sweep[rate], judge))
 
 
 def sweeps(records: Iterable[Record]) -> dict[str, dict[float, Record]]:
@@ -58,8 +69,9 @@ def finals(experiment: Experiment, folder: Path) -> dict[str, list[Record]]:
     """arm -> its runs at the best rate that were measured on the test split, in the experiment's order."""
     records = read_all(folder)
     found = {}
+    judges = {arm.name: arm.judge for arm in experiment.arms}
     for arm, sweep in sweeps(records).items():
-        rate = best_rate(sweep)
+        rate = best_rate(sweep, judges.get(arm, ()))
         found[arm] = [r for r in records if r["arm"] == arm and r["lr"] == rate and "test" in r]
     return {arm.name: found[arm.name] for arm in experiment.arms if found.get(arm.name)}
 
@@ -76,3 +88,32 @@ def half_of_seeds(values: list[float]) -> float:
     if len(values) < 2:
         return 0.0
     return T_QUANTILES[min(len(values) - 2, len(T_QUANTILES) - 1)] * stdev(values) / len(values) ** 0.5
+
+
+def about_the_run(run: "Run", cpu_seconds: float, series: Sequence[str] = ()) -> Record:
+    """Where, when and by which code, and what it cost."""
+    info = read(run.folder / "run.json") or {}
+    found = {
+        "commit": info.get("commit"),
+        "version": info.get("version"),
+        "torch": info.get("torch"),
+        "machine": f"{info.get('machine')}, {os.cpu_count()} cores, {info.get('device')}, {platform.system()}",
+        "threads": info.get("threads"),
+        "date": info.get("finished"),
+        "cpu_seconds": round(cpu_seconds, 2),
+        **costs_until(run.metrics, run.metrics[-1]["step"]),
+        "teacher_written": fmean(row["teacher_written"] for row in run.metrics),
+        "alarms": sorted({row["name"] for row in JSONL(run.folder / "alarms.jsonl").read()}),
+    }
+    kept = {name: [row[name] for row in run.metrics] for name in series if all(name in row for row in run.metrics)}
+    return found | ({"series": kept} if kept else {})
+
+
+def costs_until(metrics: Sequence[Record], step: int) -> Record:
+    """Seconds and FLOPs by kind, and tokens that were learnt, of all steps up to one."""
+    rows = [row for row in metrics if row["step"] <= step]
+    found: Record = {"tokens": sum(row["num_tokens"] for row in rows)}
+    for unit in ("seconds", "flops"):
+        kinds = sorted({kind for row in rows for kind in row[unit]})
+        found[unit] = {kind: round(sum(row[unit].get(kind, 0.0) for row in rows), 3) for kind in kinds}
+    return found

@@ -1,10 +1,9 @@
 """Runs an experiment. What was run already, with the same settings, is not run again: kill it and start it as you like."""
 
+import hashlib
 import json
-import os
-import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ import kibitz
 from kibitz.checkpoint import checkpoints
 from kibitz.config import DataConfig, EvalConfig, Recipe
 from kibitz.evaluate import evaluate_model
-from kibitz.experiments.design import ROLES, Arm, Experiment, Subject, cut
-from kibitz.experiments.records import Record, best_rate, name_of, read, score, write
+from kibitz.experiments.design import OF_ARM, Arm, Experiment, Subject, cut, with_models
+from kibitz.experiments.records import Record, about_the_run, best_rate, costs_until, name_of, read, score, write
 
-QUIET = {"eval": {"every": 0, "num_prompts": 1, "heatmaps": 0}, "save": {"every": 0, "keep": 1}}
+QUIET = {"eval": {"every": 0, "num_prompts": 1, "heatmaps": 0}}
 """A run measures nothing itself; `evaluate_model` does, on the split that is due."""
+OF_A_SOURCE = {"prompts", "world", "options", "split", "limit", "pick"}
 
 
 @dataclass(frozen=True)
@@ -33,35 +33,40 @@ class Study:
     say: Callable[[str], None] = lambda _: None
 
     def run(self, arms: Sequence[Arm] = (), seeds: int | None = None) -> None:
-        """All of it, arm by arm: each is finished before the next begins."""
-        if self.subject.prompts is not None:
-            cut(Path(self.subject.prompts), self.work)
+        """All of it, family by family: each is finished before the next begins."""
+        for source, path in self.subject.files.items():
+            cut(Path(path), self._data(source))
         arms = arms or self.experiment.arms
         recipes = [self.recipe(arm, self.experiment.rates[0], 0) for arm in arms]  # mistakes show before hours go by
         torch.set_num_threads(recipes[0].threads or torch.get_num_threads())
-        for role in ROLES:
+        for role in self.experiment.roles:
             self._model(role, recipes[0])
-        for arm in arms:
-            rate = self.sweep(arm)
+        for family in _families(arms):
+            best, rate = self.best(family)
             for seed in range(seeds or self.experiment.seeds):
-                self.measured(arm, rate, seed)
+                self.measured(best, rate, seed)
+
+    def best(self, family: Sequence[Arm]) -> tuple[Arm, float]:
+        """The arm of a family, and its rate, that is best on the dev split with seed 0."""
+        found = [(arm, self.sweep(arm)) for arm in family]
+        return max(found, key=lambda pair: score(self.trained(*pair, 0), pair[0].judge))
 
     def sweep(self, arm: Arm) -> float:
         """The best rate on the dev split. One at the edge is tried against one beyond it, a few times."""
         rates = sorted(arm.rates or self.experiment.rates)
         found = {rate: self.trained(arm, rate, 0) for rate in rates}
         factor = rates[1] / rates[0] if len(rates) > 1 else 2.0
-        for _ in range(self.experiment.extensions):
-            best = best_rate(found)
+        for _ in range(self.experiment.extensions if len(rates) > 1 else 0):
+            best = best_rate(found, arm.judge)
             if min(found) < best < max(found):
                 break
             rate = _rounded(best * factor if best == max(found) else best / factor)
             found[rate] = self.trained(arm, rate, 0)
-        return best_rate(found)
+        return best_rate(found, arm.judge)
 
     def trained(self, arm: Arm, rate: float, seed: int) -> Record:
         """A run measured on the dev split: from its file, or made now."""
-        path, settings = self._path(arm, rate, seed), self._settings(self.recipe(arm, rate, seed))
+        path, settings = self._path(arm, rate, seed), self._settings(arm, self.recipe(arm, rate, seed))
         found = read(path)
         if found is not None and found["settings"] == settings:
             return found
@@ -72,10 +77,9 @@ class Study:
         record, path = self.trained(arm, rate, seed), self._path(arm, rate, seed)
         if "test" in record:
             return record
-        if not self._checkpoints(path.stem):
-            record = self._train(arm, rate, seed)
-        recipe = self.recipe(arm, rate, seed)
-        record["test"] = self._evaluate(str(self._checkpoints(path.stem)[-1]), "test", recipe)
+        model = self._checkpoint(arm, rate, seed)
+        record = self.trained(arm, rate, seed)
+        record["test"] = self._evaluate(str(model), "test", self.recipe(arm, rate, seed), arm, seed)
         write(path, record)
         self.say(f"{path.stem}: {_told(record['test'])} on test")
         return record
@@ -83,12 +87,36 @@ class Study:
     def recipe(self, arm: Arm, rate: float, seed: int) -> Recipe:
         return self.subject.recipe(self.experiment, arm, rate, seed)
 
+    # -------------------------------------------------------------- models
+
+    def place(self, name: str, seed: int) -> str:
+        """Where the weights are that a recipe calls by a role or by an arm."""
+        if not name.startswith(OF_ARM):
+            return self.subject.model(name)
+        return str(self._checkpoint(*self.chosen(name.removeprefix(OF_ARM)), seed))
+
+    def chosen(self, name: str) -> tuple[Arm, float]:
+        """The arm of that name, or the best of the family of that name, at its best rate."""
+        return self.best([arm for arm in self.experiment.arms if arm.family == name] or [self.experiment.arm(name)])
+
+    def _checkpoint(self, arm: Arm, rate: float, seed: int) -> Path:
+        """What the arm's run left, or, if it stops where it is best, the checkpoint of that step."""
+        work = self.work / self._path(arm, rate, seed).stem
+        step = self.trained(arm, rate, seed).get("step")
+        found = [path for path in checkpoints(work) if step is None or path.name == f"step-{step:06d}"]
+        if not found:
+            self._train(arm, rate, seed)
+            return self._checkpoint(arm, rate, seed)
+        return found[-1]
+
     # -------------------------------------------------------------- one run
 
     def _train(self, arm: Arm, rate: float, seed: int) -> Record:
         path, recipe = self._path(arm, rate, seed), self.recipe(arm, rate, seed)
+        tree = self._runnable(arm, recipe, seed) | {"output": str(self.work / path.stem)}
         started = time.process_time()
-        run = kibitz.train(self._with_models(recipe, self.work / path.stem), overwrite=True)
+        run = kibitz.train(tree, overwrite=True)
+        cpu_seconds = time.process_time() - started
         if len({row["step"] for row in run.metrics}) != len(run.metrics):
             raise ValueError(f"{path.stem} was run by two processes at one time: give each its own arms by --only")
         record = {
@@ -96,95 +124,131 @@ class Study:
             "arm": arm.name,
             "lr": rate,
             "seed": seed,
-            "settings": self._settings(recipe),
-            **_about_the_run(run, time.process_time() - started),
-            "dev": self._evaluate(str(run.checkpoint), "dev", recipe),
+            "settings": self._settings(arm, recipe),
+            **about_the_run(run, cpu_seconds, self.experiment.series),
+            **self._on_dev(run, arm, recipe, seed),
         }
         write(path, record)
         self.say(f"{path.stem}: {_told(record['dev'])} on dev")
         return record
 
-    def _with_models(self, recipe: Recipe, output: Path) -> dict[str, Any]:
-        """The recipe with the weights' places, ready to be trained."""
-        tree: dict[str, Any] = recipe.model_dump(mode="json", exclude_unset=True) | QUIET
-        tree |= {"output": str(output)}
-        for role in ROLES:
-            tree[role] = {**tree[role], "model": self.subject.model(tree[role]["model"])}
-        if self.subject.prompts is not None:
-            tree["data"] = {**tree["data"], "prompts": str(self.work / "train.jsonl")}
-        return tree
+    def _on_dev(self, run: "kibitz.Run", arm: Arm, recipe: Recipe, seed: int) -> Record:
+        """The last checkpoint measured on the dev split; of an arm with a curve all of them, and which of them it stops at."""
+        if not arm.every:
+            return {"dev": self._evaluate(str(run.checkpoint), "dev", recipe, arm, seed)}
+        curve = []
+        for path in checkpoints(run.folder):
+            step = int(path.name.rpartition("-")[2])
+            dev = self._evaluate(str(path), "dev", recipe, arm, seed)
+            curve.append({"step": step, **costs_until(run.metrics, step), "dev": dev})
+        if arm.stop == "last":
+            return {"dev": curve[-1]["dev"], "curve": curve}
+        best = max(curve, key=lambda point: score(point, arm.judge))
+        return {"step": best["step"], "dev": best["dev"], "curve": curve}
 
-    def _evaluate(self, model: str, split: str, recipe: Recipe) -> dict[str, Any]:
+    def _runnable(self, arm: Arm, recipe: Recipe, seed: int) -> dict[str, Any]:
+        """The recipe with the weights' and files' places, ready to be trained."""
+        tree = with_models(recipe.model_dump(mode="json", exclude_unset=True), lambda name: self.place(name, seed))
+        if self.subject.files:
+            tree["data"] = {**tree["data"], "prompts": str(self._data(arm.data) / "train.jsonl")}
+        return tree | QUIET | {"save": {"every": arm.every, "keep": 10_000 if arm.every else 1}}
+
+    def _evaluate(self, model: str, split: str, recipe: Recipe, arm: Arm | None, seed: int) -> dict[str, Any]:
+        """The main measure, and the others below `measures`."""
         num = self.experiment.test_problems if split == "test" else self.experiment.dev_problems
+        rows = [
+            evaluate_model(
+                model,
+                teacher=self._judge(recipe, seed),
+                data=self._asked(source, split, num, recipe, arm),
+                eval=EvalConfig(num_prompts=num),
+                rollout=recipe.rollout,
+                device=recipe.device,
+            )
+            for source in self.experiment.measures.values()
+        ]
+        others = dict(zip(list(self.experiment.measures)[1:], rows[1:], strict=True))
+        return rows[0] | ({"measures": others} if others else {})
+
+    def _asked(self, source: str, split: str, num: int, recipe: Recipe, arm: Arm | None) -> DataConfig:
+        """The held-out problems of a source; how prompts are rendered and graded is the recipe's, unless the source says."""
+        own = {} if arm is None else self.experiment.sources[arm.data]
+        given = recipe.data.model_dump(exclude_unset=True)
+        how = {name: value for name, value in given.items() if name not in OF_A_SOURCE | own.keys()}
         changes: dict[str, Any] = {"split": split, "limit": num}
-        if self.subject.prompts is not None:
-            changes["prompts"] = str(self.work / f"{split}.jsonl")
-        data = DataConfig.model_validate({**recipe.data.model_dump(exclude_unset=True), **changes})
-        return evaluate_model(
-            model,
-            teacher=self.subject.model("teacher"),
-            data=data,
-            eval=EvalConfig(num_prompts=num),
-            rollout=recipe.rollout,
-            device=recipe.device,
-        )
+        if self.subject.files:
+            changes["prompts"] = str(self._data(source) / f"{split}.jsonl")
+        return DataConfig.model_validate({**how, **self.subject.section(self.experiment, source), **changes})
+
+    def _judge(self, recipe: Recipe, seed: int) -> str | None:
+        """The teacher that the reverse KL is measured to: the experiment's, else the run's own, if it is one model."""
+        if "teacher" in self.experiment.roles:
+            return self.subject.model("teacher")
+        name = getattr(recipe.teacher, "model", None)
+        return None if name is None else self.place(name, seed)
 
     def _model(self, role: str, recipe: Recipe) -> None:
-        """What the student and the teacher can do as they are."""
+        """What a model can do as it is."""
         path = self.folder / f"{role}.json"
-        settings = {"model": getattr(self.subject, role)} | self._problems()
+        settings = {"model": self.subject.models[role]} | self._problems()
         found = read(path)
         if found is None or found["settings"] != settings:
-            write(path, {"settings": settings, "test": self._evaluate(self.subject.model(role), "test", recipe)})
+            test = self._evaluate(self.subject.model(role), "test", recipe, None, 0)
+            write(path, {"settings": settings, "test": test})
 
     # -------------------------------------------------------------- names
 
     def _path(self, arm: Arm, rate: float, seed: int) -> Path:
         return self.folder / f"{name_of(arm.name, rate, seed)}.json"
 
-    def _checkpoints(self, name: str) -> list[Path]:
-        return checkpoints(self.work / name)
+    def _data(self, source: str) -> Path:
+        return self.work / "data" / source
 
-    def _settings(self, recipe: Recipe) -> dict[str, Any]:
+    def _settings(self, arm: Arm, recipe: Recipe) -> dict[str, Any]:
         """All that decides the result: the recipe, with roles for models and no folder of this machine."""
         tree = recipe.model_dump(mode="json", exclude_unset=True)
-        return {"recipe": tree, "student": self.subject.student, "teacher": self.subject.teacher} | self._problems()
+        text = json.dumps(tree)
+        used = {role: name for role, name in self.subject.models.items() if role in ("student", "teacher")
+                or f'"{role}"' in text}  # fmt: skip
+        found = {"recipe": tree, **used} | self._problems()
+        if arm.every:
+            found |= {"every": arm.every, "stop": arm.stop}
+        if arm.needs():
+            found["on"] = {name: self._digest(name, recipe.seed) for name in arm.needs()}
+        return found
+
+    def _digest(self, name: str, seed: int) -> str:
+        """Of the settings of another arm's run, so that what was made of it is made again where they change."""
+        arm, rate = self.chosen(name)
+        text = json.dumps(self._settings(arm, self.recipe(arm, rate, seed)), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def _problems(self) -> dict[str, Any]:
-        source = {"world": self.subject.world} if self.subject.prompts is None else {"prompts": self.subject.prompts}
-        return source | {"dev": self.experiment.dev_problems, "test": self.experiment.test_problems}
+        """What it is measured on."""
+        found: dict[str, Any] = {"dev": self.experiment.dev_problems, "test": self.experiment.test_problems}
+        if self.subject.files:
+            return found | {"prompts": self.subject.prompts}
+        found["world"] = self.subject.world
+        sections = {name: dict(self.experiment.sources[source]) for name, source in self.experiment.measures.items()}
+        plain = sections == {"accuracy": {"world": self.subject.world}}
+        return found if plain else found | {"measures": sections}
 
 
-def _about_the_run(run: "kibitz.Run", cpu_seconds: float) -> Record:
-    """Where, when and by which code, and what it cost."""
-    info = read(run.folder / "run.json") or {}
-    alarms = (
-        (run.folder / "alarms.jsonl").read_text(encoding="utf-8") if (run.folder / "alarms.jsonl").is_file() else ""
-    )
-    return {
-        "commit": info.get("commit"),
-        "version": info.get("version"),
-        "torch": info.get("torch"),
-        "machine": f"{info.get('machine')}, {os.cpu_count()} cores, {info.get('device')}, {platform.system()}",
-        "threads": info.get("threads"),
-        "date": info.get("finished"),
-        "cpu_seconds": round(cpu_seconds, 2),
-        "seconds": _summed(run.metrics, "seconds"),
-        "flops": _summed(run.metrics, "flops"),
-        "tokens": sum(row["num_tokens"] for row in run.metrics),
-        "teacher_written": sum(row["teacher_written"] for row in run.metrics) / len(run.metrics),
-        "alarms": sorted({json.loads(line)["name"] for line in alarms.split("\n") if line}),
-    }
-
-
-def _summed(metrics: list[dict[str, Any]], unit: str) -> dict[str, float]:
-    """By kind, over all steps."""
-    kinds = sorted({kind for row in metrics for kind in row[unit]})
-    return {kind: round(sum(row[unit].get(kind, 0.0) for row in metrics), 3) for kind in kinds}
+def _families(arms: Iterable[Arm]) -> list[list[Arm]]:
+    """In the order of their first arms; an arm without a family is one of its own."""
+    found: dict[str, list[Arm]] = {}
+    for arm in arms:
+        found.setdefault(arm.family or arm.name, []).append(arm)
+    return list(found.values())
 
 
 def _told(row: dict[str, Any]) -> str:
-    return f"{100 * score({'dev': row}):.1f}%" if "sampled" in row else f"reverse KL {row['reverse_kl']:.4f}"
+    if "sampled" not in row:
+        return f"reverse KL {row['reverse_kl']:.4f}"
+    others = "".join(
+        f", {name} {100 * other['sampled']['accuracy']:.1f}%" for name, other in row.get("measures", {}).items()
+    )
+    return f"{100 * row['sampled']['accuracy']:.1f}%{others}"
 
 
 def _rounded(rate: float) -> float:

@@ -1,11 +1,11 @@
 """From the files of an experiment to one row an arm, and to Markdown. No number comes from anywhere else."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from kibitz.experiments.design import ROLES, Experiment
+from kibitz.experiments.design import Experiment
 from kibitz.experiments.records import (
     Record,
     best_rate,
@@ -16,9 +16,7 @@ from kibitz.experiments.records import (
     share_with_interval,
     sweeps,
 )
-
-Estimate = tuple[float, float]
-"""A mean, and half its 95% interval."""
+from kibitz.experiments.results import Estimate
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Row:
     num_seeds: int
     sampled: Estimate | None
     greedy: Estimate | None
-    reverse_kl: Estimate
+    reverse_kl: Estimate | None
     student_gflop: float
     teacher_gflop: float
     other_gflop: float
@@ -48,7 +46,7 @@ def rows(experiment: Experiment, folder: Path) -> list[Row]:
     """Best first, by accuracy at temperature 1, or by reverse KL where there are no answers."""
     abouts = {arm.name: arm.about for arm in experiment.arms}
     found = [_row(arm, abouts[arm], records) for arm, records in finals(experiment, folder).items()]
-    return sorted(found, key=lambda row: (-row.sampled[0] if row.sampled else 0.0, row.reverse_kl[0]))
+    return sorted(found, key=lambda row: (-row.sampled[0] if row.sampled else 0.0, row.reverse_kl or (0.0, 0.0)))
 
 
 def _row(arm: str, about: str, records: list[Record]) -> Row:
@@ -59,7 +57,7 @@ def _row(arm: str, about: str, records: list[Record]) -> Row:
         num_seeds=len(records),
         sampled=_accuracy(records, "sampled"),
         greedy=_accuracy(records, "greedy"),
-        reverse_kl=_nats([record["test"]["reverse_kl"] for record in records]),
+        reverse_kl=_nats([r["test"]["reverse_kl"] for r in records]) if "reverse_kl" in records[0]["test"] else None,
         student_gflop=_gflop(records, "student"),
         teacher_gflop=_gflop(records, "teacher"),
         other_gflop=_gflop(records, "other"),
@@ -69,7 +67,7 @@ def _row(arm: str, about: str, records: list[Record]) -> Row:
 
 def models(folder: Path) -> dict[str, Record]:
     """role -> the evaluation of the untrained student, and of the teacher."""
-    found = {role: read(folder / f"{role}.json") for role in ROLES}
+    found = {role: read(folder / f"{role}.json") for role in ("student", "teacher")}
     return {role: record["test"] for role, record in found.items() if record is not None}
 
 
@@ -92,7 +90,7 @@ def _gflop(records: list[Record], who: str) -> float:
 
 def _spender(kind: str) -> str:
     model = kind.partition("_")[0]
-    return model if model in ROLES else "other"
+    return model if model in ("student", "teacher") else "other"
 
 
 # ------------------------------------------------------------------ words
@@ -105,10 +103,15 @@ def markdown(experiment: Experiment, folder: Path) -> str:
         return "Nothing has been run yet."
     head = ("arm", "what is learnt", "rate", "T=1", "greedy", "reverse KL", "GFLOP: student, teacher, others", "CPU s")
     body = [_cells(row) for row in found] + [_model_cells(role, row) for role, row in models(folder).items()]
-    lines = [head, ("---", "---", *["--:"] * 6), *body]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    parts = (table, _separation(experiment, found), _at_the_edge(folder), _made_from(experiment, folder))
+    whole = table(head, body, left=2)
+    parts = (whole, _separation(experiment, found), _at_the_edge(experiment, folder), made_from(experiment, folder))
     return "\n\n".join(part for part in parts if part)
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[str]], left: int = 0) -> str:
+    """In Markdown; columns after the first `left` are flush right, if any are named."""
+    rules = ["---"] * left + ["--:"] * (len(head) - left) if left else ["---"] * len(head)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rules, *body))
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -128,15 +131,19 @@ def _model_cells(role: str, test: Record) -> tuple[str, ...]:
     name = "the student before" if role == "student" else "the teacher"
     shares = [share_with_interval([test[how]["accuracy"]], test["num_prompts"]) if how in test else None
               for how in ("sampled", "greedy")]  # fmt: skip
-    return (f"*{name}*", "", "", *map(percent, shares), nats((test["reverse_kl"], 0.0)), "", "")
+    return (f"*{name}*", "", "", *map(percent, shares), nats(_once(test)), "", "")
+
+
+def _once(test: Record) -> Estimate | None:
+    return (test["reverse_kl"], 0.0) if "reverse_kl" in test else None
 
 
 def percent(share: Estimate | None) -> str:
     return "–" if share is None else f"{100 * share[0]:.1f} ± {100 * share[1]:.1f}"
 
 
-def nats(value: Estimate) -> str:
-    return f"{value[0]:.3f}" + (f" ± {value[1]:.3f}" if value[1] else "")
+def nats(value: Estimate | None) -> str:
+    return "–" if value is None else f"{value[0]:.3f}" + (f" ± {value[1]:.3f}" if value[1] else "")
 
 
 def _separation(experiment: Experiment, found: list[Row]) -> str:
@@ -154,16 +161,20 @@ def _separation(experiment: Experiment, found: list[Row]) -> str:
     return "At temperature 1, by the 95% interval of the difference:\n\n" + "\n".join(lines)
 
 
-def _at_the_edge(folder: Path) -> str:
+def _at_the_edge(experiment: Experiment, folder: Path) -> str:
     """Whose best rate may lie beyond what was tried."""
-    found = {arm: sweep for arm, sweep in sweeps(read_all(folder)).items() if len(sweep) > 1}
-    edges = [arm for arm, sweep in found.items() if best_rate(sweep) in (min(sweep), max(sweep))]
+    judges = {arm.name: arm.judge for arm in experiment.arms}
+    found = {arm: sweep for arm, sweep in sweeps(read_all(folder)).items() if len(sweep) > 1 and arm in judges}
+    edges = [arm for arm, sweep in found.items() if best_rate(sweep, judges[arm]) in (min(sweep), max(sweep))]
     return f"The best rate is the lowest or highest tried: {', '.join(f'`{arm}`' for arm in edges)}." if edges else ""
 
 
-def _made_from(experiment: Experiment, folder: Path) -> str:
+def made_from(experiment: Experiment, folder: Path) -> str:
     """Runs, seeds, problems, dates, commits: what the numbers stand for."""
-    records, chosen = read_all(folder), finals(experiment, folder)
+    names = {arm.name for arm in experiment.arms}
+    records, chosen = [r for r in read_all(folder) if r["arm"] in names], finals(experiment, folder)
+    if not chosen:
+        return ""
     seeds = sorted({len(runs) for runs in chosen.values()})
     first = next(iter(chosen.values()))[0]
     problems = (

@@ -1,0 +1,105 @@
+"""Charts as SVG, by matplotlib: the same bytes for the same numbers, so that a test can make them again."""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Point = tuple[float, float, float]
+"""x, y, and half the 95% interval of y."""
+
+COLOURS = ("#0b6e99", "#c2571a", "#3f7d3a", "#8250df", "#b35900", "#6e7781", "#a40e4c", "#1b7c83")
+MARKERS = "osD^vPX*"
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points with intervals, joined in the order of x."""
+
+    name: str
+    points: Sequence[Point]
+    dashed: bool = False
+    joined: bool = True
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes. `levels` are dashed horizontals with names; `ticks` names places on the x axis."""
+
+    title: str
+    x: str
+    y: str
+    lines: Sequence[Line]
+    levels: Mapping[str, float] = field(default_factory=dict)
+    log_x: bool = False
+    log_y: bool = False
+    percent: bool = True
+    ticks: Mapping[float, str] = field(default_factory=dict)
+
+
+def available() -> bool:
+    return find_spec("matplotlib") is not None
+
+
+STYLE = {
+    "svg.hashsalt": "kibitz", "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold",
+    "axes.grid": True, "grid.color": "#e4e8ec", "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 8,
+}  # fmt: skip
+
+
+def draw(panels: Sequence[Panel], width: float = 5.2, height: float = 3.8) -> str:
+    """The panels side by side."""
+    with figure_of(width * len(panels), height) as figure:
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            _draw(axes, panel)
+        return saved(figure)
+
+
+@contextmanager
+def figure_of(width: float, height: float) -> Iterator["Figure"]:
+    """An empty figure, in inches, with our style for as long as it is drawn and saved."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        yield Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def saved(figure: "Figure") -> str:
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return "\n".join(row.rstrip() for row in file.getvalue().splitlines()) + "\n"
+
+
+def _draw(axes, panel: Panel) -> None:
+    scale = 100.0 if panel.percent else 1.0
+    for index, line in enumerate(panel.lines):
+        points = sorted(line.points)
+        xs, ys = [p[0] for p in points], [scale * p[1] for p in points]
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        axes.errorbar(
+            xs, ys, [scale * p[2] for p in points], label=line.name, color=colour, marker=marker, markersize=4.5,
+            linewidth=1.6 if line.joined else 0, elinewidth=1, capsize=2, linestyle="--" if line.dashed else "-",
+        )  # fmt: skip
+    for name, level in panel.levels.items():
+        axes.axhline(scale * level, color="#59636e", linewidth=1, linestyle=(0, (4, 3)))
+        place = {"x": 1.0, "y": scale * level, "s": name, "transform": axes.get_yaxis_transform()}
+        axes.text(**place, ha="right", va="bottom", color="#59636e", fontsize=8)
+    if panel.log_x:
+        axes.set_xscale("log")
+    if panel.log_y:
+        axes.set_yscale("log")
+    if panel.ticks:
+        axes.set_xticks(list(panel.ticks), list(panel.ticks.values()))
+        axes.minorticks_off()
+    axes.set_title(panel.title, loc="left")
+    axes.set_xlabel(panel.x)
+    axes.set_ylabel(panel.y + (", %" if panel.percent else ""))
+    if len(panel.lines) > 1:
+        axes.legend()

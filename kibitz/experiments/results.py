@@ -1,0 +1,108 @@
+"""What an experiment's files say, by name: what a claim's finding is made from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+
+from kibitz.experiments.design import Experiment
+from kibitz.experiments.records import (
+    Record,
+    finals,
+    half_of_seeds,
+    measure,
+    read,
+    read_all,
+    score,
+    share_with_interval,
+    sweeps,
+)
+
+Estimate = tuple[float, float]
+"""A mean, and half its 95% interval."""
+Point = tuple[float, float, float]
+"""x, y, and half the 95% interval of y."""
+
+
+class NotRun(Exception):
+    """Runs that a finding needs are not there yet."""
+
+
+@dataclass(frozen=True)
+class Results:
+    experiment: Experiment
+    folder: Path
+
+    @cached_property
+    def finals(self) -> dict[str, list[Record]]:
+        """arm -> its runs at the best rate that were measured on the test split, in the experiment's order."""
+        return finals(self.experiment, self.folder)
+
+    @cached_property
+    def sweeps(self) -> dict[str, dict[float, Record]]:
+        """arm -> rate -> its run with seed 0."""
+        known = {arm.name for arm in self.experiment.arms}
+        return {arm: found for arm, found in sweeps(read_all(self.folder)).items() if arm in known}
+
+    def has(self, *arms: str) -> bool:
+        return all(arm in self.finals for arm in arms)
+
+    def runs(self, arm: str) -> list[Record]:
+        """One for each seed. Raises NotRun if there is none."""
+        if arm not in self.finals:
+            raise NotRun(arm)
+        return self.finals[arm]
+
+    def of_family(self, family: str) -> str:
+        """The arm of a family that has all seeds: the best on the dev split."""
+        names = [arm.name for arm in self.experiment.arms if arm.family == family and arm.name in self.finals]
+        if not names:
+            raise NotRun(family)
+        arms = {arm.name: arm for arm in self.experiment.arms}
+        return max(names, key=lambda name: score(self.finals[name][0], arms[name].judge))
+
+    def model(self, role: str) -> Record:
+        """The evaluation on the test split of a model as it is."""
+        found = read(self.folder / f"{role}.json")
+        if found is None:
+            raise NotRun(role)
+        return found["test"]
+
+    def level(self, role: str, how: str = "sampled", name: str = "") -> float:
+        """The accuracy of a model as it is, on one measure."""
+        return measure(self.model(role), name)[how]["accuracy"]
+
+    def shares(self, arm: str, how: str = "sampled", name: str = "", split: str = "test") -> list[float]:
+        """The accuracy of an arm for each seed."""
+        return [measure(run[split], name)[how]["accuracy"] for run in self.runs(arm)]
+
+    def accuracy(self, arm: str, how: str = "sampled", name: str = "") -> Estimate:
+        """Its mean over seeds, with an interval of seeds and problems."""
+        shares = self.shares(arm, how, name)
+        return share_with_interval(shares, measure(self.runs(arm)[0]["test"], name)["num_prompts"])
+
+    def mean(self, arm: str, value: Callable[[Record], float]) -> Estimate:
+        """The mean over seeds of anything that a record knows, with the interval of seeds."""
+        values = [value(run) for run in self.runs(arm)]
+        return fmean(values), half_of_seeds(values)
+
+    def rate(self, arm: str) -> float:
+        return self.runs(arm)[0]["lr"]
+
+
+def gflop(record: Record, *kinds: str) -> float:
+    """In GFLOP, of the phases whose names begin with one of `kinds`; of all, if none is given."""
+    flops = record["flops"]
+    return sum(value for kind, value in flops.items() if not kinds or kind.startswith(kinds)) / 1e9
+
+
+def steps(record: Record) -> int:
+    """Of the run; where it stopped at its best checkpoint, of that one."""
+    return record.get("step") or record["settings"]["recipe"].get("steps", 150)
+
+
+def sequences(record: Record) -> int:
+    """Rollouts that the student learnt from."""
+    rollout = record["settings"]["recipe"].get("rollout", {})
+    return steps(record) * rollout.get("prompts_per_step", 64) * rollout.get("samples_per_prompt", 4)
