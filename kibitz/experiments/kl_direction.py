@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
@@ -75,6 +76,7 @@ def hill(centre: float | torch.Tensor, width: float | torch.Tensor) -> torch.Ten
     return torch.log_softmax(-0.5 * ((places - centre) / width) ** 2, dim=-1)
 
 
+@cache
 def one_hill(direction: str) -> torch.Tensor:
     """The best of all hills, by search: centre and width are its only freedom."""
     target, divergence = teacher(), DIVERGENCES[direction]
@@ -82,7 +84,8 @@ def one_hill(direction: str) -> torch.Tensor:
     return min(candidates, key=lambda found: float(divergence(found, target).sum()))
 
 
-def unconstrained(direction: str, steps: int = 2000) -> torch.Tensor:
+@cache
+def unconstrained(direction: str, steps: int = 600) -> torch.Tensor:
     """A student with a logit for each place, by gradient descent from the uniform distribution."""
     logits = torch.zeros(PLACES, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=0.05)
