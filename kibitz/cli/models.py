@@ -8,8 +8,6 @@ from rich.console import Console
 
 from kibitz.cli.output import Output
 
-WORLD_TOKENS = 64  # no solution of a toy world is longer, and its models have little room
-
 
 def evaluate(
     ctx: typer.Context,
@@ -27,7 +25,7 @@ def evaluate(
     task_folder: Annotated[Path | None, typer.Option(help="With --tasks: a folder of tasks of your own.")] = None,
 ) -> None:
     """Measure a model: accuracy at temperature 1 and greedy, pass@k, reverse KL to a teacher, response length."""
-    from kibitz import config
+    from kibitz import config, worlds
 
     if tasks is not None and not (world or prompts or teacher):
         _benchmarks(ctx, _resolved(model), tasks.split(","), overrides or [], url=url, folder=task_folder)
@@ -42,7 +40,7 @@ def evaluate(
         {
             "student": {"model": model},
             "data": {"world": world, "split": "dev"} if world else {"prompts": prompts},
-            "rollout": {"max_tokens": WORLD_TOKENS} if world else {},
+            "rollout": {"max_tokens": worlds.get(world).longest_response} if world else {},
             "method": {"type": "grpo"},  # of the methods the one that needs neither teacher nor demonstrations
         },
         overrides or [],

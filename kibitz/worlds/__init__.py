@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from kibitz.worlds.arithmetic import Arithmetic
+from kibitz.worlds.arithmetic_long import ArithmeticLong
 from kibitz.worlds.navigation import Navigation
 
 if TYPE_CHECKING:
@@ -24,6 +25,11 @@ class World(Protocol):
 
     @property
     def description(self) -> str: ...
+
+    @property
+    def longest_response(self) -> int:
+        """Where `kibitz eval` cuts a response off, in tokens."""
+        ...
 
     def rows(self, split: str, count: int, seed: int) -> list[dict]:
         """Distinct problems. The splits train, dev and test share none."""
@@ -47,6 +53,13 @@ WORLDS: dict[str, World] = {
     for world in (
         Arithmetic("arithmetic", "order of operations modulo 10, 3 to 5 operators", fewest=3, most=5),
         Arithmetic("arithmetic-wide", "the same with 1 to 5 operators, for training from nothing", fewest=1, most=5),
+        ArithmeticLong(
+            "arithmetic-long", "1, 2, 4 or 8 expressions in one prompt, for training the models", counts=(1, 2, 4, 8)
+        ),
+        ArithmeticLong("arithmetic-long-1", "one expression of 2 or 3 operators", counts=(1,)),
+        ArithmeticLong("arithmetic-long-2", "two in one prompt, rewarded if both are right", counts=(2,)),
+        ArithmeticLong("arithmetic-long-4", "four in one prompt, rewarded if all are right", counts=(4,)),
+        ArithmeticLong("arithmetic-long-8", "eight in one prompt, rewarded if all are right", counts=(8,)),
         Navigation("navigation", "walk to a goal without being told where one is"),
         Navigation("navigation-astray", "the same after up to 8 random steps, for training from nothing", strays=8),
     )

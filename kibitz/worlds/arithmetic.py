@@ -72,23 +72,27 @@ def misreadable(text: str) -> list[int]:
     return [at for at, before, operator, after in _pairs(text) if operator != "*" and before != "*" and after == "*"]
 
 
-def reduce(text: str, at: int) -> str:
-    """The expression after the pair at `at` is replaced by its value modulo 10; parentheses around one digit go."""
+def reduce(text: str, at: int, off: int = 0) -> str:
+    """The expression after the pair at `at` is replaced by its value modulo 10; parentheses around one digit go. `off` is by
+    how much a slip misses the value."""
     left, operator, right = int(text[at]), text[at + 1], int(text[at + 2])
-    value = {"+": left + right, "-": left - right, "*": left * right}[operator] % 10
-    end = at + 3
+    value = {"+": left + right, "-": left - right, "*": left * right}[operator]
+    value, end = (value + off) % 10, at + 3
     if text[at - 1 : at] == "(" and text[end : end + 1] == ")":
         at, end = at - 1, end + 1
     return f"{text[:at]}{value}{text[end:]}"
 
 
-def solve(text: str, rng: random.Random, corrupted: float = 0.0) -> str:
-    """A solution with its steps in random order; each time the text can be misread, it is with probability `corrupted`."""
+def solve(text: str, rng: random.Random, corrupted: float = 0.0, slips: float = 0.0) -> str:
+    """A solution with its steps in random order; each time the text can be misread, it is with probability `corrupted`, and
+    with probability `slips` the value of a step is some other digit."""
     lines = []
     while len(text) > 1:
         mistakes = misreadable(text) if corrupted else []
         places = mistakes if mistakes and rng.random() < corrupted else reducible(text)
-        text = reduce(text, rng.choice(places))
+        at = rng.choice(places)
+        off = rng.randint(1, 9) if slips and rng.random() < slips else 0
+        text = reduce(text, at, off)
         lines.append(text)
     return "=".join(lines)
 
@@ -154,6 +158,11 @@ class Arithmetic:
     most: int
     folder: str = "arithmetic"
 
+    @property
+    def longest_response(self) -> int:
+        """Tokens, with some room; no right one is longer."""
+        return 64
+
     def _expressions(self, split: str, count: int, seed: int) -> Iterator[str]:
         if split not in ("train", "dev", "test"):
             raise ValueError(f"the splits of the world {self.name!r} are train, dev and test; there is no {split!r}")
@@ -173,14 +182,16 @@ class Arithmetic:
             for text in self._expressions(split, count, seed)
         ]
 
-    def demonstrations(self, split: str, count: int, seed: int, corrupted: float = 0.0) -> list[dict]:
+    def demonstrations(
+        self, split: str, count: int, seed: int, corrupted: float = 0.0, slips: float = 0.0
+    ) -> list[dict]:
         """The problems of `rows` with one solution each, without the end-of-sequence token.
 
-        `answer` stays the true value where a corrupted solution misses it.
+        `answer` stays the true value where a corrupted solution, or one with slips, misses it.
         """
         rng = random.Random(f"{self.name}/{split}/{seed}/solutions")
         return [
-            {"prompt": row["prompt"], "response": solve(row["prompt"], rng, corrupted), **row}
+            {"prompt": row["prompt"], "response": solve(row["prompt"], rng, corrupted, slips), **row}
             for row in self.rows(split, count, seed)
         ]
 
@@ -192,7 +203,8 @@ class Arithmetic:
         return tokenizer()
 
     def checkpoint(self, name: str) -> Path:
-        """The Hugging Face folder of a shipped model: `teacher` or `student`."""
+        """The Hugging Face folder of a shipped model: `teacher`; `student`, which has the misconception; and two students to
+        compare it with: `slips`, which errs at random, and `undertrained`, which never became competent."""
         return characters.shipped(self.name, self.folder, name)
 
 

@@ -23,7 +23,7 @@ def chat_template(assistant: str) -> str:
     return _TEMPLATE.format(assistant=assistant)
 
 
-def tokenizer(characters: str, assistant: str = ASSISTANT) -> "PreTrainedTokenizerFast":
+def tokenizer(characters: str, assistant: str = ASSISTANT, room: int = 128) -> "PreTrainedTokenizerFast":
     """One token a character. Decoding gives back the exact text; a character outside the alphabet becomes `<unk>`."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -40,14 +40,14 @@ def tokenizer(characters: str, assistant: str = ASSISTANT) -> "PreTrainedTokeniz
         unk_token=UNKNOWN,
         additional_special_tokens=[ASSISTANT],
         clean_up_tokenization_spaces=False,
-        model_max_length=128,
+        model_max_length=room,
     )
     fast.chat_template = chat_template(assistant)
     return fast
 
 
 def shipped(world: str, folder: str, name: str) -> Path:
-    """The Hugging Face folder of a model that a world ships: `teacher` or `student`."""
+    """The Hugging Face folder of a model that a world ships, such as `teacher` or `student`."""
     home = Path(__file__).parent / "checkpoints" / folder
     if not (home / name).is_dir():
         known = ", ".join(sorted(path.name for path in home.glob("*/"))) or "none"

@@ -2,9 +2,12 @@
 
     kibitz worlds make arithmetic
 
-Arithmetic is three runs of supervised fine-tuning: a teacher; a smaller student that becomes competent; and the same student
-on solutions that read `5+2*3` from left to right, which gives it the misconception a teacher can mend. Navigation is two: a
-teacher that learns from places off the way too, and a very small student that is shown shortest walks only.
+Arithmetic is runs of supervised fine-tuning: a teacher; a smaller student that becomes competent; and the same student
+on solutions that read `5+2*3` from left to right, which gives it the misconception a teacher can mend. Two more students are
+as often wrong for other reasons: one was competent and then shown solutions with random slips, one was trained too little.
+The long form goes on from the shipped teacher and student of arithmetic, which have to learn letters and longer texts.
+Navigation is two runs: a teacher that learns from places off the way too, and a very small student that is shown shortest
+walks only.
 """
 
 import shutil
@@ -13,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import kibitz
 from kibitz.trainer import Progress
-from kibitz.worlds import get
+from kibitz.worlds import arithmetic_long, get
 
 # Muon on the matrices: with AdamW alone the circuits that copy a line come several times later. Many small batches
 # do more than few large ones: a student of 600 x 32 sequences reached 0.65, one of 300 x 64 reached 0.41.
 FROM_NOTHING = {"name": "muon", "lr": 5e-3, "muon_lr": 2e-2, "weight_decay": 0.01, "warmup_steps": 10}
+GROWN = {"name": "muon", "lr": 2e-3, "muon_lr": 1e-2, "weight_decay": 0.01, "warmup_steps": 10}
 MISLED = {"lr": 1e-3, "weight_decay": 0.01, "warmup_steps": 10}
 
 DATA_SEED = 1000  # no seed that a person would try: the corpora here are nobody's training prompts
@@ -53,6 +57,19 @@ def blank(folder: Path, shape: dict[str, Any], seed: int, world: str = "arithmet
     return folder
 
 
+def grown(folder: Path, name: str, seed: int) -> Path:
+    """A shipped model of arithmetic with the letters of the long form, whose rows are drawn as a new model's are."""
+    world = get("arithmetic-long")
+    tokenizer, model = world.tokenizer(), AutoModelForCausalLM.from_pretrained(get("arithmetic").checkpoint(name))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.max_position_embeddings = arithmetic_long.ROOM
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def recipe(
     start: Path, steps: int, batch: int, optim: dict[str, Any], world: str, seed: int, **options: Any
 ) -> dict[str, Any]:
@@ -61,7 +78,7 @@ def recipe(
         "student": {"model": str(start)},
         "data": {"world": world, "limit": steps * batch, "options": options},
         "method": {"type": "sft"},
-        "rollout": {"prompts_per_step": batch, "samples_per_prompt": 1, "max_tokens": 64},
+        "rollout": {"prompts_per_step": batch, "samples_per_prompt": 1, "max_tokens": get(world).longest_response},
         "optim": {"tokens_per_micro_batch": 1024, **optim},
         "steps": steps,
         "eval": {"every": 0, "num_prompts": 512},
@@ -73,8 +90,8 @@ def recipe(
 
 
 def make(name: str, folder: Path, seed: int = 0, progress: Progress | None = None) -> dict[str, dict[str, Any]]:
-    """Train both from nothing: minutes of one CPU core. Leaves `folder/teacher` and `folder/student`, and the runs in
-    `folder/runs`; returns the last evaluation of each. The shipped models are those of seed 0."""
+    """Train all that the world ships: minutes of one CPU core. Leaves `folder/teacher`, `folder/student` and so on, and the
+    runs in `folder/runs`; returns the last evaluation of each. The shipped models are those of seed 0."""
     if name not in MAKERS:
         raise ValueError(f"the world {name!r} ships no models of its own: write {' or '.join(MAKERS)}")
     evals: dict[str, dict[str, Any]] = {}
@@ -99,10 +116,24 @@ def _arithmetic(runs: Path, seed: int, trained: Trained) -> dict[str, Path]:
     data_seed = DATA_SEED + seed
     teacher = blank(runs / "blank-teacher", TEACHER_SHAPE, seed)
     teacher = trained("teacher", recipe(teacher, 1800, 32, FROM_NOTHING, "arithmetic-wide", data_seed))
-    student = blank(runs / "blank-student", STUDENT_SHAPE, seed)
-    student = trained("competent", recipe(student, 1200, 32, FROM_NOTHING, "arithmetic-wide", data_seed))
-    student = trained("student", recipe(student, 200, 64, MISLED, "arithmetic", data_seed, corrupted=0.9))
-    return {"teacher": teacher, "student": student}
+    blank_student = blank(runs / "blank-student", STUDENT_SHAPE, seed)
+    competent = recipe(blank_student, 1200, 32, FROM_NOTHING, "arithmetic-wide", data_seed)
+    competent = trained("competent", competent)
+    student = trained("student", recipe(competent, 200, 64, MISLED, "arithmetic", data_seed, corrupted=0.9))
+    slips = trained("slips", recipe(competent, 200, 64, MISLED, "arithmetic", data_seed, slips=0.1))
+    undertrained = recipe(blank_student, 600, 32, FROM_NOTHING, "arithmetic-wide", data_seed)
+    undertrained = trained("undertrained", undertrained)
+    return {"teacher": teacher, "student": student, "undertrained": undertrained, "slips": slips}
+
+
+def _arithmetic_long(runs: Path, seed: int, trained: Trained) -> dict[str, Path]:
+    data_seed = DATA_SEED + seed
+    teacher = grown(runs / "grown-teacher", "teacher", seed)
+    teacher = trained("teacher", recipe(teacher, 1200, 32, GROWN, "arithmetic-long", data_seed))
+    student = grown(runs / "grown-student", "student", seed)
+    student = trained("competent", recipe(student, 900, 32, GROWN, "arithmetic-long", data_seed))
+    misled = recipe(student, 200, 32, MISLED, "arithmetic-long", data_seed + 1, corrupted=0.9)
+    return {"teacher": teacher, "student": trained("student", misled)}
 
 
 def _navigation(runs: Path, seed: int, trained: Trained) -> dict[str, Path]:
@@ -117,5 +148,6 @@ def _navigation(runs: Path, seed: int, trained: Trained) -> dict[str, Path]:
 
 MAKERS: dict[str, Callable[[Path, int, Trained], dict[str, Path]]] = {
     "arithmetic": _arithmetic,
+    "arithmetic-long": _arithmetic_long,
     "navigation": _navigation,
 }

@@ -74,6 +74,11 @@ class Navigation:
     description: str
     strays: int = 0
 
+    @property
+    def longest_response(self) -> int:
+        """Tokens, with room for a walk that has to be mended."""
+        return 64
+
     def _prompts(self, split: str, seed: int) -> Iterator[str]:
         """Distinct prompts; without strays there are as many as problems, else no end of them."""
         if split not in ("train", "dev", "test"):
