@@ -271,6 +271,25 @@ def test_all_of_them_quickly(monkeypatch, tmp_path):
         assert ET.parse(folder / "plot.svg").getroot().tag.endswith("svg")
 
 
+@pytest.mark.slow
+def test_all_of_them_quickly_on_other_models(monkeypatch, tmp_path, subject):
+    """The same files serve real models: folders of another architecture, with prompts of one's own."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{i % 10}+{i // 10}", "answer": str(i), "response": str(i % 10)} for i in range(200)]
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    words = ["reproduce", "all", "--quick", "--prompts", "p.jsonl", "--json", "rollout.max_tokens=16"]
+    models = [word for role, path in subject.models.items() for word in (f"--{role}", path)]
+    answer = CliRunner().invoke(app, [*words, *models])
+    assert answer.exit_code == 0, answer.output
+    found = json.loads(answer.stdout)["experiments"]
+    assert list(found) == list(experiments.EXPERIMENTS)
+    for name, experiment in experiments.EXPERIMENTS.items():
+        assert found[name]["rows"], name
+        if experiment.claim is not None:
+            text = (tmp_path / "runs" / "quick" / name / "table.md").read_text(encoding="utf-8")
+            assert "not run yet" not in text, name
+
+
 def test_the_list_of_experiments():
     answer = CliRunner().invoke(app, ["reproduce", "--json"])
     assert [row["name"] for row in json.loads(answer.stdout)["experiments"]] == list(experiments.EXPERIMENTS)
