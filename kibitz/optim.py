@@ -27,8 +27,8 @@ def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
 
 
 class Optimizer:
-    """AdamW, plain or with moments of 8 bits, or Muon on the matrices with AdamW on the rest (embedding, output head,
-    norms), as one thing to step.
+    """AdamW, plain or with moments of 8 bits, SGD, or Muon on the matrices with AdamW on the rest (embedding, output
+    head, norms), as one thing to step.
 
     What is not float32 learns through a float32 master copy: gradients are summed there, the update is made there, and
     the weight is its rounding. In bfloat16 itself, steps of less than 1/256 of a weight would be lost. `keep_weights`: what is
@@ -44,7 +44,7 @@ class Optimizer:
         matrices = [self.masters.get(p, p) for p in _inner_matrices(model)] if config.name == "muon" else []
         chosen = {id(p) for p in matrices}
         rest = [p for p in self.parameters if id(p) not in chosen]
-        self.parts: list[torch.optim.Optimizer] = [_adam(rest, config)] if rest else []
+        self.parts: list[torch.optim.Optimizer] = [_plain(rest, config)] if rest else []
         if matrices:
             muon = {"momentum": config.momentum, "weight_decay": config.weight_decay, "adjust_lr_fn": "original"}
             self.parts.append(torch.optim.Muon(matrices, lr=config.muon_lr or 10 * config.lr, **muon))
@@ -100,7 +100,11 @@ class Optimizer:
         return int(value) if self.config.name == "adamw_8bit" else value.clone()
 
 
-def _adam(parameters: list[Tensor], config: OptimConfig) -> torch.optim.Optimizer:
+def _plain(parameters: list[Tensor], config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW or SGD."""
+    if config.name == "sgd":
+        momentum = {"momentum": config.sgd_momentum, "weight_decay": config.weight_decay}
+        return torch.optim.SGD(parameters, lr=config.lr, fused=True, **momentum)
     options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
     if config.name != "adamw_8bit":
         return torch.optim.AdamW(parameters, fused=True, **options)

@@ -161,7 +161,7 @@ def _meet(recipe: Recipe, prompts: Sequence[Prompt]) -> tuple[Ranks, torch.devic
         return ranks, device
     if recipe.optim.name != "adamw":
         raise RecipeError(
-            f"optim.name: {recipe.optim.name} needs whole matrices, and {ranks.size} processes hold parts: write optim.name=adamw"
+            f"optim.name: {recipe.optim.name} is for one process, and there are {ranks.size}: write optim.name=adamw"
         )
     if recipe.student.compile:
         raise RecipeError(

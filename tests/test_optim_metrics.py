@@ -26,9 +26,9 @@ def test_schedules():
     assert lr_factor(0, 1, OptimConfig()) == 1.0
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
 def test_an_optimizer_resumes_bit_for_bit(name, tmp_path):
-    folder, config = make_model(tmp_path), OptimConfig(name=name, lr=1e-2)
+    folder, config = make_model(tmp_path), OptimConfig(name=name, lr=1e-2, sgd_momentum=0.9)
     ids = torch.tensor([[1, 5, 6, 7, 8]])
 
     def steps(model, optimizer, num):
@@ -57,6 +57,24 @@ def test_muon_takes_the_matrices_and_adam_the_rest(tmp_path):
     assert "model.layers.0.mlp.up_proj.weight" in muon
     assert adam | muon == {name for name, _ in model.named_parameters()}
     assert optimizer.rates == [1e-3, 1e-2]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_subtracts_the_gradient_and_what_is_left_of_earlier_ones(momentum, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path))
+    start, config = [p.clone() for p in model.parameters()], OptimConfig(
+        name="sgd", lr=0.1, sgd_momentum=momentum, weight_decay=0.5, clip=None
+    )  # fmt: skip
+    optimizer = Optimizer(model, config)
+    expected, velocity = [p.detach().clone() for p in start], [torch.zeros_like(p) for p in start]
+    for gradient, factor in ((1.0, 1.0), (-2.0, 0.5)):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        optimizer.step(factor)
+        velocity = [momentum * v + gradient + 0.5 * p for v, p in zip(velocity, expected, strict=True)]
+        expected = [p - 0.1 * factor * v for p, v in zip(expected, velocity, strict=True)]
+    for parameter, wanted in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), wanted)
 
 
 def test_the_gradient_is_clipped_and_its_norm_told(tmp_path):

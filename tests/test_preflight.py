@@ -123,6 +123,15 @@ def test_an_adapter_is_as_large_as_the_one_that_is_trained(targets, small_models
     assert budget.memory(asks, shape, [], 20).held["moments of the optimizer"] == 8 * trained
 
 
+@pytest.mark.parametrize(
+    ("optim", "size"), [({}, 8), ({"name": "muon"}, 8), ({"name": "sgd"}, 0), ({"name": "sgd", "sgd_momentum": 0.9}, 4)]
+)
+def test_moments_take_what_the_optimizer_keeps(optim, size, small_models):
+    shape = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32)
+    held = budget.memory(loaded(small_models, optim=optim), shape, [], 20).held
+    assert held["moments of the optimizer"] == size * shape.num_parameters
+
+
 def test_money_is_hours_times_devices_times_price(small_models):
     shape = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32)
     one = budget.cost(loaded(small_models), shape, [], [10], 1e9, price=2.0)

@@ -373,6 +373,20 @@ def test_sft_learns_stored_rollouts(models, written, tmp_path):
     assert row["loss"] == pytest.approx(-written.metrics[0]["student_logp"], rel=1e-6)
 
 
+def test_sft_on_its_own_text_takes_each_steps_from_the_student_of_that_step(models, tmp_path):
+    """A text's loss is what it was sampled with, which a student of other weights would not give it."""
+    method, optim = {"type": "sft", "source": "student"}, {"lr": 1e-2, "schedule": "constant"}
+    run = train(models, tmp_path / "run", method, steps=3, rollout={"store": True}, optim=optim)
+    rows = [json.loads(line) for line in (run.folder / "stored.jsonl").read_text().splitlines()]
+    for metrics in run.metrics:
+        logps = [logp for row in rows if row["step"] == metrics["step"] for logp in row["logp"]]
+        assert metrics["num_tokens"] == len(logps)
+        assert metrics["loss"] == pytest.approx(-sum(logps) / len(logps), rel=1e-5)
+        assert metrics["flops"].keys() == {"student_training", "student_sampling"}
+    first, last = load_file(run.checkpoint / "model.safetensors"), load_file(models[0] / "model.safetensors")
+    assert not all(torch.equal(first[name], last[name]) for name in last)
+
+
 def test_rollouts_come_back_as_they_were_stored(world, tmp_path):
     rollouts = [
         *world.student.rollout(world.prompts, NOW),
@@ -462,6 +476,10 @@ def test_stored_rollouts_are_refused_before_weights_load(models, written, tmp_pa
         ({"rollouts": "r.jsonl", "seed_tokens": 3}, "drop method.seed_tokens or method.rollouts"),
         ({"prefix_tokens": 3, "support": "sampled", "reward_coef": 1.0}, "reward_coef rewards whole responses"),
         ({"type": "sft", "source": "teacher", "rollouts": "r.jsonl"}, "drop method.source=teacher"),
+        (
+            {"type": "sft", "source": "student", "rollouts": "r.jsonl"},
+            "the student writes none: drop method.source=student",
+        ),
         ({"type": "gkd", "on_policy_end": 1.5}, "less than or equal to 1"),
     ],
 )

@@ -319,10 +319,12 @@ class SKDConfig(DistillationConfig):
 
 
 class SFTConfig(MethodConfig):
-    """Supervised fine-tuning: cross-entropy on demonstrations, or on what the teacher writes (off-policy distillation)."""
+    """Supervised fine-tuning: cross-entropy on demonstrations, on the teacher's text (off-policy distillation), or its own."""
 
     type: Literal["sft"] = "sft"
-    source: Literal["dataset", "teacher"] = Field("dataset", description="Who wrote the responses.")
+    source: Literal["dataset", "teacher", "student"] = Field(
+        "dataset", description="Who wrote the responses. student: itself, at each step; it can only drift."
+    )
     rollouts: str | None = Field(
         None, description="JSONL of stored rollouts instead of the data's responses; rollout.store makes such a file."
     )
@@ -342,7 +344,7 @@ class SFTConfig(MethodConfig):
     def check(self, rollout: RolloutConfig) -> None:
         if self.replay and self.needs_responses():
             raise ValueError("sft learns the data's responses anyway: drop method.replay")
-        if self.rollouts is not None and self.source == "teacher":
+        if self.rollouts is not None and self.source != "dataset":
             raise ValueError(
-                "rollouts are stored and the teacher writes none: drop method.source=teacher or method.rollouts"
+                f"rollouts are stored and the {self.source} writes none: drop method.source={self.source} or method.rollouts"
             )

@@ -191,10 +191,10 @@ class RolloutConfig(Section):
 class OptimConfig(Section):
     """The optimizer and its schedule."""
 
-    name: Literal["adamw", "adamw_8bit", "muon"] = Field(
+    name: Literal["adamw", "adamw_8bit", "muon", "sgd"] = Field(
         "adamw",
         description="adamw_8bit: moments of 8 bits, 2 bytes a parameter instead of 8 (2110.02861), by bitsandbytes; muon: on the "
-        "matrices, AdamW on the rest; for training from nothing.",
+        "matrices, AdamW on the rest; for training from nothing. sgd: the gradient itself, at rates some 100 times as high.",
     )
     lr: float = Field(
         5e-5,
@@ -216,6 +216,7 @@ class OptimConfig(Section):
     weight_decay: float = Field(0.0, ge=0, description="0: a student that equals its teacher stays where it is.")
     muon_lr: float | None = Field(None, gt=0, description="Rate of the matrices under muon; 10 x lr if not set.")
     momentum: float = Field(0.95, ge=0, lt=1, description="Of muon.")
+    sgd_momentum: float = Field(0.0, ge=0, lt=1, description="Of sgd. 0: off, PyTorch's default.")
     tokens_per_micro_batch: int = Field(16384, ge=1, description="Bounds activations. The loss does not depend on it.")
     packing: bool | Literal["auto"] = Field(
         "auto",

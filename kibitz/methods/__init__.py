@@ -2,7 +2,7 @@
 
 | method | who writes | what a token is told | loss |
 |---|---|---|---|
-| sft | the data, or the teacher | the token | cross-entropy |
+| sft | the data, the teacher, or the student | the token | cross-entropy |
 | opd | the student | the teacher's distribution there | reverse KL, or another divergence |
 | gkd | the student in a share of the steps, else the data or the teacher | the teacher's distribution there | JSD, or another |
 | skd | the student; the teacher replaces what is not in its top K | the teacher's distribution there | forward KL, or another |

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: cross-entropy on demonstrations, the data's or the teacher's (off-policy distillation)."""
+"""Supervised fine-tuning: cross-entropy on text of the data, of the teacher (off-policy distillation), or of the student."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,4 +35,6 @@ def build(parts: Parts) -> SFT:
         return SFT(Stored(parts.stored, parts.sampling.num_samples), chunk_tokens)
     if config.source == "dataset":
         return SFT(Demonstrations(parts.encode_response), chunk_tokens)
+    if config.source == "student":
+        return SFT(Sampled(parts.engine, parts.sampling), chunk_tokens)
     return SFT(Sampled(teacher_engine(parts), parts.sampling, Writer.TEACHER), chunk_tokens)

@@ -9,7 +9,7 @@ from statistics import fmean
 
 import torch
 
-from kibitz.config import Recipe
+from kibitz.config import OptimConfig, Recipe
 from kibitz.models import CHUNK_NUMBERS, forward_flops, pick_dtype
 from kibitz.preflight.finding import Finding
 from kibitz.preflight.shapes import Shape
@@ -45,7 +45,7 @@ def memory(recipe: Recipe, student: Shape, teachers: Sequence[Shape], longest_pr
     if teachers:
         shared_by = devices if recipe.parallel.shard_teacher else 1
         held["teacher weights"] = sum(t.num_parameters * t.itemsize for t in teachers) / shared_by
-    held["moments of the optimizer"] = 2 * (1 if recipe.optim.name == "adamw_8bit" else 4) * trained / devices
+    held["moments of the optimizer"] = _bytes_of_moments(recipe.optim) * trained / devices
     if student.itemsize < 4 or devices > 1:
         held["float32 copy of what is trained"] = 4 * trained / devices
     rollout, optim = recipe.rollout, recipe.optim
@@ -69,6 +69,17 @@ def memory(recipe: Recipe, student: Shape, teachers: Sequence[Shape], longest_pr
         "training": {"activations": tokens * per_token, "logits": logits, "gradients": 4.0 * trained, **kept},
     }
     return Memory(held, phases)
+
+
+def _bytes_of_moments(optim: OptimConfig) -> int:
+    """For each number that is trained. Two moments, one, or none; in 8 bits or in float32."""
+    match optim.name:
+        case "adamw_8bit":
+            return 2
+        case "sgd":
+            return 4 if optim.sgd_momentum else 0
+        case _:
+            return 8
 
 
 def memory_finding(plan: Memory, room: float | None, what: str) -> Finding:
