@@ -15,6 +15,7 @@ Point = tuple[float, float, float]
 
 COLOURS = ("#0b6e99", "#c2571a", "#3f7d3a", "#8250df", "#b35900", "#6e7781", "#a40e4c", "#1b7c83")
 MARKERS = "osD^vPX*"
+MOST_MARKERS = 20  # of a line; more points are a curve
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,11 @@ def _draw(axes, panel: Panel) -> None:
         points = sorted(line.points)
         xs, ys = [p[0] for p in points], [scale * p[1] for p in points]
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        halves = [scale * p[2] for p in points]
         axes.errorbar(
-            xs, ys, [scale * p[2] for p in points], label=line.name, color=colour, marker=marker, markersize=4.5,
-            linewidth=1.6 if line.joined else 0, elinewidth=1, capsize=2, linestyle="--" if line.dashed else "-",
+            xs, ys, halves if any(halves) else None, label=line.name, color=colour,
+            marker=marker if len(points) <= MOST_MARKERS else "", markersize=4.5,
+            linewidth=1.6, elinewidth=1, capsize=2, linestyle=("--" if line.dashed else "-") if line.joined else "none",
         )  # fmt: skip
     for name, level in panel.levels.items():
         axes.axhline(scale * level, color="#59636e", linewidth=1, linestyle=(0, (4, 3)))
@@ -96,6 +99,7 @@ def _draw(axes, panel: Panel) -> None:
     if panel.log_y:
         axes.set_yscale("log")
     if panel.ticks:
+        axes.margins(x=0.15)
         axes.set_xticks(list(panel.ticks), list(panel.ticks.values()))
         axes.minorticks_off()
     axes.set_title(panel.title, loc="left")

@@ -31,8 +31,8 @@ def svg(experiment: Experiment, folder: Path) -> str:
             axes.text(
                 101, index, f"{nats(_mean(row))} nats, {cost:.0f} GFLOP", va="center", fontsize=8, color="#59636e"
             )
-        axes.set_xlabel("accuracy, %, with 95% intervals; right: reverse KL to the teacher and cost of the training")
-        axes.legend(loc="upper left", bbox_to_anchor=(-0.25, 1.0 + 0.3 / max(1, len(found))), ncols=1)
+        axes.set_xlabel("accuracy, %, with 95% intervals; right: reverse KL, cost")
+        figure.legend(loc="outside upper left", ncols=2)
         return saved(figure)
 
 
