@@ -2,7 +2,8 @@
 
     checkpoints/step-000050/            loads with AutoModelForCausalLM.from_pretrained; of LoRA, with peft
     checkpoints/step-000050/training/   state.json, optimizer.safetensors, NAME.safetensors of what else is kept,
-                                        and manifest.json
+                                        and manifest.json; of several processes, whose optimizer is sharded, optimizer/
+                                        with a file of each (`kibitz.shards`)
 
 A folder appears under its name only when it is whole, and gives it up before the first of its files goes. The manifest,
 written last, holds the SHA-256 of every other file. Sampling is seeded by prompt and step, and dropout is off, so the
@@ -14,8 +15,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from kibitz import lora
+from kibitz import lora, shards
 from kibitz.config import ModelConfig
+from kibitz.distributed import ALONE, Ranks
 from kibitz.models import LanguageModel, load_tokenizer, load_weights
+from kibitz.optim import Optimizer
 from kibitz.types import Stateful
 
 MANIFEST = Path("training") / "manifest.json"
@@ -72,26 +76,38 @@ def save(
     keeps: Mapping[str, dict[str, Tensor]],
     state: dict[str, Any],
     keep: int,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Write the checkpoint of a step, then delete all but the last `keep`. If that fails, the older ones stay whole.
-    `keeps` are the states of the optimizer and of what else has one, by the names of their files."""
+    `keeps` are the states of the optimizer and of what else has one, by the names of their files. Of several processes the
+    first writes, and of a state that is sharded each its own part."""
     final = folder / "checkpoints" / f"step-{step:06d}"
-    for left_by_a_kill in final.parent.glob(".step-*"):
-        shutil.rmtree(left_by_a_kill)
+    in_parts = {name: kept for name, kept in keeps.items() if shards.are_in(kept.values())}
 
-    def write(temporary: Path) -> None:
+    def begin(temporary: Path) -> None:
         student.save(temporary)
         (temporary / "training").mkdir()
-        for name, kept in keeps.items():
-            save_file(kept, temporary / "training" / f"{name}.safetensors")
+        for name in keeps.keys() - in_parts.keys():
+            save_file(keeps[name], temporary / "training" / f"{name}.safetensors")
         (temporary / "training" / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+
+    def end(temporary: Path) -> None:
         sums = _sums(temporary, sorted(str(path.relative_to(temporary)) for path in _files(temporary)))
         (temporary / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=1), encoding="utf-8")
 
-    write_folder(final, write)
-    for old in checkpoints(folder)[:-keep]:
-        remove(old)
+    ranks.first(lambda: _clean(final.parent))
+    with _in_the_making(final, ranks) as temporary:
+        ranks.first(lambda: begin(temporary))
+        for name, kept in in_parts.items():
+            shards.write(kept, temporary / "training" / name)
+        ranks.first(lambda: end(temporary))
+    ranks.first(lambda: [remove(old) for old in checkpoints(folder)[:-keep]])
     return final
+
+
+def _clean(folder: Path) -> None:
+    for left_by_a_kill in folder.glob(".step-*"):
+        shutil.rmtree(left_by_a_kill)
 
 
 def remove(checkpoint: Path) -> None:
@@ -114,13 +130,17 @@ def set_aside(folder: Path, last_step: int) -> None:
 def load_state(checkpoint: Path, keeps: Mapping[str, Stateful]) -> dict[str, Any]:
     """The state of a checkpoint. All of `keeps` get back what they had."""
     for name, kept in keeps.items():
-        path = checkpoint / "training" / f"{name}.safetensors"
-        if not path.is_file():
+        folder = checkpoint / "training" / name
+        path = folder if folder.is_dir() else folder.with_name(f"{name}.safetensors")
+        if not path.exists():
             raise ValueError(
                 f"{checkpoint} has no training/{path.name}, and this run keeps a {name}: it was made by another version or "
                 "without it, and cannot be gone on with; start anew from it with student.model"
             )
-        kept.load_state(load_file(path))
+        if isinstance(kept, Optimizer) and (path.is_dir() or shards.are_in(kept.parameters)):
+            kept.load_state(shards.read(path, kept.room))
+        else:
+            kept.load_state(load_file(path))
     return json.loads((checkpoint / "training" / "state.json").read_text(encoding="utf-8"))
 
 
@@ -149,21 +169,36 @@ def export(source: str, output: Path, merge: bool) -> None:
 
 def write_folder(final: Path, write: Callable[[Path], None]) -> None:
     """`write(temporary)` fills a folder that then takes its final name in one step, or leaves nothing behind."""
-    temporary = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
+    with _in_the_making(final) as temporary:
         write(temporary)
+
+
+@contextmanager
+def _in_the_making(final: Path, ranks: Ranks = ALONE) -> Iterator[Path]:
+    """The folder to fill, which then takes its final name in one step, or leaves nothing behind."""
+    temporary = final.with_name(f".{final.name}.partial")
+
+    def begin() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def end() -> None:
         for path in [*temporary.rglob("*"), temporary]:
             _sync(path)
         if final.exists():
             remove(final)
         temporary.rename(final)
         _sync(final.parent)
+
+    try:
+        ranks.first(begin)
+        yield temporary
+        ranks.first(end)
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not save {final}: {error}; older checkpoints are untouched") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -252,16 +252,15 @@ def plain(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def on_cpu(tensor: Tensor) -> Tensor:
-    """The whole of a tensor to be saved; in the other processes than the first, nothing."""
-    whole = plain(tensor.detach())
-    if isinstance(tensor, DTensor) and dist.get_rank() > 0:
-        return torch.empty(0)
-    return whole.cpu().contiguous()
+def to_save(tensor: Tensor) -> Tensor:
+    """A tensor as it goes into a file: whole and on the CPU, or this process's part of it."""
+    return tensor.detach() if isinstance(tensor, DTensor) else tensor.detach().cpu().contiguous()
 
 
 def shared_like(whole: Tensor, other: Tensor) -> Tensor:
-    """A tensor that all processes have, on the device of another one and sharded as it is."""
+    """A tensor that all processes have, or hold in parts already, on the device of another one and sharded as it is."""
+    if isinstance(whole, DTensor):
+        return whole
     if isinstance(other, DTensor):
         return distribute_tensor(whole.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
     return whole.to(other.device, copy=True)

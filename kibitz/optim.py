@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kibitz.config import OptimConfig
-from kibitz.distributed import on_cpu, plain, shared_like
+from kibitz.distributed import plain, shared_like, to_save
 
 
 def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
@@ -74,15 +74,22 @@ class Optimizer:
             part.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """All moments, and the master copies, by the names of their parameters; fit for safetensors."""
+        """All moments, and the master copies, by the names of their parameters; fit for safetensors, if not sharded."""
         moments = {
-            f"{self.names[parameter]}|{key}": on_cpu(torch.as_tensor(value))
+            f"{self.names[parameter]}|{key}": to_save(torch.as_tensor(value))
             for part in self.parts
             for parameter, moments in part.state.items()
             for key, value in moments.items()
         }
         kept = self.parameters if self.keep_weights else self.masters.values()
-        return moments | {f"{self.names[master]}|master": on_cpu(master) for master in kept}
+        return moments | {f"{self.names[master]}|master": to_save(master) for master in kept}
+
+    def room(self, name: str) -> Tensor:
+        """For an entry of the state of AdamW: sharded as its parameter is."""
+        parameter, _, key = name.rpartition("|")
+        if key == "step":
+            return torch.zeros(())
+        return torch.empty_like(next(p for p, known in self.names.items() if known == parameter), requires_grad=False)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         for part in self.parts:

@@ -286,7 +286,7 @@ class Trainer:
         state = {"position": position, "ledger": ledger, "guards": guards}
         with self.ledger.watched("saving"):
             keeps, keep = {name: kept.state() for name, kept in self.keeps.items()}, self.recipe.save.keep
-            self.ranks.first(lambda: checkpoint.save(self.folder.path, self.done, self.student, keeps, state, keep))
+            checkpoint.save(self.folder.path, self.done, self.student, keeps, state, keep, self.ranks)
         self.saved = self.done
 
 

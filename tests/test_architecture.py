@@ -28,6 +28,7 @@ LEVELS = {
     "guards": 1,
     "heads": 1,
     "lora": 1,
+    "shards": 1,
     "trackers": 1,
     "worlds": 1,
     "servers": 1,

@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import make_model, recipe
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from train_together import train
 from vllm_stub import Stub
 
 import kibitz
-from kibitz import checkpoint
+from kibitz import checkpoint, shards
 from kibitz.config import ParallelConfig
 from kibitz.distributed import Ranks, join
 from kibitz.metrics import JSONL
@@ -98,12 +99,13 @@ def by_two(alone, models, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def by_three(alone, models, tmp_path_factory) -> Path:
-    """And what one process had saved halfway goes on with three."""
-    folder = tmp_path_factory.mktemp("by-three")
-    shutil.copytree(alone / "half", folder / "from_one")
-    going_on = _job(models, folder, "from_one", resume=True, steps=4, optim={"schedule": "constant"})
-    torchrun(3, [*jobs(models, folder, UNEVEN), going_on], folder)
+def by_three(alone, by_two, models, tmp_path_factory) -> Path:
+    """And what one process and two had saved halfway goes on with three."""
+    folder, going_on = tmp_path_factory.mktemp("by-three"), []
+    for name, before in (("from_one", alone), ("from_two", by_two)):
+        shutil.copytree(before / "half", folder / name)
+        going_on.append(_job(models, folder, name, resume=True, steps=4, optim={"schedule": "constant"}))
+    torchrun(3, [*jobs(models, folder, UNEVEN), *going_on], folder)
     return folder
 
 
@@ -121,13 +123,26 @@ def assert_same_run(one: Path, other: Path, tolerance: float = 1e-5) -> None:
     ]
     checkpoints = [checkpoint.checkpoints(folder)[-1] for folder in (one, other)]
     assert checkpoints[0].name == checkpoints[1].name
-    files = [path.relative_to(checkpoints[0]) for path in checkpoints[0].rglob("*.safetensors")]
-    assert len(files) == 2
-    for file in files:
-        ours, theirs = (load_file(path / file) for path in checkpoints)
+    for read in (weights_in, state_in):
+        ours, theirs = (read(path) for path in checkpoints)
         assert ours.keys() == theirs.keys()
         for name, tensor in ours.items():
             torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=10 * tolerance)
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    assert files
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def state_in(folder: Path) -> dict[str, torch.Tensor]:
+    """The optimizer's, put together where several processes wrote it."""
+    shares = folder / "training" / "optimizer"
+    if not shares.is_dir():
+        return load_file(folder / "training" / "optimizer.safetensors")
+    stored = HuggingFaceStorageReader(str(shares)).read_metadata().state_dict_metadata
+    return shards.read(shares, lambda name: torch.empty(stored[name].size))
 
 
 def _numbers(row: dict, path: str = "") -> dict[str, float]:
@@ -161,8 +176,24 @@ def test_a_teacher_that_is_sharded_says_the_same(alone, by_two):
 
 
 @pytest.mark.slow
-def test_a_run_of_one_process_goes_on_with_three(alone, by_three):
-    assert_same_run(by_three / "from_one", alone / "whole")
+@pytest.mark.parametrize("name", ["from_one", "from_two"])
+def test_a_run_of_one_or_two_processes_goes_on_with_three(alone, by_three, name):
+    assert_same_run(by_three / name, alone / "whole")
+
+
+@pytest.mark.slow
+def test_each_process_writes_its_part_of_the_moments(by_two, by_three):
+    """As equal as rows can be divided, all of them, and nothing twice."""
+    for num, folder in ((2, by_two), (3, by_three)):
+        saved = checkpoint.checkpoints(folder / "opd")[-1]
+        assert checkpoint.damage(saved) is None
+        files = sorted((saved / "training" / "optimizer").iterdir())
+        assert len(files) == num
+        held = [{name: t.numel() for name, t in load_file(file).items() if t.ndim} for file in files]
+        whole = {name: t.numel() for name, t in state_in(saved).items() if t.ndim}
+        assert {name: sum(part.get(name, 0) for part in held) for name in whole} == whole
+        sizes = [sum(part.values()) for part in held]
+        assert max(sizes) - min(sizes) < 0.1 * sum(sizes)
 
 
 @pytest.mark.slow
