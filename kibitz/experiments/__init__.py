@@ -8,7 +8,7 @@ measured by `kibitz.evaluate`, on the toy worlds or, by naming other checkpoints
 
 import difflib
 
-from kibitz.experiments import kl_direction
+from kibitz.experiments import kl_direction, lora, temperature, weak_start
 from kibitz.experiments.design import Arm, Claim, Experiment, Subject
 from kibitz.experiments.methods import METHODS, NAVIGATION
 
@@ -19,7 +19,10 @@ EXPERIMENTS: dict[str, Experiment] = {
     for experiment in (
         METHODS,
         NAVIGATION,
+        lora.EXPERIMENT,
         kl_direction.EXPERIMENT,
+        weak_start.EXPERIMENT,
+        temperature.EXPERIMENT,
     )
 }
 

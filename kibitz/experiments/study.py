@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 import kibitz
-from kibitz.checkpoint import checkpoints
+from kibitz.checkpoint import checkpoints, export
 from kibitz.config import DataConfig, EvalConfig, Recipe
 from kibitz.evaluate import evaluate_model
 from kibitz.experiments.design import OF_ARM, Arm, Experiment, Subject, cut, with_models
 from kibitz.experiments.records import Record, about_the_run, best_rate, costs_until, name_of, read, score, write
+from kibitz.lora import is_adapter
 
 QUIET = {"eval": {"every": 0, "num_prompts": 1, "heatmaps": 0}}
 """A run measures nothing itself; `evaluate_model` does, on the split that is due."""
@@ -93,7 +94,7 @@ class Study:
         """Where the weights are that a recipe calls by a role or by an arm."""
         if not name.startswith(OF_ARM):
             return self.subject.model(name)
-        return str(self._checkpoint(*self.chosen(name.removeprefix(OF_ARM)), seed))
+        return str(_whole(self._checkpoint(*self.chosen(name.removeprefix(OF_ARM)), seed)))
 
     def chosen(self, name: str) -> tuple[Arm, float]:
         """The arm of that name, or the best of the family of that name, at its best rate."""
@@ -232,6 +233,16 @@ class Study:
         sections = {name: dict(self.experiment.sources[source]) for name, source in self.experiment.measures.items()}
         plain = sections == {"accuracy": {"world": self.subject.world}}
         return found if plain else found | {"measures": sections}
+
+
+def _whole(checkpoint: Path) -> Path:
+    """The checkpoint, or, of an adapter, a folder beside it in which it is merged: an adapter goes on no other."""
+    if not is_adapter(checkpoint):
+        return checkpoint
+    merged = checkpoint.with_name(f"merged-{checkpoint.name}")
+    if not merged.exists():
+        export(str(checkpoint), merged, merge=True)
+    return merged
 
 
 def _families(arms: Iterable[Arm]) -> list[list[Arm]]:

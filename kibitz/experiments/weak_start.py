@@ -1,0 +1,206 @@
+"""What becomes of a student that starts weak, when it learns from its own text, and what helps it."""
+
+import math
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+from kibitz.experiments.charts import Line, Panel
+from kibitz.experiments.design import Arm, Claim, Experiment
+from kibitz.experiments.evidence import Finding, Verdict, percent
+from kibitz.experiments.results import Estimate, NotRun, Results, gflop
+from kibitz.experiments.tables import table
+
+STEPS, WARMUP = 20, 6
+PLAIN, WARM, SKD, PREFIX = "opd", "warm-opd", "skd", "prefix"
+METHODS = {
+    PLAIN: "plain OPD",
+    WARM: "SFT warm-up, then OPD",
+    SKD: "SKD, K from 4 to 1",
+    PREFIX: "OPD on growing beginnings",
+}
+CURES = (WARM, SKD)
+STARTS: Mapping[str, tuple[str, str]] = {
+    "misled": ("student", "the student as it is"),
+    "undertrained": ("undertrained", "a student trained half as long"),
+    "shaken": ("arm:shaken", "the student after ten steps at ten times its rate"),
+    "wrecked": ("arm:wrecked", "the student after ten steps at twenty times its rate"),
+}
+"""Name -> the model's name in a recipe, and what it is."""
+
+
+def _throw_back(name: str, rate: float) -> Arm:
+    about = f"a start: {STARTS[name][1]}, on right solutions"
+    optim = {"warmup_steps": 0, "schedule": "constant"}
+    return Arm(name, about, {"method": {"type": "sft"}, "steps": 10, "optim": optim}, rates=(rate,))
+
+
+def _arms(start: str) -> tuple[Arm, ...]:
+    model, what = STARTS[start]
+
+    def arm(name: str, words: str, method: dict[str, Any], steps: int = STEPS, student: str = model) -> Arm:
+        changes = {"method": method, "steps": steps, "student": {"model": student}}
+        return Arm(f"{name}-{start}", f"{what}: {words}", changes)
+
+    return (
+        arm(PLAIN, METHODS[PLAIN], {"type": "opd"}),
+        arm("warm", "SFT, the warm-up alone", {"type": "sft"}, WARMUP),
+        arm(WARM, METHODS[WARM], {"type": "opd"}, STEPS - WARMUP, f"arm:warm-{start}"),
+        arm(SKD, METHODS[SKD], {"type": "skd", "divergence": "reverse_kl", "accept_top_k": 4, "decay": 6}),
+        arm(PREFIX, METHODS[PREFIX], {"type": "opd", "prefix_tokens": 8}),
+    )
+
+
+def level(results: Results, start: str) -> float:
+    """The accuracy that a start has, before anything is tried on it."""
+    model = STARTS[start][0]
+    return results.accuracy(model.removeprefix("arm:"))[0] if model.startswith("arm:") else results.level(model)
+
+
+def closed(results: Results, start: str, method: str) -> float:
+    """The share of the way from the start to the teacher."""
+    from_here, top = level(results, start), results.level("teacher")
+    return (results.accuracy(f"{method}-{start}")[0] - from_here) / (top - from_here) if top != from_here else 0.0
+
+
+def verdict(ends: Mapping[str, Mapping[str, Estimate]]) -> Verdict:
+    """`ends`: start -> method -> accuracy, the strongest start first. The claim has two halves: plain OPD ends lower from the
+    weakest start than from the strongest, and there a cure beats it. Both by the interval of the difference."""
+    strongest, *_, weakest = ends
+    lower = above(ends[strongest][PLAIN], ends[weakest][PLAIN])
+    cured = any(above(ends[weakest][cure], ends[weakest][PLAIN]) for cure in CURES if cure in ends[weakest])
+    return "reproduced" if lower and cured else "partly" if lower or cured else "not"
+
+
+def above(one: Estimate, other: Estimate) -> bool:
+    return one[0] - other[0] > math.hypot(one[1], other[1])
+
+
+def find(results: Results) -> Finding:
+    """End against start, for each method, and how much of the text the teacher wrote."""
+    starts = [start for start in STARTS if results.has(f"{PLAIN}-{start}", f"{SKD}-{start}")]
+    if len(starts) < 2:
+        raise NotRun(f"{PLAIN}-{next(iter(STARTS))}")
+    starts.sort(key=lambda start: -level(results, start))
+    ends = {
+        start: {m: results.accuracy(f"{m}-{start}") for m in METHODS if results.has(f"{m}-{start}")} for start in starts
+    }
+    rows = [
+        (
+            f"{STARTS[start][1]}", percent(level(results, start)), f"{METHODS[method]}", percent(found),
+            f"{100 * closed(results, start, method):.0f}", f"{_cost(results, start, method):.0f}",
+            _written(results, start, method),
+        )
+        for start in starts for method, found in ends[start].items()
+    ]  # fmt: skip
+    head = ("start", "its accuracy, %", "what is done", "accuracy, %", "of the way to the teacher, %", "GFLOP",
+            "the teacher writes, first to last step, %")  # fmt: skip
+    weakest = starts[-1]
+    best = max(ends[weakest], key=lambda method: ends[weakest][method][0])
+    return Finding(
+        verdict(ends),
+        f"from {percent(level(results, weakest))}: plain OPD {percent(ends[weakest][PLAIN])}, "
+        f"best {METHODS[best]} {percent(ends[weakest][best])}; from {percent(level(results, starts[0]))}: plain OPD "
+        f"{percent(ends[starts[0]][PLAIN])}",
+        _why(results, ends),
+        (table(head, rows),),
+        _panels(results, ends),
+    )
+
+
+def _cost(results: Results, start: str, method: str) -> float:
+    """GFLOP of student and teacher, the warm-up's too."""
+    spent = results.mean(f"{method}-{start}", gflop)[0]
+    return spent + (results.mean(f"warm-{start}", gflop)[0] if method == WARM else 0.0)
+
+
+def written(results: Results, start: str) -> list[float]:
+    """The share of SKD's tokens that the teacher wrote, of each step; a mean over seeds. One less it is accepted."""
+    runs = [run["series"]["teacher_written"] for run in results.runs(f"{SKD}-{start}")]
+    return [fmean(shares) for shares in zip(*runs, strict=True)]
+
+
+def _written(results: Results, start: str, method: str) -> str:
+    if method != SKD:
+        return "–"
+    shares = written(results, start)
+    return f"{percent(shares[0])} → {percent(shares[-1])}"
+
+
+def _why(results: Results, ends: Mapping[str, Mapping[str, Estimate]]) -> str:
+    plain = "; ".join(
+        f"from {percent(level(results, start))} to {percent(found[PLAIN])} "
+        f"({100 * closed(results, start, PLAIN):.0f}% of the way to the teacher)"
+        for start, found in ends.items()
+    )
+    helps = {
+        method: [percent(level(results, s)) for s, found in ends.items() if above(found.get(method, (0, 0)), found[PLAIN])]
+        for method in METHODS if method != PLAIN
+    }  # fmt: skip
+    hurts = {
+        method: [percent(level(results, s)) for s, found in ends.items() if above(found[PLAIN], found.get(method, (1, 0)))]
+        for method in METHODS if method != PLAIN
+    }  # fmt: skip
+    told = ". ".join(
+        f"{METHODS[method]} is told apart above plain OPD at {_listed(helps[method])}, below it at {_listed(hurts[method])}"
+        for method in helps
+    )
+    return (
+        f"All have the same number of rollouts, the warm-up's included. Plain OPD goes {plain}. {told}. What differs from "
+        "the published setting: two of the starts are the shipped student thrown back by a rate that is far too high, so "
+        "that it writes text that no teacher has seen, and they have latent abilities that a model trained too little has not."
+    )
+
+
+def _listed(levels: list[str]) -> str:
+    return f"the start{'s' if len(levels) > 1 else ''} of {', '.join(levels)}" if levels else "no start"
+
+
+def _panels(results: Results, ends: Mapping[str, Mapping[str, Estimate]]) -> tuple[Panel, ...]:
+    lines = [
+        Line(words, [(100 * level(results, start), *found[method]) for start, found in ends.items() if method in found])
+        for method, words in METHODS.items()
+    ]
+    return (
+        Panel(
+            "where a start leads", "accuracy of the start, %", "accuracy at the end", lines,
+            levels={"teacher": results.level("teacher")},
+        ),
+        Panel(
+            "SKD: how much the teacher writes", "step", "tokens of the teacher's",
+            [Line(f"start {percent(level(results, start))}%",
+                  [(step, share, 0.0) for step, share in enumerate(written(results, start), 1)]) for start in ends],
+        ),
+    )  # fmt: skip
+
+
+HERE = ("misled", "shaken", "wrecked")
+
+EXPERIMENT = Experiment(
+    name="weak-start",
+    question="How does a student fare that starts weak and learns from its own text, and what cures it?",
+    world="arithmetic",
+    recipe={
+        "rollout": {"prompts_per_step": 64, "samples_per_prompt": 1, "max_tokens": 64},
+        "optim": {"warmup_steps": 5},
+        "threads": 1,
+    },
+    arms=(
+        _throw_back("shaken", 1e-2),
+        _throw_back("wrecked", 2e-2),
+        *(arm for start in HERE for arm in _arms(start)),
+    ),
+    rates=(1e-3, 2e-3),
+    reference="opd-misled",
+    dev_problems=256,
+    seeds=3,
+    series=("teacher_written",),
+    quick_arms=("wrecked", "opd-misled", "skd-misled", "opd-wrecked", "skd-wrecked"),
+    claim=Claim(
+        says="A student that starts weak writes bad rollouts, on which the teacher's feedback is bad; a warm-up by SFT, or text "
+        "in which the teacher replaces what it finds unlikely (SKD), cures it.",
+        source="[SKD](https://arxiv.org/abs/2410.11325)",
+        short="a weak start makes bad rollouts and bad feedback; a warm-up or SKD cures it",
+    ),
+    find=find,
+)

@@ -1,0 +1,87 @@
+"""The arithmetic of three findings on made-up records: LoRA's gap, weak starts, how much settings matter."""
+
+import pytest
+from test_experiments import put, record
+
+from kibitz.experiments import lora, records, temperature, weak_start
+from kibitz.experiments.results import NotRun, Results
+
+
+def accuracies(experiment, folder, shares: dict[str, float], rates: dict[str, float] | None = None, **more) -> Results:
+    """Three equal seeds of each arm, 10,000 problems: an interval of at most a point."""
+    for arm, share in shares.items():
+        for seed in range(3):
+            one = record(arm, (rates or {}).get(arm, 1e-3), seed, dev=share, test=share, **more)
+            one["test"]["num_prompts"] = 10_000
+            put(folder, one)
+    return Results(experiment, folder)
+
+
+def models(folder, **shares: float) -> None:
+    for role, share in shares.items():
+        records.write(folder / f"{role}.json", {"settings": {}, "test": record("x", 1, 0, share, share)["test"]})
+
+
+# ------------------------------------------------------------------ lora
+
+
+@pytest.mark.parametrize(
+    ("after_sft", "after_opd", "verdict"),
+    [(0.67, 0.84, "reproduced"), (0.67, 0.7705, "partly"), (0.84, 0.70, "not"), (0.80, 0.90, "not")],
+    ids=["13 to 6", "13 to 12.95", "the gap grows", "no gap"],
+)
+def test_the_gap_of_a_rank_is_to_full_fine_tuning_of_the_same_stage(tmp_path, after_sft, after_opd, verdict):
+    shares = {"sft": 0.80, "opd": 0.90, "sft-r4": after_sft, "opd-r4": after_opd}
+    results = accuracies(lora.EXPERIMENT, tmp_path, shares, {"sft-r4": 1e-2})
+    assert lora.gap(results, "sft", 4)[0] == pytest.approx(0.80 - after_sft)
+    assert lora.gap(results, "opd", 4)[0] == pytest.approx(0.90 - after_opd)
+    found = lora.find(results)
+    assert found.verdict == verdict
+    assert "10 to 10 times" in found.why
+    assert f"| {100 * (0.80 - after_sft):.1f} ± " in found.tables[0]
+
+
+def test_without_full_fine_tuning_there_is_no_gap(tmp_path):
+    with pytest.raises(NotRun, match="sft"):
+        lora.find(accuracies(lora.EXPERIMENT, tmp_path, {"sft-r4": 0.5, "opd-r4": 0.5}))
+
+
+# ------------------------------------------------------------------ weak starts
+
+
+@pytest.mark.parametrize(
+    ("plain", "skd", "verdict"),
+    [(0.3, 0.8, "reproduced"), (0.3, 0.3, "partly"), (0.9, 0.9, "not"), (0.9, 0.95, "partly")],
+    ids=["bad and cured", "bad, not cured", "never bad", "not bad, still helped"],
+)
+def test_a_weak_start_has_to_end_lower_and_to_be_cured(tmp_path, plain, skd, verdict):
+    models(tmp_path, student=0.6, teacher=1.0)
+    shares = {"wrecked": 0.1, "opd-misled": 0.9, "skd-misled": 0.9, "opd-wrecked": plain, "skd-wrecked": skd}
+    results = accuracies(weak_start.EXPERIMENT, tmp_path, shares, series={"teacher_written": [0.4, 0.1]})
+    assert weak_start.closed(results, "wrecked", "opd") == pytest.approx((plain - 0.1) / 0.9)
+    assert weak_start.closed(results, "misled", "opd") == pytest.approx(0.75)
+    found = weak_start.find(results)
+    assert found.verdict == verdict
+    assert "40.0 → 10.0" in found.tables[0]
+
+
+# ------------------------------------------------------------------ settings
+
+
+BASE = {"opd": 0.85, "temperature-0.5": 0.8, "prompts-16": 0.8, "steps-prompts-64": 0.8, "steps-prompts-16": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sft_rate", "holds", "verdict"),
+    [
+        ({"samples-4": 0.9}, 2e-3, [True, True, True, True, True], "reproduced"),
+        ({"samples-4": 0.9, "temperature-0.5": 0.9}, 2e-3, [False, True, True, True, True], "partly"),
+        ({"samples-4": 0.85, "temperature-0.5": 0.85, "prompts-16": 0.9, "steps-prompts-16": 0.8}, 5e-4,
+         [None, False, None, None, False], "not"),
+    ],
+)  # fmt: skip
+def test_each_setting_is_judged_by_intervals(tmp_path, changes, sft_rate, holds, verdict):
+    results = accuracies(temperature.EXPERIMENT, tmp_path, {**BASE, "sft": 0.8, **changes}, {"sft": sft_rate})
+    judged = [temperature.judged(setting, setting.measured(results)) for setting in temperature.SETTINGS]
+    assert [*judged, temperature.rates(results)] == holds
+    assert temperature.find(results).verdict == verdict
