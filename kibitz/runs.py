@@ -53,7 +53,7 @@ class RunFolder:
             file.keep(last_step=done or -1)
         self.info = {
             "version": __version__,
-            "commit": _commit(),
+            "commit": commit(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(self.started)),
             "status": "running",
             "device": str(student.device),
@@ -171,7 +171,7 @@ def _to_resume(path: Path, recipe: Recipe, held: bool) -> tuple[Path | None, lis
     return None, [f"the run at {path} had saved no checkpoint: it starts again from step 0"]
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the code that ran, where it is a git checkout."""
     answer = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],

@@ -58,6 +58,7 @@ LEVELS = {
 }
 WITHIN_A_LEVEL = {
     ("engines", "models"),
+    ("experiments", "worlds.make"),
     ("annotate", "methods"),
     ("teachers", "metrics"),
     ("teachers", "data"),

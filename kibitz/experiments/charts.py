@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from kibitz.report.formats import level, safe_lines, visible
+from kibitz.report.terminal import STYLES as HEAT
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -43,6 +46,14 @@ class Panel:
     ticks: Mapping[float, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Heat:
+    """Texts token by token, each with its penalty in nats, in the heat-map's colours; a line of words above each."""
+
+    title: str
+    texts: Sequence[tuple[str, Sequence[tuple[str, float]]]]
+
+
 def available() -> bool:
     return find_spec("matplotlib") is not None
 
@@ -54,11 +65,14 @@ STYLE = {
 }  # fmt: skip
 
 
-def draw(panels: Sequence[Panel], width: float = 5.2, height: float = 3.8) -> str:
+def draw(panels: Sequence[Panel | Heat], width: float = 5.2, height: float = 3.8) -> str:
     """The panels side by side."""
     with figure_of(width * len(panels), height) as figure:
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            _draw(axes, panel)
+            if isinstance(panel, Heat):
+                _draw_heat(axes, panel)
+            else:
+                _draw(axes, panel)
         return saved(figure)
 
 
@@ -90,9 +104,9 @@ def _draw(axes, panel: Panel) -> None:
             marker=marker if len(points) <= MOST_MARKERS else "", markersize=4.5,
             linewidth=1.6, elinewidth=1, capsize=2, linestyle=("--" if line.dashed else "-") if line.joined else "none",
         )  # fmt: skip
-    for name, level in panel.levels.items():
-        axes.axhline(scale * level, color="#59636e", linewidth=1, linestyle=(0, (4, 3)))
-        place = {"x": 1.0, "y": scale * level, "s": name, "transform": axes.get_yaxis_transform()}
+    for name, height in panel.levels.items():
+        axes.axhline(scale * height, color="#59636e", linewidth=1, linestyle=(0, (4, 3)))
+        place = {"x": 1.0, "y": scale * height, "s": name, "transform": axes.get_yaxis_transform()}
         axes.text(**place, ha="right", va="bottom", color="#59636e", fontsize=8)
     if panel.log_x:
         axes.set_xscale("log")
@@ -107,3 +121,39 @@ def _draw(axes, panel: Panel) -> None:
     axes.set_ylabel(panel.y + (", %" if panel.percent else ""))
     if len(panel.lines) > 1:
         axes.legend()
+
+
+COLUMNS, LINES, MOST_LINES = 42, 13, 3  # of a heat-map's panel in characters, and of one text
+
+
+def _draw_heat(axes, heat: Heat) -> None:
+    """A grid of cells, one a character: whatever font a browser takes, text and colour stay together."""
+    from matplotlib.patches import Rectangle
+
+    axes.set_axis_off()
+    axes.set_xlim(0, COLUMNS)
+    axes.set_ylim(LINES, 0)
+    axes.set_title(heat.title, loc="left")
+    line, last = 0.4, 0
+    for words, tokens in heat.texts:
+        axes.text(0, line + 0.5, safe_lines(words)[:72], va="center", color="#59636e", fontsize=8)
+        line += 1.1
+        for rows, column, character, nats in _cells(tokens):
+            style = HEAT[level(nats)]
+            back = style.bgcolor.get_truecolor().hex if style.bgcolor else "white"
+            front = style.color.get_truecolor().hex if style.color else "#1e2022"
+            axes.add_patch(Rectangle((column, line + 1.1 * rows), 1, 1, facecolor=back, linewidth=0))
+            place = (column + 0.5, line + 1.1 * rows + 0.52)
+            axes.text(*place, character, ha="center", va="center", family="monospace", color=front, fontsize=10)
+            last = rows
+        line += 1.1 * last + 2.2
+
+
+def _cells(tokens: Sequence[tuple[str, float]]) -> Iterator[tuple[int, int, str, float]]:
+    """Line, column, character and penalty; what is longer than a few lines begins shortly before the worst token."""
+    cells = [(character, nats) for text, nats in tokens for character in visible(text).replace("\n", "")]
+    room = COLUMNS * MOST_LINES
+    worst = max(range(len(cells)), key=lambda i: cells[i][1], default=0)
+    start = 0 if len(cells) <= room else max(0, min(worst - COLUMNS, len(cells) - room))
+    for place, (character, nats) in enumerate(cells[start : start + room]):
+        yield place // COLUMNS, place % COLUMNS, character, nats

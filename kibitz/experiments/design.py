@@ -14,6 +14,8 @@ from kibitz.config import Recipe
 SPLITS = ("train", "dev", "test")
 OF_ARM = "arm:"
 """Before the name of an arm, in the place of a model: the checkpoint that the arm left, of the same seed."""
+BLANK = "blank:"
+"""Before a shape, in the place of a model: `blank:64x3` has random weights, 64 wide and 3 layers deep."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ class Experiment:
     prompts and its section of a recipe. `measures`: the name of each measure and the data it is taken on; the first
     is the main one. `runs_in`: the experiment in whose folder the runs are, where two ask different questions of the
     same runs.
+
+    `makers`: arms that make a model which no world ships and a role stands for (`{"teacher-large": "arm:large"}` of
+    `models`). They are run with seed 0, once, and only where nobody names another model for the role. `probe`: what is
+    looked at beside training, or instead of it, for each seed, from the `Study` and the seed to a record.
     """
 
     name: str
@@ -85,6 +91,8 @@ class Experiment:
     series: tuple[str, ...] = ()
     """Metrics of each step that are kept with the record of a run."""
     runs_in: str = ""
+    makers: tuple[Arm, ...] = ()
+    probe: Callable[[Any, int], Mapping[str, Any]] | None = None
     claim: Claim | None = None
     find: Callable[[Any], Any] | None = None
     """From its `Results` to the claim's `Finding`."""
@@ -106,14 +114,17 @@ class Experiment:
 
     def quick(self) -> "Experiment":
         """The same in seconds, to see that all of it runs; its numbers say nothing."""
-        arms = tuple(_quick(arm, self.recipe) for arm in self.choose(self.quick_arms))
+        arms, makers = (
+            tuple(_quick(arm, self.recipe) for arm in arms) for arms in (self.choose(self.quick_arms), self.makers)
+        )
         return replace(
-            self, arms=arms, rates=self.rates[1:2] or self.rates, dev_problems=16, test_problems=16, extensions=0,
-            seeds=1
+            self, arms=arms, makers=makers, rates=self.rates[1:2] or self.rates, dev_problems=16, test_problems=16,
+            extensions=0, seeds=1
         )  # fmt: skip
 
     def arm(self, name: str) -> Arm:
-        return self.choose([name])[0]
+        """The arm, or the maker, of that name."""
+        return next((arm for arm in self.makers if arm.name == name), None) or self.choose([name])[0]
 
     def choose(self, names: Sequence[str]) -> tuple[Arm, ...]:
         """The arms of these names, all if none is given."""
@@ -174,9 +185,13 @@ class Subject:
     def prompts(self) -> str | None:
         return next(iter(self.files.values()), None)
 
+    def called(self, role: str) -> str:
+        """The model that a role stands for; what is no role is a name already."""
+        return self.models.get(role, role)
+
     def model(self, role: str) -> str:
         """Where the weights of a role are; what is no role is a folder or a hub name."""
-        name = self.models.get(role, role)
+        name = self.called(role)
         world, _, shipped = name.partition("/")
         return str(worlds.get(world).checkpoint(shipped)) if world in worlds.WORLDS else name
 
@@ -212,6 +227,13 @@ def merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
             joins = isinstance(section, Mapping) and name not in ("method", "teacher")
             whole[name] = {**whole.get(name, {}), **section} if joins else section
     return whole
+
+
+def shape(name: str) -> dict[str, int]:
+    """Of `blank:64x3`: the width and the number of layers; the MLP is 8/3 as wide, in steps of 16."""
+    width, _, layers = name.removeprefix(BLANK).partition("x")
+    inner = 16 * -(-int(width) * 8 // (3 * 16))
+    return {"hidden_size": int(width), "num_hidden_layers": int(layers), "intermediate_size": inner}
 
 
 def with_models(tree: Mapping[str, Any], place: Callable[[str], str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kibitz.experiments.charts import Panel, draw
+from kibitz.experiments.charts import Heat, Panel, draw
 from kibitz.experiments.design import Experiment
 from kibitz.experiments.results import NotRun, Results
 from kibitz.experiments.tables import made_from, table
@@ -28,7 +28,7 @@ class Finding:
     ours: str
     why: str
     tables: tuple[str, ...]
-    panels: tuple[Panel, ...]
+    panels: tuple[Panel | Heat, ...]
 
 
 def finding(experiment: Experiment, results: Path) -> Finding:

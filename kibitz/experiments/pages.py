@@ -24,7 +24,9 @@ def texts(experiment: Experiment, results: Path) -> dict[str, str]:
     if experiment.claim is None:
         found, drawing = markdown(experiment, folder), lambda: svg(experiment, folder)
     else:
-        found = f"{evidence.markdown(experiment, results)}\n\n{markdown(experiment, folder)}"
+        found = "\n\n".join(
+            [evidence.markdown(experiment, results), *([markdown(experiment, folder)] if experiment.arms else [])]
+        )
         drawing = lambda: evidence.plot(experiment, results)  # noqa: E731
     plot = drawing() if charts.available() else None
     return {"table.md": found + "\n"} | ({} if plot is None else {"plot.svg": plot})

@@ -3,18 +3,25 @@
 import json
 import os
 import platform
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from kibitz import __version__
 from kibitz.experiments.design import Experiment
 from kibitz.metrics import JSONL, write_atomically
+from kibitz.runs import commit
 
 if TYPE_CHECKING:
     from kibitz.trainer import Run
 
 Record = dict[str, Any]
+PROBE = "probe"
+"""The name of the files, `probe-SEED.json`, of what is no run."""
 
 # 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, the last is a little too wide.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -97,7 +104,7 @@ def about_the_run(run: "Run", cpu_seconds: float, series: Sequence[str] = ()) ->
         "commit": info.get("commit"),
         "version": info.get("version"),
         "torch": info.get("torch"),
-        "machine": f"{info.get('machine')}, {os.cpu_count()} cores, {info.get('device')}, {platform.system()}",
+        "machine": _machine(str(info.get("machine")), str(info.get("device"))),
         "threads": info.get("threads"),
         "date": info.get("finished"),
         "cpu_seconds": round(cpu_seconds, 2),
@@ -107,6 +114,23 @@ def about_the_run(run: "Run", cpu_seconds: float, series: Sequence[str] = ()) ->
     }
     kept = {name: [row[name] for row in run.metrics] for name in series if all(name in row for row in run.metrics)}
     return found | ({"series": kept} if kept else {})
+
+
+def about_here(cpu_seconds: float, device: str = "cpu") -> Record:
+    """The same of what was no run."""
+    return {
+        "commit": commit(),
+        "version": __version__,
+        "torch": torch.__version__,
+        "machine": _machine(platform.machine(), device),
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "cpu_seconds": round(cpu_seconds, 2),
+    }
+
+
+def _machine(processor: str, device: str) -> str:
+    return f"{processor}, {os.cpu_count()} cores, {device}, {platform.system()}"
 
 
 def costs_until(metrics: Sequence[Record], step: int) -> Record:

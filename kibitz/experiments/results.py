@@ -8,6 +8,7 @@ from statistics import fmean
 
 from kibitz.experiments.design import Experiment
 from kibitz.experiments.records import (
+    PROBE,
     Record,
     finals,
     half_of_seeds,
@@ -61,6 +62,13 @@ class Results:
             raise NotRun(family)
         arms = {arm.name: arm for arm in self.experiment.arms}
         return max(names, key=lambda name: score(self.finals[name][0], arms[name].judge))
+
+    def probes(self) -> list[Record]:
+        """What the experiment looked at beside training, a record for each seed. Raises NotRun if there is none."""
+        found = [read(path) for path in sorted(self.folder.glob(f"{PROBE}-*.json"))]
+        if not found:
+            raise NotRun(PROBE)
+        return [record for record in found if record is not None]
 
     def model(self, role: str) -> Record:
         """The evaluation on the test split of a model as it is."""

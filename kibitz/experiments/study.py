@@ -14,9 +14,21 @@ import kibitz
 from kibitz.checkpoint import checkpoints, export
 from kibitz.config import DataConfig, EvalConfig, Recipe
 from kibitz.evaluate import evaluate_model
-from kibitz.experiments.design import OF_ARM, Arm, Experiment, Subject, cut, with_models
-from kibitz.experiments.records import Record, about_the_run, best_rate, costs_until, name_of, read, score, write
+from kibitz.experiments.design import BLANK, OF_ARM, Arm, Experiment, Subject, cut, shape, with_models
+from kibitz.experiments.records import (
+    PROBE,
+    Record,
+    about_here,
+    about_the_run,
+    best_rate,
+    costs_until,
+    name_of,
+    read,
+    score,
+    write,
+)
 from kibitz.lora import is_adapter
+from kibitz.worlds.make import blank
 
 QUIET = {"eval": {"every": 0, "num_prompts": 1, "heatmaps": 0}}
 """A run measures nothing itself; `evaluate_model` does, on the split that is due."""
@@ -37,15 +49,18 @@ class Study:
         """All of it, family by family: each is finished before the next begins."""
         for source, path in self.subject.files.items():
             cut(Path(path), self._data(source))
-        arms = arms or self.experiment.arms
+        arms, num_seeds = arms or self.experiment.arms, seeds or self.experiment.seeds
         recipes = [self.recipe(arm, self.experiment.rates[0], 0) for arm in arms]  # mistakes show before hours go by
+        recipes = recipes or [self.untrained()]
         torch.set_num_threads(recipes[0].threads or torch.get_num_threads())
         for role in self.experiment.roles:
             self._model(role, recipes[0])
         for family in _families(arms):
             best, rate = self.best(family)
-            for seed in range(seeds or self.experiment.seeds):
+            for seed in range(num_seeds):
                 self.measured(best, rate, seed)
+        for seed in range(num_seeds) if self.experiment.probe else ():
+            self._probed(seed)
 
     def best(self, family: Sequence[Arm]) -> tuple[Arm, float]:
         """The arm of a family, and its rate, that is best on the dev split with seed 0."""
@@ -88,13 +103,25 @@ class Study:
     def recipe(self, arm: Arm, rate: float, seed: int) -> Recipe:
         return self.subject.recipe(self.experiment, arm, rate, seed)
 
+    def untrained(self) -> Recipe:
+        """The experiment's own recipe, of no arm: what models as they are are measured by."""
+        return self.recipe(Arm("", "", {}), self.experiment.rates[0], 0)
+
     # -------------------------------------------------------------- models
 
     def place(self, name: str, seed: int) -> str:
-        """Where the weights are that a recipe calls by a role or by an arm."""
+        """Where the weights are that a recipe calls by a role or by an arm, or that have a shape only."""
+        name = self.subject.called(name)
+        if name.startswith(BLANK):
+            return str(blank(self.work / name.replace(":", "-"), shape(name), 0, self.experiment.world))
         if not name.startswith(OF_ARM):
             return self.subject.model(name)
-        return str(_whole(self._checkpoint(*self.chosen(name.removeprefix(OF_ARM)), seed)))
+        arm, rate = self.chosen(name.removeprefix(OF_ARM))
+        return str(_whole(self._checkpoint(arm, rate, self._seed_of(arm, seed))))
+
+    def _seed_of(self, arm: Arm, seed: int) -> int:
+        """Models that one starts from are the same for all seeds."""
+        return 0 if arm in self.experiment.makers else seed
 
     def chosen(self, name: str) -> tuple[Arm, float]:
         """The arm of that name, or the best of the family of that name, at its best rate."""
@@ -161,7 +188,7 @@ class Study:
             evaluate_model(
                 model,
                 teacher=self._judge(recipe, seed),
-                data=self._asked(source, split, num, recipe, arm),
+                data=self.asked(source, split, num, recipe, arm),
                 eval=EvalConfig(num_prompts=num),
                 rollout=recipe.rollout,
                 device=recipe.device,
@@ -171,7 +198,7 @@ class Study:
         others = dict(zip(list(self.experiment.measures)[1:], rows[1:], strict=True))
         return rows[0] | ({"measures": others} if others else {})
 
-    def _asked(self, source: str, split: str, num: int, recipe: Recipe, arm: Arm | None) -> DataConfig:
+    def asked(self, source: str, split: str, num: int, recipe: Recipe, arm: Arm | None) -> DataConfig:
         """The held-out problems of a source; how prompts are rendered and graded is the recipe's, unless the source says."""
         own = {} if arm is None else self.experiment.sources[arm.data]
         given = recipe.data.model_dump(exclude_unset=True)
@@ -184,18 +211,34 @@ class Study:
     def _judge(self, recipe: Recipe, seed: int) -> str | None:
         """The teacher that the reverse KL is measured to: the experiment's, else the run's own, if it is one model."""
         if "teacher" in self.experiment.roles:
-            return self.subject.model("teacher")
+            return self.place("teacher", seed)
         name = getattr(recipe.teacher, "model", None)
         return None if name is None else self.place(name, seed)
 
     def _model(self, role: str, recipe: Recipe) -> None:
         """What a model can do as it is."""
         path = self.folder / f"{role}.json"
-        settings = {"model": self.subject.models[role]} | self._problems()
+        settings = (
+            {"model": self.subject.models[role]} | self._problems() | self._made_of([self.subject.models[role]], 0)
+        )
         found = read(path)
         if found is None or found["settings"] != settings:
-            test = self._evaluate(self.subject.model(role), "test", recipe, None, 0)
+            test = self._evaluate(self.place(role, 0), "test", recipe, None, 0)
             write(path, {"settings": settings, "test": test})
+
+    def _probed(self, seed: int) -> None:
+        """What the experiment looks at beside training."""
+        assert self.experiment.probe is not None
+        arms = [f"{OF_ARM}{arm.name}" for arm in self.experiment.arms if not arm.family]
+        settings = {"recipe": self.experiment.recipe, **self.subject.models, "seed": seed} | self._problems()
+        settings |= self._made_of([*self.subject.models.values(), *arms], seed)
+        path = self.folder / f"{PROBE}-{seed}.json"
+        found = read(path)
+        if found is None or found["settings"] != settings:
+            started = time.process_time()
+            looked_at = self.experiment.probe(self, seed)
+            write(path, {"settings": settings, **about_here(time.process_time() - started), **looked_at})
+            self.say(f"{path.stem}: done")
 
     # -------------------------------------------------------------- names
 
@@ -209,19 +252,26 @@ class Study:
         """All that decides the result: the recipe, with roles for models and no folder of this machine."""
         tree = recipe.model_dump(mode="json", exclude_unset=True)
         text = json.dumps(tree)
-        used = {role: name for role, name in self.subject.models.items() if role in ("student", "teacher")
-                or f'"{role}"' in text}  # fmt: skip
+        always = (
+            () if arm in self.experiment.makers else ("student", "teacher")
+        )  # a maker may be what a role stands for
+        used = {role: name for role, name in self.subject.models.items() if role in always
+                or f'"model": "{role}"' in text}  # fmt: skip
         found = {"recipe": tree, **used} | self._problems()
         if arm.every:
             found |= {"every": arm.every, "stop": arm.stop}
-        if arm.needs():
-            found["on"] = {name: self._digest(name, recipe.seed) for name in arm.needs()}
-        return found
+        made = [*(f"{OF_ARM}{name}" for name in arm.needs()), *used.values()]
+        return found | self._made_of(made, recipe.seed)
+
+    def _made_of(self, names: Iterable[str], seed: int) -> dict[str, Any]:
+        """Of models that arms leave, what made them."""
+        arms = [name.removeprefix(OF_ARM) for name in names if name.startswith(OF_ARM)]
+        return {"on": {name: self._digest(name, seed) for name in dict.fromkeys(arms)}} if arms else {}
 
     def _digest(self, name: str, seed: int) -> str:
         """Of the settings of another arm's run, so that what was made of it is made again where they change."""
         arm, rate = self.chosen(name)
-        text = json.dumps(self._settings(arm, self.recipe(arm, rate, seed)), sort_keys=True)
+        text = json.dumps(self._settings(arm, self.recipe(arm, rate, self._seed_of(arm, seed))), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def _problems(self) -> dict[str, Any]:

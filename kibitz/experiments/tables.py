@@ -1,5 +1,6 @@
 """From the files of an experiment to one row an arm, and to Markdown. No number comes from anywhere else."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from statistics import fmean
 
 from kibitz.experiments.design import Experiment
 from kibitz.experiments.records import (
+    PROBE,
     Record,
     best_rate,
     finals,
@@ -174,7 +176,9 @@ def made_from(experiment: Experiment, folder: Path) -> str:
     names = {arm.name for arm in experiment.arms}
     records, chosen = [r for r in read_all(folder) if r["arm"] in names], finals(experiment, folder)
     if not chosen:
-        return ""
+        return _of_probes(
+            [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{PROBE}-*.json"))]
+        )
     seeds = sorted({len(runs) for runs in chosen.values()})
     first = next(iter(chosen.values()))[0]
     problems = (
@@ -182,6 +186,17 @@ def made_from(experiment: Experiment, folder: Path) -> str:
     )
     return (
         f"{len(records)} run{'' if len(records) == 1 else 's'}, {_range(seeds)} an arm; {problems} make the table. "
+        f"{_when_and_where(records)}"
+    )
+
+
+def _of_probes(records: list[Record]) -> str:
+    """The same of an experiment that trains nothing."""
+    return f"{_range([len(records)])} of sampling. {_when_and_where(records)}" if records else ""
+
+
+def _when_and_where(records: list[Record]) -> str:
+    return (
         f"Commits {_listed(r['commit'] for r in records)}; {_listed((r['date'] or '')[:10] for r in records)}; "
         f"{_listed(r['machine'] for r in records)}, {_listed(str(r['threads']) for r in records)} thread."
     )
