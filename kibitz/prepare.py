@@ -36,6 +36,7 @@ from kibitz.runs import RunFolder, open_folder
 from kibitz.teachers import Teacher
 from kibitz.teachers import build as teachers
 from kibitz.teachers.local import local_teacher
+from kibitz.teachers.own import base_teacher
 from kibitz.types import Prompt, Rollout, Sampling
 
 
@@ -114,7 +115,7 @@ def prepare(
         student.recompute_activations()
     teacher = teachers.load_all(recipe, teacher_tokenizers, student)
     _shard(teacher, recipe, ranks)
-    reference = _reference(recipe, device, tokenizer)
+    reference = _reference(recipe, student)
     checks = [student.check_lengths, *(model.check for model in (teacher, reference) if model is not None)]
     for check in checks:
         check([*prompts, *held_out], recipe.rollout.max_tokens)
@@ -193,11 +194,15 @@ def _meet(recipe: Recipe, prompts: Sequence[Prompt]) -> tuple[Ranks, torch.devic
     return ranks, device
 
 
-def _reference(recipe: Recipe, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> Teacher | None:
+def _reference(recipe: Recipe, student: LanguageModel) -> Teacher | None:
     """The model that a method holds its student to; never the checkpoint that a run goes on from."""
-    if not recipe.method.needs_reference():
+    method = recipe.method
+    if not method.needs_reference():
         return None
-    return local_teacher(load_model(recipe.method.reference or recipe.student, "reference", device, tokenizer))
+    if method.reference is None and student.adapter is not None:
+        return base_teacher(student, "reference")
+    section = method.reference or recipe.student
+    return local_teacher(load_model(section, "reference", student.device, student.tokenizer))
 
 
 def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

@@ -162,6 +162,38 @@ def test_a_run_that_goes_on_is_held_to_the_first_start_and_replays_the_same(smal
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]])
+def test_an_adapters_start_is_its_base_without_a_second_copy(small_models, tmp_path, targets, monkeypatch):
+    """Bit for bit the run that loads the base again; a run that goes on is held to the base, not to its checkpoint."""
+    student = make_model(tmp_path / "student", seed=1, tie_word_embeddings=False)
+    tree = recipe(
+        student,
+        small_models / "teacher",
+        tmp_path / "copied",
+        student={"lora": {"rank": 4, "targets": targets}},
+        method={"type": "opd", "reference_kl": 0.5, "reference": {"model": str(student)}},
+        save={"every": 2},
+        optim={"lr": 1e-2},
+    )
+    loaded, load = [], kibitz.models.load_weights
+    monkeypatch.setattr("kibitz.models.load_weights", lambda *given: loaded.append(given[1]) or load(*given))
+    copied = kibitz.train(tree)
+    assert loaded.count("reference") == 1
+    tree["method"].pop("reference")
+    tree["output"] = str(tmp_path / "shared")
+    with pytest.raises(RuntimeError, match="power cut"):
+        kibitz.train(tree, progress=Crash())
+    run = kibitz.train(tree, resume=True)
+    assert loaded.count("reference") == 1 and loaded.count("student") == 3
+    assert run.metrics[-1]["reference_kl"] > 1e-3  # the hold is not on the student itself
+    unlike = {"flops", *TIMES}  # the shared base counts the adapter beside it
+    assert [{k: v for k, v in row.items() if k not in unlike} for row in run.metrics] == [
+        {k: v for k, v in row.items() if k not in unlike} for row in copied.metrics
+    ]
+    first, second = (load_file(r.checkpoint / "adapter_model.safetensors") for r in (copied, run))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_references_that_cannot_be_are_refused(small_models, tmp_path):
     def train(method: dict):
         tree = recipe(small_models / "student", small_models / "teacher", tmp_path / "run", method=method)

@@ -22,12 +22,18 @@ def own_teacher(config: StudentTeacherConfig, start: ModelConfig, student: Langu
         case "start" if student.adapter is None:
             return local_teacher(load_model(start, "teacher", student.device, student.tokenizer))
         case "start" | "base":  # a new adapter changes nothing, so that the base is what an adapted student begins as
-            return _live(student, adapted=False)
+            return base_teacher(student)
         case "current":
             return _live(student, adapted=True)
         case "ema":
             average = Average(student, config.decay)
             return replace(local_teacher(average.model), sync=average.follow, keeps={"teacher": average})
+
+
+def base_teacher(student: LanguageModel, name: str = "teacher") -> Teacher:
+    """The base that a student's adapter stands on, in the student's own memory. A run always begins with a new adapter, which
+    changes nothing: this is the student before its first step, also where the run goes on from a checkpoint."""
+    return replace(_live(student, adapted=False), name=name)
 
 
 def _live(student: LanguageModel, adapted: bool) -> Teacher:
