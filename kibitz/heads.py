@@ -20,6 +20,9 @@ class Head(nn.Module):
         return self if base is None else Head(base, self.vocab_size, self.scale, self.softcap)
 
     def forward(self, hidden_CD: Tensor) -> Tensor:
+        weight = getattr(self.projection, "weight", None)
+        if weight is not None:
+            hidden_CD = hidden_CD.to(weight.device, non_blocking=True)  # a teacher's may have waited elsewhere
         logits_CV = self.projection(hidden_CD)[..., : self.vocab_size]
         if self.scale != 1.0:
             logits_CV = logits_CV * self.scale

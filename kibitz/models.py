@@ -7,7 +7,7 @@ Logits are cut to the tokenizer's size, because models of one family pad their v
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,15 @@ class LanguageModel(nn.Module):
         self.head, self.head_stands_alone = build_head(model, self.vocab_size, name)
         self.packs = False  # see `kibitz.packing`
         self.as_many: Callable[[list[Any]], list[Any]] = list  # as many passes in each process: see `shard_layers`
+        self.works_on: torch.device | None = (
+            None  # where it computes, if its weights wait elsewhere: see `kibitz.frozen`
+        )
+        self.there: Callable[[], AbstractContextManager[None]] = nullcontext  # while which they have come
         self._compiled: tuple[Any, ...] = ()  # in a tuple, so that it is no second child
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self.works_on or self.model.device
 
     @property
     def max_positions(self) -> int | None:
@@ -97,7 +101,8 @@ class LanguageModel(nn.Module):
         that begin anew inside a row begin another sequence there, for models that pack."""
         positions = {} if position_BL is None else {"position_ids": position_BL}
         body = self._compiled[0] if self._compiled else self._body()
-        output = body(ids_BL, use_cache=False, **positions)
+        with self.there():
+            output = body(ids_BL, use_cache=False, **positions)
         return output.last_hidden_state if self.head_stands_alone else output.logits
 
     def _body(self) -> Any:
@@ -250,8 +255,8 @@ def _compiled(config: ModelConfig, model: LanguageModel) -> LanguageModel:
     return model
 
 
-def load_weights(config: ModelConfig, role: str, device: torch.device) -> Any:
-    """The bare model, still on the CPU, in the dtype that `device` wants."""
+def load_weights(config: ModelConfig, role: str, device: torch.device, **options: Any) -> Any:
+    """The bare model, still on the CPU, in the dtype that `device` wants. `options` are transformers' own."""
     is_adapter = lora.is_adapter(config.model)
     attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     try:
@@ -261,6 +266,7 @@ def load_weights(config: ModelConfig, role: str, device: torch.device) -> Any:
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
             **attention,
+            **options,
         )
         return lora.merged(model, Path(config.model)) if is_adapter else model
     except Exception as error:

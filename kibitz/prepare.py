@@ -11,13 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kibitz import config, distributed, lora, optim, trackers
-from kibitz.config import DataConfig, LocalTeacherConfig, Recipe, RecipeError, StudentTeacherConfig
+from kibitz.config import DataConfig, FrozenConfig, LocalTeacherConfig, Recipe, RecipeError, StudentTeacherConfig
 from kibitz.data import PromptStream, encode_response, load_grader, load_prompts
 from kibitz.distributed import Ranks
 from kibitz.engines import Engine
 from kibitz.engines.build import make_engine
 from kibitz.engines.vllm import VLLMEngine
 from kibitz.evaluate import Evaluator
+from kibitz.frozen import load_frozen, require
 from kibitz.graders import Grader
 from kibitz.methods import Parts
 from kibitz.methods.stored import load_rollouts
@@ -93,8 +94,7 @@ def prepare(
     optim.require(recipe.optim)
     trackers.require(recipe.track)
     tokenizer = load_tokenizer(recipe.student, "student")
-    for role, model in recipe.method.other_models().items():
-        check_same_tokenizer(tokenizer, load_tokenizer(model, role), role)
+    _check_other_models(recipe, tokenizer)
     mask_ids = single_tokens(tokenizer, recipe.method.mask_tokens, "method.mask_tokens")
     prompts = load_prompts(recipe.data, tokenizer, recipe.seed, recipe.wants_demonstrations())
     grader = grader or load_grader(recipe.data, prompts)
@@ -137,6 +137,13 @@ def prepare(
     )
 
 
+def _check_other_models(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    for role, model in recipe.method.other_models().items():
+        if isinstance(model, FrozenConfig):
+            require(model, role)
+        check_same_tokenizer(tokenizer, load_tokenizer(model, role), role)
+
+
 def _shard(teacher: Teacher | None, recipe: Recipe, ranks: Ranks) -> None:
     if teacher is not None and recipe.parallel.shard_teacher:
         for model in teacher.models:
@@ -177,6 +184,10 @@ def _meet(recipe: Recipe, prompts: Sequence[Prompt]) -> tuple[Ranks, torch.devic
         raise RecipeError("teacher.store: one process fills a store: leave it out, or start one")
     if recipe.parallel.shard_teacher and [type(teacher) for teacher in recipe.teachers] != [LocalTeacherConfig]:
         raise RecipeError("parallel.shard_teacher: that is for one teacher.model in this process: leave it out")
+    if recipe.parallel.shard_teacher and any(teacher.offload or teacher.quantize for teacher in recipe.teachers):
+        raise RecipeError(
+            "parallel.shard_teacher: its layers are split where they are: leave out teacher.offload and quantize"
+        )
     if recipe.parallel.shard_teacher and recipe.method.writes_with_teacher():
         raise RecipeError(
             f"parallel.shard_teacher: method {recipe.method.type} lets the teacher write, which it does whole: leave it out"
@@ -201,8 +212,9 @@ def _reference(recipe: Recipe, student: LanguageModel) -> Teacher | None:
         return None
     if method.reference is None and student.adapter is not None:
         return base_teacher(student, "reference")
-    section = method.reference or recipe.student
-    return local_teacher(load_model(section, "reference", student.device, student.tokenizer))
+    if method.reference is not None:
+        return local_teacher(load_frozen(method.reference, "reference", student.device, student.tokenizer))
+    return local_teacher(load_model(recipe.student, "reference", student.device, student.tokenizer))
 
 
 def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

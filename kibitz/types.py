@@ -226,7 +226,7 @@ def cat_signals(signals: list[Signal]) -> Signal:
     match first:
         case Dense():
             assert all(s.head is first.head for s in signals), "Dense signals of different heads in one batch"
-            return Dense(torch.cat([s.hidden_TD for s in signals]), first.head)
+            return Dense(_cat([s.hidden_TD for s in signals]), first.head)
         case TopK():
             ids, logps = [s.ids_TK for s in signals], [s.logp_TK for s in signals]
             return TopK(torch.cat(ids), torch.cat(logps), first.temperature, first.named)
@@ -234,6 +234,12 @@ def cat_signals(signals: list[Signal]) -> Signal:
             return Sampled(torch.cat([s.logp_T for s in signals]))
         case Spans():
             return _cat_spans(signals)
+
+
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    """What was page-locked stays so: a GPU takes chunks of it while it computes."""
+    shape, pinned = (sum(map(len, tensors)), *tensors[0].shape[1:]), tensors[0].is_pinned()
+    return torch.cat(tensors, out=tensors[0].new_empty(shape, pin_memory=True) if pinned else None)
 
 
 def slice_signal(signal: Signal, tokens: slice) -> Signal:
@@ -262,7 +268,7 @@ def _cat_spans(signals: list[Spans]) -> Spans:
     parts = [s.span_T + sum(counts[:i]) for i, s in enumerate(signals)]
     first = None
     if (one := signals[0].first) is not None:
-        dense = torch.cat([s.first.dense.hidden_TD for s in signals])
+        dense = _cat([s.first.dense.hidden_TD for s in signals])
         rest = torch.cat([s.first.rest_logp_T for s in signals])
         first = FirstTokens(Dense(dense, one.dense.head), rest, one.shared)
     return Spans(**{**columns, "span_T": torch.cat(parts)}, first=first)

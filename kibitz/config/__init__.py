@@ -26,6 +26,7 @@ from kibitz.config.sections import (
     Columns,
     DataConfig,
     EvalConfig,
+    FrozenConfig,
     LoraConfig,
     ModelConfig,
     OptimConfig,
@@ -48,7 +49,7 @@ from kibitz.config.teachers import (
 
 __all__ = [
     "METHOD_CONFIGS", "TEACHER_CONFIGS", "AMMDConfig", "Columns", "ContextConfig", "DataConfig",
-    "DiscriminatorConfig", "DistiLLM2Config", "DistillationConfig", "DivergenceName", "EvalConfig", "GADConfig",
+    "DiscriminatorConfig", "DistiLLM2Config", "DistillationConfig", "DivergenceName", "EvalConfig", "FrozenConfig", "GADConfig",
     "GKDConfig", "GRPOConfig", "GroupConfig", "GuardConfig", "KDRLConfig", "LocalTeacherConfig", "LoraConfig",
     "MethodConfig", "MiniLLMConfig", "ModelConfig", "OPDConfig", "OptimConfig", "ParallelConfig",
     "PolicyGradientConfig", "Recipe", "RecipeError", "RolloutConfig", "SFTConfig", "SKDConfig", "SaveConfig",

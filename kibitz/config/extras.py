@@ -5,10 +5,10 @@ from typing import Literal
 from pydantic import Field
 
 from kibitz.config.base import Section
-from kibitz.config.sections import ModelConfig
+from kibitz.config.sections import FrozenConfig
 
 
-class ReferenceConfig(ModelConfig):
+class ReferenceConfig(FrozenConfig):
     """A frozen model with the student's tokenizer."""
 
 

@@ -30,6 +30,29 @@ class ModelConfig(Section):
     )
 
 
+class FrozenConfig(ModelConfig):
+    """A model that is only read, and what keeps it small."""
+
+    quantize: Literal["int8"] | None = Field(
+        None,
+        description="int8: the matrices of its layers in 8 bits, and what they are multiplied with, but for outliers (LLM.int8, "
+        "2208.07339), by bitsandbytes; embedding and output head stay as dtype says. Half of bfloat16's memory; "
+        "docs/teachers.md says how far the log-probabilities move. It then scores and does not write.",
+    )
+    offload: Literal["body", "layers"] | None = Field(
+        None,
+        description="Keep the weights in the CPU's memory while they are not needed. body: all come to the GPU while it scores; "
+        "layers: one after another for each micro-batch, for a model that is larger than the GPU. The output head, which the "
+        "loss needs, stays there. No number changes. It then scores and does not write. On a CPU there is nothing to move.",
+    )
+
+    @model_validator(mode="after")
+    def _not_compiled(self) -> "FrozenConfig":
+        if self.compile and (self.quantize or self.offload):
+            raise ValueError("weights of 8 bits or that come and go are not compiled: leave out compile")
+        return self
+
+
 class LoraConfig(Section):
     """Low-rank adapters: W' = W + s B A with W frozen (2106.09685). Sources: LoRA Without Regret, Thinking Machines 2025."""
 
@@ -222,6 +245,12 @@ class OptimConfig(Section):
         "auto",
         description="Rows one behind the other instead of padded. auto: where attention has a kernel for unequal rows (flash, "
         "flex); other kernels pay the square of tokens_per_micro_batch. The loss does not depend on it.",
+    )
+    hidden_states: Literal["auto", "device", "cpu"] = Field(
+        "auto",
+        description="Where the teacher's hidden states of a step wait for the loss. cpu: in page-locked memory, from where each "
+        "chunk of the loss takes its own. auto: cpu if models are on a GPU and a step keeps more than 1 GiB, which takes longer "
+        "to compute than to carry. The loss does not depend on it; signal_bytes in metrics.jsonl says how large they are.",
     )
     checkpointing: bool = Field(
         False,

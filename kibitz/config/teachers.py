@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from kibitz.config.base import Section
-from kibitz.config.sections import ModelConfig, StudentConfig
+from kibitz.config.sections import FrozenConfig, StudentConfig
 from kibitz.config.servers import ServerConfig, ServerURL
 
 SignalKind = Literal["dense", "top_k", "named", "sampled", "spans", "span_distributions"]
@@ -68,7 +68,7 @@ class TeacherConfig(Section):
     def says_by(self) -> dict[str, Any]:
         """The settings that change what it says: a store of its scores is refused to a teacher with others. Its context is
         not among them: the store sees the prompt that came of it."""
-        silent = {"store", "model", "trust_remote_code", "name", "tasks", "weight", "context"}
+        silent = {"store", "model", "trust_remote_code", "name", "tasks", "weight", "context", "offload"}
         return self.model_dump(mode="json", exclude=silent, exclude_defaults=True)
 
     def answers(self) -> tuple[SignalKind, ...]:
@@ -95,7 +95,7 @@ class TeacherConfig(Section):
         return self.weight.get(task, 1.0) if isinstance(self.weight, dict) else self.weight
 
 
-class LocalTeacherConfig(ModelConfig, TeacherConfig):
+class LocalTeacherConfig(FrozenConfig, TeacherConfig):
     """A model in this process: it scores every token and is never changed."""
 
     tokenizer: Literal["student", "own"] = Field(
@@ -108,10 +108,10 @@ class LocalTeacherConfig(ModelConfig, TeacherConfig):
         return ("spans", "span_distributions") if self.tokenizer == "own" else super().answers()
 
     def writes(self) -> bool:
-        return self.tokenizer == "student"
+        return self.tokenizer == "student" and self.offload is None and self.quantize is None
 
     def reads_along(self) -> bool:
-        return super().reads_along() and self.tokenizer == "student"
+        return super().reads_along() and self.writes()
 
     @model_validator(mode="after")
     def _keeps_tokens(self) -> "LocalTeacherConfig":

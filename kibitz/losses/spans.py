@@ -131,7 +131,8 @@ class MergedDistributions:
         later_C = torch.where(first_C, 0.0, gather_tokens(student_CV, tokens.token_T))
         student_SV = student_CV[first_C] + span_sums(later_C, spans)[first_C, None]
         with torch.no_grad():
-            teacher_SU = log_probs(first.dense.head(first.dense.hidden_TD[first_C]).to(student_SV))
+            hidden_TD = first.dense.hidden_TD  # on the CPU, if they wait there
+            teacher_SU = log_probs(first.dense.head(hidden_TD[first_C.to(hidden_TD.device)]).to(student_SV))
             teacher_SU = teacher_SU + first.rest_logp_T[first_C, None].to(student_SV)
         if self.divergence is None:
             loss_S = sorted_l1(student_SV, teacher_SU)

@@ -41,7 +41,7 @@ def log_probs(logits_CV: Tensor, temperature: float = 1.0) -> Tensor:
 def teacher_logits(signal: Dense, like_CV: Tensor) -> Tensor:
     """The teacher's logits, without a graph, checked against the student's `like_CV`."""
     with torch.no_grad():
-        logits_CV = signal.head(signal.hidden_TD).to(like_CV.dtype)
+        logits_CV = signal.head(signal.hidden_TD).to(like_CV)
     if logits_CV.shape[-1] != like_CV.shape[-1]:
         raise ValueError(
             f"The teacher scores {logits_CV.shape[-1]} tokens and the student {like_CV.shape[-1]}. Cut both to the "

@@ -86,11 +86,17 @@ class Parts:
     ranks: Ranks = ALONE
 
 
+def training_ask(parts: Parts, kind: SignalKind) -> Ask:
+    """What is asked about a step's rollouts, by the settings of the optimizer."""
+    optim = parts.recipe.optim
+    return Ask(kind, tokens_per_micro_batch=optim.tokens_per_micro_batch, hidden_states=optim.hidden_states)
+
+
 def scorer(parts: Parts, config: MethodConfig) -> Scorer:
     """Who scores for a method: its teacher, asked for the first signal of `config.asks()` that it can give."""
     assert parts.teacher is not None
     kind: SignalKind = next(kind for kind in config.asks() if kind in parts.teacher.kinds)
-    ask = Ask(kind, tokens_per_micro_batch=parts.recipe.optim.tokens_per_micro_batch)
+    ask = training_ask(parts, kind)
     if isinstance(config, DistillationConfig):
         candidates = partial(student_top_k, parts.student, config.top_k, ask.tokens_per_micro_batch)
         ask = replace(ask, top_k=config.top_k, temperature=config.temperature, candidates=candidates)

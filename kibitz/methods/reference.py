@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from kibitz.config import SignalKind
-from kibitz.methods.parts import Method, Notes, Parts
+from kibitz.methods.parts import Method, Notes, Parts, training_ask
 from kibitz.models import LanguageModel
-from kibitz.teachers import Ask, Scorer, Teacher
+from kibitz.teachers import Scorer, Teacher
 from kibitz.types import Anchor, Batch, Prompt, Rollout, Scored, Signal, Step
 
 
@@ -27,8 +27,7 @@ class Reference:
 
 def reference_scorer(parts: Parts, kind: SignalKind) -> Reference:
     assert parts.reference is not None
-    ask = Ask(kind, tokens_per_micro_batch=parts.recipe.optim.tokens_per_micro_batch)
-    return Reference(parts.reference, parts.reference.scorer(ask), parts.notes)
+    return Reference(parts.reference, parts.reference.scorer(training_ask(parts, kind)), parts.notes)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ by its own chat template, and before the store, because two rows may differ in n
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -30,12 +30,14 @@ from kibitz.types import Prompt, Rollout, Signal, Stateful
 class Ask:
     """What somebody wants to hear. `top_k` belongs to the signal of that name; `temperature` divides the teacher's logits
     in all but a dense one, which has no temperature yet. `tokens_per_micro_batch` is the asker's own, so that a
-    teacher that equals its student reads the same micro-batches and gives bit-equal numbers."""
+    teacher that equals its student reads the same micro-batches and gives bit-equal numbers. `hidden_states`: where those of
+    a dense signal wait until they are used."""
 
     kind: SignalKind = "dense"
     top_k: int = 64
     temperature: float = 1.0
     tokens_per_micro_batch: int = 16384
+    hidden_states: Literal["auto", "device", "cpu"] = "device"
     candidates: Callable[[Sequence[Rollout]], list[Tensor]] | None = None  # of "named": ids [T, K] of each rollout
 
 

@@ -138,8 +138,14 @@ class SpanScorer:
             first_S = torch.tensor([min(span.teacher[0], theirs.num_tokens - 1) for span in spans], device=device)
             rest_S = torch.where(heard_S, teacher_S - signal.logp_T[first_S], 0.0)
             shared = tuple(torch.tensor(ids, device=device) for ids in self.reader.aligner.shared_ids)
-            made.first = FirstTokens(Dense(dense.hidden_TD[first_S][place_T], dense.head), rest_S[place_T], shared)
+            made.first = FirstTokens(
+                Dense(_rows(dense.hidden_TD, first_S[place_T]), dense.head), rest_S[place_T], shared
+            )
         return made
+
+
+def _rows(hidden_TD: Tensor, row_T: Tensor) -> Tensor:
+    return hidden_TD[row_T.to(hidden_TD.device)]
 
 
 def _sums(logp_T: Tensor, parts: Sequence[tuple[int, int]]) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from kibitz import frozen
 from kibitz.alignment import Aligner
 from kibitz.config import (
     LocalTeacherConfig,
@@ -17,7 +18,7 @@ from kibitz.config import (
     TeacherConfig,
 )
 from kibitz.config.teachers import ChatTeacherConfig, RemoteTeacherConfig
-from kibitz.models import LanguageModel, check_same_tokenizer, load_model, load_tokenizer
+from kibitz.models import LanguageModel, check_same_tokenizer, load_tokenizer
 from kibitz.teachers import Teacher, stored
 from kibitz.teachers.aligned import aligned
 from kibitz.teachers.chat import chat_teacher
@@ -49,6 +50,7 @@ class Kind:
 
 
 def _check_local(config: LocalTeacherConfig, tokenizer: Any) -> Any:
+    frozen.require(config, "teacher")
     own = load_tokenizer(config, "teacher")
     if config.tokenizer == "student":
         check_same_tokenizer(tokenizer, own)
@@ -56,7 +58,7 @@ def _check_local(config: LocalTeacherConfig, tokenizer: Any) -> Any:
 
 
 def _load_local(config: LocalTeacherConfig, device: torch.device, pupil: Pupil | None) -> Teacher:
-    teacher = local_teacher(load_model(config, "teacher", device))
+    teacher = local_teacher(frozen.load_frozen(config, "teacher", device))
     if config.tokenizer == "student":
         return teacher
     assert pupil is not None, "spans are of two tokenizers"

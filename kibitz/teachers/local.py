@@ -14,6 +14,9 @@ from kibitz.teachers.stored import identity
 from kibitz.types import Dense, Rollout, Sampled, Scored, Signal, TopK, cat_signals, slice_signal
 
 KINDS: tuple[SignalKind, ...] = ("dense", "top_k", "sampled")
+LARGE = 2**30
+"""Bytes of hidden states above which `auto` has them wait beside the GPU: so many take seconds to compute, and a tenth to
+carry."""
 
 
 def local_teacher(model: LanguageModel) -> Teacher:
@@ -40,23 +43,41 @@ class LocalScorer:
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
         signals: dict[int, Signal] = {}
-        for indices in self.model.as_many(group(rollouts, self.ask.tokens_per_micro_batch)):
-            members = [rollouts[i] for i in indices]
-            signal, start = self._score_together(members), 0
-            for index, rollout in zip(indices, members, strict=True):
-                signals[index] = slice_signal(signal, slice(start, start + rollout.num_tokens))
-                start += rollout.num_tokens
+        waits = self._waits(rollouts)
+        with self.model.there():
+            for indices in self.model.as_many(group(rollouts, self.ask.tokens_per_micro_batch)):
+                members = [rollouts[i] for i in indices]
+                signal, start = self._score_together(members, waits), 0
+                for index, rollout in zip(indices, members, strict=True):
+                    signals[index] = slice_signal(signal, slice(start, start + rollout.num_tokens))
+                    start += rollout.num_tokens
         return [signals[i] for i in range(len(rollouts))]
 
-    def _score_together(self, rollouts: Sequence[Rollout]) -> Signal:
+    def _score_together(self, rollouts: Sequence[Rollout], waits: bool) -> Signal:
         batch = pack([Scored(r, r.weight_T()) for r in rollouts], self.model.device)
         (signal,) = self.model(
-            batch, lambda hidden_TD, head: (self._signal(Dense(hidden_TD, head), batch.tokens.token_T),)
+            batch, lambda hidden_TD, head: (self._signal(Dense(hidden_TD, head), batch.tokens.token_T, waits),)
         )
         return signal
 
-    def _signal(self, dense: Dense, token_T: Tensor) -> Signal:
-        return narrowed(dense, token_T, self.ask, self.model.chunk_tokens)
+    def _signal(self, dense: Dense, token_T: Tensor, waits: bool) -> Signal:
+        signal = narrowed(dense, token_T, self.ask, self.model.chunk_tokens)
+        return Dense(locked(signal.hidden_TD), dense.head) if waits and isinstance(signal, Dense) else signal
+
+    def _waits(self, rollouts: Sequence[Rollout]) -> bool:
+        """Whether hidden states leave the device until the loss takes them. Where the head cannot be called alone they are
+        logits, which nobody would bring back."""
+        if self.ask.hidden_states != "auto" or self.model.device.type != "cuda":
+            return self.ask.hidden_states == "cpu" and self.model.head_stands_alone
+        width = self.model.model.config.get_text_config().hidden_size
+        size = sum(r.num_tokens for r in rollouts) * width * self.model.model.dtype.itemsize
+        return size > LARGE and self.model.head_stands_alone
+
+
+def locked(tensor: Tensor) -> Tensor:
+    """A copy in the CPU's memory, page-locked where there is a GPU to carry it back to."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor)
 
 
 def narrowed(dense: Dense, token_T: Tensor, ask: Ask, chunk_tokens: int) -> Signal:
@@ -68,7 +89,7 @@ def narrowed(dense: Dense, token_T: Tensor, ask: Ask, chunk_tokens: int) -> Sign
     for hidden_CD, token_C in zip(dense.hidden_TD.split(chunk_tokens), token_T.split(chunk_tokens), strict=True):
         logp_CV = torch.log_softmax(dense.head(hidden_CD).float() / ask.temperature, dim=-1)
         if ask.kind == "sampled":
-            parts.append(Sampled(logp_CV.gather(-1, token_C[:, None])[:, 0]))
+            parts.append(Sampled(logp_CV.gather(-1, token_C[:, None].to(logp_CV.device))[:, 0]))
         else:
             logp_CK, ids_CK = logp_CV.topk(min(ask.top_k, logp_CV.shape[-1]), dim=-1)
             parts.append(TopK(ids_CK, logp_CK, ask.temperature))
