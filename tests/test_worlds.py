@@ -249,7 +249,7 @@ def test_unknown_names_are_answered_with_the_known_ones():
         get("aritmetic")
     with pytest.raises(ValueError, match="train, dev and test; there is no 'validation'"):
         get("arithmetic").rows("validation", 1, 0)
-    with pytest.raises(ValueError, match="ships no model 'oracle'; it ships: student, teacher"):
+    with pytest.raises(ValueError, match="ships no model 'oracle'; it ships: slips, student, teacher, undertrained"):
         get("arithmetic").checkpoint("oracle")
 
 
