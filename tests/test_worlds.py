@@ -20,6 +20,7 @@ from kibitz.worlds.arithmetic import (
     misreadable,
     reduce,
     reducible,
+    reversible,
     solve,
     tokenizer,
     value,
@@ -73,11 +74,11 @@ def test_every_line_of_a_solution_keeps_the_value(text, seed):
     assert len(lines[-1]) == 1
 
 
-@given(expressions, seeds, st.floats(0, 1))
-def test_corrupted_solutions_stay_reducible(text, seed, corrupted):
-    lines = solve(text, random.Random(seed), corrupted).split("=")
+@given(expressions, seeds, st.floats(0, 1), st.floats(0, 1))
+def test_corrupted_solutions_stay_reducible(text, seed, corrupted, backwards):
+    lines = solve(text, random.Random(seed), corrupted, backwards=backwards).split("=")
     for before, after in zip([text, *lines], lines, strict=False):
-        assert after in {reduce(before, at) for at in reducible(before) + misreadable(before)}
+        assert after in {reduce(before, at) for at in reducible(before) + misreadable(before) + reversible(before)}
     assert len(lines[-1]) == 1
 
 
@@ -92,6 +93,13 @@ def test_the_misconception_reads_from_left_to_right():
     assert solve("5+(2*3)", random.Random(0), corrupted=1.0) == "5+6=1"
     assert misreadable("4*5+2*3") == []  # the 5 belongs to the 4
     assert misreadable("1+2-3*4") == [2]
+
+
+def test_the_other_misconception_takes_equals_after_a_minus_from_the_right():
+    assert solve("9-5-3", random.Random(0), backwards=1.0) == "9-2=7"
+    assert solve("9-5+3", random.Random(0), backwards=1.0) == "9-8=1"
+    assert reversible("9-5-3") == [2]
+    assert reversible("9+5-3") == reversible("9-5*3") == reversible("9-(5-3)") == []
 
 
 def test_corruption_happens_as_often_as_asked():

@@ -106,6 +106,8 @@ def about_the_run(run: "Run", cpu_seconds: float, series: Sequence[str] = ()) ->
         "torch": info.get("torch"),
         "machine": _machine(str(info.get("machine")), str(info.get("device"))),
         "threads": info.get("threads"),
+        "student_params": info.get("student_params"),
+        "teacher_params": info.get("teacher_params"),
         "date": info.get("finished"),
         "cpu_seconds": round(cpu_seconds, 2),
         **costs_until(run.metrics, run.metrics[-1]["step"]),

@@ -70,6 +70,10 @@ class Results:
             raise NotRun(PROBE)
         return [record for record in found if record is not None]
 
+    def made(self, maker: str) -> list[Record]:
+        """The run of a maker; nothing, where a role was given another model."""
+        return [record for record in read_all(self.folder) if record["arm"] == maker]
+
     def model(self, role: str) -> Record:
         """The evaluation on the test split of a model as it is."""
         found = read(self.folder / f"{role}.json")

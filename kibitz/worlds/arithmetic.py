@@ -72,6 +72,11 @@ def misreadable(text: str) -> list[int]:
     return [at for at, before, operator, after in _pairs(text) if operator != "*" and before != "*" and after == "*"]
 
 
+def reversible(text: str) -> list[int]:
+    """Where `a-b-...` or `a-b+...` invites to reduce the right pair first: another misconception."""
+    return [at for at, before, operator, after in _pairs(text) if operator != "*" and before == "-" and after != "*"]
+
+
 def reduce(text: str, at: int, off: int = 0) -> str:
     """The expression after the pair at `at` is replaced by its value modulo 10; parentheses around one digit go. `off` is by
     how much a slip misses the value."""
@@ -83,13 +88,16 @@ def reduce(text: str, at: int, off: int = 0) -> str:
     return f"{text[:at]}{value}{text[end:]}"
 
 
-def solve(text: str, rng: random.Random, corrupted: float = 0.0, slips: float = 0.0) -> str:
-    """A solution with its steps in random order; each time the text can be misread, it is with probability `corrupted`, and
-    with probability `slips` the value of a step is some other digit."""
+def solve(text: str, rng: random.Random, corrupted: float = 0.0, slips: float = 0.0, backwards: float = 0.0) -> str:
+    """A solution with its steps in random order; each time the text can be misread, it is with probability `corrupted`, each
+    time it can be taken from the right, with probability `backwards`; and with probability `slips` the value of a step is
+    some other digit."""
     lines = []
     while len(text) > 1:
         mistakes = misreadable(text) if corrupted else []
         places = mistakes if mistakes and rng.random() < corrupted else reducible(text)
+        if backwards and (wrong := reversible(text)) and rng.random() < backwards:
+            places = wrong
         at = rng.choice(places)
         off = rng.randint(1, 9) if slips and rng.random() < slips else 0
         text = reduce(text, at, off)
@@ -183,15 +191,15 @@ class Arithmetic:
         ]
 
     def demonstrations(
-        self, split: str, count: int, seed: int, corrupted: float = 0.0, slips: float = 0.0
+        self, split: str, count: int, seed: int, corrupted: float = 0.0, slips: float = 0.0, backwards: float = 0.0
     ) -> list[dict]:
         """The problems of `rows` with one solution each, without the end-of-sequence token.
 
-        `answer` stays the true value where a corrupted solution, or one with slips, misses it.
+        `answer` stays the true value where a solution with errors, as `solve` has them, misses it.
         """
         rng = random.Random(f"{self.name}/{split}/{seed}/solutions")
         return [
-            {"prompt": row["prompt"], "response": solve(row["prompt"], rng, corrupted, slips), **row}
+            {"prompt": row["prompt"], "response": solve(row["prompt"], rng, corrupted, slips, backwards), **row}
             for row in self.rows(split, count, seed)
         ]
 
