@@ -110,6 +110,17 @@ def test_a_best_rate_that_may_lie_beyond_is_named(tmp_path):
     assert "The best rate is the lowest or highest tried: `gad`." in tables.markdown(METHODS, tmp_path)
 
 
+def test_the_table_ends_with_every_model_as_it_was(tmp_path):
+    asked = replace(METHODS, models={"student": "a/b", "teacher": "a/c", "bpe": "a/d"})
+    put(tmp_path, record("opd", 1e-3, 0, dev=0.8, test=0.7))
+    for role, share in (("student", 0.5), ("bpe", 0.9)):
+        records.write(tmp_path / f"{role}.json", {"test": record("", 0, 0, 0, share)["test"]})
+    ends = [line for line in tables.markdown(asked, tmp_path).splitlines() if line.startswith("| *")]
+    assert [line.split("|")[1].strip() for line in ends] == ["*the student before*", "*the bpe*"]
+    assert "50.0 ± 9.8" in ends[0]
+    assert "90.0 ± 5.9" in ends[1]
+
+
 # ------------------------------------------------------------------ designs
 
 

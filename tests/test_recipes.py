@@ -22,7 +22,9 @@ CHATML = (
     "{%- if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 ROWS = [
-    {"question": f"What is {i}+{i}?", "final_answer": str(2 * i), "prompt": f"What is {i}+{i}?", "answer": str(2 * i)}
+    {"solution": f"{i}+{i}={2 * i}"}
+    | dict.fromkeys(("question", "problem", "prompt"), f"What is {i}+{i}?")
+    | dict.fromkeys(("final_answer", "answer"), str(2 * i))
     for i in range(8)
 ]
 
@@ -59,6 +61,7 @@ DATA = {
     "open-thoughts/OpenThoughts3-1.2M": "turns",
     "allenai/tulu-3-sft-mixture": "chat",
     "zwhe99/DeepMath-103K": "rows",
+    "siyanzhao/Openthoughts_math_30k_opsd": "rows",
 }
 
 
@@ -78,7 +81,8 @@ def small(recipe: config.Recipe, tiny: dict[str, Path], output: Path) -> list[st
     ]
     if recipe.rollout.engine == "vllm":
         changes += ["rollout.engine=torch", "rollout.urls=[]"]
-    return changes if recipe.teacher is None else [*changes, f"teacher={{model: {tiny['teacher']}}}"]
+    own = recipe.teacher is None or hasattr(recipe.teacher, "student")
+    return changes if own else [*changes, f"teacher={{model: {tiny['teacher']}}}"]
 
 
 def test_there_are_recipes():

@@ -13,7 +13,7 @@ ROW = 0.27  # inches of an arm's row
 def svg(experiment: Experiment, folder: Path) -> str:
     """Accuracy at temperature 1 and greedy; dashed lines are the models at temperature 1."""
     found = [row for row in rows(experiment, folder) if row.sampled and row.greedy]
-    ends = {role: test["sampled"]["accuracy"] for role, test in models(folder).items() if "sampled" in test}
+    ends = {role: test["sampled"]["accuracy"] for role, test in models(experiment, folder).items() if "sampled" in test}
     with figure_of(width=8.2, height=1.1 + ROW * max(1, len(found))) as figure:
         axes = figure.subplots()
         for offset, (how, colour) in zip((0.12, -0.12), (("sampled", COLOURS[0]), ("greedy", COLOURS[1])), strict=True):

@@ -67,9 +67,9 @@ def _row(arm: str, about: str, records: list[Record]) -> Row:
     )
 
 
-def models(folder: Path) -> dict[str, Record]:
-    """role -> the evaluation of the untrained student, and of the teacher."""
-    found = {role: read(folder / f"{role}.json") for role in ("student", "teacher")}
+def models(experiment: Experiment, folder: Path) -> dict[str, Record]:
+    """role -> the evaluation of the untrained student, of the teacher, and of whoever else there is."""
+    found = {role: read(folder / f"{role}.json") for role in experiment.roles}
     return {role: record["test"] for role, record in found.items() if record is not None}
 
 
@@ -104,7 +104,9 @@ def markdown(experiment: Experiment, folder: Path) -> str:
     if not found:
         return "Nothing has been run yet."
     head = ("arm", "what is learnt", "rate", "T=1", "greedy", "reverse KL", "GFLOP: student, teacher, others", "CPU s")
-    body = [_cells(row) for row in found] + [_model_cells(role, row) for role, row in models(folder).items()]
+    body = [_cells(row) for row in found] + [
+        _model_cells(role, row) for role, row in models(experiment, folder).items()
+    ]
     whole = table(head, body, left=2)
     parts = (whole, _separation(experiment, found), _at_the_edge(experiment, folder), made_from(experiment, folder))
     return "\n\n".join(part for part in parts if part)
@@ -130,7 +132,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _model_cells(role: str, test: Record) -> tuple[str, ...]:
-    name = "the student before" if role == "student" else "the teacher"
+    name = "the student before" if role == "student" else f"the {role}"
     shares = [share_with_interval([test[how]["accuracy"]], test["num_prompts"]) if how in test else None
               for how in ("sampled", "greedy")]  # fmt: skip
     return (f"*{name}*", "", "", *map(percent, shares), nats(_once(test)), "", "")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, EOS, ASSISTANT, UNKNOWN = "<pad>", "<bos>", "<eos>", "<assistant>", "<unk>"
@@ -26,12 +27,18 @@ def chat_template(assistant: str) -> str:
 def tokenizer(characters: str, assistant: str = ASSISTANT, room: int = 128) -> "PreTrainedTokenizerFast":
     """One token a character. Decoding gives back the exact text; a character outside the alphabet becomes `<unk>`."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     vocabulary = {token: i for i, token in enumerate([PAD, BOS, EOS, ASSISTANT, UNKNOWN, *characters])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()
+    return of_a_world(backend, assistant, room)
+
+
+def of_a_world(backend: "Tokenizer", assistant: str = ASSISTANT, room: int = 128) -> "PreTrainedTokenizerFast":
+    """Any tokenizer that has the special tokens of these worlds, with their chat template."""
+    from transformers import PreTrainedTokenizerFast
+
     fast = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,

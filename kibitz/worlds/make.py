@@ -35,9 +35,9 @@ GUIDE_SHAPE = {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 1
 WALKER_SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 44}
 
 
-def blank(folder: Path, shape: dict[str, Any], seed: int, world: str = "arithmetic") -> Path:
-    """A Qwen3 of that shape with random weights, saved with the world's tokenizer."""
-    tokenizer = get(world).tokenizer()
+def blank(folder: Path, shape: dict[str, Any], seed: int, world: str = "arithmetic", tokenizer: Any = None) -> Path:
+    """A Qwen3 of that shape with random weights, saved with the world's tokenizer, or with another."""
+    tokenizer = tokenizer or get(world).tokenizer()
     num_heads = 4
     config = Qwen3Config(
         vocab_size=len(tokenizer),
