@@ -8,7 +8,7 @@ measured by `kibitz.evaluate`, on the toy worlds or, by naming other checkpoints
 
 import difflib
 
-from kibitz.experiments import capacity, forking, kl_direction, lora, temperature, weak_start
+from kibitz.experiments import capacity, forking, kl_direction, lora, teacher_noise, temperature, weak_start
 from kibitz.experiments.design import Arm, Claim, Experiment, Subject
 from kibitz.experiments.methods import METHODS, NAVIGATION
 
@@ -23,6 +23,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         kl_direction.EXPERIMENT,
         forking.EXPERIMENT,
         capacity.EXPERIMENT,
+        teacher_noise.EXPERIMENT,
         weak_start.EXPERIMENT,
         temperature.EXPERIMENT,
     )

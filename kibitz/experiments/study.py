@@ -59,7 +59,8 @@ class Study:
             best, rate = self.best(family)
             for seed in range(num_seeds):
                 self.measured(best, rate, seed)
-        for seed in range(num_seeds) if self.experiment.probe else ():
+        whole = {arm.name for arm in arms} == {arm.name for arm in self.experiment.arms}  # a probe looks at all of them
+        for seed in range(num_seeds) if self.experiment.probe and whole else ():
             self._probed(seed)
 
     def best(self, family: Sequence[Arm]) -> tuple[Arm, float]:
