@@ -7,6 +7,7 @@ import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from kibitz.worlds import assistant
 from kibitz.worlds.arithmetic import Arithmetic
 from kibitz.worlds.arithmetic_long import ArithmeticLong
 from kibitz.worlds.navigation import Navigation
@@ -62,6 +63,7 @@ WORLDS: dict[str, World] = {
         ArithmeticLong("arithmetic-long-8", "eight in one prompt, rewarded if all are right", counts=(8,)),
         Navigation("navigation", "walk to a goal without being told where one is"),
         Navigation("navigation-astray", "the same after up to 8 random steps, for training from nothing", strays=8),
+        *assistant.worlds(),
     )
 }
 

@@ -7,7 +7,7 @@ on solutions that read `5+2*3` from left to right, which gives it the misconcept
 as often wrong for other reasons: one was competent and then shown solutions with random slips, one was trained too little.
 The long form goes on from the shipped teacher and student of arithmetic, which have to learn letters and longer texts.
 Navigation is two runs: a teacher that learns from places off the way too, and a very small student that is shown shortest
-walks only.
+walks only. The assistant is one run, on documents and chat together; it is student and, later, its own teacher.
 """
 
 import shutil
@@ -146,8 +146,19 @@ def _navigation(runs: Path, seed: int, trained: Trained) -> dict[str, Path]:
     return {"teacher": teacher, "student": student}
 
 
+def _assistant(runs: Path, seed: int, trained: Trained) -> dict[str, Path]:
+    student = blank(runs / "blank-student", STUDENT_SHAPE, seed, "assistant")
+    optim = FROM_NOTHING | {"tokens_per_micro_batch": 2048}
+    return {
+        "student": trained(
+            "student", recipe(student, 2000, 32, optim, "assistant-background", DATA_SEED + seed, chat=0.5)
+        )
+    }
+
+
 MAKERS: dict[str, Callable[[Path, int, Trained], dict[str, Path]]] = {
     "arithmetic": _arithmetic,
     "arithmetic-long": _arithmetic_long,
     "navigation": _navigation,
+    "assistant": _assistant,
 }
