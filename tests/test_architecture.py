@@ -44,6 +44,7 @@ LEVELS = {
     "annotate": 3,
     "packing": 3,
     "harness": 3,
+    "chat": 3,
     "memory": 3,
     "checkpoint": 4,
     "evaluate": 4,

@@ -28,7 +28,7 @@ def evaluate(
     from kibitz import config, worlds
 
     if tasks is not None and not (world or prompts or teacher):
-        _benchmarks(ctx, _resolved(model), tasks.split(","), overrides or [], url=url, folder=task_folder)
+        _benchmarks(ctx, resolved(model), tasks.split(","), overrides or [], url=url, folder=task_folder)
         return
     if tasks or url or task_folder:
         raise ValueError(
@@ -51,7 +51,7 @@ def evaluate(
     from kibitz.evaluate import evaluate_model
 
     row = evaluate_model(
-        _resolved(model), teacher=teacher, data=data, eval=recipe.eval, rollout=recipe.rollout, device=recipe.device
+        resolved(model), teacher=teacher, data=data, eval=recipe.eval, rollout=recipe.rollout, device=recipe.device
     )
 
     def for_a_person(console: Console) -> None:
@@ -127,7 +127,7 @@ def score(
             f"there are {len(prompt)} prompts and {len(responses)} responses: give each prompt its --response"
         )
     rows = score_texts(
-        _resolved(student) if student else _shipped("student"),
+        resolved(student) if student else _shipped("student"),
         teacher or _shipped("teacher"),
         list(zip(prompt, responses, strict=True)),
         max_tokens=max_tokens,
@@ -157,7 +157,7 @@ def export(
     """Write a checkpoint as a folder for transformers, peft or vLLM, without what only training needs."""
     from kibitz.checkpoint import export as write
 
-    source = _resolved(model)
+    source = resolved(model)
     write(source, output, merge)
     ctx.obj.result(
         {"model": source, "output": output, "merged": merge},
@@ -183,7 +183,7 @@ def _keep_scores(output: Output, teacher: str, rollouts: Path, out: Path, kind: 
     )
 
 
-def _resolved(model: str) -> str:
+def resolved(model: str) -> str:
     """A run folder stands for its last checkpoint."""
     from kibitz.checkpoint import checkpoints
 

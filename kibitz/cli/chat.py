@@ -1,0 +1,77 @@
+"""`kibitz chat`: talk to a model, at a terminal or line by line from a file."""
+
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from kibitz.cli.models import resolved
+from kibitz.cli.output import Output, harmless
+
+NEW = "/new"
+
+
+def chat(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(help="A run folder (its last checkpoint), a model folder, or a hub name.")],
+    system: Annotated[str | None, typer.Option(help="System message before the conversation.")] = None,
+    single: Annotated[
+        bool, typer.Option("--single", help="Every line is a conversation of its own, as toy worlds want it.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy, the default.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut off.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+) -> None:
+    """Talk to a model. `/new` begins another conversation; an empty line, Ctrl-D or the end of the input ends.
+
+    Lines may come from a pipe: `echo "5+2*3" | kibitz chat runs/demo --single`.
+    """
+    from kibitz.chat import Conversation
+    from kibitz.types import Sampling
+
+    out: Output = ctx.obj
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    conversation = Conversation.with_model(resolved(model), sampling, system)
+    at_terminal = sys.stdin.isatty()
+    said: list[dict[str, str]] = []
+    for line in _lines(out, at_terminal):
+        if single or line == NEW:
+            conversation.forget()
+        if line == NEW:
+            continue
+        try:
+            answer = conversation.ask(line)
+        except ValueError as error:
+            if not at_terminal:
+                raise
+            out.fail(str(error))
+            continue
+        said.append({"user": line, "assistant": answer})
+        if not out.as_json:
+            _show(out.console, said[-1], echo=not at_terminal)
+    if out.as_json:
+        out.result({"model": model, "turns": said}, lambda _: None)
+
+
+def _lines(out: Output, at_terminal: bool) -> Iterator[str]:
+    """What the person says: asked for at a terminal, else read from stdin, where empty lines are passed over."""
+    if not at_terminal:
+        yield from (line.strip() for line in sys.stdin if line.strip())
+        return
+    while True:
+        try:
+            line = out.errors.input(Text("you    ", style="bold")).strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        yield line
+
+
+def _show(console: Console, turn: dict[str, str], echo: bool) -> None:
+    if echo:
+        console.print(Text.assemble(("you    ", "bold"), harmless(turn["user"])), soft_wrap=True)
+    console.print(Text.assemble(("model  ", "bold"), harmless(turn["assistant"])), soft_wrap=True)

@@ -1,0 +1,51 @@
+"""A conversation: what the model reads, what it remembers, and the command that reads lines."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from kibitz import worlds
+from kibitz.chat import Conversation
+from kibitz.cli import app
+from kibitz.types import Sampling
+
+TEACHER = str(worlds.get("arithmetic").checkpoint("teacher"))
+
+
+def conversation(**options) -> Conversation:
+    return Conversation.with_model(TEACHER, Sampling(max_tokens=64, temperature=0.0), **options)
+
+
+def test_it_reads_the_whole_conversation_until_it_is_told_to_forget():
+    talk, seen = conversation(), []
+    generate = talk.engine.generate
+    talk.engine.generate = lambda prompts, sampling: seen.append(prompts[0].ids) or generate(prompts, sampling)
+    assert talk.ask("5+(2*3)-4") in ("5+6-4=1-4=7", "5+6-4=5+2=7")
+    talk.ask("1+1")
+    talk.forget()
+    talk.ask("1+1")
+    template = talk.model.tokenizer.apply_chat_template
+    both = [{"role": "user", "content": "5+(2*3)-4"}, {"role": "assistant", "content": "5+6-4=1-4=7"}]
+    last = {"role": "user", "content": "1+1"}
+    assert seen[1] == tuple(template([*both, last], add_generation_prompt=True, return_dict=False))
+    assert seen[2] == tuple(template([last], add_generation_prompt=True, return_dict=False))
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"]
+
+
+def test_where_the_room_ends_it_says_what_to_do():
+    talk = conversation()
+    with pytest.raises(ValueError, match="begin a new one"):
+        talk.ask("1+" * 70 + "1")
+    assert not talk.messages, "what was not answered was not said"
+    with pytest.raises(ValueError, match="nothing to answer"):
+        talk.ask("  ")
+
+
+def test_lines_of_a_pipe_are_answered_one_by_one():
+    answer = CliRunner().invoke(app, ["chat", TEACHER, "--single", "--json"], input="2*3\n\n/new\n4-1\n")
+    assert answer.exit_code == 0, answer.output
+    turns = json.loads(answer.stdout)["turns"]
+    assert turns == [{"user": "2*3", "assistant": "6"}, {"user": "4-1", "assistant": "3"}]
+    shown = CliRunner().invoke(app, ["chat", TEACHER], input="2*3\n").stdout
+    assert shown == "you    2*3\nmodel  6\n"
