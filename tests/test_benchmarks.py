@@ -63,3 +63,14 @@ def test_the_solution_is_in_the_teachers_prompt_and_not_in_the_students():
         assert "=" not in tokenizer.decode(prompt.ids)
         assert tokenizer.decode(render(prompt).ids) == f"<bos>{prompt.text}={prompt.response}<assistant>"
         assert arithmetic.first_wrong_step(prompt.text, prompt.response) is None
+
+
+def test_the_table_of_experts_is_the_mean_of_its_files():
+    runs = [
+        {"seed": seed, "commit": "c0ffee", "date": "2026-11-24", "accuracy": {"routed": {"sum": s, "product": 1.0}}}
+        for seed, s in enumerate((0.5, 0.6, 0.7))
+    ]
+    head, _, row, *_ = module("experts").markdown(runs).splitlines()
+    assert head.count("|") == row.count("|") == 6
+    # t(2) 4.303 x 0.1 / sqrt 3 of seeds, and 1.96 sqrt(0.24 / 300) of problems, in quadrature
+    assert "| routed | 60.0 ± 25.5 | 50.0 60.0 70.0 | 100.0 ± 0.0 |" in row
