@@ -122,14 +122,15 @@ def write_texts(teacher: Path, file: Path) -> Path:
     return file
 
 
-def main(work: Path, results: Path, only: list[str]) -> None:
+def main(work: Path, results: Path, only: list[str], page: Path | None) -> None:
     torch.set_num_threads(1)
     bpe = make_teacher(work)
     asked = experiment(write_texts(bpe, work / "texts.jsonl"))
     subject = Subject.of(asked, {"bpe": bpe.as_posix()})
     Study(asked, subject, results / asked.name, work / "runs", partial(print, flush=True)).run(asked.choose(only))
-    for file in pages.write(asked, results):
-        print(file)
+    pages.write(asked, results)
+    if page is not None:
+        page.write_text(pages.render(page.read_text("utf-8"), {asked.name: asked}, results), encoding="utf-8")
 
 
 if __name__ == "__main__":
@@ -137,5 +138,6 @@ if __name__ == "__main__":
     parser.add_argument("--work", type=Path, default=Path("runs/cross-tokenizer"), help="the teacher and the runs")
     parser.add_argument("--results", type=Path, default=Path("results"), help="a JSON file for each run, and the table")
     parser.add_argument("--only", default="", help="some of its arms: alm,uld")
+    parser.add_argument("--page", type=Path, help="put the table between the marks that this page has for it")
     given = parser.parse_args()
-    main(given.work, given.results, [name for name in given.only.split(",") if name])
+    main(given.work, given.results, [name for name in given.only.split(",") if name], given.page)

@@ -142,7 +142,7 @@ EXPERIMENT = Experiment(
 )  # fmt: skip
 
 
-def main(work: Path, results: Path, only: list[str], steps: int) -> None:
+def main(work: Path, results: Path, only: list[str], steps: int, page: Path | None) -> None:
     torch.set_num_threads(1)
     reader, folder = make_reader(work, steps), results / EXPERIMENT.name
     if (told := read(folder / "reading.json")) is None:
@@ -151,8 +151,9 @@ def main(work: Path, results: Path, only: list[str], steps: int) -> None:
     print(json.dumps(told), flush=True)
     subject = Subject.of(EXPERIMENT, {"student": reader.as_posix()})
     Study(EXPERIMENT, subject, folder, work / "runs", partial(print, flush=True)).run(EXPERIMENT.choose(only))
-    for file in pages.write(EXPERIMENT, results):
-        print(file)
+    pages.write(EXPERIMENT, results)
+    if page is not None:
+        page.write_text(pages.render(page.read_text("utf-8"), {EXPERIMENT.name: EXPERIMENT}, results), encoding="utf-8")
 
 
 if __name__ == "__main__":
@@ -161,5 +162,6 @@ if __name__ == "__main__":
     parser.add_argument("--results", type=Path, default=Path("results"), help="a JSON file for each run, and the table")
     parser.add_argument("--only", default="", help="some of its arms: opsd,sft")
     parser.add_argument("--steps", type=int, default=300, help="of the lessons in reading")
+    parser.add_argument("--page", type=Path, help="put the table between the marks that this page has for it")
     given = parser.parse_args()
-    main(given.work, given.results, [name for name in given.only.split(",") if name], given.steps)
+    main(given.work, given.results, [name for name in given.only.split(",") if name], given.steps, given.page)
