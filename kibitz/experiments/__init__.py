@@ -8,7 +8,17 @@ measured by `kibitz.evaluate`, on the toy worlds or, by naming other checkpoints
 
 import difflib
 
-from kibitz.experiments import capacity, forking, kl_direction, lora, teacher_noise, temperature, weak_start
+from kibitz.experiments import (
+    capacity,
+    episode_length,
+    forking,
+    kl_direction,
+    lora,
+    one_prompt,
+    teacher_noise,
+    temperature,
+    weak_start,
+)
 from kibitz.experiments.design import Arm, Claim, Experiment, Subject
 from kibitz.experiments.methods import METHODS, NAVIGATION
 
@@ -19,6 +29,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     for experiment in (
         METHODS,
         NAVIGATION,
+        episode_length.EXPERIMENT,
+        one_prompt.EXPERIMENT,
         lora.EXPERIMENT,
         kl_direction.EXPERIMENT,
         forking.EXPERIMENT,

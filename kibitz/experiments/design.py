@@ -27,7 +27,8 @@ class Arm:
     split gets all seeds: so a batch size is chosen like a rate. `data` is the name of the experiment's data that it
     trains on. `every`: its checkpoints of so many steps are all measured on the dev split, a curve; with `stop: best`
     the best of them is the arm's result, not the last. `judge` names the measures whose mean accuracy on the dev
-    split chooses rates and checkpoints, the first measure if empty.
+    split chooses rates and checkpoints, the first measure if empty. `measures`: the names of those of the experiment's
+    that are taken of it, all if empty; the first of them is then its main one.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Arm:
     every: int = 0
     stop: str = "last"
     judge: tuple[str, ...] = ()
+    measures: tuple[str, ...] = ()
 
     def needs(self) -> list[str]:
         """The names of the arms whose checkpoints it is made of."""
@@ -64,9 +66,9 @@ class Experiment:
     the test split. `reference` is the arm that the others are compared with, if any.
 
     `models`: the role of each model and the shipped one it is on the toy world. `data`: the name of each source of
-    prompts and its section of a recipe. `measures`: the name of each measure and the data it is taken on; the first
-    is the main one. `runs_in`: the experiment in whose folder the runs are, where two ask different questions of the
-    same runs.
+    prompts and its section of a recipe; a `limit` in it is how many problems are measured at most. `measures`: the name
+    of each measure and the data it is taken on; the first is the main one. `runs_in`: the experiment in whose folder
+    the runs are, where two ask different questions of the same runs.
 
     `makers`: arms that make a model which no world ships and a role stands for (`{"teacher-large": "arm:large"}` of
     `models`). They are run with seed 0, once, and only where nobody names another model for the role. `probe`: what is

@@ -54,7 +54,7 @@ class Study:
         recipes = recipes or [self.untrained()]
         torch.set_num_threads(recipes[0].threads or torch.get_num_threads())
         for role in self.experiment.roles:
-            self._model(role, recipes[0])
+            self._model(role, max(recipes, key=lambda recipe: recipe.rollout.max_tokens))
         for family in _families(arms):
             best, rate = self.best(family)
             for seed in range(num_seeds):
@@ -184,6 +184,7 @@ class Study:
 
     def _evaluate(self, model: str, split: str, recipe: Recipe, arm: Arm | None, seed: int) -> dict[str, Any]:
         """The main measure, and the others below `measures`."""
+        names = (arm.measures if arm else ()) or tuple(self.experiment.measures)
         num = self.experiment.test_problems if split == "test" else self.experiment.dev_problems
         rows = [
             evaluate_model(
@@ -194,9 +195,9 @@ class Study:
                 rollout=recipe.rollout,
                 device=recipe.device,
             )
-            for source in self.experiment.measures.values()
+            for source in (self.experiment.measures[name] for name in names)
         ]
-        others = dict(zip(list(self.experiment.measures)[1:], rows[1:], strict=True))
+        others = dict(zip(names[1:], rows[1:], strict=True))
         return rows[0] | ({"measures": others} if others else {})
 
     def asked(self, source: str, split: str, num: int, recipe: Recipe, arm: Arm | None) -> DataConfig:
@@ -204,10 +205,11 @@ class Study:
         own = {} if arm is None else self.experiment.sources[arm.data]
         given = recipe.data.model_dump(exclude_unset=True)
         how = {name: value for name, value in given.items() if name not in OF_A_SOURCE | own.keys()}
-        changes: dict[str, Any] = {"split": split, "limit": num}
+        section = self.subject.section(self.experiment, source)
+        changes: dict[str, Any] = {"split": split, "limit": min(num, section.get("limit", num))}
         if self.subject.files:
             changes["prompts"] = str(self._data(source) / f"{split}.jsonl")
-        return DataConfig.model_validate({**how, **self.subject.section(self.experiment, source), **changes})
+        return DataConfig.model_validate({**how, **section, **changes})
 
     def _judge(self, recipe: Recipe, seed: int) -> str | None:
         """The teacher that the reverse KL is measured to: the experiment's, else the run's own, if it is one model."""
@@ -261,6 +263,8 @@ class Study:
         found = {"recipe": tree, **used} | self._problems()
         if arm.every:
             found |= {"every": arm.every, "stop": arm.stop}
+        if arm.measures:
+            found["measured"] = list(arm.measures)
         made = [*(f"{OF_ARM}{name}" for name in arm.needs()), *used.values()]
         return found | self._made_of(made, recipe.seed)
 

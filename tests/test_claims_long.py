@@ -1,0 +1,185 @@
+"""What the experiments on several expressions in one prompt make of their records."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from test_experiments import put, record
+
+from kibitz.config import DataConfig
+from kibitz.experiments import episode_length, get, one_prompt, records
+from kibitz.experiments.design import Subject
+from kibitz.experiments.results import NotRun, Results
+from kibitz.experiments.study import Study
+
+LONG, ONE = get("episode-length"), get("one-prompt")
+
+
+def models(folder, names, student=0.6, teacher=1.0) -> None:
+    """Both as they are, on every measure."""
+    for role, share in (("student", student), ("teacher", teacher)):
+        rows = {
+            name: {"num_prompts": 100, "sampled": {"accuracy": share}, "greedy": {"accuracy": share}} for name in names
+        }
+        first, *others = names
+        test = rows[first] | {"measures": {name: rows[name] for name in others}}
+        records.write(folder / f"{role}.json", {"settings": {}, "test": test})
+
+
+# ------------------------------------------------------------------ episode length
+
+
+def learnt(method: str, length: int, batch: int, steps: float, seed: int = 0, flops: float = 1.0) -> dict:
+    """A run that is at the target of 0.9 after so many steps: the curve goes through it halfway between two points, in the
+    logarithm of the cost."""
+    points = [
+        {
+            "step": steps * factor,
+            "tokens": 100.0,
+            "flops": {"all": flops * factor},
+            "dev": {"sampled": {"accuracy": share}},
+        }
+        for factor, share in ((0.5, 0.8), (2.0, 1.0))
+    ]
+    rollout = {"prompts_per_step": batch, "samples_per_prompt": 1}
+    name = f"{method}-k{length}-b{batch}"
+    more = {"curve": points, "settings": {"recipe": {"rollout": rollout}}}
+    return record(name, 1e-3, seed, dev=0.95, test=0.95) | more
+
+
+def of_lengths(folder, rl: dict[int, float], noise: float = 1.0) -> Results:
+    """RL needs `rl[length]` steps of 16 or 64 episodes, OPD always 10 of 8 or 4; `noise` is a factor of every other seed."""
+    models(folder, [f"k{k}" for k in episode_length.LENGTHS])
+    for length, steps in rl.items():
+        cheap, dear = (8, 16) if length == 1 else (4, 64)
+        for seed in range(5):
+            odd = noise if seed % 2 else 1.0
+            put(
+                folder,
+                learnt("opd", length, cheap, 10, seed),
+                learnt("grpo", length, dear, steps * odd, seed, steps * odd / 10),
+            )
+    return Results(LONG, folder)
+
+
+def test_costs_to_the_target_are_compared(tmp_path):
+    found = episode_length._ratios(of_lengths(tmp_path, {1: 20, 8: 100}), 8)
+    assert found["steps"][0] == pytest.approx(10)
+    assert found["episodes"][0] == pytest.approx(10 * 64 / 4)
+    assert found["FLOPs"][0] == pytest.approx(10)
+    assert found["tokens"][0] == pytest.approx(1)
+    assert all(low <= middle <= high for middle, low, high in found.values())
+
+
+@pytest.mark.parametrize(
+    ("rl", "verdict"),
+    [
+        ({1: 20, 8: 2000}, "reproduced"),
+        ({1: 20, 8: math.inf}, "reproduced"),
+        ({1: 20, 8: 11}, "partly"),
+        ({1: 2000, 8: 5}, "not"),
+    ],
+)
+def test_longer_episodes_must_widen_the_gap(tmp_path, rl, verdict):
+    """At 8 expressions RL's batch is 4 times as large and OPD's half, so 11 steps are more episodes and fewer FLOPs."""
+    finite = {length: 1e12 if math.isinf(steps) else steps for length, steps in rl.items()}
+    assert episode_length.find(of_lengths(tmp_path, finite)).verdict == verdict
+
+
+def test_the_power_of_the_length():
+    def told(*ratios):
+        return episode_length._exponent({k: {"episodes": (r, r, r)} for k, r in zip((1, 2, 4, 8), ratios, strict=True)})
+
+    assert "power of 1.00" in told(3, 6, 12, 24)
+    assert "power of 0.50" in told(1, 2**0.5, 2, 8**0.5)
+    assert "power of 2.00" in told(1, 4, math.inf, 64)
+    assert "Too few" in told(1, math.inf, math.inf, 0)
+
+
+def test_equal_episodes_and_equal_tokens_are_looked_up_by_their_batches(tmp_path):
+    results = of_lengths(tmp_path, {1: 20, 8: 100})
+    assert episode_length._pair(results, 8, 64) is None  # OPD was not run with 64
+    put(tmp_path, learnt("opd", 8, 64, 25))
+    rl, opd = episode_length._pair(Results(LONG, tmp_path), 8, 64)
+    assert (rl["steps"], opd["steps"]) == (pytest.approx(100), pytest.approx(25))
+    assert "| 8 | episodes | 64 | 100, 25 | 4.0x |" in episode_length._equal(Results(LONG, tmp_path))
+    assert "8 | tokens" not in episode_length._equal(Results(LONG, tmp_path))
+
+
+def test_the_families_hold_every_batch_and_the_fixed_ones_are_among_them():
+    for length in episode_length.LENGTHS:
+        for method in episode_length.METHODS:
+            batches = [arm.name.rpartition("-b")[2] for arm in LONG.arms if arm.family == f"{method}-k{length}"]
+            assert {"64", str(64 // length)} <= set(batches)
+    rollouts = [arm.changes["rollout"] for arm in LONG.arms if arm.name.startswith("grpo")]
+    assert all(rollout["samples_per_prompt"] == 8 for rollout in rollouts)
+    assert all(arm.changes["steps"] % arm.every == 0 for arm in LONG.arms)
+
+
+def test_an_arm_is_measured_on_its_own_length_by_the_share_and_trained_by_all_or_nothing(tmp_path, monkeypatch):
+    study = Study(replace(LONG, dev_problems=1000), Subject.of(LONG), tmp_path, tmp_path)
+    arm = LONG.arm("grpo-k4-b16")
+    recipe = study.recipe(arm, 1e-3, 0)
+    assert (recipe.data.world, recipe.data.options) == ("arithmetic-long-4", {"reward": "all"})
+    asked: list[DataConfig] = []
+
+    def evaluate(*_, data, **__):
+        asked.append(data)
+        return {"num_prompts": data.limit}
+
+    monkeypatch.setattr("kibitz.experiments.study.evaluate_model", evaluate)
+    study._evaluate("x", "dev", recipe, arm, 0)
+    assert [(d.world, d.options, d.limit, d.split) for d in asked] == [
+        ("arithmetic-long-4", {"reward": "share"}, 384 // 4, "dev")
+    ]
+    study._evaluate("x", "dev", recipe, None, 0)
+    assert [d.world for d in asked[1:]] == [f"arithmetic-long-{k}" for k in (1, 2, 4, 8)]
+
+
+# ------------------------------------------------------------------ one prompt
+
+
+def of_counts(folder, shares: dict[str, float]) -> Results:
+    models(folder, list(one_prompt.LENGTHS), student=0.6, teacher=1.0)
+    recipe = {"steps": 20, "rollout": {"prompts_per_step": 1, "samples_per_prompt": 256}}
+    for name, share in shares.items():
+        for seed in range(5):
+            wobble = 0.002 * (seed - 2)
+            row = record(name, 1e-3, seed, dev=share, test=share + wobble)
+            row["test"]["num_prompts"] = 10_000
+            put(folder, row | {"settings": {"recipe": recipe}})
+    return Results(ONE, folder)
+
+
+def test_the_way_is_a_share_of_the_gap(tmp_path):
+    results = of_counts(tmp_path, {"short-1": 0.7, "short-all": 0.5})
+    assert one_prompt._way(results, "short-1", "short")[0] == pytest.approx(0.25)
+    assert one_prompt._way(results, "short-all", "short")[0] == pytest.approx(-0.25)
+    half = results.accuracy("short-1")[1]
+    assert one_prompt._way(results, "short-1", "short")[1] == pytest.approx(half / 0.4)
+
+
+@pytest.mark.parametrize(("one", "verdict"), [(0.95, "reproduced"), (0.7, "partly"), (0.6, "not"), (0.5, "not")])
+def test_one_prompt_must_bring_most_of_what_all_bring(tmp_path, one, verdict):
+    assert one_prompt.find(of_counts(tmp_path, {"short-1": one, "short-all": 0.98})).verdict == verdict
+
+
+def test_from_how_many_on(tmp_path):
+    shares = {"short-1": 0.58, "short-4": 0.7, "short-16": 0.93, "short-64": 0.96, "short-all": 0.98}
+    told = one_prompt._begins(of_counts(tmp_path, shares), "short")
+    assert "4 are the fewest that help beyond the interval, and 16 bring 75%" in told
+
+
+def test_a_step_answers_as_many_expressions_however_many_prompts_there_are():
+    for arm in ONE.arms:
+        rollout, kind = arm.changes["rollout"], arm.name.partition("-")[0]
+        answers = rollout["prompts_per_step"] * rollout["samples_per_prompt"] * one_prompt.LENGTHS[kind]
+        assert answers == one_prompt.SAMPLES
+        # The same prompt twice in a step would be answered the same twice.
+        assert rollout["prompts_per_step"] <= arm.changes.get("data", {}).get("limit", math.inf)
+
+
+def test_without_runs_there_is_no_finding(tmp_path):
+    for module, experiment in ((episode_length, LONG), (one_prompt, ONE)):
+        with pytest.raises(NotRun):
+            module.find(Results(experiment, tmp_path))
