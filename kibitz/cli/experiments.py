@@ -53,7 +53,7 @@ def reproduce(
     results = output or Path("runs/quick" if quick else "results")
     rows = {}
     for experiment in chosen:
-        here = {role: where for role, where in models.items() if role in experiment.roles or where is not None}
+        here = {role: where for role, where in models.items() if role in experiment.roles or (where and name != "all")}
         rows[experiment.name] = _one(out, experiment, here, files, settings, seeds, quick, only, results)
     if name != "all":
         (found,) = rows.values()

@@ -15,6 +15,7 @@ from kibitz.experiments import (
     kl_direction,
     lora,
     one_prompt,
+    pipeline,
     teacher_noise,
     temperature,
     weak_start,
@@ -38,6 +39,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         teacher_noise.EXPERIMENT,
         weak_start.EXPERIMENT,
         temperature.EXPERIMENT,
+        pipeline.EXPERIMENT,
     )
 }
 

@@ -1,6 +1,5 @@
 """Sizes: does a small student gain less from a teacher, and can a teacher be too large for it?"""
 
-import math
 from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
@@ -9,6 +8,7 @@ from kibitz.experiments.charts import Line, Panel
 from kibitz.experiments.design import Arm, Claim, Experiment
 from kibitz.experiments.evidence import Finding, Verdict, percent
 from kibitz.experiments.results import Estimate, NotRun, Results
+from kibitz.experiments.statistics import apart
 from kibitz.experiments.tables import table
 from kibitz.worlds.make import FROM_NOTHING, MISLED
 
@@ -61,11 +61,6 @@ def closed(results: Results, student: str, teacher: str, found: Estimate) -> Est
     start, top = results.level(STUDENTS[student]), results.level(TEACHERS[teacher])
     way = top - start
     return ((found[0] - start) / way, abs(found[1] / way)) if way else (0.0, 0.0)
-
-
-def apart(one: Estimate, other: Estimate) -> bool:
-    """Whether the first is above the second, by the interval of the difference."""
-    return one[0] - other[0] > math.hypot(one[1], other[1])
 
 
 def verdict(shares: Mapping[str, Mapping[str, Estimate]], ends: Mapping[str, Mapping[str, Estimate]]) -> Verdict:

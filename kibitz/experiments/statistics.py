@@ -80,3 +80,8 @@ def bootstrap(
     rng = random.Random(seed)
     draws = [value(resampled(curve, num_problems, rng)) for _ in range(NUM_DRAWS)]
     return value(means(curve)), *interval(draws)
+
+
+def apart(above: tuple[float, float], below: tuple[float, float]) -> bool:
+    """Whether one mean lies above another by more than the 95% interval of their difference; each is a mean and half its own."""
+    return above[0] - below[0] > math.hypot(above[1], below[1])

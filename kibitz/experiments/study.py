@@ -106,7 +106,7 @@ class Study:
 
     def untrained(self) -> Recipe:
         """The experiment's own recipe, of no arm: what models as they are are measured by."""
-        return self.recipe(Arm("", "", {}), self.experiment.rates[0], 0)
+        return self.recipe(Arm("", "", {}, data=next(iter(self.experiment.sources))), self.experiment.rates[0], 0)
 
     # -------------------------------------------------------------- models
 

@@ -1,6 +1,5 @@
 """A teacher with a mistake of its own: does the student inherit it, and do a second teacher or some reward repair that?"""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +13,7 @@ from kibitz.experiments.design import OF_ARM, Arm, Claim, Experiment
 from kibitz.experiments.evidence import Finding, Verdict, percent
 from kibitz.experiments.records import Record, share_with_interval
 from kibitz.experiments.results import Estimate, NotRun, Results
+from kibitz.experiments.statistics import apart
 from kibitz.experiments.tables import table
 from kibitz.graders import Grader
 from kibitz.models import load_model, load_tokenizer, pick_device, stop_ids
@@ -109,10 +109,6 @@ def inherited(results: Results, name: str, what: str = "mistake") -> Estimate:
     if not seeds:
         raise NotRun(f"probe of {name}")
     return share_with_interval([r["models"][name][what] for r in seeds], sum(r["num_mistakes"] for r in seeds))
-
-
-def apart(one: Estimate, other: Estimate) -> bool:
-    return one[0] - other[0] > math.hypot(one[1], other[1])
 
 
 def verdict(shares: Mapping[str, Estimate], mistakes: Mapping[str, Estimate]) -> Verdict:

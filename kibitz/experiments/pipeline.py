@@ -1,0 +1,195 @@
+"""A model in three stages, from nothing to a folder that one can talk to: pre-training, mid-training, on-policy distillation."""
+
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from kibitz.chat import Conversation
+from kibitz.checkpoint import export
+from kibitz.config import ModelConfig
+from kibitz.data import load_prompts
+from kibitz.experiments.charts import Line, Panel
+from kibitz.experiments.design import OF_ARM, Arm, Claim, Experiment
+from kibitz.experiments.evidence import Finding, Verdict, percent
+from kibitz.experiments.records import Record, measure, share_with_interval
+from kibitz.experiments.results import Estimate, Results
+from kibitz.experiments.statistics import apart
+from kibitz.experiments.tables import table
+from kibitz.models import load_tokenizer
+from kibitz.report.formats import safe_lines
+from kibitz.types import Sampling
+from kibitz.worlds.make import FROM_NOTHING
+
+STAGES: Mapping[str, str] = {"student": "pre-trained", "mid-trained": "mid-trained", "recovered": "after OPD"}
+"""The model that each stage leaves, as recipes call it, and in words."""
+PUBLISHED = {"student": "18 / 85", "mid-trained": "36 / 79", "recovered": "41 / 83"}
+BOTH = ("questions", "instructions")
+LOOKED_AT, SHOWN, LONGEST = (
+    24,
+    3,
+    60,
+)  # problems of each kind that are asked, those that are shown, characters of an answer
+
+
+# ------------------------------------------------------------------ what is looked at
+
+
+def probe(study: Any, seed: int) -> Record:
+    """The last stage's model is exported, and all three are talked to: problems of the test split, answered greedily."""
+    places = {name: study.place(name if name == "student" else f"{OF_ARM}{name}", seed) for name in STAGES}
+    if seed == 0:
+        shutil.rmtree(study.work / "model", ignore_errors=True)
+        export(places["recovered"], study.work / "model", merge=False)
+        places["recovered"] = str(study.work / "model")
+    recipe = study.untrained()
+    sampling = Sampling(max_tokens=recipe.rollout.max_tokens, temperature=0.0)
+    found = {}
+    for kind in BOTH:
+        data = study.asked(kind, "test", LOOKED_AT, recipe, None)
+        prompts = load_prompts(data, load_tokenizer(ModelConfig(model=places["student"]), "student"), seed)
+        asked = [{"prompt": prompt.text, "answer": prompt.answer, "said": {}} for prompt in prompts[:LOOKED_AT]]
+        for name, place in places.items():
+            conversation = Conversation.with_model(place, sampling, **data.template)
+            for one in asked:
+                conversation.forget()
+                one["said"][name] = conversation.ask(one["prompt"])
+        found[kind] = sorted(asked, key=lambda one: -len(set(one["said"].values())))[:SHOWN]
+    return {"chat": found, "folder": str(study.work / "model")}
+
+
+# ------------------------------------------------------------------ what it says
+
+
+def level(results: Results, stage: str, kind: str) -> Estimate:
+    """Accuracy after a stage, with its interval."""
+    if stage != "student":
+        return results.accuracy(stage, name=kind)
+    test = measure(results.model("student"), kind)
+    return share_with_interval([test["sampled"]["accuracy"]], test["num_prompts"])
+
+
+def verdict(levels: Mapping[str, Mapping[str, Estimate]]) -> Verdict:
+    """Mid-training brings facts and costs instructions; OPD brings these back, and most of the facts stay."""
+    facts, follows = ({stage: by[kind] for stage, by in levels.items()} for kind in BOTH)
+    learnt, lost = apart(facts["mid-trained"], facts["student"]), apart(follows["student"], follows["mid-trained"])
+    back = apart(follows["recovered"], follows["mid-trained"]) and apart(facts["recovered"], facts["student"])
+    return "reproduced" if learnt and lost and back else "partly" if learnt and (lost or back) else "not"
+
+
+def find(results: Results) -> Finding:
+    """What each stage can do, and what it says when one talks to it."""
+    levels = {stage: {kind: level(results, stage, kind) for kind in BOTH} for stage in STAGES}
+    seconds = {arm: results.mean(arm, lambda run: run["cpu_seconds"])[0] for arm in list(STAGES)[1:]}
+    made = results.made("pretrained")
+    seconds = {"student": made[0]["cpu_seconds"] if made else 0.0} | seconds
+    rows = [
+        (STAGES[stage], *(percent(by[kind]) for kind in BOTH), PUBLISHED[stage], f"{seconds[stage]:.0f}")
+        for stage, by in levels.items()
+    ]
+    chat = results.probes()[0]
+    begins = "From random weights" if made else "From a named checkpoint"
+    why = (
+        f"{begins}, {sum(seconds.values()):.0f} CPU seconds in all. Mid-training takes the questions about its documents from "
+        f"{percent(levels['student']['questions'])}% to {percent(levels['mid-trained']['questions'])}% and the instructions from "
+        f"{percent(levels['student']['instructions'])}% to {percent(levels['mid-trained']['instructions'])}%; OPD with the "
+        f"pre-trained model as the teacher takes them to {percent(levels['recovered']['questions'])}% and "
+        f"{percent(levels['recovered']['instructions'])}%, stopped where the mean of both is best on the dev split. Talk to it: "
+        f"`kibitz chat {chat['folder']} --single`. The answers below are greedy; of the first {LOOKED_AT} test problems of each "
+        "kind they are those in which the stages differ most."
+    )
+    return Finding(
+        verdict(levels),
+        f"questions / instructions {', then '.join(_pair(by) for by in levels.values())}",
+        why,
+        (table(("stage", "questions, %", "instructions, %", "published", "CPU s"), rows), _talk(chat)),
+        _panels(levels),
+    )
+
+
+def _pair(by: Mapping[str, Estimate]) -> str:
+    return " / ".join(f"{100 * by[kind][0]:.0f}" for kind in BOTH)
+
+
+def _talk(chat: Record) -> str:
+    rows = [
+        (_code(one["prompt"]), _code(one["answer"] or ""), *(_code(one["said"][stage]) for stage in STAGES))
+        for kind in BOTH for one in chat["chat"][kind]
+    ]  # fmt: skip
+    return table(("asked", "right", *STAGES.values()), rows)
+
+
+def _code(text: str) -> str:
+    """Model text in a cell of a table: on one line, and nothing of it is read as Markdown."""
+    line = safe_lines(text[:LONGEST]).replace("\n", " ").replace("`", "'").replace("|", "¦").strip()
+    return f"`{line}`" if line else "–"
+
+
+def _panels(levels: Mapping[str, Mapping[str, Estimate]]) -> tuple[Panel, ...]:
+    lines = [Line(kind, [(float(x), *by[kind]) for x, by in enumerate(levels.values())]) for kind in BOTH]
+    ticks = {float(x): words for x, words in enumerate(STAGES.values())}
+    return (Panel("what each stage leaves", "", "accuracy", lines, ticks=ticks),)
+
+
+EXPERIMENT = Experiment(
+    name="pipeline",
+    question="From random weights to a model that one can talk to: what does each of the three stages give and take?",
+    world="assistant",
+    recipe={
+        "method": {"type": "sft"},
+        "rollout": {"prompts_per_step": 32, "samples_per_prompt": 1, "max_tokens": 32},
+        "optim": {"warmup_steps": 10, "tokens_per_micro_batch": 2048},
+        "threads": 1,
+        "steps": 250,
+    },
+    makers=(
+        Arm(
+            "pretrained",
+            "documents and chat, from nothing",
+            {"student": {"model": "blank:64x3"}, "optim": dict(FROM_NOTHING), "steps": 2000},
+            rates=(FROM_NOTHING["lr"],),
+            data="background",
+        ),
+    ),
+    arms=(
+        Arm("mid-trained", "new documents, 70%, and chat", {}, rates=(2e-3,), data="documents", judge=("questions",)),
+        Arm(
+            "recovered",
+            "OPD from the pre-trained model, on chat",
+            {
+                "student": {"model": "arm:mid-trained"},
+                "teacher": {"model": "student"},
+                "method": {"type": "opd"},
+                "rollout": {"prompts_per_step": 64},
+                "steps": 60,
+            },
+            rates=(5e-4,),
+            data="chat",
+            every=10,
+            stop="best",
+            judge=BOTH,
+        ),
+    ),
+    rates=(2e-3,),
+    dev_problems=256,
+    test_problems=512,
+    seeds=3,
+    quick_arms=("mid-trained", "recovered"),
+    models={"student": "arm:pretrained"},
+    data={
+        "background": {"world": "assistant-background", "options": {"chat": 0.5}},
+        "documents": {"world": "assistant-documents", "options": {"chat": 0.3}},
+        "chat": {"world": "assistant"},
+        "questions": {"world": "assistant-documents"},
+        "instructions": {"world": "assistant-instructions"},
+    },
+    measures={kind: kind for kind in BOTH},
+    probe=probe,
+    claim=Claim(
+        says="Models are made in three stages: pre-training, mid-training on documents of a domain, post-training. With "
+        "Qwen3-8B, mid-training takes questions / instructions from 18 / 85 to 36 / 79, and OPD from the earlier checkpoint to "
+        "41 / 83.",
+        source="[Thinking Machines 2025](https://thinkingmachines.ai/blog/on-policy-distillation/)",
+        short="three stages: mid-training adds knowledge, OPD from the earlier checkpoint brings behaviour back",
+    ),
+    find=find,
+)
