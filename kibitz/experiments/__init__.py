@@ -10,12 +10,15 @@ import difflib
 
 from kibitz.experiments import (
     capacity,
+    cost,
+    distil_back,
     episode_length,
     forking,
     kl_direction,
     lora,
     one_prompt,
     pipeline,
+    sft_law,
     teacher_noise,
     temperature,
     weak_start,
@@ -30,7 +33,12 @@ EXPERIMENTS: dict[str, Experiment] = {
     for experiment in (
         METHODS,
         NAVIGATION,
+        sft_law.EXPERIMENT,
+        cost.EXPERIMENT,
+        cost.SLIPS,
+        cost.UNDERTRAINED,
         episode_length.EXPERIMENT,
+        distil_back.EXPERIMENT,
         one_prompt.EXPERIMENT,
         lora.EXPERIMENT,
         kl_direction.EXPERIMENT,

@@ -1,0 +1,118 @@
+"""Arms that differ in how much they may spend, and what they make: accuracy against any way to count the cost."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from kibitz.experiments.design import Arm
+from kibitz.experiments.evidence import percent
+from kibitz.experiments.records import Record
+from kibitz.experiments.results import NotRun, Results, gflop, sequences, steps
+from kibitz.experiments.statistics import Curve, cost_ratio
+from kibitz.experiments.tables import table
+
+Count = Callable[[Record], float]
+"""A way to count what a run cost."""
+Points = tuple[tuple[float, tuple[float, ...]], ...]
+
+WARMUP = 10  # steps, of runs that are long enough
+
+
+def ladder(
+    name: str,
+    about: str,
+    changes: Mapping[str, Any],
+    budgets: Mapping[int, Sequence[int]],
+    samples: int = 1,
+    rates: tuple[float, ...] = (),
+) -> tuple[Arm, ...]:
+    """For each budget of rollouts an arm a batch, of which the best on the dev split is taken. Each is a run of its own,
+    with its own decay and its own sweep of rates. `samples` of a prompt."""
+    return tuple(
+        Arm(
+            f"{name}-{rollouts}-b{batch}",
+            f"{about}: {rollouts} rollouts, {batch} a step",
+            {
+                "rollout": {"prompts_per_step": batch // samples, "samples_per_prompt": samples},
+                "optim": {"warmup_steps": min(WARMUP, rollouts // batch // 4)},
+                "steps": rollouts // batch,
+                **changes,
+            },
+            rates=rates,
+            family=f"{name}-{rollouts}",
+        )
+        for rollouts, batches in budgets.items()
+        for batch in batches
+    )
+
+
+def rungs(results: Results, name: str) -> list[str]:
+    """The arm that was best on the dev split at each budget, in their order; those that were run. Raises NotRun if none
+    was."""
+    families = [arm.family for arm in results.experiment.arms if arm.family.rpartition("-")[0] == name]
+    found = []
+    for family in dict.fromkeys(families):
+        try:
+            found.append(results.of_family(family))
+        except NotRun:
+            continue
+    if not found:
+        raise NotRun(name)
+    return found
+
+
+def curve(results: Results, name: str, count: Count) -> Curve:
+    """Accuracy of each seed at what a ladder's arms cost, counted in one way; of two that cost the same, the better."""
+    found: dict[float, list[float]] = {}
+    for arm in rungs(results, name):
+        cost, shares = results.mean(arm, count)[0], results.shares(arm)
+        if cost not in found or sum(shares) > sum(found[cost]):
+            found[cost] = shares
+    return found
+
+
+def surely(results: Results, name: str) -> float:
+    """The accuracy that a ladder reaches with some certainty: the best lower end of its intervals."""
+    return max(mean - half for mean, half in (results.accuracy(arm) for arm in rungs(results, name)))
+
+
+def cheapest(results: Results, name: str) -> float:
+    """The accuracy at a ladder's lowest budget. Below it nothing was run, and the ladder would seem dearer than it is."""
+    return results.accuracy(rungs(results, name)[0])[0]
+
+
+def ratio(results: Results, dear: str, cheap: str, count: Count, target: float) -> tuple[float, float, float]:
+    """How many times more one ladder costs than another up to an accuracy, and the 95% interval."""
+    problems = results.runs(rungs(results, dear)[0])[0]["test"]["num_prompts"]
+    curves = (
+        tuple((cost, tuple(shares)) for cost, shares in curve(results, name, count).items()) for name in (dear, cheap)
+    )
+    return _ratio(*curves, target, problems)
+
+
+@cache
+def _ratio(dear: Points, cheap: Points, target: float, problems: int) -> tuple[float, float, float]:
+    """Kept, because every page that quotes a finding asks for its thousands of draws again."""
+    return cost_ratio(dict(dear), dict(cheap), target, problems)
+
+
+def points(results: Results, name: str, count: Count) -> list[tuple[float, float, float]]:
+    """Of a plot: cost, accuracy and half its interval."""
+    return [(results.mean(arm, count)[0], *results.accuracy(arm)) for arm in rungs(results, name)]
+
+
+def spent(results: Results, ladders: Mapping[str, str]) -> str:
+    """A table of what was run: the best batch and rate of each budget, what it reached, and its costs."""
+    head = ("method", "rollouts", "steps", "rate", "accuracy, %", "greedy, %", "GFLOP: student, teacher", "CPU s")
+    rows = []
+    for name, about in ladders.items():
+        for arm in rungs(results, name):
+            first = results.runs(arm)[0]
+            flops = [results.mean(arm, lambda run, who=who: gflop(run, who))[0] for who in ("student", "teacher")]
+            rows.append((
+                about, f"{sequences(first):,}", f"{steps(first)}", f"{results.rate(arm):g}",
+                percent(results.accuracy(arm)), percent(results.accuracy(arm, "greedy")),
+                ", ".join(f"{value:.3g}" for value in flops),
+                f"{results.mean(arm, lambda run: run['cpu_seconds'])[0]:.0f}",
+            ))  # fmt: skip
+    return table(head, rows, left=1)
