@@ -86,12 +86,21 @@ def test_of_two_budgets_at_one_cost_the_better_counts(tmp_path):
     assert budgets.curve(results, "opd", lambda run: 1.0) == {1.0: [pytest.approx(climbing(1280))] * 2}
 
 
+def test_below_its_lowest_budget_a_ladder_may_cost_anything_less(tmp_path):
+    results = runs(cost.EXPERIMENT, tmp_path, {"opd": climbing, "grpo": dearer(10)})
+    first = budgets.cheapest(results, "grpo")
+    assert first == pytest.approx(climbing(160))
+    assert budgets.ratio(results, "grpo", "opd", cost.ROLLOUTS.count, first)[1] > 9
+    middle, low, high = budgets.ratio(results, "grpo", "opd", cost.ROLLOUTS.count, first - 0.01)
+    assert low == 0.0 and 10 < middle < high
+
+
 # ------------------------------------------------------------------ cost
 
 
 @pytest.mark.parametrize(
     ("sft", "rl", "verdict"),
-    [(18, 10, "reproduced"), (18, 4, "partly"), (1.5, 10, "partly"), (0.5, 10, "not")],
+    [(18, 10, "reproduced"), (18, 8, "partly"), (1.5, 10, "partly"), (0.5, 10, "not")],
     ids=["as published", "RL is cheaper", "SFT is cheaper", "OPD is dearer"],
 )
 def test_sft_is_counted_in_three_ways(tmp_path, sft, rl, verdict):
@@ -107,7 +116,7 @@ def test_sft_is_counted_in_three_ways(tmp_path, sft, rl, verdict):
 
 def test_the_target_is_one_that_all_reach(tmp_path):
     """RL levels off at 0.5: its cost there is finite, and nobody is asked for more."""
-    ladders = {"opd": climbing, "sft": dearer(18), "grpo": lambda rollouts: min(0.5, climbing(rollouts / 10))}
+    ladders = {"opd": climbing, "sft": dearer(9), "grpo": lambda rollouts: min(0.5, climbing(rollouts / 10))}
     found = cost.find(runs(cost.EXPERIMENT, tmp_path, ladders))
     assert "To reach 49.9%" in found.why and "not reached" not in found.ours
 

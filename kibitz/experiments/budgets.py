@@ -82,12 +82,14 @@ def cheapest(results: Results, name: str) -> float:
 
 
 def ratio(results: Results, dear: str, cheap: str, count: Count, target: float) -> tuple[float, float, float]:
-    """How many times more one ladder costs than another up to an accuracy, and the 95% interval."""
+    """How many times more one ladder costs than another up to an accuracy, and the 95% interval: from 0 where the dear one's
+    lowest budget is beyond that accuracy, because it may get there for less than was tried."""
     problems = results.runs(rungs(results, dear)[0])[0]["test"]["num_prompts"]
     curves = (
         tuple((cost, tuple(shares)) for cost, shares in curve(results, name, count).items()) for name in (dear, cheap)
     )
-    return _ratio(*curves, target, problems)
+    middle, low, high = _ratio(*curves, target, problems)
+    return middle, low if target >= cheapest(results, dear) else 0.0, high
 
 
 @cache
