@@ -9,6 +9,7 @@ measured by `kibitz.evaluate`, on the toy worlds or, by naming other checkpoints
 import difflib
 
 from kibitz.experiments import (
+    assistant,
     capacity,
     cost,
     distil_back,
@@ -18,6 +19,7 @@ from kibitz.experiments import (
     lora,
     one_prompt,
     pipeline,
+    self_sft,
     sft_law,
     teacher_noise,
     temperature,
@@ -40,6 +42,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         episode_length.EXPERIMENT,
         distil_back.EXPERIMENT,
         one_prompt.EXPERIMENT,
+        assistant.EXPERIMENT,
+        self_sft.EXPERIMENT,
         lora.EXPERIMENT,
         kl_direction.EXPERIMENT,
         forking.EXPERIMENT,
