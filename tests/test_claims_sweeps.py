@@ -56,7 +56,7 @@ def test_without_full_fine_tuning_there_is_no_gap(tmp_path):
 )
 def test_a_weak_start_has_to_go_less_of_its_way_and_to_be_cured(tmp_path, plain, skd, verdict):
     models(tmp_path, student=0.6, teacher=1.0)
-    shares = {"wrecked": 0.1, "opd-misled": 0.9, "skd-misled": 0.9, "opd-wrecked": plain, "skd-wrecked": skd}
+    shares = {"wrecked": 0.1, "opd-misled": 0.9, "opd-wrecked": plain, "skd-wrecked": skd}
     results = accuracies(weak_start.EXPERIMENT, tmp_path, shares, series={"teacher_written": [0.4, 0.1]})
     assert weak_start.closed(results, "wrecked", "opd")[0] == pytest.approx((plain - 0.1) / 0.9)
     assert weak_start.closed(results, "misled", "opd")[0] == pytest.approx(0.75)
