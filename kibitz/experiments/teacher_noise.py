@@ -177,8 +177,8 @@ def _why(
         f"The misled teacher was taught an error that the student does not have, and keeps what the student lacks. Of the {num} "
         f"greedy answers that it gets wrong, the student before gives the same wrong answer to {percent(mistakes['student'])}%, "
         f"after learning from it to {percent(mistakes[ALONE])}%{sound}. Its accuracy ends at {percent(shares[ALONE])}%, {beats} "
-        f"than the teacher's own {percent(results.level(NOISY))}%. Told apart as a repair, in accuracy and in these mistakes, "
-        f"against the same method without it: {_names(arms, fixed)}. Not told apart: "
+        f"than the teacher's own {percent(results.level(NOISY))}%. Told apart as a repair, in accuracy and these mistakes, from "
+        f"the misled teacher alone (with sampled tokens, where the remedy has these): {_names(arms, fixed)}. Not told apart: "
         f"{_names(arms, helpless) if helpless else 'none'}. What differs from what is told: the error is planted, not grown."
     )
 
@@ -187,13 +187,14 @@ def _panels(
     results: Results, arms: Sequence[Arm], shares: Mapping[str, Estimate], mistakes: Mapping[str, Estimate]
 ) -> tuple[Panel, ...]:
     places = {float(place): arm.name for place, arm in enumerate(arms)}
+    ticks = {place: name.replace("-", "\n") for place, name in places.items()}
     levels = {"student before": results.level("student"), "misled teacher": results.level(NOISY)}
     return (
         Panel("accuracy", "", "accuracy", [Line("accuracy", [(x, *shares[n]) for x, n in places.items()], joined=False)],
-              levels=levels, ticks=places),
+              levels=levels, ticks=ticks),
         Panel("the teacher's own mistakes", "", "same wrong answer",
               [Line("its mistake", [(x, *mistakes[n]) for x, n in places.items()], joined=False)],
-              levels={"student before": mistakes["student"][0]}, ticks=places),
+              levels={"student before": mistakes["student"][0]}, ticks=ticks),
     )  # fmt: skip
 
 
