@@ -1,32 +1,27 @@
 """Several processes that train one student, started by torchrun; of a single one, everything here is trivial.
 
 All processes run one and the same loop. Each writes, grades, scores and learns its share of a step's prompts, and all know
-every rollout of the step, so that what is counted is counted alike everywhere. The student is there twice: the `learner`,
-whose weights, gradients and moments FSDP2 splits over the processes, does nothing but learn; its whole copy writes and reads,
-which takes as many forward passes as it takes, in any process. After each step the copy takes the learner's new weights.
-
-Gradients are summed and never averaged: losses are divided by the number of tokens of all processes before.
+every rollout of the step, so that what is counted is counted alike everywhere. How they hold the student between them,
+`kibitz.sharding` says.
 """
 
 import atexit
-import copy
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from kibitz.company import Company
 from kibitz.config import ParallelConfig
 from kibitz.engines import Engine
-from kibitz.models import LanguageModel
 from kibitz.types import Prompt, Rollout, Sampling, Scored
 
 T, U = TypeVar("T"), TypeVar("U")
@@ -41,6 +36,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
+    company: Company = field(default_factory=Company, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -51,12 +47,14 @@ class Ranks:
         """The values of all processes, in order, known to all. Until the last has come, nobody goes on."""
         if self.size == 1:
             return [value]
+        self.company.wait()
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 
     def first(self, make: Callable[[], T]) -> T:
-        """What the first process makes, on all of them. What goes wrong there is raised by all, so that nobody waits."""
+        """What the first process makes, on all of them, in whose company it is meanwhile. What goes wrong there is raised by
+        all, so that nobody waits."""
         if self.size == 1:
             return make()
         made: list[Any] = [None, None]
@@ -65,6 +63,7 @@ class Ranks:
                 made[0] = make()
             except Exception as error:  # noqa: BLE001 - whatever it is, it is raised below
                 made[1] = error
+        self.company.wait()
         dist.broadcast_object_list(made, src=0)
         if made[1] is not None:
             raise made[1]
@@ -116,14 +115,11 @@ class Ranks:
     def in_step(self, batches: list[list[Scored]]) -> Iterator[tuple[list[Scored], bool]]:
         """The micro-batches, and whether one is the last. A forward pass of the learner is one of all processes, so who
         has fewer learns nothing from some more."""
-        together = self.as_many(batches)
+        num = max(self.gather(len(batches)))
+        together = batches + batches[-1:] * (num - len(batches))
         idle = [replace(one, weight_T=torch.zeros_like(one.weight_T)) for one in together[-1]] if together else []
         for number, batch in enumerate(together, 1):
             yield batch if number <= len(batches) else idle, number == len(together)
-
-    def as_many(self, items: list[T]) -> list[T]:
-        """The list, with its last entry repeated until it is as long as the longest of all processes."""
-        return items + items[-1:] * (max(self.gather(len(items))) - len(items))
 
     def spread(self, engine: Engine) -> Engine:
         """The same engine, for which each process writes its share."""
@@ -195,56 +191,7 @@ def join(config: ParallelConfig, device: torch.device) -> tuple[Ranks, torch.dev
     return Ranks(dist.get_rank(), size, mesh), device
 
 
-# ------------------------------------------------------------------ the student that learns
-
-
-def learner_of(student: LanguageModel, ranks: Ranks) -> LanguageModel:
-    """The student itself; of several processes, its sharded copy: float32, computing in the student's own dtype."""
-    if ranks.size == 1:
-        return student
-    learner = LanguageModel(copy.deepcopy(student.model).float(), student.tokenizer, student.name)
-    learner.packs = student.packs
-    dtype = student.model.dtype
-    policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
-    for module in [*_layers(learner), learner]:
-        fully_shard(module, mesh=ranks.mesh, mp_policy=policy)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-    return learner
-
-
-def shard_layers(model: LanguageModel, ranks: Ranks) -> None:
-    """Split a frozen model over the processes, but for what stands around its layers: the head is used outside of its
-    forward pass, too. From here on a pass of one process is a pass of all, which `model.as_many` provides for."""
-    if ranks.size == 1:
-        return
-    for layer in _layers(model):
-        fully_shard(layer, mesh=ranks.mesh)
-    model.as_many = ranks.as_many
-
-
-def _layers(model: LanguageModel) -> list[nn.Module]:
-    """The parts that transformers names as not to be split."""
-    kinds = set(getattr(model.model, "_no_split_modules", None) or ())
-    return [module for module in model.model.modules() if type(module).__name__ in kinds]
-
-
-def reduce_gradients(learner: LanguageModel, last: bool) -> None:
-    """Whether the next backward pass is the last of a step, at which gradients are summed over the processes. Those
-    before add to this process's own."""
-    if isinstance(learner, FSDPModule):
-        learner.set_requires_gradient_sync(last)
-        learner.set_is_last_backward(last)
-
-
-@torch.no_grad()
-def copy_weights(learner: LanguageModel, student: LanguageModel) -> None:
-    """What was learnt, into the whole copy."""
-    if learner is student:
-        return
-    for new, old in zip(learner.model.parameters(), student.model.parameters(), strict=True):
-        if new.requires_grad:
-            old.copy_(plain(new))
+# ------------------------------------------------------------------ tensors in parts
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -127,13 +127,9 @@ def distance(
     by, and `unaligned`, the share of tokens that it could say nothing about."""
     total, num_bytes, heard, written = 0.0, 0.0, 0.0, 0.0
     part = ranks.part(rollouts)
-    groups = group(part, max_tokens)
-    as_many = next((model.as_many for model in teacher.models), list)
-    for number, indices in enumerate(as_many(groups)):
+    for indices in group(part, max_tokens):
         members = [part[i] for i in indices]
         signals = teacher.score(members, max_tokens)
-        if number >= len(groups):  # for other processes, in whose passes the teacher takes part
-            continue
         scored = [Scored.told(r, s) for r, s in zip(members, signals, strict=True)]
         total += _sum_of_reverse_kl(student, scored)
         heard += sum(s.weight_T.sum().item() for s in scored)

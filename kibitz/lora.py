@@ -32,9 +32,9 @@ class Adapter:
         with self.peft.disable_adapter():
             yield
 
-    def save(self, folder: Path) -> None:
-        """In peft's own format."""
-        self.peft.save_pretrained(folder, save_embedding_layers=False)
+    def save(self, folder: Path, weights: dict[str, Any] | None = None) -> None:
+        """In peft's own format; `weights` by their names in peft, if those in the model are not whole."""
+        self.peft.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
 
 
 def require_peft() -> None:

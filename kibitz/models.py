@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from kibitz.types import Batch, Prompt, Rollout
 
 transformers_logging.disable_progress_bar()  # kibitz draws its own
 
+T = TypeVar("T")
 CHUNK_NUMBERS = 2**25
 """Logits that exist at one time: 128 MiB in float32, of which an exact divergence needs about ten such tensors."""
 
@@ -46,11 +47,11 @@ class LanguageModel(nn.Module):
         self.vocab_size: int = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
         self.head, self.head_stands_alone = build_head(model, self.vocab_size, name)
         self.packs = False  # see `kibitz.packing`
-        self.as_many: Callable[[list[Any]], list[Any]] = list  # as many passes in each process: see `shard_layers`
         self.works_on: torch.device | None = (
             None  # where it computes, if its weights wait elsewhere: see `kibitz.frozen`
         )
         self.there: Callable[[], AbstractContextManager[None]] = nullcontext  # while which they have come
+        self.write: Callable[[Path], object] = self.model.save_pretrained if adapter is None else adapter.save
         self._compiled: tuple[Any, ...] = ()  # in a tuple, so that it is no second child
 
     @property
@@ -90,10 +91,7 @@ class LanguageModel(nn.Module):
 
     def save(self, folder: Path) -> None:
         """A Hugging Face folder: the whole model, or of LoRA the adapter in peft's format; and the tokenizer."""
-        if self.adapter is None:
-            self.model.save_pretrained(folder)
-        else:
-            self.adapter.save(folder)
+        self.write(folder)
         self.tokenizer.save_pretrained(folder)
 
     def hidden(self, ids_BL: Tensor, position_BL: Tensor | None = None) -> Tensor:
@@ -121,20 +119,26 @@ class LanguageModel(nn.Module):
             )
         ids_BL = torch.arange(min(8, self.vocab_size), device=self.device)[None]
         with torch.no_grad():
-            before = self.hidden(ids_BL)
+            before = self.within(lambda: self.hidden(ids_BL))
             for layer in layers:
                 layer.gradient_checkpointing = layer.training = True  # wanted together; dropout has a flag of its own
                 again: Any = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
                 layer._gradient_checkpointing_func = again
-            same = torch.equal(before, self.hidden(ids_BL))
+            same = torch.equal(before, self.within(lambda: self.hidden(ids_BL)))
         if not same:
             raise ValueError(
                 f"optim.checkpointing: {type(self.model).__name__} computes something else then (dropout?): leave it out"
             )
 
-    def forward(self, batch: Batch, use: Callable[[Tensor, nn.Module], tuple]) -> tuple:
+    def within(self, work: Callable[[], T]) -> T:
+        """`work` inside a forward pass, where a sharded model has its weights."""
+        return self(None, lambda *_: work())
+
+    def forward(self, batch: Batch | None, use: Callable[..., T]) -> T:
         """`use(hidden_TD, head)` on the positions that score response tokens. The loss runs in here, where a sharded
         model has its output head whole."""
+        if batch is None:
+            return use(None, self.head)
         if not self.packs:
             return use(self.hidden(batch.ids_BL).flatten(0, 1)[batch.position_T], self.head)
         ids_1N, position_1N, place = without_padding(batch.ids_BL, batch.length_B)

@@ -46,7 +46,8 @@ def problem(model: LanguageModel) -> str | None:
     first = slice(0, length - 3)  # rows of unequal length
     position_1N = torch.cat([position_L[first], position_L])[None]
     try:
-        seen = [model.hidden(torch.cat([ids_3L[row, first], ids_3L[2]])[None], position_1N)[0] for row in (0, 1)]
+        rows = [torch.cat([ids_3L[row, first], ids_3L[2]])[None] for row in (0, 1)]
+        seen = [model.within(lambda ids_1N=ids_1N: model.hidden(ids_1N, position_1N))[0] for ids_1N in rows]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - a model may dislike positions in any way; the caller tells
@@ -54,7 +55,7 @@ def problem(model: LanguageModel) -> str | None:
     after = [hidden_ND[-length:] for hidden_ND in seen]
     if not torch.equal(after[0], after[1]):
         return "lets a sequence see the one before it"
-    alone = model.hidden(ids_3L[2:])[0]
+    alone = model.within(lambda: model.hidden(ids_3L[2:]))[0]
     error = ((after[0] - alone).float().square().mean() / alone.float().square().mean()).sqrt().item()
     if not error < (1e-4 if alone.dtype == torch.float32 else 5e-2):
         return f"reads a packed sequence otherwise than alone (off by {error:.1e})"

@@ -5,12 +5,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kibitz import config, distributed, lora, optim, trackers
+from kibitz import config, distributed, frozen, lora, optim, sharding, trackers
 from kibitz.config import DataConfig, FrozenConfig, LocalTeacherConfig, Recipe, RecipeError, StudentTeacherConfig
 from kibitz.data import PromptStream, encode_response, load_grader, load_prompts
 from kibitz.distributed import Ranks
@@ -18,7 +19,6 @@ from kibitz.engines import Engine
 from kibitz.engines.build import make_engine
 from kibitz.engines.vllm import VLLMEngine
 from kibitz.evaluate import Evaluator
-from kibitz.frozen import load_frozen, require
 from kibitz.graders import Grader
 from kibitz.methods import Parts
 from kibitz.methods.stored import load_rollouts
@@ -48,7 +48,7 @@ class Setup:
     resumed_from: Path | None
     student: LanguageModel
     learner: LanguageModel
-    """The student that is trained: the same, or of several processes its sharded copy."""
+    """The student that is trained: the same, or beside a whole one in several processes its sharded copy."""
     teacher: Teacher | None
     engine: Engine
     stream: PromptStream
@@ -110,17 +110,16 @@ def prepare(
     ranks, device = _meet(recipe, prompts)
     folder, resumed_from = open_folder(recipe, resume, overwrite, ranks)
 
-    student = load_student(recipe.student, device, tokenizer, recipe.seed, resumed_from)
+    student = _student(recipe, device, tokenizer, resumed_from, ranks)
     if recipe.optim.checkpointing:
         student.recompute_activations()
-    teacher = teachers.load_all(recipe, teacher_tokenizers, student)
-    _shard(teacher, recipe, ranks)
-    reference = _reference(recipe, student)
+    teacher = teachers.load_all(recipe, teacher_tokenizers, student, _teacher_loader(recipe, ranks))
+    reference = _reference(recipe, student, ranks)
     checks = [student.check_lengths, *(model.check for model in (teacher, reference) if model is not None)]
     for check in checks:
         check([*prompts, *held_out], recipe.rollout.max_tokens)
     pack_rows([student, *(m for t in (teacher, reference) if t is not None for m in t.models)], recipe.optim.packing)
-    learner = distributed.learner_of(student, ranks)
+    learner = sharding.learner_of(student, ranks)
     engine = _engine(recipe, student, prompts[:2], ranks)
     sampling = _sampling(recipe, student)
     examiner = teacher if teacher is not None and teacher.reads_all else None
@@ -140,14 +139,22 @@ def prepare(
 def _check_other_models(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     for role, model in recipe.method.other_models().items():
         if isinstance(model, FrozenConfig):
-            require(model, role)
+            frozen.require(model, role)
         check_same_tokenizer(tokenizer, load_tokenizer(model, role), role)
 
 
-def _shard(teacher: Teacher | None, recipe: Recipe, ranks: Ranks) -> None:
-    if teacher is not None and recipe.parallel.shard_teacher:
-        for model in teacher.models:
-            distributed.shard_layers(model, ranks)
+def _student(
+    recipe: Recipe, device: torch.device, tokenizer: PreTrainedTokenizerBase, resumed_from: Path | None, ranks: Ranks
+) -> LanguageModel:
+    if ranks.size == 1 or recipe.parallel.whole_copy:
+        return load_student(recipe.student, device, tokenizer, recipe.seed, resumed_from)
+    return sharding.load_in_parts(recipe.student, device, tokenizer, recipe.seed, resumed_from, ranks)
+
+
+def _teacher_loader(recipe: Recipe, ranks: Ranks) -> Callable[..., LanguageModel]:
+    if ranks.size == 1 or not recipe.parallel.shard_teacher:
+        return frozen.load_frozen
+    return partial(sharding.load_frozen, ranks=ranks, instead=sharding.WHOLE_TEACHER)
 
 
 def _engine(recipe: Recipe, student: LanguageModel, probe: Sequence[Prompt], ranks: Ranks) -> Engine:
@@ -188,14 +195,12 @@ def _meet(recipe: Recipe, prompts: Sequence[Prompt]) -> tuple[Ranks, torch.devic
         raise RecipeError(
             "parallel.shard_teacher: its layers are split where they are: leave out teacher.offload and quantize"
         )
-    if recipe.parallel.shard_teacher and recipe.method.writes_with_teacher():
-        raise RecipeError(
-            f"parallel.shard_teacher: method {recipe.method.type} lets the teacher write, which it does whole: leave it out"
-        )
-    if recipe.parallel.shard_teacher and recipe.eval.num_prompts < ranks.size:
-        raise RecipeError(f"parallel.shard_teacher needs eval.num_prompts={ranks.size} or more, one for each process")
+    if recipe.parallel.shard_teacher:
+        sharding.check_parts(cast(LocalTeacherConfig, recipe.teacher), "teacher", sharding.WHOLE_TEACHER)
     if recipe.method.trains_an_opponent():
         raise RecipeError(f"method {recipe.method.type} trains an opponent of the student in one process: start one")
+    if not recipe.parallel.whole_copy:
+        _check_parts(recipe)
     num = min(recipe.rollout.prompts_per_step, len({prompt.key for prompt in prompts}))
     if num < ranks.size:
         raise RecipeError(
@@ -205,16 +210,40 @@ def _meet(recipe: Recipe, prompts: Sequence[Prompt]) -> tuple[Ranks, torch.devic
     return ranks, device
 
 
-def _reference(recipe: Recipe, student: LanguageModel) -> Teacher | None:
-    """The model that a method holds its student to; never the checkpoint that a run goes on from."""
+def _check_parts(recipe: Recipe) -> None:
+    """What a student that nobody holds whole cannot be used for."""
+    sharding.check_parts(recipe.student, "student")
+    if recipe.method.reference is not None and not _kept_small(recipe.method.reference):
+        sharding.check_parts(recipe.method.reference, "method.reference")
+    if any(isinstance(teacher, StudentTeacherConfig) for teacher in recipe.teachers):
+        raise RecipeError(
+            "teacher.student: such a teacher would be whole in each process, and the student never is: write teacher.model, "
+            "or parallel.whole_copy=true"
+        )
+    if recipe.rollout.engine == "vllm" and recipe.rollout.server.sync == "nccl":
+        raise RecipeError(
+            "rollout.server.sync: nccl sends a whole student: write rollout.server.sync=auto, or parallel.whole_copy=true"
+        )
+
+
+def _kept_small(config: FrozenConfig) -> bool:
+    return config.offload is not None or config.quantize is not None
+
+
+def _reference(recipe: Recipe, student: LanguageModel, ranks: Ranks) -> Teacher | None:
+    """The model that a method holds its student to; never the checkpoint that a run goes on from. In parts, if the student
+    is and nothing else is said of how it takes little memory."""
     method = recipe.method
     if not method.needs_reference():
         return None
     if method.reference is None and student.adapter is not None:
         return base_teacher(student, "reference")
-    if method.reference is not None:
-        return local_teacher(load_frozen(method.reference, "reference", student.device, student.tokenizer))
-    return local_teacher(load_model(recipe.student, "reference", student.device, student.tokenizer))
+    section, device = method.reference or recipe.student, student.device
+    if isinstance(section, FrozenConfig) and (_kept_small(section) or recipe.parallel.whole_copy):
+        return local_teacher(frozen.load_frozen(section, "reference", device, student.tokenizer))
+    if ranks.size == 1 or recipe.parallel.whole_copy:
+        return local_teacher(load_model(section, "reference", device, student.tokenizer))
+    return local_teacher(sharding.load_frozen(section, "reference", device, ranks, sharding.WHOLE_STUDENT))
 
 
 def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

@@ -4,6 +4,7 @@ By `torch.distributed.checkpoint` in its safetensors format: a folder of files, 
 whole tensor their parts belong, so that any number of processes can read them. No pickle is written or read.
 """
 
+import json
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,11 +14,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+INDEX = "model.safetensors.index.json"
+FILE_BYTES = 2**30
 
 
 def are_in(tensors: Iterable[Any]) -> bool:
@@ -63,6 +68,35 @@ def fill(tensor: Tensor, stored: Any) -> None:
     if 0 not in shape:
         place = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
         tensor.to_local().copy_(stored[place])
+
+
+def write_whole(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """The weights of a Hugging Face folder, in files of at most FILE_BYTES, or of one tensor: as much is in memory."""
+    files: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+
+    def close() -> None:
+        save_file(held, folder / f"part-{len(files)}", metadata={"format": "pt"})
+        files.append(list(held))
+        held.clear()
+
+    total = 0
+    for name, tensor in tensors:
+        if held and sum(one.nbytes for one in held.values()) + tensor.nbytes > FILE_BYTES:
+            close()
+        held[name] = tensor.cpu().contiguous()
+        total += tensor.nbytes
+    close()
+    if len(files) == 1:
+        (folder / "part-0").rename(folder / "model.safetensors")
+        return
+    places: dict[str, str] = {}
+    for number, names in enumerate(files):
+        name = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        (folder / f"part-{number}").rename(folder / name)
+        places |= dict.fromkeys(names, name)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def _whatever_fails(work: Callable[[], Any]) -> None:

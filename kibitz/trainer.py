@@ -19,7 +19,6 @@ from kibitz import checkpoint, methods
 from kibitz.annotate import annotate
 from kibitz.batching import micro_batches, pack, signal_bytes
 from kibitz.config import Recipe
-from kibitz.distributed import copy_weights, reduce_gradients
 from kibitz.evaluate import grade
 from kibitz.graders import Grader
 from kibitz.guards import Alarm, Guards, rollout_metrics
@@ -27,6 +26,7 @@ from kibitz.memory import Gauge
 from kibitz.metrics import Ledger, highest
 from kibitz.optim import Optimizer, lr_factor
 from kibitz.prepare import Setup, prepare
+from kibitz.sharding import copy_weights, reduce_gradients
 from kibitz.trackers import Tracked
 from kibitz.types import Rollout, Scored, Stateful, Step, Writer, share_of_teacher
 
@@ -197,7 +197,7 @@ class Trainer:
         batches = micro_batches(scored, self.recipe.optim.tokens_per_micro_batch)
         for members, last in self.ranks.in_step([[scored[i] for i in indices] for indices in batches]):
             batch = pack(members, self.student.device)
-            reduce_gradients(self.learner, last)
+            reduce_gradients(self.learner, last or self.learner is self.student)
             total, values = self.method.loss(self.learner, batch)
             if total.requires_grad:
                 (total / max(1, counts[batch.objective])).backward()

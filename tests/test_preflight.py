@@ -11,7 +11,7 @@ from support import make_model, recipe, tokenizer
 from typer.testing import CliRunner
 from vllm_stub import Stub
 
-from kibitz import config, preflight
+from kibitz import config, methods, preflight
 from kibitz.cli import app
 from kibitz.config import LocalTeacherConfig, ModelConfig
 from kibitz.models import load_model, load_tokenizer
@@ -89,7 +89,7 @@ def test_the_cost_is_what_the_ledger_counts(small_models, tmp_path):
 
 def test_memory_that_does_not_fit_is_red_and_names_the_largest_part(small_models):
     shape = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32)
-    plan = budget.memory(loaded(small_models), shape, [shape], 20)
+    plan = budget.memory(loaded(small_models), budget.Models(shape, [shape]), 20)
     fits = budget.memory_finding(plan, 2 * plan.peak, "the device")
     tight = budget.memory_finding(plan, 1.05 * plan.peak, "the device")
     over = budget.memory_finding(plan, 0.99 * plan.peak, "the device")
@@ -103,13 +103,73 @@ def test_several_devices_share_moments_and_masters_and_nothing_else(small_models
     """As docs/machines.md has it; a teacher is shared only where the recipe shards it."""
     shape = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32)
     whole = 4.0 * shape.num_parameters
-    alone = budget.memory(loaded(small_models), shape, [shape], 20)
-    two = budget.memory(loaded(small_models), shape, [shape], 20, devices=2)
+    alone = budget.memory(loaded(small_models), budget.Models(shape, [shape]), 20)
+    two = budget.memory(loaded(small_models), budget.Models(shape, [shape]), 20, devices=2)
     assert sum(alone.held.values()) == whole * (1 + 1 + 2)
     assert sum(two.held.values()) == whole * (1 + 1 + 2 / 2 + 1 / 2)
     assert two.phases["training"]["gradients"] == alone.phases["training"]["gradients"] == whole
-    sharded = budget.memory(loaded(small_models, parallel={"shard_teacher": True}), shape, [shape], 20, devices=2)
-    assert sum(two.held.values()) - sum(sharded.held.values()) == whole / 2
+    sharded = budget.memory(
+        loaded(small_models, parallel={"shard_teacher": True}), budget.Models(shape, [shape]), 20, devices=2
+    )
+    assert sum(two.held.values()) - sum(sharded.held.values()) == (whole - 4 * shape.num_around) / 2
+
+
+def test_of_a_student_in_parts_a_device_holds_its_part_and_what_is_together(small_models):
+    """The whole appears nowhere; copies of the parts (HSDP) are shared by fewer."""
+    model = load_model(ModelConfig(model=str(small_models / "student")), "student", torch.device("cpu"))
+    shape = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32)
+    whole = 4.0 * model.num_parameters
+    layer = sum(p.nbytes for p in model.model.model.layers[0].parameters())
+    around = whole - len(model.model.model.layers) * layer
+    for parallel, shards in (({}, 8), ({"replicate": 2}, 4)):
+        asks = loaded(small_models, parallel={"whole_copy": False, **parallel})
+        plan = budget.memory(asks, budget.Models(shape), 20, devices=8)
+        assert sum(plan.held.values()) == whole * (1 + 2) / shards + around + 2 * layer
+        assert plan.phases["training"]["gradients"] == whole / shards + around + 2 * layer
+    rounded = budget.memory(
+        asks, budget.Models(shape_of(ModelConfig(model=str(small_models / "student")), torch.bfloat16)), 20, 8
+    )
+    assert sum(rounded.held.values()) == whole * (1 / 2 + 1 + 2) / 4 + (around + 2 * layer) / 2
+    assert budget.memory(loaded(small_models), budget.Models(shape), 20) == budget.memory(
+        asks, budget.Models(shape), 20
+    )
+
+
+def test_several_processes_write_their_shares_side_by_side(small_models):
+    shape = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32)
+    one, four = (budget.memory(loaded(small_models), budget.Models(shape), 20, devices) for devices in (1, 4))
+    assert one.phases["rollouts"]["keys and values"] == 4 * four.phases["rollouts"]["keys and values"]
+
+
+def test_a_judge_and_a_reference_take_the_memory_that_they_really_have(small_models):
+    """Both are models beside the student; a judge learns, too."""
+    shape = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32)
+    asks = loaded(small_models, method={"type": "gad", "source": "teacher", "reference_kl": 0.1})
+    setup = prepare(asks, overwrite=True)
+    judge = methods.build(setup.parts).method
+    while not hasattr(judge, "judge"):
+        judge = judge.method
+    parameters = judge.judge.optimizer.parameters
+    models = budget.Models(shape, [shape], reference=shape, judge=shape)
+    without, plan = budget.memory(asks, budget.Models(shape, [shape]), 20), budget.memory(asks, models, 20)
+    more = {name: size for name, size in plan.held.items() if name not in without.held}
+    assert more["reference weights"] == sum(p.nbytes for p in setup.parts.reference.models[0].model.parameters())
+    assert more["judge weights"] == sum(p.nbytes for p in judge.model.model.parameters())
+    width = setup.student.model.config.hidden_size
+    learnt = sum(p.nbytes for p in parameters) - 4 * width  # but for the number on top
+    assert more["judge's moments and masters"] == 2 * learnt
+    assert plan.phases["scoring"]["judge's gradients"] == learnt
+    assert len(more) == 3
+
+
+def test_the_check_counts_what_the_method_loads(small_models):
+    def held(**method):
+        asks = loaded(small_models, method=method)
+        (found,) = (f for f in preflight.check_files(asks, preflight.Options(teraflops=1.0)) if f.name == "memory")
+        return found.numbers["bytes"]["held"].keys()
+
+    assert {"judge weights", "reference weights"} <= held(type="gad", source="teacher", reference_kl=0.1)
+    assert not {"judge weights", "reference weights"} & held(type="opd")
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"]])
@@ -120,7 +180,7 @@ def test_an_adapter_is_as_large_as_the_one_that_is_trained(targets, small_models
     shape = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32)
     trained = prepare(asks, overwrite=True).student.num_trainable
     assert shape.lora_parameters(4, targets) == trained
-    assert budget.memory(asks, shape, [], 20).held["moments of the optimizer"] == 8 * trained
+    assert budget.memory(asks, budget.Models(shape), 20).held["moments of the optimizer"] == 8 * trained
 
 
 @pytest.mark.parametrize(
@@ -128,7 +188,7 @@ def test_an_adapter_is_as_large_as_the_one_that_is_trained(targets, small_models
 )
 def test_moments_take_what_the_optimizer_keeps(optim, size, small_models):
     shape = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32)
-    held = budget.memory(loaded(small_models, optim=optim), shape, [], 20).held
+    held = budget.memory(loaded(small_models, optim=optim), budget.Models(shape), 20).held
     assert held["moments of the optimizer"] == size * shape.num_parameters
 
 

@@ -285,6 +285,11 @@ class ParallelConfig(Section):
     replicate: int = Field(
         1, ge=1, description="Such copies (HSDP): above 1, whole weights travel inside a machine only."
     )
+    whole_copy: bool = Field(
+        True,
+        description="Each process holds, beside its part of the student, a whole one that writes and reads fast. false: none "
+        "ever does, for students larger than a device; every pass is then one of all processes.",
+    )
     shard_teacher: bool = Field(
         False,
         description="Split the layers of a teacher in this process as well: less memory, more communication. Off: each process "

@@ -9,7 +9,7 @@ from statistics import fmean
 
 import torch
 
-from kibitz.config import OptimConfig, Recipe
+from kibitz.config import OptimConfig, Recipe, StudentTeacherConfig
 from kibitz.models import CHUNK_NUMBERS, forward_flops, pick_dtype
 from kibitz.preflight.finding import Finding
 from kibitz.preflight.shapes import Shape
@@ -35,40 +35,111 @@ class Memory:
         return {"held": self.held, **self.phases}
 
 
-def memory(recipe: Recipe, student: Shape, teachers: Sequence[Shape], longest_prompt: int, devices: int = 1) -> Memory:
-    """One step's memory on one of `devices`. As docs/machines.md says, each process holds a whole copy of the student; the
-    teacher, whole if it is not sharded; its part of the float32 weights and moments; and gradients that are whole while
-    micro-batches add up."""
-    lora = recipe.student.lora
-    trained = student.num_parameters if lora is None else student.lora_parameters(lora.rank, lora.targets)
-    held = {"student weights": float(student.num_parameters * student.itemsize)}
-    if teachers:
-        shared_by = devices if recipe.parallel.shard_teacher else 1
-        held["teacher weights"] = sum(t.num_parameters * t.itemsize for t in teachers) / shared_by
-    held["moments of the optimizer"] = _bytes_of_moments(recipe.optim) * trained / devices
-    if student.itemsize < 4 or devices > 1:
-        held["float32 copy of what is trained"] = 4 * trained / devices
-    rollout, optim = recipe.rollout, recipe.optim
+@dataclass(frozen=True)
+class Models:
+    """Whose weights a run holds. Teachers of models of their own; the reference and the judge that some methods have."""
+
+    student: Shape
+    teachers: Sequence[Shape] = ()
+    reference: Shape | None = None
+    judge: Shape | None = None
+
+
+def memory(recipe: Recipe, models: Models, longest_prompt: int, devices: int = 1) -> Memory:
+    """One step's memory on one of `devices`, as docs/machines.md says what each process holds: a whole copy of the student
+    beside its part of float32 weights and moments, and gradients that are whole while micro-batches add up; or of all this
+    its part only, and of the whole no more than the layer that is computed, the next one, and what stands around them."""
+    student, optim, rollout = models.student, recipe.optim, recipe.rollout
+    responses = -(-rollout.prompts_per_step * rollout.samples_per_prompt // devices)
     length = longest_prompt + rollout.max_tokens
-    tokens = min(optim.tokens_per_micro_batch, rollout.prompts_per_step * rollout.samples_per_prompt * length)
+    tokens = min(optim.tokens_per_micro_batch, responses * length)
     chunk = optim.chunk_tokens or max(16, CHUNK_NUMBERS // student.rows)
     logits = LOSS_TENSORS * 4.0 * min(chunk, tokens) * student.rows
-    rows = min(rollout.max_rows, rollout.prompts_per_step * rollout.samples_per_prompt)
-    step_tokens = rollout.prompts_per_step * rollout.samples_per_prompt * rollout.max_tokens
-    width = sum(t.width * t.itemsize for t in teachers)
-    kept = {"teacher's hidden states": step_tokens * width / devices} if teachers else {}
     per_token = student.activation_bytes_per_token
     if optim.checkpointing:
         per_token = student.num_layers * student.width * student.itemsize + per_token / student.num_layers
+    rows = min(rollout.max_rows, responses)
+    two_layers = 2 * tokens * student.activation_bytes_per_token / student.num_layers
+    told = responses * rollout.max_tokens
+    kept = {"teacher's hidden states": float(told * sum(t.width * t.itemsize for t in models.teachers))}
+    if models.reference is not None and recipe.method.reference_kl:
+        kept["reference's hidden states"] = float(told * models.reference.width * models.reference.itemsize)
+    kept = {name: size for name, size in kept.items() if size}
+    gradients, together = _gradients(recipe, student, devices)
     phases = {
         "rollouts": {"keys and values": float(rows * length * student.cache_bytes_per_token)},
-        "scoring": {
-            "activations of two layers": 2 * tokens * student.activation_bytes_per_token / student.num_layers,
-            **kept,
-        },
-        "training": {"activations": tokens * per_token, "logits": logits, "gradients": 4.0 * trained, **kept},
+        "scoring": {"activations of two layers": two_layers, **kept, **_judging(models.judge, tokens)},
+        "training": {"activations": tokens * per_token, "logits": logits, "gradients": gradients, **kept},
     }
-    return Memory(held, phases)
+    return Memory(_held(recipe, models, devices) | together, phases)
+
+
+def _held(recipe: Recipe, models: Models, devices: int) -> dict[str, float]:
+    """Weights and what optimizers keep beside them."""
+    student, shards, parallel = models.student, _shards(recipe, devices), recipe.parallel
+    trained, itemsize = _trained(recipe, student), student.itemsize
+    in_parts = devices > 1 and not parallel.whole_copy
+    held = {"student weights": float(student.num_parameters * itemsize) / (shards if in_parts else 1)}
+    if models.teachers:
+        held["teacher weights"] = sum(_frozen(t, shards if parallel.shard_teacher else 1) for t in models.teachers)
+    if (own := _made_of_student(recipe, student)) > 0:
+        held["teacher made of the student"] = own
+    if models.reference is not None:
+        held["reference weights"] = _frozen(models.reference, shards if in_parts else 1)
+    if (judge := models.judge) is not None:
+        held["judge weights"] = float(judge.num_parameters * judge.itemsize)
+        held["judge's moments and masters"] = (8.0 + (4 if judge.itemsize < 4 else 0)) * judge.num_body
+    held["moments of the optimizer"] = _bytes_of_moments(recipe.optim) * trained / shards
+    if devices > 1 and not in_parts:
+        held["float32 copy that is trained"] = 4 * student.num_parameters / shards
+    elif itemsize < 4:
+        held["float32 copy of what is trained"] = 4 * trained / shards
+    return held
+
+
+def _frozen(shape: Shape, shards: float) -> float:
+    """Of a model that learns nothing, only the layers are divided."""
+    return shape.itemsize * ((shape.num_parameters - shape.num_around) / shards + shape.num_around)
+
+
+def _gradients(recipe: Recipe, student: Shape, devices: int) -> tuple[float, dict[str, float]]:
+    """Their bytes, and by name those of weights that are together while a layer is computed, of a student in parts."""
+    trained = _trained(recipe, student)
+    if devices == 1 or recipe.parallel.whole_copy:
+        return 4.0 * trained, {}
+    at_once = student.num_around + 2 * student.num_in_layer
+    share = trained / student.num_parameters
+    return 4.0 * trained / _shards(recipe, devices) + 4.0 * share * at_once, {
+        "layers that are together": float(at_once * student.itemsize)
+    }
+
+
+def _judging(judge: Shape | None, tokens: float) -> dict[str, float]:
+    """What a judge's step takes, on micro-batches as long as the student's."""
+    if judge is None:
+        return {}
+    return {
+        "judge's activations": tokens * judge.activation_bytes_per_token,
+        "judge's gradients": 4.0 * judge.num_body,
+    }
+
+
+def _shards(recipe: Recipe, devices: int) -> float:
+    """Over how many devices weights are divided; with copies of them (HSDP) over fewer than there are."""
+    return max(1, devices // recipe.parallel.replicate)
+
+
+def _trained(recipe: Recipe, student: Shape) -> int:
+    lora = recipe.student.lora
+    return student.num_parameters if lora is None else student.lora_parameters(lora.rank, lora.targets)
+
+
+def _made_of_student(recipe: Recipe, student: Shape) -> float:
+    """Its beginning is a second model, unless the base of an adapter is that; an average has a float32 one beside it."""
+    kinds = [section.student for section in recipe.teachers if isinstance(section, StudentTeacherConfig)]
+    start = student.num_parameters * student.itemsize if recipe.student.lora is None else 0
+    average = (student.itemsize + 4) * _trained(recipe, student)
+    return float(kinds.count("start") * start + kinds.count("ema") * average)
 
 
 def _bytes_of_moments(optim: OptimConfig) -> int:
@@ -98,10 +169,15 @@ def memory_finding(plan: Memory, room: float | None, what: str) -> Finding:
         "logits": "lower optim.chunk_tokens",
         "keys and values": "lower rollout.max_rows",
         "gradients": "train an adapter (student.lora), or divide the model over more devices",
+        "judge's activations": "lower optim.tokens_per_micro_batch",
+        "judge's gradients": "name a smaller method.discriminator.model",
     }
     remedy = remedies.get(largest, "lower rollout.prompts_per_step")
     if sum(plan.held.values()) > 0.9 * room:
-        remedy = "weights and moments alone do not fit: take a smaller model, an adapter, bfloat16, or more devices"
+        remedy = (
+            "weights and moments alone do not fit: take a smaller model, an adapter, bfloat16, or more devices, with "
+            "parallel.whole_copy=false if one cannot hold the student"
+        )
     light = "red" if plan.peak > room else "amber"
     return Finding("memory", light, f"{text}; the largest part is {largest}, {size / GIB:.3g} GiB: {remedy}", numbers)
 

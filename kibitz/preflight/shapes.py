@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kibitz import lora
 from kibitz.config import ModelConfig
+from kibitz.sharding import layers_of
 
 PROBED_TOKENS = 64
 
@@ -33,6 +34,22 @@ class Shape:
     @cached_property
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @cached_property
+    def num_body(self) -> int:
+        """Without the output head, where that has a matrix of its own."""
+        return sum(parameter.numel() for parameter in self.model.base_model.parameters())
+
+    @cached_property
+    def num_in_layer(self) -> int:
+        """Of the largest of the layers that are split over processes."""
+        layers = layers_of(self.model)
+        return max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0)
+
+    @cached_property
+    def num_around(self) -> int:
+        """What stands around these layers: embedding, head, norms."""
+        return self.num_parameters - sum(p.numel() for layer in layers_of(self.model) for p in layer.parameters())
 
     @property
     def num_layers(self) -> int:

@@ -32,12 +32,14 @@ from kibitz.types import Prompt
 
 @dataclass(frozen=True)
 class Pupil:
-    """Whom a teacher is for: some are made of the student, or must know its tokenizer."""
+    """Whom a teacher is for: some are made of the student, or must know its tokenizer. `load` is how a model of the teacher's
+    own is had."""
 
     tokenizer: Any
     template: Mapping[str, Any] = field(default_factory=dict)
     model: LanguageModel | None = None
     section: ModelConfig | None = None
+    load: Callable[[LocalTeacherConfig, str, torch.device], LanguageModel] = frozen.load_frozen
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def _check_local(config: LocalTeacherConfig, tokenizer: Any) -> Any:
 
 
 def _load_local(config: LocalTeacherConfig, device: torch.device, pupil: Pupil | None) -> Teacher:
-    teacher = local_teacher(frozen.load_frozen(config, "teacher", device))
+    load = frozen.load_frozen if pupil is None else pupil.load
+    teacher = local_teacher(load(config, "teacher", device))
     if config.tokenizer == "student":
         return teacher
     assert pupil is not None, "spans are of two tokenizers"
@@ -123,10 +126,15 @@ def check_all(recipe: Recipe, tokenizer: Any, prompts: Sequence[Prompt]) -> list
     return tokenizers
 
 
-def load_all(recipe: Recipe, tokenizers: Sequence[Any], student: LanguageModel) -> Teacher | None:
-    """The teacher of a run, if it has any. `tokenizers` are the teachers'."""
+def load_all(
+    recipe: Recipe,
+    tokenizers: Sequence[Any],
+    student: LanguageModel,
+    load_own: Callable[[LocalTeacherConfig, str, torch.device], LanguageModel] = frozen.load_frozen,
+) -> Teacher | None:
+    """The teacher of a run, if it has any. `tokenizers` are the teachers', `load_own` how a model of theirs is had."""
     members, configs, device = [], recipe.teachers, student.device
-    pupil = Pupil(student.tokenizer, recipe.data.template, student, recipe.student)
+    pupil = Pupil(student.tokenizer, recipe.data.template, student, recipe.student, load_own)
     for config, tokenizer in zip(configs, tokenizers, strict=True):
         teacher = load(config, device, pupil)
         members.append(teacher if config.context is None else in_context(teacher, config.context, tokenizer))

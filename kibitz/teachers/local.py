@@ -45,7 +45,7 @@ class LocalScorer:
         signals: dict[int, Signal] = {}
         waits = self._waits(rollouts)
         with self.model.there():
-            for indices in self.model.as_many(group(rollouts, self.ask.tokens_per_micro_batch)):
+            for indices in group(rollouts, self.ask.tokens_per_micro_batch):
                 members = [rollouts[i] for i in indices]
                 signal, start = self._score_together(members, waits), 0
                 for index, rollout in zip(indices, members, strict=True):
