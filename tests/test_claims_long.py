@@ -130,7 +130,7 @@ def test_an_arm_is_measured_on_its_own_length_by_the_share_and_trained_by_all_or
     monkeypatch.setattr("kibitz.experiments.study.evaluate_model", evaluate)
     study._evaluate("x", "dev", recipe, arm, 0)
     assert [(d.world, d.options, d.limit, d.split) for d in asked] == [
-        ("arithmetic-long-4", {"reward": "share"}, 384 // 4, "dev")
+        ("arithmetic-long-4", {"reward": "share"}, 256 // 4, "dev")
     ]
     study._evaluate("x", "dev", recipe, None, 0)
     assert [d.world for d in asked[1:]] == [f"arithmetic-long-{k}" for k in (1, 2, 4, 8)]

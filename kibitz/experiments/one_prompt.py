@@ -10,7 +10,7 @@ from kibitz.experiments.results import Estimate, NotRun, Results
 from kibitz.experiments.tables import table
 
 COUNTS = (1, 4, 16, 64, 0)  # of distinct prompts; 0: a new one each time
-SAMPLES = 256  # expressions that a step answers: as many short responses, or an eighth as many of eight each
+SAMPLES = 128  # expressions that a step answers: as many short responses, or an eighth as many of eight each
 STEPS = 20
 LENGTHS = {"short": 1, "long": 8}  # expressions in a prompt
 INVITING = "inviting"
@@ -169,7 +169,7 @@ EXPERIMENT = Experiment(
     },
     arms=tuple(_arms()),
     rates=(2.5e-4, 5e-4, 1e-3),
-    dev_problems=384,
+    dev_problems=256,
     test_problems=512,
     extensions=1,
     seeds=5,
