@@ -22,7 +22,7 @@ POINTS = 5  # of a curve
 METHODS = {"opd": "OPD", "grpo": "RL"}
 STEPS = {
     "opd": {1: {8: 50, 64: 25}, 2: {8: 50, 32: 30, 64: 25}, 4: {4: 60, 16: 35, 64: 25}, 8: {4: 60, 8: 50, 64: 25}},
-    "grpo": {1: {16: 120, 64: 60}, 2: {16: 120, 32: 90, 64: 60}, 4: {16: 120, 64: 75}, 8: {8: 120, 64: 90}},
+    "grpo": {1: {16: 120, 64: 60}, 2: {16: 120, 32: 90, 64: 60}, 4: {16: 120, 64: 75}, 8: {8: 120, 64: 110}},
 }
 """method -> length -> episodes of a step -> steps. By a probe on the dev split so many that the larger part of a run lies
 before the target, where it is reached at all."""
