@@ -37,7 +37,7 @@ def test_the_gap_of_a_rank_is_to_full_fine_tuning_of_the_same_stage(tmp_path, af
     assert lora.gap(results, "opd", 4)[0] == pytest.approx(0.90 - after_opd)
     found = lora.find(results)
     assert found.verdict == verdict
-    assert "10 to 10 times" in found.why
+    assert "LoRA is 10 times" in found.why
     assert f"| {100 * (0.80 - after_sft):.1f} ± " in found.tables[0]
 
 

@@ -66,9 +66,11 @@ STYLE = {
 
 
 def draw(panels: Sequence[Panel | Heat], width: float = 5.2, height: float = 3.8) -> str:
-    """The panels side by side."""
-    with figure_of(width * len(panels), height) as figure:
-        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    """The panels side by side; four of them in two rows."""
+    rows = 2 if len(panels) == 4 else 1
+    columns = len(panels) // rows
+    with figure_of(width * columns, height * rows) as figure:
+        for axes, panel in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=True):
             if isinstance(panel, Heat):
                 _draw_heat(axes, panel)
             else:

@@ -104,10 +104,15 @@ def _why(results: Results, gaps: dict[int, dict[str, Estimate]]) -> str:
         f"same. Behind full fine-tuning by more than the interval: after SFT {_listed(behind['sft'])}, after OPD "
         f"{_listed(behind['opd'])}. The gap is "
         + "; ".join(f"{words[narrows]} at {_listed(ranks)}" for narrows, ranks in change if ranks)
-        + f". The best rate of SFT by LoRA is {min(factors):g} to {max(factors):g} times that of full fine-tuning. "
+        + f". The best rate of SFT by LoRA is {_between(factors)} times that of full fine-tuning. "
         "What differs: the published gap is one of rank 32 on an 8B model and 400,000 prompts, with no interval given; here "
         "OPD puts a fresh adapter on the merged weights of SFT, so that the two together may have twice the rank."
     )
+
+
+def _between(factors: Sequence[float]) -> str:
+    low, high = (f"{end(factors, default=1.0):g}" for end in (min, max))
+    return low if low == high else f"{low} to {high}"
 
 
 def _listed(ranks: Sequence[int]) -> str:
@@ -115,20 +120,22 @@ def _listed(ranks: Sequence[int]) -> str:
 
 
 def _panels(results: Results, ranks: Sequence[int], gaps: dict[int, dict[str, Estimate]]) -> tuple[Panel, ...]:
-    ticks = {float(rank): str(rank) for rank in ranks}
+    ends = (ranks[0], ranks[-1]) if ranks else ()
+    lines = {words: [(rank, *results.accuracy(name(stage, rank))) for rank in ranks] for stage, words in STAGES.items()}
+    levels = {words: [(rank, results.accuracy(stage)[0], 0.0) for rank in ends] for stage, words in STAGES.items()}
     return (
         Panel(
             "LoRA's gap to full fine-tuning", "rank", "points behind",
-            [Line(words, [(rank, *gaps[rank][stage]) for rank in ranks]) for stage, words in STAGES.items()],
-            levels={f"published, {words}": PUBLISHED[stage] for stage, words in STAGES.items()},
-            log_x=True, ticks=ticks,
+            [*(Line(words, [(r, *(100 * x for x in gaps[r][stage])) for r in ranks]) for stage, words in STAGES.items()),
+             *(Line(f"published, {words}", [(32, 100 * PUBLISHED[stage], 0.0)], joined=False)
+               for stage, words in STAGES.items())],
+            log_x=True, percent=False, ticks={float(rank): str(rank) for rank in (*ranks, 32)},
         ),
         Panel(
             "accuracy", "rank", "accuracy",
-            [Line(words, [(rank, *results.accuracy(name(stage, rank))) for rank in ranks])
-             for stage, words in STAGES.items()],
-            levels={f"all weights, {words}": results.accuracy(stage)[0] for stage, words in STAGES.items()},
-            log_x=True, ticks=ticks,
+            [*(Line(words, points) for words, points in lines.items()),
+             *(Line(f"all weights, {words}", points, dashed=True) for words, points in levels.items())],
+            log_x=True, ticks={float(rank): str(rank) for rank in ranks},
         ),
     )  # fmt: skip
 

@@ -117,19 +117,23 @@ def _range(setting: Setting) -> str:
 
 def _why(found: Mapping[Setting, Mapping[float, Estimate]], judgements: Mapping[str, bool | None], ratio: float) -> str:
     spans = "; ".join(
-        f"{setting.words}: best at {max(values, key=lambda v: values[v][0]):g}, worst at "
-        f"{min(values, key=lambda v: values[v][0]):g}, {_spread(values):.1f} points between them"
+        f"{setting.words}, {_spread(values):.1f} points between the worst, {min(values, key=lambda v: values[v][0]):g}, and "
+        f"the best, {max(values, key=lambda v: values[v][0]):g}"
         for setting, values in found.items()
     )
     named = {
         judgement: [words for words, j in judgements.items() if j is judgement] for judgement in (True, False, None)
     }
-    said = {True: "told apart as published", False: "told apart the other way", None: "not told apart"}
+    said = {
+        True: "The published values are told apart above the others in",
+        False: "Others are told apart above them in",
+        None: "Neither is told apart in",
+    }
+    read = " ".join(f"{said[judgement]}: {'; '.join(names)}." for judgement, names in named.items() if names)
     return (
-        f"{spans}. OPD's best learning rate is {ratio:g} times that of SFT. "
-        + "; ".join(f"{said[judgement]}: {', '.join(names)}" for judgement, names in named.items() if names)
-        + f". Equal rollouts are {ROLLOUTS}, equal steps {SHORT}, a short budget; each value has its own best learning rate, "
-        "which takes away a part of what a bad batch size costs at a fixed one."
+        f"What each setting moves: {spans}. {read} OPD's best learning rate is {ratio:g} times that of SFT on right solutions. "
+        f"Equal rollouts are {ROLLOUTS}, equal steps {SHORT}: a short budget. Each value has its own best learning rate, which "
+        "takes away a part of what a bad one costs at a fixed rate: a setting that is not told apart is one that needs no care."
     )
 
 
@@ -143,7 +147,10 @@ def _panels(results: Results, found: Mapping[Setting, Mapping[float, Estimate]])
     heat, rollouts, steps, samples = (curves.get(setting.words, []) for setting in SETTINGS)
     sweeps = {words: results.sweeps[arm] for words, arm in (("OPD", BASE.name), ("SFT on right solutions", "sft"))}
     return (
-        Panel("temperature", "of the rollouts", "accuracy", [Line("", heat)]),
+        Panel(
+            "temperature of the rollouts", "temperature", "accuracy", [Line("", heat)],
+            ticks={v: f"{v:g}" for v, *_ in heat},
+        ),
         Panel(
             "prompts a step", "prompts", "accuracy",
             [Line(f"{ROLLOUTS} rollouts", rollouts), Line(f"{SHORT} steps", steps)],
@@ -156,7 +163,7 @@ def _panels(results: Results, found: Mapping[Setting, Mapping[float, Estimate]])
         Panel(
             "learning rate (dev split, one seed)", "rate", "accuracy",
             [Line(words, [(rate, score(run), 0.0) for rate, run in sweep.items()]) for words, sweep in sweeps.items()],
-            log_x=True,
+            log_x=True, ticks={rate: f"{rate:g}" for sweep in sweeps.values() for rate in sweep},
         ),
     )  # fmt: skip
 
@@ -190,9 +197,9 @@ EXPERIMENT = Experiment(
     quick_arms=(BASE.name, "temperature-0.5", "prompts-16", "steps-prompts-16", "samples-4", "sft"),
     claim=Claim(
         says="Rollouts at temperature 0.7 to 1.0, 64 to 256 prompts a step, 2 to 4 samples of each, and a learning rate a little "
-        "below that of SFT.",
-        source="[Thinking Machines 2025](https://thinkingmachines.ai/blog/on-policy-distillation/) and its cookbook; the ranges "
-        "are those of popular advice",
+        "below that of SFT (the cookbook: temperature 1, 4 samples, and half of SFT's rate for full fine-tuning).",
+        source="popular advice around [Thinking Machines 2025](https://thinkingmachines.ai/blog/on-policy-distillation/), and "
+        "[its cookbook](https://github.com/thinking-machines-lab/tinker-cookbook)",
         short="rollouts at 0.7–1.0, batch 64–256, 2–4 samples a prompt, a rate a little below SFT's",
     ),
     find=find,

@@ -207,10 +207,14 @@ def _listed(levels: list[str]) -> str:
 
 def _panels(results: Results, ends: Mapping[str, Mapping[str, Estimate]]) -> tuple[Panel, ...]:
     lines = [
-        Line(words, [(x, *found[method]) for x, found in enumerate(ends.values()) if method in found])
-        for method, words in METHODS.items()
+        Line(
+            words,
+            [(x + shift, *found[method]) for x, found in enumerate(ends.values()) if method in found],
+            joined=False,
+        )
+        for shift, (method, words) in zip((-0.15, -0.05, 0.05, 0.15), METHODS.items(), strict=True)
     ]
-    before = Line("before", [(x, level(results, start), 0.0) for x, start in enumerate(ends)], dashed=True)
+    before = Line("before", [(x, level(results, start), 0.0) for x, start in enumerate(ends)], joined=False)
     return (
         Panel(
             "where a start leads", "start", "accuracy at the end", [*lines, before],
