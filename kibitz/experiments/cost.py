@@ -97,15 +97,16 @@ def _was_run(results: Results, name: str) -> bool:
 
 def _why(results: Results, highest: float, found: Mapping[tuple[str, str], Ratio], sft: Mapping[str, Ratio]) -> str:
     best = {name: max(results.accuracy(arm) for arm in rungs(results, name)) for name in ("opd", "sft", "grpo")}
-    ways = zip(("with the student's FLOPs alone", "with OPD's teacher's reading too",
-                "with the writing of SFT's teacher too"), (STUDENT, GIVEN, ALL), strict=True)  # fmt: skip
-    told = ", ".join(f"{times(sft[way.name])} {words}{way.published('sft')}" for words, way in ways)
+    conditions = ("if the student's alone count", "if OPD's teacher counts too and SFT's text is given",
+                  "if the writing of that text is paid")  # fmt: skip
+    ways = zip((STUDENT, GIVEN, ALL), conditions, strict=True)
+    told = ", ".join(f"{times(sft[way.name])} {when}{way.published('sft')}" for way, when in ways)
     seconds, flops = found[SECONDS.name, "grpo"], found[ALL.name, "grpo"]
     return (
         f"The student begins at {percent(results.level('student'))}% and its teacher has "
         f"{percent(results.level('teacher'))}%. To reach {percent(highest)}%, the highest accuracy that every method reaches "
-        f"with some certainty, SFT on the teacher's text costs {told} what OPD costs. RL costs {times(seconds)} of OPD's CPU "
-        f"seconds{SECONDS.published('grpo')} and {times(flops)} of its FLOPs, those of OPD's teacher included, which RL does "
+        f"with some certainty, SFT on the teacher's text takes so many times OPD's FLOPs: {told}. RL takes {times(seconds)} its "
+        f"CPU seconds{SECONDS.published('grpo')} and {times(flops)} its FLOPs, those of its teacher included, whom RL does "
         f"not need. The best that each reached: OPD {percent(best['opd'])}%, SFT {percent(best['sft'])}%, RL "
         f"{percent(best['grpo'])}%. Here all text was drawn and all runs were trained to the end of their own decay; the "
         "published cost of SFT is an extrapolation, and that of RL another team's run, in GPU hours. A ratio belongs to its "
@@ -120,19 +121,15 @@ def _by_way(found: Mapping[tuple[str, str], Ratio], others: Sequence[str]) -> st
 
 
 def _by_target(results: Results, others: Sequence[str], targets: Sequence[float]) -> str:
-    head = ("accuracy, %", *(f"{LADDERS[name]}, {way.name}" for name in others for way in _shown(name)))
+    """FLOPs of OPD's teacher are counted in every column."""
+    columns = [(name, way) for name in others for way in ((GIVEN, ALL) if name == "sft" else (ALL,))]
+    names = {GIVEN.name: f"{LADDERS['sft']}, given", ALL.name: f"{LADDERS['sft']}, paid"}
+    head = ("times OPD's FLOPs, at accuracy, %", *(names[w.name] if n == "sft" else LADDERS[n] for n, w in columns))
     rows = [
-        (
-            percent(target),
-            *(times(ratio(results, name, "opd", way.count, target)) for name in others for way in _shown(name)),
-        )
+        (percent(target), *(times(ratio(results, name, "opd", way.count, target)) for name, way in columns))
         for target in targets
     ]
     return table(head, rows, left=1)
-
-
-def _shown(name: str) -> tuple[Way, ...]:
-    return (GIVEN, ALL) if name == "sft" else (ALL,)
 
 
 def _panel(results: Results, way: Way, others: Sequence[str], highest: float) -> Panel:

@@ -116,8 +116,9 @@ def _why(fitted: Sequence[float], slope: Estimate, factor: Estimate, checks: Seq
         f"A line through accuracy against the logarithm of the number of the teacher's texts, fitted on "
         f"{fitted[0]:,.0f} to {fitted[-1]:,.0f} sequences, rises by {_points(slope)} a doubling; by it "
         f"+{100 * PUBLISHED_GAIN:.0f} points cost {_data(factor)} (published about {PUBLISHED_FACTOR}x, "
-        f"extrapolated, not trained). {told} What the largest size reached takes {times(asked)} the largest fitted one by "
-        f"the line; it took {last.size / fitted[-1]:.0f}x. Each size is a run of its own with its own decay, batch and rate. "
+        f"extrapolated, not trained). {told} For what the largest size reached, the line asks for {_data(asked)} "
+        f"of the largest fitted one; it took {last.size / fitted[-1]:.0f}x. Each size is a run of its own with its own decay, "
+        "batch and rate. "
         "A line that goes on for ever cannot be right, because accuracy ends at the teacher's: "
         "extrapolate over one or two doublings, not ten."
     )
@@ -153,11 +154,12 @@ def _panel(results: Results, part: Mapping[float, Sequence[float]], checks: Sequ
     return Panel(
         "accuracy against data", "the teacher's texts", "accuracy",
         [
-            Line("trained", points(results, "sft", sequences), joined=False),
             Line("line through the smaller sizes", [(x, foretold(drawn, x), 0.0) for x in ends], dashed=True),
             Line("foretold", [(c.size, c.foretold[0], (c.foretold[2] - c.foretold[1]) / 2) for c in checks], joined=False),
+            Line("trained", points(results, "sft", sequences), joined=False),
         ],
         {"teacher": results.level("teacher")}, log_x=True,
+        ticks={size: f"{size:,.0f}" for size in (*part, *(c.size for c in checks))},
     )  # fmt: skip
 
 
