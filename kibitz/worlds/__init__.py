@@ -33,7 +33,7 @@ class World(Protocol):
         ...
 
     def rows(self, split: str, count: int, seed: int) -> list[dict]:
-        """Distinct problems. The splits train, dev and test share none."""
+        """Distinct problems; a world that has few of a kind may bring them again. Train, dev and test share none."""
         ...
 
     def demonstrations(self, split: str, count: int, seed: int, corrupted: float = 0.0) -> list[dict]:
