@@ -45,9 +45,9 @@ def find(results: Results) -> Finding:
         + (f"Of the mixes, {' and '.join(keeps)} kept its instructions, where none did in the publication. " if keeps else
            "No mix keeps the instructions, as published. ")
         + _of_rounds(results)
-        + "The checkpoint is chosen by questions about other facts than those of the test. Differences are within seeds, with the "
-        "interval over seeds. On the toy world the facts stand in 30 forms of document and are asked in a form of their own, and the "
-        "chat has the right answers; that of the publication was sampled from Qwen3-8B, the model itself."
+        + "The checkpoint is chosen by questions about other facts than those of the test. Differences are within seeds, with "
+        "the interval over seeds. On the toy world the facts stand in 30 forms of document and are asked in a form of their "
+        "own, and the chat has the right answers; that of the publication was sampled from Qwen3-8B, the model itself."
     )  # fmt: skip
     return Finding(
         verdict(gained, lost[learnt], back, facts),
