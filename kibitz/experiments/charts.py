@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kibitz.report.formats import level, safe_lines, visible
 from kibitz.report.terminal import STYLES as HEAT
@@ -43,7 +43,7 @@ class Panel:
     log_x: bool = False
     log_y: bool = False
     percent: bool = True
-    ticks: Mapping[float, str] = field(default_factory=dict)
+    ticks: Mapping[float, str] | Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def available() -> bool:
     return find_spec("matplotlib") is not None
 
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "kibitz", "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif",
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold",
     "axes.grid": True, "grid.color": "#e4e8ec", "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 8,

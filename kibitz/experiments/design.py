@@ -243,7 +243,7 @@ def with_models(tree: Mapping[str, Any], place: Callable[[str], str]) -> dict[st
 
     def put(section: Any) -> Any:
         if isinstance(section, Mapping):
-            return section | ({"model": place(section["model"])} if "model" in section else {})
+            return {**section, **({"model": place(section["model"])} if "model" in section else {})}
         return [put(one) for one in section] if isinstance(section, list) else section
 
     found = {name: put(section) if name in ("student", "teacher") else section for name, section in tree.items()}

@@ -88,7 +88,9 @@ def _looked_at(row: Record, known: Callable[[str, str], int | None] | None) -> R
 def token_at(tokens: Sequence[Record], character: int | None) -> int | None:
     """The token that a character of the text is in; the end of the text is the token after it, if one was written."""
     done = 0
-    for place, token in enumerate(tokens if character is not None else ()):
+    if character is None:
+        return None
+    for place, token in enumerate(tokens):
         special = token["text"].startswith("<") and token["text"].endswith(">") and len(token["text"]) > 1
         done += 0 if special else len(token["text"])
         if done > character or (special and done == character):
