@@ -121,6 +121,14 @@ def test_the_target_is_one_that_all_reach(tmp_path):
     assert "To reach 49.9%" in found.why and "not reached" not in found.ours
 
 
+def test_where_a_method_does_not_surpass_the_student_there_is_no_price(tmp_path):
+    found = cost.find(
+        runs(cost.EXPERIMENT, tmp_path, {"opd": climbing, "sft": dearer(9), "grpo": lambda rollouts: 0.2})
+    )
+    assert found.verdict == "not" and "by RL (GRPO); so there is no accuracy" in found.why
+    assert f"OPD, full vocabulary {100 * climbing(1280):.1f} ± " in found.ours
+
+
 # ------------------------------------------------------------------ SFT
 
 

@@ -63,6 +63,8 @@ def find(results: Results) -> Finding:
     shown = {name: LADDERS[name] for name in ("opd", *others)}
     highest = min(surely(results, name) for name in shown)
     lowest = max(cheapest(results, name) for name in others)
+    if highest <= results.level("student"):
+        return _nothing(results, shown)
     targets = [highest, *((highest + lowest) / 2, lowest) * (lowest < highest)]
     found = {(way.name, name): ratio(results, name, "opd", way.count, highest) for way in WAYS for name in others}
     sft = {way.name: found[way.name, "sft"] for way in (STUDENT, GIVEN, ALL)}
@@ -74,6 +76,22 @@ def find(results: Results) -> Finding:
         _why(results, highest, found, sft),
         (_by_way(found, others), _by_target(results, others, targets), spent(results, shown)),
         tuple(_panel(results, way, others, highest) for way in (ALL, ROLLOUTS, SECONDS)),
+    )
+
+
+def _nothing(results: Results, shown: Mapping[str, str]) -> Finding:
+    """Where some method surpasses the student with no certainty there is no accuracy to ask the price of."""
+    before = results.level("student")
+    best = {name: max(results.accuracy(arm) for arm in rungs(results, name)) for name in shown}
+    short = [LADDERS[name] for name in shown if surely(results, name) <= before]
+    reached = ", ".join(f"{LADDERS[name]} {percent(share)}%" for name, share in best.items())
+    return Finding(
+        "not",
+        f"from {percent(before)}%: {reached}",
+        f"The student begins at {percent(before)}%, and within these budgets that is not surpassed with any certainty by "
+        f"{', '.join(short)}; so there is no accuracy of which all have a price. The best that each reached: {reached}.",
+        (spent(results, shown),),
+        tuple(_panel(results, way, list(shown)[1:], before) for way in (ALL, ROLLOUTS, SECONDS)),
     )
 
 
@@ -133,11 +151,12 @@ def _by_target(results: Results, others: Sequence[str], targets: Sequence[float]
 
 
 def _panel(results: Results, way: Way, others: Sequence[str], highest: float) -> Panel:
+    before = results.level("student")
     lines = [Line(LADDERS[name], points(results, name, way.count)) for name in ("opd", *others)]
     if way is ALL:
         lines.append(Line("SFT, its text given", points(results, "sft", GIVEN.count), dashed=True))
     unit = {ALL.name: "GFLOP, teacher's included"}.get(way.name, way.name)
-    levels = {"teacher": results.level("teacher"), "all reach this": highest}
+    levels = {"teacher": results.level("teacher"), "all reach this" if highest > before else "the student": highest}
     return Panel(f"accuracy against {way.name.partition(',')[0]}", unit, "accuracy", lines, levels, log_x=True)
 
 
@@ -154,6 +173,11 @@ FEW: Mapping[str, Mapping[int, Sequence[int]]] = {
     "opd": {80: (8,), 320: (8,), 640: (8,)},
     "sft": {320: (8,), 640: (8,), 1920: (8,)},
     "grpo": {1600: (32,), 4800: (32,)},
+}
+FEW_LONGER: Mapping[str, Mapping[int, Sequence[int]]] = {
+    "opd": {320: (8,), 1280: (8,)},
+    "sft": {640: (8,), 2560: (8,)},
+    "grpo": {1600: (32,), 6400: (32,)},
 }
 
 
@@ -184,15 +208,17 @@ EXPERIMENT = Experiment(
 )
 
 
-def elsewhere(name: str, student: str, question: str) -> Experiment:
+def elsewhere(name: str, student: str, question: str, budgets: Mapping[str, Mapping[int, Sequence[int]]]) -> Experiment:
     """The same with fewer arms, for a student that is wrong for another reason."""
-    arms = tuple(arm for ladder_name, budgets in FEW.items() for arm in arms_of(ladder_name, budgets))
+    arms = tuple(arm for method, rungs_of in budgets.items() for arm in arms_of(method, rungs_of))
     return replace(
         EXPERIMENT, name=name, question=question, arms=arms, seeds=3,
         models={"student": f"arithmetic/{student}", "teacher": "arithmetic/teacher"},
-        quick_arms=("opd-80-b8", "sft-640-b8", "grpo-1600-b32"),
+        quick_arms=("opd-320-b8", "sft-640-b8", "grpo-1600-b32"),
     )  # fmt: skip
 
 
-SLIPS = elsewhere("cost-slips", "slips", "The same, of a student whose errors are random slips.")
-UNDERTRAINED = elsewhere("cost-undertrained", "undertrained", "The same, of a student that was trained too little.")
+SLIPS = elsewhere("cost-slips", "slips", "The same, of a student whose errors are random slips.", FEW)
+UNDERTRAINED = elsewhere(
+    "cost-undertrained", "undertrained", "The same, of a student that was trained too little.", FEW_LONGER
+)
