@@ -24,7 +24,8 @@ from kibitz.config import ParallelConfig
 from kibitz.engines import Engine
 from kibitz.types import Prompt, Rollout, Sampling, Scored
 
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 PATIENCE = timedelta(hours=1)
 """How long a process waits for the others: as long as the slowest save takes."""
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -32,9 +33,7 @@ def are_in(tensors: Iterable[Any]) -> bool:
 
 def write(tensors: dict[str, Tensor], folder: Path) -> None:
     """All processes at one time. What is not sharded is equal in all, and one of them writes it."""
-    _whatever_fails(
-        lambda: dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
-    )
+    _whatever_fails(lambda: save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True)))
 
 
 def read(path: Path, room: Callable[[str], Tensor]) -> dict[str, Tensor]:
@@ -45,7 +44,7 @@ def read(path: Path, room: Callable[[str], Tensor]) -> dict[str, Tensor]:
         tensors = {name: room(name) for name in sorted(reader.read_metadata().state_dict_metadata)}
         with warnings.catch_warnings():  # a single process is told that it is one
             warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-            _whatever_fails(lambda: dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized()))
+            _whatever_fails(lambda: load(tensors, storage_reader=reader, no_dist=not dist.is_initialized()))
         return tensors
     with safe_open(path, framework="pt") as file:
         tensors = {name: room(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
