@@ -169,20 +169,9 @@ def _why(results: Results, ends: Mapping[str, Mapping[str, Estimate]]) -> str:
         for start, found in ends.items()
         for m in [max(found, key=lambda method: found[method][0])]
     )
-    helps = {
-        method: [percent(level(results, s)) for s, found in ends.items() if above(found.get(method, (0, 0)), found[PLAIN])]
-        for method in METHODS if method != PLAIN
-    }  # fmt: skip
-    hurts = {
-        method: [percent(level(results, s)) for s, found in ends.items() if above(found[PLAIN], found.get(method, (1, 0)))]
-        for method in METHODS if method != PLAIN
-    }  # fmt: skip
-    told = ". ".join(
-        f"{METHODS[method]} is told apart above plain OPD at {_listed(helps[method])}, below it at {_listed(hurts[method])}"
-        for method in helps
-    )
+    told = " ".join(_against_plain(results, ends, method) for method in METHODS if method != PLAIN)
     return (
-        f"All have {STEPS} steps and the same number of rollouts, the warm-up's included. Plain OPD goes {plain}. {told}. The "
+        f"All have {STEPS} steps and the same number of rollouts, the warm-up's included. Plain OPD goes {plain}. {told} The "
         f"best at each start: {best}. {_elsewhere(results)}What differs from the published setting: toy "
         f"models, {STEPS} steps, and one of the starts made by a rate that is far too high."
     )
@@ -201,8 +190,17 @@ def _elsewhere(results: Results) -> str:
     return f"In the world navigation, from a start of {percent(walks.level('student'))} (`{NAVIGATION.name}`): {told}. "
 
 
-def _listed(levels: list[str]) -> str:
-    return f"the start{'s' if len(levels) > 1 else ''} of {', '.join(levels)}" if levels else "no start"
+def _against_plain(results: Results, ends: Mapping[str, Mapping[str, Estimate]], method: str) -> str:
+    both = {start: (found[method], found[PLAIN]) for start, found in ends.items() if method in found}
+    parts = [
+        f"{where} plain OPD from {', '.join(starts)}"
+        for where, starts in (
+            ("above", [percent(level(results, start)) for start, (this, plain) in both.items() if above(this, plain)]),
+            ("below", [percent(level(results, start)) for start, (this, plain) in both.items() if above(plain, this)]),
+        )
+        if starts
+    ]
+    return f"{METHODS[method]}: {' and '.join(parts) or 'not told apart from plain OPD anywhere'}."
 
 
 def _panels(results: Results, ends: Mapping[str, Mapping[str, Estimate]]) -> tuple[Panel, ...]:
