@@ -4,6 +4,7 @@ import hashlib
 import math
 import random
 from statistics import fmean
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -181,7 +182,8 @@ def probability(world: str, name: str, prompt: str, response: str) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    tok, model = get(world).tokenizer(), AutoModelForCausalLM.from_pretrained(get(world).checkpoint(name))
+    tok: Any = get(world).tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(get(world).checkpoint(name))
     messages = [{"role": "user", "content": prompt}]
     num_prompt = len(tok.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
     messages.append({"role": "assistant", "content": response})

@@ -18,9 +18,13 @@ LONG, ONE = get("episode-length"), get("one-prompt")
 def models(folder, names, student=0.6, teacher=1.0) -> None:
     """Both as they are, on every measure."""
     for role, share in (("student", student), ("teacher", teacher)):
-        rows = {
-            name: {"num_prompts": 100, "sampled": {"accuracy": share}, "greedy": {"accuracy": share}} for name in names
+        one = {
+            "num_prompts": 100,
+            "sampled": {"accuracy": share},
+            "greedy": {"accuracy": share},
+            "response_tokens": 20.0,
         }
+        rows = dict.fromkeys(names, one)
         first, *others = names
         test = rows[first] | {"measures": {name: rows[name] for name in others}}
         records.write(folder / f"{role}.json", {"settings": {}, "test": test})
@@ -64,6 +68,7 @@ def of_lengths(folder, rl: dict[int, float], noise: float = 1.0) -> Results:
 
 def test_costs_to_the_target_are_compared(tmp_path):
     found = episode_length._ratios(of_lengths(tmp_path, {1: 20, 8: 100}), 8)
+    assert found is not None
     assert found["steps"][0] == pytest.approx(10)
     assert found["episodes"][0] == pytest.approx(10 * 64 / 4)
     assert found["FLOPs"][0] == pytest.approx(10)
@@ -100,7 +105,9 @@ def test_equal_episodes_and_equal_tokens_are_looked_up_by_their_batches(tmp_path
     results = of_lengths(tmp_path, {1: 20, 8: 100})
     assert episode_length._pair(results, 8, 64) is None  # OPD was not run with 64
     put(tmp_path, learnt("opd", 8, 64, 25))
-    rl, opd = episode_length._pair(Results(LONG, tmp_path), 8, 64)
+    found = episode_length._pair(Results(LONG, tmp_path), 8, 64)
+    assert found is not None
+    rl, opd = found
     assert (rl["steps"], opd["steps"]) == (pytest.approx(100), pytest.approx(25))
     assert "| 8 | episodes | 64 | 100, 25 | 4.0x |" in episode_length._equal(Results(LONG, tmp_path))
     assert "8 | tokens" not in episode_length._equal(Results(LONG, tmp_path))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from kibitz.experiments.charts import Line, Panel
 from kibitz.experiments.design import Arm, Claim, Experiment
 from kibitz.experiments.evidence import Finding, percent
+from kibitz.experiments.records import Record, measure
 from kibitz.experiments.results import Estimate, NotRun, Results
 from kibitz.experiments.tables import table
 
@@ -62,14 +63,19 @@ def find(results: Results) -> Finding:
         f"Of the way from the student to the teacher, in {_steps(results, kinds[0])} steps of {_expressions(results, kinds[0])} "
         f"expressions, measured on problems that nobody was trained on: {told}. {' '.join(_begins(results, k) for k in kinds)} "
         "A step answers as many expressions whether the prompts are short or long, so a long prompt is eight problems at once. "
-        "Published is one mathematics prompt whose answers have thousands of tokens; here an answer has twenty to a hundred "
-        "and fifty, and shows the student few of the cases that it gets wrong."
+        f"Published is one mathematics prompt whose answers have thousands of tokens; here they have {_tokens(results, kinds)}, "
+        "and show the student few of the cases that it gets wrong."
     )
     ours = "; ".join(
         f"one {kind} prompt goes {_signed(one[kind])} of the way, ever new ones {_signed(everything[kind])}"
         for kind in kinds
     )
     return Finding(verdict, ours, why, (_table(results, kinds),), _panels(results, kinds))
+
+
+def _tokens(results: Results, kinds: list[str]) -> str:
+    student = results.model("student")
+    return " and ".join(f"{measure(student, kind)['response_tokens']:.0f}" for kind in kinds)
 
 
 def _way(results: Results, arm: str, kind: str) -> Estimate:
@@ -134,8 +140,8 @@ def _table(results: Results, kinds: list[str]) -> str:
     return table(("trained on", "distinct problems", "rate", "T=1, %", "greedy, %", "of the way"), rows)
 
 
-def _shares(model: dict, kind: str) -> tuple[str, str]:
-    row = model.get("measures", {}).get(kind, model)
+def _shares(model: Record, kind: str) -> tuple[str, str]:
+    row = measure(model, kind)
     return percent(row["sampled"]["accuracy"]), percent(row["greedy"]["accuracy"])
 
 
@@ -149,7 +155,7 @@ def _panels(results: Results, kinds: list[str]) -> tuple[Panel, ...]:
         by_problem.append(
             Line(f"{kind} prompts", [(count * LENGTHS[kind], *way) for count, way in ways.items() if count])
         )
-    ticks = {count or last: str(count or "all") for count in COUNTS}
+    ticks = {float(count or last): str(count or "all") for count in COUNTS}
     return (
         Panel("what it brings", "distinct prompts", "of the way to the teacher", lines, log_x=True, ticks=ticks),
         Panel("the same, by problems", "distinct problems", "of the way to the teacher", by_problem, log_x=True),
@@ -168,7 +174,7 @@ EXPERIMENT = Experiment(
         "steps": STEPS,
     },
     arms=tuple(_arms()),
-    rates=(2.5e-4, 5e-4, 1e-3),
+    rates=(5e-4, 1e-3, 2e-3),
     dev_problems=256,
     test_problems=512,
     extensions=1,
