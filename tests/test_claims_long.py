@@ -174,7 +174,7 @@ def test_one_prompt_must_bring_most_of_what_all_bring(tmp_path, one, verdict):
 def test_from_how_many_on(tmp_path):
     shares = {"short-1": 0.58, "short-4": 0.7, "short-16": 0.93, "short-64": 0.96, "short-all": 0.98}
     told = one_prompt._begins(of_counts(tmp_path, shares), "short")
-    assert "4 are the fewest that help beyond the interval, and 16 bring 75%" in told
+    assert "from 4 on they help beyond the interval, and 16 bring 75%" in told
 
 
 def test_a_step_answers_as_many_expressions_however_many_prompts_there_are():

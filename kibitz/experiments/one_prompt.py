@@ -63,8 +63,8 @@ def find(results: Results) -> Finding:
         f"Of the way from the student to the teacher, in {_steps(results, kinds[0])} steps of {_expressions(results, kinds[0])} "
         f"expressions, measured on problems that nobody was trained on: {told}. {' '.join(_begins(results, k) for k in kinds)} "
         "A step answers as many expressions whether the prompts are short or long, so a long prompt is eight problems at once. "
-        f"Published is one mathematics prompt whose answers have thousands of tokens; here they have {_tokens(results, kinds)}, "
-        "and show the student few of the cases that it gets wrong."
+        f"Published is one mathematics prompt whose answers have thousands of tokens; here they have {_tokens(results, kinds)} "
+        "tokens, and show the student few of the cases that it gets wrong."
     )
     ours = "; ".join(
         f"one {kind} prompt goes {_signed(one[kind])} of the way, ever new ones {_signed(everything[kind])}"
@@ -101,11 +101,16 @@ def _begins(results: Results, kind: str) -> str:
     limit = ENOUGH * ways[0][0]
     learns = [count for count, (mean, half) in ways.items() if count and mean > half]
     enough = [count for count, (mean, _) in ways.items() if count and mean >= limit > 0]
-    problems = f"{kind} prompts of {LENGTHS[kind]} expression{'' if LENGTHS[kind] == 1 else 's'}"
+    plural = "" if LENGTHS[kind] == 1 else "s"
+    helps = (
+        f"from {min(learns)} on they help beyond the interval"
+        if learns
+        else "no number tried helps beyond the interval"
+    )
+    most = f"{min(enough)} bring" if enough else "none brings"
     return (
-        f"Of {problems}, {min(learns) if learns else 'no number tried'} {'is' if learns and min(learns) == 1 else 'are'} the "
-        f"fewest that help beyond the interval, and {min(enough) if enough else 'no number tried'} bring {100 * ENOUGH:.0f}% of "
-        "what ever new ones bring."
+        f"Of {kind} prompts, of {LENGTHS[kind]} expression{plural} each, {helps}, and {most} {100 * ENOUGH:.0f}% of what ever new "
+        "ones bring."
     )
 
 
