@@ -109,8 +109,8 @@ def _begins(results: Results, kind: str) -> str:
     )
     most = f"{min(enough)} bring" if enough else "none brings"
     return (
-        f"Of {kind} prompts, of {LENGTHS[kind]} expression{plural} each, {helps}, and {most} {100 * ENOUGH:.0f}% of what ever new "
-        "ones bring."
+        f"Of {kind} prompts, of {LENGTHS[kind]} expression{plural} each, {helps}, and {most} {100 * ENOUGH:.0f}% of what ever "
+        "new ones bring."
     )
 
 
