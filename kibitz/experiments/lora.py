@@ -109,8 +109,8 @@ def _why(results: Results, gaps: dict[int, dict[str, Estimate]]) -> str:
         f"{_listed(behind['opd'])}. The gap is "
         + "; ".join(f"{words[narrows]} at {_listed(ranks)}" for narrows, ranks in change if ranks)
         + f". {'' if behind['sft'] else NO_GAP}The best rate of SFT by LoRA is {_between(factors)} times that of full "
-        "fine-tuning. What differs: the published gap is one of rank 32 on an 8B model and 400,000 prompts, with no interval given; here "
-        "OPD puts a fresh adapter on the merged weights of SFT, so that the two together may have twice the rank."
+        "fine-tuning. What differs: the published gap is one of rank 32 on an 8B model and 400,000 prompts, with no interval "
+        "given; here OPD puts a fresh adapter on the merged weights of SFT, so that the two together may have twice the rank."
     )
 
 
@@ -130,7 +130,8 @@ def _panels(results: Results, ranks: Sequence[int], gaps: dict[int, dict[str, Es
     return (
         Panel(
             "LoRA's gap to full fine-tuning", "rank", "points behind",
-            [*(Line(words, [(r, *(100 * x for x in gaps[r][stage])) for r in ranks]) for stage, words in STAGES.items()),
+            [*(Line(words, [(r, 100 * gaps[r][stage][0], 100 * gaps[r][stage][1]) for r in ranks])
+               for stage, words in STAGES.items()),
              *(Line(f"published, {words}", [(32, 100 * PUBLISHED[stage], 0.0)], joined=False)
                for stage, words in STAGES.items())],
             log_x=True, percent=False, ticks={float(rank): str(rank) for rank in (*ranks, 32)},

@@ -36,7 +36,7 @@ class Setting:
     """A setting, the arm of each of its values, and the values that are published as good."""
 
     words: str
-    arms: Mapping[float, str]
+    arms: Mapping[Any, str]
     good: tuple[float, float]
 
     def measured(self, results: Results) -> dict[float, Estimate]:
