@@ -110,8 +110,8 @@ class Optimizer:
 def _plain(parameters: list[Tensor], config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW or SGD."""
     if config.name == "sgd":
-        momentum = {"momentum": config.sgd_momentum, "weight_decay": config.weight_decay}
-        return torch.optim.SGD(parameters, lr=config.lr, fused=True, **momentum)
+        momentum, decay = config.sgd_momentum, config.weight_decay
+        return torch.optim.SGD(parameters, lr=config.lr, momentum=momentum, weight_decay=decay, fused=True)
     options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
     if config.name != "adamw_8bit":
         return torch.optim.AdamW(parameters, fused=True, **options)

@@ -193,7 +193,7 @@ class Trainer:
         for one in scored:
             counts[one.objective] += int((one.weight_T > 0).sum())
         counts = self.ranks.add({"tokens": counts})["tokens"]
-        sums: dict[str, Counter[str]] = defaultdict(Counter)
+        sums: dict[str, Any] = defaultdict(Counter)  # whose counts are of nats
         batches = micro_batches(scored, self.recipe.optim.tokens_per_micro_batch)
         for members, last in self.ranks.in_step([[scored[i] for i in indices] for indices in batches]):
             batch = pack(members, self.student.device)

@@ -233,10 +233,10 @@ def cat_signals(signals: list[Signal]) -> Signal:
         case Sampled():
             return Sampled(torch.cat([s.logp_T for s in signals]))
         case Spans():
-            return _cat_spans(signals)
+            return _cat_spans([s for s in signals if isinstance(s, Spans)])
 
 
-def _cat(tensors: Sequence[Tensor]) -> Tensor:
+def _cat(tensors: list[Tensor]) -> Tensor:
     """What was page-locked stays so: a GPU takes chunks of it while it computes."""
     shape, pinned = (sum(map(len, tensors)), *tensors[0].shape[1:]), tensors[0].is_pinned()
     return torch.cat(tensors, out=tensors[0].new_empty(shape, pin_memory=True) if pinned else None)

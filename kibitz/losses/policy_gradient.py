@@ -91,7 +91,7 @@ def to_come(reward_T: Tensor, weight_T: Tensor, gamma: float, mean: bool = True,
 
 def whitened(advantages: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
     """Less their mean, and over their deviation (its square + 1e-8), of all the learnable tokens of a step."""
-    learnt = torch.cat(advantages)[torch.cat(weights) > 0]
+    learnt = torch.cat(list(advantages))[torch.cat(list(weights)) > 0]
     if not len(learnt):
         return list(advantages)
     mean, scale = learnt.mean(), (learnt.var(correction=0) + 1e-8).rsqrt()

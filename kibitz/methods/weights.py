@@ -103,7 +103,9 @@ class Selection:
         return self._kept(tip_score(torch.cat(entropies), torch.cat(divergences), torch.cat(weights)), weights)
 
     def _kept(self, score_T: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-        return list(top_share(score_T, torch.cat(weights), self.share).split([len(weight_T) for weight_T in weights]))
+        return list(
+            top_share(score_T, torch.cat(list(weights)), self.share).split([len(weight_T) for weight_T in weights])
+        )
 
     @torch.no_grad()
     def _values(self, method: Method, scored: Sequence[Scored]) -> dict[str, list[Tensor]]:

@@ -12,7 +12,8 @@ class ServerError(ValueError):
 
 
 class Asked(Protocol):
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any: ...
 

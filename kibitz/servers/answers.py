@@ -10,7 +10,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy
 import torch
@@ -127,7 +127,7 @@ def _shape(value: Any) -> str:
     return f"{len(value)} of them" if isinstance(value, list) else "nothing" if value is None else type(value).__name__
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -137,9 +137,9 @@ class SpanScorer:
         if dense is not None:
             first_S = torch.tensor([min(span.teacher[0], theirs.num_tokens - 1) for span in spans], device=device)
             rest_S = torch.where(heard_S, teacher_S - signal.logp_T[first_S], 0.0)
-            shared = tuple(torch.tensor(ids, device=device) for ids in self.reader.aligner.shared_ids)
+            ours, its = (torch.tensor(ids, device=device) for ids in self.reader.aligner.shared_ids)
             made.first = FirstTokens(
-                Dense(_rows(dense.hidden_TD, first_S[place_T]), dense.head), rest_S[place_T], shared
+                Dense(_rows(dense.hidden_TD, first_S[place_T]), dense.head), rest_S[place_T], (ours, its)
             )
         return made
 
