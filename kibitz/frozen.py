@@ -52,7 +52,10 @@ def load_frozen(
         options = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": home}}
     model = load_weights(config, role, device, **options).eval()
     if config.quantize is not None and home.type == "cpu":
-        for tensor in [*model.parameters(), *model.buffers()]:  # what was not rounded is still a part of the mapped file
+        for tensor in [
+            *model.parameters(),
+            *model.buffers(),
+        ]:  # what was not rounded is still a part of the mapped file
             tensor.data = tensor.data if tensor.dtype == torch.int8 else tensor.data.clone()
     tokenizer = tokenizer or load_tokenizer(config, role)
     if config.offload is not None:

@@ -13,7 +13,7 @@ from vllm_stub import Stub
 
 from kibitz import config, methods, preflight
 from kibitz.cli import app
-from kibitz.config import LocalTeacherConfig, ModelConfig
+from kibitz.config import FrozenConfig, LocalTeacherConfig, ModelConfig
 from kibitz.models import load_model, load_tokenizer
 from kibitz.preflight import budget, measured, texts
 from kibitz.preflight.finding import Finding, worst
@@ -170,6 +170,40 @@ def test_the_check_counts_what_the_method_loads(small_models):
 
     assert {"judge weights", "reference weights"} <= held(type="gad", source="teacher", reference_kl=0.1)
     assert not {"judge weights", "reference weights"} & held(type="opd")
+
+
+@pytest.mark.parametrize(
+    ("options", "held", "visits"),
+    [
+        ({}, 1.0, 0.0),
+        ({"quantize": "int8"}, 0.25, 0.0),
+        ({"offload": "body"}, 0.0, 1.0),
+        ({"offload": "layers"}, 0.0, 0.5),
+    ],
+)
+def test_a_teacher_that_is_kept_small_is_planned_small(options, held, visits, small_models):
+    """Shares of the bytes of its two layers: what is there all the time, and what comes while it scores."""
+    student = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32)
+    shape = shape_of(FrozenConfig(model=str(small_models / "teacher"), **options), torch.float32)
+    layers = 4.0 * sum(p.numel() for p in shape.model.model.layers.parameters())
+    plan = budget.memory(loaded(small_models), budget.Models(student, [shape]), 20)
+    assert plan.held["teacher weights"] == 4 * shape.num_parameters - layers + held * layers
+    assert plan.phases["scoring"].get("weights that come to be read with", 0.0) == visits * layers
+    assert "weights that come to be read with" not in plan.phases["training"]
+
+
+def test_an_adapter_is_its_own_reference_without_weights(small_models):
+    tree = recipe(
+        small_models / "student", small_models / "teacher", SILENT, method={"type": "opd", "reference_kl": 0.1}
+    )
+    shape = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32)
+    models = budget.Models(shape, [shape], reference=shape)
+    assert "reference weights" in budget.memory(config.load(tree, []), models, 20).held
+    tree["student"]["lora"] = {"rank": 4}
+    plan = budget.memory(config.load(tree, []), models, 20)
+    assert "reference weights" not in plan.held and "reference's hidden states" in plan.phases["training"]
+    waiting = budget.memory(config.load(tree, ["optim.hidden_states=cpu"]), models, 20)
+    assert not {"reference's hidden states", "teacher's hidden states"} & waiting.phases["training"].keys()
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"]])

@@ -64,11 +64,13 @@ def memory(recipe: Recipe, models: Models, longest_prompt: int, devices: int = 1
     kept = {"teacher's hidden states": float(told * sum(t.width * t.itemsize for t in models.teachers))}
     if models.reference is not None and recipe.method.reference_kl:
         kept["reference's hidden states"] = float(told * models.reference.width * models.reference.itemsize)
-    kept = {name: size for name, size in kept.items() if size}
+    kept = {name: size for name, size in kept.items() if size and optim.hidden_states != "cpu"}
+    read = [shape for shape in (*models.teachers, models.reference) if shape is not None]
+    visits = {"weights that come to be read with": size} if (size := max((s.visits for s in read), default=0.0)) else {}
     gradients, together = _gradients(recipe, student, devices)
     phases = {
         "rollouts": {"keys and values": float(rows * length * student.cache_bytes_per_token)},
-        "scoring": {"activations of two layers": two_layers, **kept, **_judging(models.judge, tokens)},
+        "scoring": {"activations of two layers": two_layers, **visits, **kept, **_judging(models.judge, tokens)},
         "training": {"activations": tokens * per_token, "logits": logits, "gradients": gradients, **kept},
     }
     return Memory(_held(recipe, models, devices) | together, phases)
@@ -84,7 +86,7 @@ def _held(recipe: Recipe, models: Models, devices: int) -> dict[str, float]:
         held["teacher weights"] = sum(_frozen(t, shards if parallel.shard_teacher else 1) for t in models.teachers)
     if (own := _made_of_student(recipe, student)) > 0:
         held["teacher made of the student"] = own
-    if models.reference is not None:
+    if models.reference is not None and (recipe.method.reference is not None or recipe.student.lora is None):
         held["reference weights"] = _frozen(models.reference, shards if in_parts else 1)
     if (judge := models.judge) is not None:
         held["judge weights"] = float(judge.num_parameters * judge.itemsize)
@@ -98,8 +100,9 @@ def _held(recipe: Recipe, models: Models, devices: int) -> dict[str, float]:
 
 
 def _frozen(shape: Shape, shards: float) -> float:
-    """Of a model that learns nothing, only the layers are divided."""
-    return shape.itemsize * ((shape.num_parameters - shape.num_around) / shards + shape.num_around)
+    """Of a model that learns nothing, only the layers are divided. Those that come for a visit are not held."""
+    layers = 0.0 if shape.visits else shape.bytes_in_layers
+    return layers / shards + shape.itemsize * shape.num_around
 
 
 def _gradients(recipe: Recipe, student: Shape, devices: int) -> tuple[float, dict[str, float]]:

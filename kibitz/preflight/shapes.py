@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kibitz import lora
-from kibitz.config import ModelConfig
+from kibitz.config import FrozenConfig, ModelConfig
 from kibitz.sharding import layers_of
 
 PROBED_TOKENS = 64
@@ -23,9 +23,10 @@ PROBED_TOKENS = 64
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's sizes. `model` has no weights."""
+    """A model's sizes. `model` has no weights; `section` says what keeps those of a model small that is only read."""
 
     model: Any
+    section: ModelConfig | None = None
 
     @property
     def config(self) -> Any:
@@ -50,6 +51,20 @@ class Shape:
     def num_around(self) -> int:
         """What stands around these layers: embedding, head, norms."""
         return self.num_parameters - sum(p.numel() for layer in layers_of(self.model) for p in layer.parameters())
+
+    @property
+    def bytes_in_layers(self) -> float:
+        """Of the weights of its layers, which may have 8 bits; norms are too few to count."""
+        rounded = isinstance(self.section, FrozenConfig) and self.section.quantize == "int8"
+        return float((1 if rounded else self.itemsize) * (self.num_parameters - self.num_around))
+
+    @property
+    def visits(self) -> float:
+        """Bytes that come to the device while it is read with, and are not there otherwise."""
+        how = self.section.offload if isinstance(self.section, FrozenConfig) else None
+        if how == "layers":
+            return self.bytes_in_layers * self.num_in_layer / max(1, self.num_parameters - self.num_around)
+        return self.bytes_in_layers if how == "body" else 0.0
 
     @property
     def num_layers(self) -> int:
@@ -115,7 +130,7 @@ def shape_of(config: ModelConfig, dtype: torch.dtype) -> Shape:
             model = AutoModelForCausalLM.from_config(
                 architecture, dtype=dtype, trust_remote_code=config.trust_remote_code
             )
-        shape = Shape(model.train(False))
+        shape = Shape(model.train(False), config)
         _ = shape.activation_bytes_per_token
     except Exception as error:  # whatever an architecture makes of a device without numbers
         reason = " ".join(str(error).split())[:200]
