@@ -31,10 +31,10 @@ def models(folder, **shares: float) -> None:
     ids=["13 to 6", "13 to 12.95", "the gap grows", "no gap"],
 )
 def test_the_gap_of_a_rank_is_to_full_fine_tuning_of_the_same_stage(tmp_path, after_sft, after_opd, verdict):
-    shares = {"sft": 0.80, "opd": 0.90, "sft-r4": after_sft, "opd-r4": after_opd}
-    results = accuracies(lora.EXPERIMENT, tmp_path, shares, {"sft-r4": 1e-2})
-    assert lora.gap(results, "sft", 4)[0] == pytest.approx(0.80 - after_sft)
-    assert lora.gap(results, "opd", 4)[0] == pytest.approx(0.90 - after_opd)
+    shares = {"sft": 0.80, "opd": 0.90, "sft-r1": after_sft, "opd-r1": after_opd}
+    results = accuracies(lora.EXPERIMENT, tmp_path, shares, {"sft-r1": 1e-2})
+    assert lora.gap(results, "sft", ("student", 1))[0] == pytest.approx(0.80 - after_sft)
+    assert lora.gap(results, "opd", ("student", 1))[0] == pytest.approx(0.90 - after_opd)
     found = lora.find(results)
     assert found.verdict == verdict
     assert "LoRA is 10 times" in found.why
@@ -43,7 +43,7 @@ def test_the_gap_of_a_rank_is_to_full_fine_tuning_of_the_same_stage(tmp_path, af
 
 def test_without_full_fine_tuning_there_is_no_gap(tmp_path):
     with pytest.raises(NotRun, match="sft"):
-        lora.find(accuracies(lora.EXPERIMENT, tmp_path, {"sft-r4": 0.5, "opd-r4": 0.5}))
+        lora.find(accuracies(lora.EXPERIMENT, tmp_path, {"sft-r1": 0.5, "opd-r1": 0.5}))
 
 
 # ------------------------------------------------------------------ weak starts

@@ -7,10 +7,12 @@ from typing import Any
 from kibitz.experiments.charts import Line, Panel
 from kibitz.experiments.design import Arm, Claim, Experiment
 from kibitz.experiments.evidence import Finding, Verdict, percent
-from kibitz.experiments.results import Estimate, Results
+from kibitz.experiments.results import Estimate, NotRun, Results
 from kibitz.experiments.tables import table
 
 RANKS = (1, 2, 4, 8, 16)
+STARTS = {"undertrained": RANKS, "student": (1,)}
+"""The model that learns, and the ranks it is tried with: one that lacks abilities, and one with a wrong rule to unlearn."""
 STAGES = {"sft": "after SFT", "opd": "after OPD on top"}
 PUBLISHED = {"sft": 0.13, "opd": 0.06}
 NO_GAP = (
@@ -20,27 +22,34 @@ NO_GAP = (
 FULL_RATES, LORA_RATES = (5e-4, 1e-3, 2e-3), (5e-3, 1e-2, 2e-2)
 
 
-def name(stage: str, rank: int | None) -> str:
-    return stage if rank is None else f"{stage}-r{rank}"
+Place = tuple[str, int]
+"""A start and a rank."""
 
 
-def _arm(stage: str, rank: int | None) -> Arm:
+def name(stage: str, start: str, rank: int | None) -> str:
+    stem = stage if start == "student" else f"{stage}-{start}"
+    return stem if rank is None else f"{stem}-r{rank}"
+
+
+def _arm(stage: str, start: str, rank: int | None) -> Arm:
     student: dict[str, Any] = {} if rank is None else {"lora": {"rank": rank}}
-    who = "all weights" if rank is None else f"adapters of rank {rank}"
+    who = f"{start}, " + ("all weights" if rank is None else f"adapters of rank {rank}")
     rates = FULL_RATES if rank is None else LORA_RATES
     if stage == "sft":
-        changes = {"method": {"type": "sft"}, "steps": 80, "student": student}
-        return Arm(name(stage, rank), f"{who}: right solutions from the data", changes, rates)
-    changes = {"method": {"type": "opd"}, "steps": 24, "student": student | {"model": f"arm:{name('sft', rank)}"}}
-    return Arm(name(stage, rank), f"{who}: reverse KL, from where its SFT ended", changes, rates)
+        changes = {"method": {"type": "sft"}, "steps": 80, "student": student | {"model": start}}
+        return Arm(name(stage, start, rank), f"{who}: right solutions from the data", changes, rates)
+    origin = f"arm:{name('sft', start, rank)}"
+    changes = {"method": {"type": "opd"}, "steps": 24, "student": student | {"model": origin}}
+    return Arm(name(stage, start, rank), f"{who}: reverse KL, from where its SFT ended", changes, rates)
 
 
-ARMS = tuple(_arm(stage, rank) for rank in (None, *RANKS) for stage in STAGES)
+ARMS = tuple(_arm(stage, start, rank) for start, ranks in STARTS.items() for rank in (None, *ranks) for stage in STAGES)
 
 
-def gap(results: Results, stage: str, rank: int) -> Estimate:
+def gap(results: Results, stage: str, place: Place) -> Estimate:
     """By how much full fine-tuning is better. The two met the same problems: the interval is on the safe side."""
-    whole, low = (results.accuracy(name(stage, r)) for r in (None, rank))
+    start, rank = place
+    whole, low = (results.accuracy(name(stage, start, r)) for r in (None, rank))
     return whole[0] - low[0], math.hypot(whole[1], low[1])
 
 
@@ -52,7 +61,7 @@ def _narrows(gaps: dict[str, Estimate]) -> bool | None:
     return after < before
 
 
-def verdict(gaps: dict[int, dict[str, Estimate]]) -> Verdict:
+def verdict(gaps: dict[Place, dict[str, Estimate]]) -> Verdict:
     """Reproduced: at some rank there is a gap after SFT and a smaller one after OPD, told apart, and at no rank the opposite.
     Partly: the gap becomes smaller at most of the ranks that have one after SFT, not told apart."""
     told = {rank: _narrows(found) for rank, found in gaps.items()}
@@ -64,50 +73,60 @@ def verdict(gaps: dict[int, dict[str, Estimate]]) -> Verdict:
 
 
 def find(results: Results) -> Finding:
-    """The gap at each rank, after each stage."""
-    ranks = [rank for rank in RANKS if results.has(*(name(stage, rank) for stage in STAGES))]
-    levels = {stage: results.accuracy(name(stage, None)) for stage in STAGES}  # NotRun if they are missing
-    gaps = {rank: {stage: gap(results, stage, rank) for stage in STAGES} for rank in ranks}
+    """The gap at each rank, after each stage, of each start."""
+    starts = {
+        start: [rank for rank in ranks if results.has(*(name(stage, start, rank) for stage in STAGES))]
+        for start, ranks in STARTS.items()
+        if results.has(*(name(stage, start, None) for stage in STAGES))
+    }
+    places = [(start, rank) for start, ranks in starts.items() for rank in ranks]
+    if not places:
+        raise NotRun(name("sft", next(iter(STARTS)), RANKS[0]))
+    gaps = {place: {stage: gap(results, stage, place) for stage in STAGES} for place in places}
     rows = [
-        (f"rank {rank}", *(cell for stage in STAGES for cell in _cells(results, stage, rank, gaps[rank][stage])))
-        for rank in ranks
+        (
+            start,
+            "all weights" if rank is None else f"rank {rank}",
+            *_cells(results, start, rank, gaps.get((start, rank))),
+        )
+        for start, ranks in starts.items()
+        for rank in (*ranks, None)
     ]
-    whole = ("all weights", *(c for stage in STAGES for c in (percent(levels[stage]), "–", f"{results.rate(stage):g}")))
-    published = ("published, rank 32", *(c for stage in STAGES for c in ("–", f"{100 * PUBLISHED[stage]:.0f}", "–")))
-    head = ("", *(c for stage in STAGES.values() for c in (f"{stage}, %", "gap, points", "rate")))
+    published = ("published", "rank 32", *(c for stage in STAGES for c in ("–", f"{100 * PUBLISHED[stage]:.0f}", "–")))
+    head = ("start", "", *(c for stage in STAGES.values() for c in (f"{stage}, %", "gap, points", "rate")))
     return Finding(
         verdict(gaps),
-        "; ".join(f"rank {r}: {_points(gaps[r]['sft'])} → {_points(gaps[r]['opd'])} points" for r in _ends(ranks)),
+        "; ".join(
+            f"{start}, rank {rank}: {100 * found['sft'][0]:.1f} → {100 * found['opd'][0]:.1f} points"
+            for (start, rank), found in gaps.items()
+            if rank in (starts[start][0], starts[start][-1])
+        ),
         _why(results, gaps),
-        (table(head, (*rows, whole, published)),),
-        _panels(results, ranks, gaps),
+        (table(head, (*rows, published)),),
+        tuple(_panel(results, start, gaps, ranks) for start, ranks in starts.items() if ranks),
     )
 
 
-def _cells(results: Results, stage: str, rank: int, found: Estimate) -> tuple[str, str, str]:
-    arm = name(stage, rank)
-    return percent(results.accuracy(arm)), percent(found), f"{results.rate(arm):g}"
+def _cells(results: Results, start: str, rank: int | None, found: dict[str, Estimate] | None) -> list[str]:
+    return [
+        cell
+        for stage in STAGES
+        for arm in [name(stage, start, rank)]
+        for cell in (percent(results.accuracy(arm)), percent(found[stage]) if found else "–", f"{results.rate(arm):g}")
+    ]
 
 
-def _points(found: Estimate) -> str:
-    return f"{100 * found[0]:.1f}"
-
-
-def _ends(ranks: Sequence[int]) -> Sequence[int]:
-    return list(dict.fromkeys((ranks[0], ranks[len(ranks) // 2], ranks[-1]))) if ranks else []
-
-
-def _why(results: Results, gaps: dict[int, dict[str, Estimate]]) -> str:
-    told = {rank: _narrows(found) for rank, found in gaps.items()}
-    behind = {stage: [r for r, found in gaps.items() if found[stage][0] > found[stage][1]] for stage in STAGES}
-    change = [(narrows, [rank for rank, t in told.items() if t is narrows]) for narrows in (True, False, None)]
+def _why(results: Results, gaps: dict[Place, dict[str, Estimate]]) -> str:
+    told = {place: _narrows(found) for place, found in gaps.items()}
+    behind = {stage: [place for place, found in gaps.items() if found[stage][0] > found[stage][1]] for stage in STAGES}
+    change = [(narrows, [place for place, t in told.items() if t is narrows]) for narrows in (True, False, None)]
     words = {True: "smaller after OPD than after SFT", False: "larger after OPD than after SFT", None: "not told apart"}
-    factors = [results.rate(name("sft", rank)) / results.rate("sft") for rank in gaps]
+    factors = [results.rate(name("sft", *place)) / results.rate(name("sft", place[0], None)) for place in gaps]
     return (
-        f"Each rank learns twice, like the published run: SFT on right solutions, then OPD from there; all weights do the "
-        f"same. Behind full fine-tuning by more than the interval: after SFT {_listed(behind['sft'])}, after OPD "
+        "Each rank learns twice, like the published run: SFT on right solutions, then OPD from there; all weights do the same. "
+        f"Behind full fine-tuning by more than the interval: after SFT {_listed(behind['sft'])}; after OPD "
         f"{_listed(behind['opd'])}. The gap is "
-        + "; ".join(f"{words[narrows]} at {_listed(ranks)}" for narrows, ranks in change if ranks)
+        + "; ".join(f"{words[narrows]} at {_listed(places)}" for narrows, places in change if places)
         + f". {'' if behind['sft'] else NO_GAP}The best rate of SFT by LoRA is {_between(factors)} times that of full "
         "fine-tuning. What differs: the published gap is one of rank 32 on an 8B model and 400,000 prompts, with no interval "
         "given; here OPD puts a fresh adapter on the merged weights of SFT, so that the two together may have twice the rank."
@@ -115,33 +134,29 @@ def _why(results: Results, gaps: dict[int, dict[str, Estimate]]) -> str:
 
 
 def _between(factors: Sequence[float]) -> str:
-    low, high = (f"{end(factors, default=1.0):g}" for end in (min, max))
+    low, high = (f"{end(factors):g}" for end in (min, max))
     return low if low == high else f"{low} to {high}"
 
 
-def _listed(ranks: Sequence[int]) -> str:
-    return f"rank {', '.join(map(str, ranks))}" if ranks else "no rank"
+def _listed(places: Sequence[Place]) -> str:
+    ranks: dict[str, list[str]] = {}
+    for start, rank in places:
+        ranks.setdefault(start, []).append(str(rank))
+    return ", ".join(f"{start} rank {', '.join(found)}" for start, found in ranks.items()) or "none"
 
 
-def _panels(results: Results, ranks: Sequence[int], gaps: dict[int, dict[str, Estimate]]) -> tuple[Panel, ...]:
-    ends = (ranks[0], ranks[-1]) if ranks else ()
-    lines = {words: [(rank, *results.accuracy(name(stage, rank))) for rank in ranks] for stage, words in STAGES.items()}
-    levels = {words: [(rank, results.accuracy(stage)[0], 0.0) for rank in ends] for stage, words in STAGES.items()}
-    return (
-        Panel(
-            "LoRA's gap to full fine-tuning", "rank", "points behind",
-            [*(Line(words, [(r, 100 * gaps[r][stage][0], 100 * gaps[r][stage][1]) for r in ranks])
-               for stage, words in STAGES.items()),
-             *(Line(f"published, {words}", [(32, 100 * PUBLISHED[stage], 0.0)], joined=False)
-               for stage, words in STAGES.items())],
-            log_x=True, percent=False, ticks={float(rank): str(rank) for rank in (*ranks, 32)},
-        ),
-        Panel(
-            "accuracy", "rank", "accuracy",
-            [*(Line(words, points) for words, points in lines.items()),
-             *(Line(f"all weights, {words}", points, dashed=True) for words, points in levels.items())],
-            log_x=True, ticks={float(rank): str(rank) for rank in ranks},
-        ),
+def _panel(results: Results, start: str, gaps: dict[Place, dict[str, Estimate]], ranks: Sequence[int]) -> Panel:
+    lines = [
+        Line(words, [(r, 100 * gaps[start, r][stage][0], 100 * gaps[start, r][stage][1]) for r in ranks])
+        for stage, words in STAGES.items()
+    ]
+    published = [
+        Line(f"published, {words}", [(32, 100 * PUBLISHED[stage], 0.0)], joined=False)
+        for stage, words in STAGES.items()
+    ]
+    return Panel(
+        f"LoRA's gap to full fine-tuning: {start}", "rank", "points behind", [*lines, *published],
+        log_x=True, percent=False, ticks={float(rank): str(rank) for rank in (*ranks, 32)},
     )  # fmt: skip
 
 
@@ -160,7 +175,12 @@ EXPERIMENT = Experiment(
     dev_problems=512,
     extensions=1,
     seeds=5,
-    quick_arms=("sft", "opd", "sft-r4", "opd-r4"),
+    models={
+        "student": "arithmetic/student",
+        "teacher": "arithmetic/teacher",
+        "undertrained": "arithmetic/undertrained",
+    },
+    quick_arms=("sft-undertrained", "opd-undertrained", "sft-undertrained-r4", "opd-undertrained-r4"),
     claim=Claim(
         says="LoRA of rank 32 stays 13 points behind full fine-tuning after SFT, and 6 points after on-policy distillation.",
         source="[Thinking Machines 2025](https://thinkingmachines.ai/blog/on-policy-distillation/)",
