@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 from kibitz.data import load_prompts
-from kibitz.experiments import Subject
+from kibitz.experiments import Subject, pages
 from kibitz.teachers.context import Rendering, check_context
 from kibitz.worlds import arithmetic
 
@@ -63,6 +63,13 @@ def test_the_solution_is_in_the_teachers_prompt_and_not_in_the_students():
         assert "=" not in tokenizer.decode(prompt.ids)
         assert tokenizer.decode(render(prompt).ids) == f"<bos>{prompt.text}={prompt.response}<assistant>"
         assert arithmetic.first_wrong_step(prompt.text, prompt.response) is None
+
+
+def test_the_page_says_what_the_files_say():
+    asked, root = module("privileged").EXPERIMENT, FOLDER.parent
+    page = (root / "docs" / "teachers.md").read_text(encoding="utf-8")
+    assert f"<!-- results: {asked.name} -->" in page
+    assert pages.render(page, {asked.name: asked}, root / "results") == page, "write it again, as the page says"
 
 
 def test_the_table_of_experts_is_the_mean_of_its_files():
