@@ -11,6 +11,7 @@ import pytest
 from test_experiments import METHODS, put, record
 
 from kibitz.experiments import kl_direction, statistics
+from kibitz.experiments.charts import Line, Panel, draw
 from kibitz.experiments.design import Arm, Experiment, Subject, with_models
 from kibitz.experiments.evidence import overview, times
 from kibitz.experiments.results import NotRun, Results, gflop, sequences
@@ -64,6 +65,14 @@ def test_how_ratios_are_written():
     assert times((6.123, 4.0, 9.25)) == "6.1x (4.0–9.2)"
     assert times((3.0, 2.0, math.inf)) == "3.0x (2.0–∞)"
     assert times((math.inf, 5.0, math.inf)) == "over 5.0x, not reached"
+
+
+def test_a_chart_of_nothing_that_has_a_logarithm_is_drawn_all_the_same():
+    for points in ([], [(0.0, 0.5, 0.1)]):
+        text = draw([Panel("t", "x", "y", [Line("a", points)], log_x=True, log_y=not points)])
+        assert (
+            "</svg>" in text and draw([Panel("t", "x", "y", [Line("a", points)], log_x=True, log_y=not points)]) == text
+        )
 
 
 # ------------------------------------------------------------------ designs

@@ -22,17 +22,18 @@ can_measure = pytest.mark.skipif(not MARK.exists(), reason="this system keeps no
 
 @can_measure
 def test_each_phase_has_its_own_peak():
-    """What was freed before the end counts, and does not count for the phase after it."""
+    """What was freed before the end counts, and does not count for the phase after it. Blocks above 32 MiB are pages of
+    their own; smaller ones malloc may take from what it has, and nothing grows."""
     ledger = Ledger(watch=Gauge(torch.device("cpu")))
     with ledger.timed("scoring"):
-        torch.ones(100 * MIB, dtype=torch.uint8)
+        torch.ones(120 * MIB, dtype=torch.uint8)
     with ledger.timed("training"):
-        torch.ones(30 * MIB, dtype=torch.uint8)
+        torch.ones(50 * MIB, dtype=torch.uint8)
     with ledger.watched("evaluation"):
         pass
     peaks = ledger.total["peak_bytes"]
     assert peaks["scoring"] - peaks["training"] == pytest.approx(70 * MIB, abs=15 * MIB)
-    assert peaks["training"] - peaks["evaluation"] == pytest.approx(30 * MIB, abs=15 * MIB)
+    assert peaks["training"] - peaks["evaluation"] == pytest.approx(50 * MIB, abs=15 * MIB)
     assert "evaluation" not in ledger.close_step()["peak_bytes"]
 
 

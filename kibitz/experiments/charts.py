@@ -110,9 +110,10 @@ def _draw(axes, panel: Panel) -> None:
         axes.axhline(scale * height, color="#59636e", linewidth=1, linestyle=(0, (4, 3)))
         place = {"x": 1.0, "y": scale * height, "s": name, "transform": axes.get_yaxis_transform()}
         axes.text(**place, ha="right", va="bottom", color="#59636e", fontsize=8)
-    if panel.log_x:
+    # Of runs too short to say anything there may be nothing that has a logarithm.
+    if panel.log_x and any(point[0] > 0 for line in panel.lines for point in line.points):
         axes.set_xscale("log")
-    if panel.log_y:
+    if panel.log_y and any(point[1] > 0 for line in panel.lines for point in line.points):
         axes.set_yscale("log")
     if panel.ticks:
         axes.margins(x=0.15)
