@@ -64,6 +64,7 @@ def test_a_line_and_its_bootstrap():
 def test_how_ratios_are_written():
     assert times((6.123, 4.0, 9.25)) == "6.1x (4.0–9.2)"
     assert times((3.0, 2.0, math.inf)) == "3.0x (2.0–∞)"
+    assert times((0.0, 0.0, 15.0)) == "reached by the other only"
     assert times((math.inf, 5.0, math.inf)) == "over 5.0x, not reached"
 
 

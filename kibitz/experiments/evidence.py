@@ -86,8 +86,10 @@ def percent(share: tuple[float, float] | float) -> str:
 
 
 def times(ratio: Sequence[float]) -> str:
-    """`6.1x (4.0–9.2)`: a ratio and its interval; an end that is not reached is written as such."""
+    """`6.1x (4.0–9.2)`: a ratio and its interval; an end that is not reached, or that only the other reaches, says so."""
     middle, low, high = ratio
+    if middle == 0:
+        return "reached by the other only"
     if middle == float("inf"):
         return f"over {low:.1f}x, not reached" if low != float("inf") else "not reached"
     top = "∞" if high == float("inf") else f"{high:.1f}"
