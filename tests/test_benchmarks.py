@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 from kibitz.data import load_prompts
-from kibitz.experiments import Subject, pages
+from kibitz.experiments import Experiment, Subject, pages
 from kibitz.teachers.context import Rendering, check_context
 from kibitz.worlds import arithmetic
 
@@ -19,6 +19,11 @@ def module(name: str) -> ModuleType:
     found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
     return found
+
+
+def experiment_of(name: str) -> Experiment:
+    found = module(name)
+    return found.experiment(Path("texts.jsonl")) if name == "cross_tokenizer" else found.EXPERIMENT
 
 
 def test_the_bpe_reads_back_every_problem_and_solution_in_longer_tokens():
@@ -44,8 +49,7 @@ def test_a_lesson_shows_what_is_to_be_written_or_nothing():
 
 @pytest.mark.parametrize("name", ["cross_tokenizer", "privileged"])
 def test_every_arm_is_a_recipe(name):
-    found = module(name)
-    asked = found.experiment(Path("texts.jsonl")) if name == "cross_tokenizer" else found.EXPERIMENT
+    asked = experiment_of(name)
     subject = Subject.of(asked)
     recipes = [subject.recipe(asked, arm, asked.rates[0], 0) for arm in asked.arms]
     assert len(recipes) == len({arm.name for arm in asked.arms})
@@ -65,9 +69,10 @@ def test_the_solution_is_in_the_teachers_prompt_and_not_in_the_students():
         assert arithmetic.first_wrong_step(prompt.text, prompt.response) is None
 
 
-def test_the_page_says_what_the_files_say():
-    asked, root = module("privileged").EXPERIMENT, FOLDER.parent
-    page = (root / "docs" / "teachers.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("name", "file"), [("cross_tokenizer", "tokenizers.md"), ("privileged", "teachers.md")])
+def test_the_page_says_what_the_files_say(name, file):
+    asked, root = experiment_of(name), FOLDER.parent
+    page = (root / "docs" / file).read_text(encoding="utf-8")
     assert f"<!-- results: {asked.name} -->" in page
     assert pages.render(page, {asked.name: asked}, root / "results") == page, "write it again, as the page says"
 
