@@ -408,10 +408,9 @@ def test_two_hosts_give_the_run_of_one_process(hosts, models, tmp_path):
         line += [str(WORKER), str(tmp_path / "jobs.json")]
         options = {"env": os.environ | {"GLOO_SOCKET_IFNAME": "wire"}, "stderr": subprocess.PIPE, "text": True}
         running.append(subprocess.Popen(line, stdout=subprocess.PIPE, **options))
-    for process in running:
-        out, said = process.communicate(timeout=300)
-        assert process.returncode == 0, said[-4000:]
-        assert "done" in out
+    answers = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], "\n".join(said[-4000:] for _, said in answers)
+    assert all("done" in out for out, _ in answers)
     train(_job(models, tmp_path, "opd"))
     assert_same_run(tmp_path / "together" / "opd", tmp_path / "opd")
 

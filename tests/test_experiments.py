@@ -174,6 +174,8 @@ def test_a_file_is_cut_into_splits_that_share_no_prompt(tmp_path):
     assert sorted(row["answer"] for part in parts.values() for row in part) == list(range(300))
     prompts = [{row["prompt"] for row in part} for part in parts.values()]
     assert not (prompts[0] & prompts[1] or prompts[0] & prompts[2] or prompts[1] & prompts[2])
+    with pytest.raises(ValueError, match="there is no file .*q.jsonl to take prompts from"):
+        cut(tmp_path / "q.jsonl", tmp_path / "cut")
     source.write_text('{"prompt": "1"}\n[]\n', encoding="utf-8")
     with pytest.raises(ValueError, match="line 2 is no JSON object"):
         cut(source, tmp_path / "cut")
@@ -272,21 +274,15 @@ def test_on_the_command_line_with_prompts_of_ones_own(monkeypatch, tmp_path, sub
     rows = [{"prompt": f"{i % 10}+{i // 10}", "answer": str(i)} for i in range(60)]
     Path("p.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     words = ["reproduce", "methods", "--quick", "--only", "opd", "--prompts", "p.jsonl", "--output", "out", "--json"]
-    models = [
-        "--student",
-        subject.models["student"],
-        "--teacher",
-        subject.models["teacher"],
-        "rollout.max_tokens=6",
-        "optim.lr=5e-5",
-    ]
+    named = ["--model", f"student={subject.models['student']}", "--teacher", subject.models["teacher"]]
+    models = [*named, "rollout.max_tokens=6", "optim.lr=5e-5"]
     answer = CliRunner().invoke(app, [*words, *models])
     assert answer.exit_code == 0, answer.output
     (row,) = json.loads(answer.stdout)["rows"]
     assert row["arm"] == "opd" and row["rate"] == 5e-5
-    assert str(tmp_path) not in (tmp_path / "out" / "methods" / "opd-5e-05-0.json").read_text().replace(
-        subject.models["student"], ""
-    )
+    record = (tmp_path / "out" / "methods" / "opd-5e-05-0.json").read_text()
+    assert json.loads(record)["settings"]["student"] == subject.models["student"]
+    assert str(tmp_path) not in record.replace(subject.models["student"], "")
     assert "`opd`" in Path("out/methods/table.md").read_text(encoding="utf-8")
 
 

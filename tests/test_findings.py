@@ -126,6 +126,8 @@ def test_models_are_named_by_role_by_arm_and_by_folder():
     }
     with pytest.raises(ValueError, match="no source of prompts 'wied'"):
         Subject.of(CHAIN, files={"wied": "a.jsonl"})
+    with pytest.raises(ValueError, match="also takes prompts from prompts: give them files too"):
+        Subject.of(CHAIN, files={"wide": "b.jsonl"})
 
 
 # ------------------------------------------------------------------ studies

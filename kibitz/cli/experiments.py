@@ -48,12 +48,12 @@ def reproduce(
     if name == "all" and only:
         raise ValueError("--only chooses arms of one experiment: name it instead of all")
     chosen = list(experiments.EXPERIMENTS.values()) if name == "all" else [experiments.get(name)]
-    models = _pairs(model) | {"student": student, "teacher": teacher}
+    models = _pairs(model) | {role: where for role, where in (("student", student), ("teacher", teacher)) if where}
     files = _pairs(prompts)
     results = output or Path("runs/quick" if quick else "results")
     rows = {}
     for experiment in chosen:
-        here = {role: where for role, where in models.items() if role in experiment.roles or (where and name != "all")}
+        here = {role: where for role, where in models.items() if role in experiment.roles or name != "all"}
         rows[experiment.name] = _one(out, experiment, here, files, settings, seeds, quick, only, results)
     if name != "all":
         (found,) = rows.values()

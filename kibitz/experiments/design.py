@@ -180,6 +180,11 @@ class Subject:
         for role, shipped in experiment.roles.items():
             kin = "teacher" if role.startswith("teacher") else "student"
             found[role] = named.get(role) or named.get(kin) or shipped
+        if files and "" not in files and (bare := [name for name in experiment.sources if name not in files]):
+            raise ValueError(
+                f"{experiment.name} also takes prompts from {', '.join(bare)}: give them files too, or one file without a "
+                "name for all the others"
+            )
         sources = {name: files.get(name) or files[""] for name in experiment.sources} if files else {}
         return Subject(found, experiment.world, sources, tuple(overrides))
 
@@ -255,6 +260,8 @@ def with_models(tree: Mapping[str, Any], place: Callable[[str], str]) -> dict[st
 def cut(source: Path, folder: Path) -> None:
     """`train.jsonl`, `dev.jsonl` and `test.jsonl` of 80, 10 and 10% of a JSONL file. A row goes by a hash of its
     prompt, so no two splits share one."""
+    if not source.is_file():
+        raise ValueError(f"there is no file {source} to take prompts from: name one of JSON lines")
     parts: dict[str, list[str]] = {split: [] for split in SPLITS}
     for number, line in enumerate(source.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
