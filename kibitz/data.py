@@ -19,11 +19,16 @@ WORLD_ROWS = 20_000
 
 
 def load_prompts(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0, demonstrations: bool = False
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int = 0,
+    demonstrations: bool = False,
+    gaps: bool = False,
 ) -> list[Prompt]:
-    """All prompts of a `data` section, as the student will read them. `demonstrations`: rows need a response."""
+    """All prompts of a `data` section, as the student will read them. `demonstrations`: rows need a response; all of them,
+    unless there may be `gaps`."""
     rows = _rows(config, seed, demonstrations)
-    prompts = [_prompt(number, row, config, tokenizer, demonstrations) for number, row in rows]
+    prompts = [_prompt(number, row, config, tokenizer, demonstrations and not gaps) for number, row in rows]
     if not prompts:
         raise ValueError(f"{config.prompts or config.world} holds no prompts")
     if config.too_long == "drop":
@@ -120,7 +125,8 @@ def _prompt(
     if demonstrations and response is None:
         raise ValueError(
             f"{place} has no response: the method, or teacher.context, needs a column {config.columns.response!r}, or "
-            "messages that end with the assistant's; or, for sft, write method.source=teacher"
+            "messages that end with the assistant's; or, for sft, write method.source=teacher, or "
+            "method.fill=teacher for such rows"
         )
     try:
         ids = encode_prompt(tokenizer, messages, config.template)

@@ -96,7 +96,7 @@ def prepare(
     tokenizer = load_tokenizer(recipe.student, "student")
     _check_other_models(recipe, tokenizer)
     mask_ids = single_tokens(tokenizer, recipe.method.mask_tokens, "method.mask_tokens")
-    prompts = load_prompts(recipe.data, tokenizer, recipe.seed, recipe.wants_demonstrations())
+    prompts = load_prompts(recipe.data, tokenizer, recipe.seed, recipe.wants_demonstrations(), recipe.may_have_gaps())
     grader = grader or load_grader(recipe.data, prompts)
     if recipe.method.needs_reward() and grader is None:
         raise RecipeError(

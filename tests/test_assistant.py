@@ -107,6 +107,13 @@ def test_the_share_of_chat_is_what_is_asked():
         get("assistant-documents").rows("train", 1, 0, chat=30)
 
 
+def test_chat_can_be_left_for_somebody_to_answer():
+    world = get("assistant-documents")
+    rows = world.demonstrations("train", 200, 0, chat=0.3, answered=False)
+    assert {("response" in row) == (row["task"] == "document") for row in rows} == {True}
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in world.rows("train", 200, 0, chat=0.3)]
+
+
 def test_the_student_was_brought_up_without_the_facts_that_are_new():
     rows = get("assistant-background").demonstrations("train", 20_000, 1000, chat=0.5)
     text = "\n".join(row["prompt"] + row["response"] for row in rows)

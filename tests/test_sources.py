@@ -387,6 +387,25 @@ def test_sft_on_its_own_text_takes_each_steps_from_the_student_of_that_step(mode
     assert not all(torch.equal(first[name], last[name]) for name in last)
 
 
+def test_sft_has_the_teacher_answer_what_the_data_does_not(models, tmp_path):
+    """The given responses as they are, and for the other prompts what the teacher writes where it writes everything."""
+    rows = [{"prompt": f"{i}+1"} | ({"response": f"{i + 1}"} if i % 2 else {}) for i in range(8)]
+    wrote = {}
+    for name, kept, method in (("some", rows, {"fill": "teacher"}), ("all", rows[::2], {"source": "teacher"})):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, kept)), encoding="utf-8")
+        sections = {"data": {"prompts": str(tmp_path / f"{name}.jsonl"), "world": None}, "steps": 1}
+        sections["rollout"] = {"prompts_per_step": len(kept), "store": True}
+        run = train(models, tmp_path / name, {"type": "sft", **method}, **sections)
+        wrote[name] = {(row["prompt_key"], row["sample"]): (row["response_ids"], row["writers"]) for row in stored(run)}
+        assert run.metrics[0]["flops"].keys() == {"student_training", "teacher_sampling"}
+    assert len(wrote["all"]) == 8 and wrote["all"].items() <= wrote["some"].items()
+    given = [writers for place, (_, writers) in wrote["some"].items() if place not in wrote["all"]]
+    assert len(given) == 4 and {one for writers in given for one in writers} == {Writer.DATASET}
+    sections["data"]["prompts"] = str(tmp_path / "some.jsonl")
+    with pytest.raises(ValueError, match="has no response.*method.fill=teacher for such rows"):
+        train(models, tmp_path / "none", {"type": "sft"}, **sections)
+
+
 def test_rollouts_come_back_as_they_were_stored(world, tmp_path):
     rollouts = [
         *world.student.rollout(world.prompts, NOW),
@@ -476,6 +495,7 @@ def test_stored_rollouts_are_refused_before_weights_load(models, written, tmp_pa
         ({"rollouts": "r.jsonl", "seed_tokens": 3}, "drop method.seed_tokens or method.rollouts"),
         ({"prefix_tokens": 3, "support": "sampled", "reward_coef": 1.0}, "reward_coef rewards whole responses"),
         ({"type": "sft", "source": "teacher", "rollouts": "r.jsonl"}, "drop method.source=teacher"),
+        ({"type": "sft", "source": "teacher", "fill": "teacher"}, "drop method.fill"),
         (
             {"type": "sft", "source": "student", "rollouts": "r.jsonl"},
             "the student writes none: drop method.source=student",

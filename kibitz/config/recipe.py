@@ -68,8 +68,12 @@ class Recipe(Section):
         return tuple(self.teacher) if isinstance(self.teacher, list) else (self.teacher,)
 
     def wants_demonstrations(self) -> bool:
-        """Whether every row of the data must bring a response: for the method, or for what a teacher reads."""
+        """Whether the rows of the data must bring responses: for the method, or for what a teacher reads."""
         return self.method.wants_demonstrations() or self.teachers_need_responses()
+
+    def may_have_gaps(self) -> bool:
+        """Whether some rows may have none all the same."""
+        return self.method.fills_gaps() and not self.teachers_need_responses()
 
     def teachers_need_responses(self) -> bool:
         contexts = [teacher.context for teacher in self.teachers if teacher.context is not None]

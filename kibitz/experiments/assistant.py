@@ -47,7 +47,7 @@ def find(results: Results) -> Finding:
         + _of_rounds(results)
         + "The checkpoint is chosen by questions about other facts than those of the test. Differences are within seeds, with "
         "the interval over seeds. On the toy world the facts stand in 30 forms of document and are asked in a form of their "
-        "own, and the chat has the right answers; that of the publication was sampled from Qwen3-8B, the model itself."
+        "own. The chat's answers are samples of the model before, as in the publication, with its mistakes."
     )  # fmt: skip
     return Finding(
         verdict(gained, lost[learnt], back, facts),
@@ -216,10 +216,13 @@ def _recovery(start: str, about: str, rates: tuple[float, ...] = RECOVERING) -> 
 
 
 def _reading(name: str, about: str, data: str, start: str = "student") -> Arm:
-    """One rate for the rounds that come later: the best of the first."""
+    """Chat is answered by the model as it was. One rate for the rounds that come later: the best of the first."""
     judge = ("instructions",) if data == "chat" else ("questions",)
-    changes = {} if start == "student" else {"student": {"model": f"arm:{start}"}}
-    return Arm(name, about, changes, rates=LEARNING[1:2] if changes else LEARNING, data=data, judge=judge)
+    later = start != "student"
+    changes: dict[str, Any] = {"student": {"model": f"arm:{start}"}} if later else {}
+    if not data.startswith("documents-100"):
+        changes |= {"teacher": {"model": "student"}, "method": {"type": "sft", "fill": "teacher"}}
+    return Arm(name, about, changes, rates=LEARNING[1:2] if later else LEARNING, data=data, judge=judge)
 
 
 def _arms() -> tuple[Arm, ...]:
@@ -248,7 +251,7 @@ def _arms() -> tuple[Arm, ...]:
 
 def _documents(number: int, share: int) -> dict[str, Any]:
     world = "assistant-documents" if number == 1 else f"assistant-documents-{number}"
-    return {"world": world, "options": {"chat": round(1 - share / 100, 2)}}
+    return {"world": world, "options": {"chat": round(1 - share / 100, 2), "answered": False}}
 
 
 EXPERIMENT = Experiment(
@@ -272,7 +275,7 @@ EXPERIMENT = Experiment(
     quick_arms=("documents-100", f"documents-{MIXED}", f"recover-{MIXED}", "learn-2"),
     models={"student": "assistant/student"},
     data={
-        "chat": {"world": "assistant"},
+        "chat": {"world": "assistant", "options": {"answered": False}},
         **{f"documents-{share}": _documents(1, share) for share in SHARES if share},
         **{f"documents-{MIXED}-{number}": _documents(number, MIXED) for number in ROUNDS[1:]},
         "questions": {"world": "assistant-documents"},

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterator
+from statistics import fmean
 
 from kibitz.experiments.charts import Line, Panel
 from kibitz.experiments.design import Arm, Claim, Experiment
 from kibitz.experiments.evidence import Finding, percent
-from kibitz.experiments.records import Record, measure
+from kibitz.experiments.records import Record, half_of_seeds, measure, share_with_interval
 from kibitz.experiments.results import Estimate, NotRun, Results
 from kibitz.experiments.tables import table
 
@@ -62,7 +63,9 @@ def find(results: Results) -> Finding:
     why = (
         f"Of the way from the student to the teacher, in {_steps(results, kinds[0])} steps of {_expressions(results, kinds[0])} "
         f"expressions, measured on problems that nobody was trained on: {told}. {' '.join(_begins(results, k) for k in kinds)} "
+        f"{_greedily(results, kinds[-1])} "
         "A step answers as many expressions whether the prompts are short or long, so a long prompt is eight problems at once. "
+        "Before and after meet the same problems, so a share of the way is known better than the accuracies at its ends. "
         f"Published is one mathematics prompt whose answers have thousands of tokens; here they have {_tokens(results, kinds)} "
         "tokens, and show the student few of the cases that it gets wrong."
     )
@@ -73,17 +76,27 @@ def find(results: Results) -> Finding:
     return Finding(verdict, ours, why, (_table(results, kinds),), _panels(results, kinds))
 
 
+def _greedily(results: Results, kind: str) -> str:
+    levels = [results.level(role, "greedy", kind) for role in ("student", "teacher")]
+    one = fmean(results.shares(_name(kind, 1), "greedy"))
+    before, teacher, after = (percent(share) for share in (*levels, one))
+    return f"Greedily one {kind} prompt goes from {before} to {after}%, with a teacher at {teacher}%."
+
+
 def _tokens(results: Results, kinds: list[str]) -> str:
     student = results.model("student")
     return " and ".join(f"{measure(student, kind)['response_tokens']:.0f}" for kind in kinds)
 
 
 def _way(results: Results, arm: str, kind: str) -> Estimate:
-    """The share of the way from the student's accuracy to the teacher's, with its interval; below zero if it got worse."""
+    """The share of the way from the student's accuracy to the teacher's, below zero if it got worse. Before and after meet
+    the same problems: its interval is that of seeds, and of the student's accuracy as if each expression were drawn anew."""
     student, teacher = _levels(results, kind)
-    mean, half = results.accuracy(arm)
+    ends = results.shares(arm)
+    expressions = measure(results.model("student"), kind)["num_prompts"] * LENGTHS[kind]
+    half = math.hypot(half_of_seeds(ends), share_with_interval([student], expressions)[1])
     gap = teacher - student
-    return ((mean - student) / gap, half / abs(gap)) if gap else (0.0, math.inf)
+    return ((fmean(ends) - student) / gap, half / abs(gap)) if gap else (0.0, math.inf)
 
 
 def _levels(results: Results, kind: str) -> tuple[float, float]:
@@ -182,7 +195,7 @@ EXPERIMENT = Experiment(
     rates=(5e-4, 1e-3, 2e-3),
     dev_problems=256,
     test_problems=512,
-    extensions=1,
+    extensions=3,
     seeds=5,
     quick_arms=("short-1", "short-all", "long-1", "long-all"),
     data={

@@ -9,7 +9,7 @@ from torch import Tensor
 from kibitz.config import SFTConfig
 from kibitz.losses.criteria import CrossEntropy
 from kibitz.methods.parts import Parts, teacher_engine, token_loss
-from kibitz.methods.sources import Demonstrations, Sampled, Source, Stored
+from kibitz.methods.sources import Demonstrations, Filled, Sampled, Source, Stored
 from kibitz.models import LanguageModel
 from kibitz.types import Batch, Prompt, Rollout, Scored, Step, Writer
 
@@ -33,8 +33,10 @@ def build(parts: Parts) -> SFT:
     config, chunk_tokens = cast(SFTConfig, parts.recipe.method), parts.recipe.optim.chunk_tokens
     if parts.stored is not None:
         return SFT(Stored(parts.stored, parts.sampling.num_samples), chunk_tokens)
-    if config.source == "dataset":
-        return SFT(Demonstrations(parts.encode_response), chunk_tokens)
     if config.source == "student":
         return SFT(Sampled(parts.engine, parts.sampling), chunk_tokens)
-    return SFT(Sampled(teacher_engine(parts), parts.sampling, Writer.TEACHER), chunk_tokens)
+    data = Demonstrations(parts.encode_response)
+    if not config.needs_teacher():
+        return SFT(data, chunk_tokens)
+    teacher = Sampled(teacher_engine(parts), parts.sampling, Writer.TEACHER)
+    return SFT(Filled(data, teacher) if config.fill else teacher, chunk_tokens)

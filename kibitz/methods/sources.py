@@ -151,6 +151,19 @@ class Split:
         return [*self.first.rollout(prompts[:num], step), *self.second.rollout(prompts[num:], step)]
 
 
+@dataclass(frozen=True)
+class Filled:
+    """The data's responses; another writes those that it lacks."""
+
+    data: Source
+    other: Source
+
+    def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
+        gaps = [prompt for prompt in prompts if prompt.response is None]
+        told = [prompt for prompt in prompts if prompt.response is not None]
+        return [*self.data.rollout(told, step), *self.other.rollout(gaps, step)]
+
+
 def _apart(prompts: Sequence[Prompt]) -> list[Prompt]:
     """The prompts, with keys of their own for those that stand here more than once (there are fewer prompts than a step
     takes): a key decides every token, and a second copy would bring the same responses again."""

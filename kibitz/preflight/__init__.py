@@ -51,7 +51,7 @@ def check(recipe: Recipe, options: Options = Options()) -> Iterator[Finding]:
 def check_files(recipe: Recipe, options: Options = Options()) -> Iterator[Finding]:
     """The short form, before weights load: what `kibitz train` says of itself."""
     student = load_tokenizer(recipe.student, "student")
-    prompts = load_prompts(recipe.data, student, recipe.seed, recipe.wants_demonstrations())
+    prompts = load_prompts(recipe.data, student, recipe.seed, recipe.wants_demonstrations(), recipe.may_have_gaps())
     for section in _models(recipe):
         teacher = load_tokenizer(section, "teacher")
         if section.tokenizer == "own":

@@ -132,9 +132,10 @@ class Assistant:
     background: bool = False
     longest_response: int = 32
 
-    def rows(self, split: str, count: int, seed: int, chat: float = 0.0) -> list[dict]:
+    def rows(self, split: str, count: int, seed: int, chat: float = 0.0, answered: bool = True) -> list[dict]:
         """A shorter list of the same split and seed is the head of a longer one. Instructions are distinct; questions and
-        documents come again when all were there, but for dev and test questions about papers, of which there are no more."""
+        documents come again when all were there, but for dev and test questions about papers, of which there are no more.
+        `answered` is for demonstrations."""
         if split not in ("train", "dev", "test"):
             raise ValueError(f"the splits of the world {self.name!r} are train, dev and test; there is no {split!r}")
         if not 0 <= chat <= 1:
@@ -162,12 +163,16 @@ class Assistant:
             yield next(chats if rng.random() < chat else texts)
 
     def demonstrations(
-        self, split: str, count: int, seed: int, corrupted: float = 0.0, chat: float = 0.0
+        self, split: str, count: int, seed: int, corrupted: float = 0.0, chat: float = 0.0, answered: bool = True
     ) -> list[dict]:
-        """The rows with their answers as responses; with probability `corrupted` one letter of it is another."""
+        """The rows with their answers as responses; with probability `corrupted` one letter of it is another. Where chat is
+        not `answered`, documents alone have one."""
         rng = random.Random(f"{self.name}/{split}/{seed}/responses")
         rows = []
         for row in self.rows(split, count, seed, chat):
+            if not answered and row["task"] != "document":
+                rows.append(row)
+                continue
             response = row["answer"]
             if rng.random() < corrupted:
                 at = rng.randrange(len(response))
