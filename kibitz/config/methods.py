@@ -357,7 +357,9 @@ class SFTConfig(MethodConfig):
         if self.replay and self.needs_responses():
             raise ValueError("sft learns the data's responses anyway: drop method.replay")
         if self.fill is not None and not self.needs_responses():
-            raise ValueError("there are gaps in the data's responses alone: drop method.fill, or write method.source=dataset")
+            raise ValueError(
+                "there are gaps in the data's responses alone: drop method.fill, or write method.source=dataset"
+            )
         if self.rollouts is not None and self.source != "dataset":
             raise ValueError(
                 f"rollouts are stored and the {self.source} writes none: drop method.source={self.source} or method.rollouts"
