@@ -58,6 +58,7 @@ def available() -> bool:
     return find_spec("matplotlib") is not None
 
 
+FEW_DECADES = 100
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "kibitz", "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif",
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold",
@@ -113,8 +114,10 @@ def _draw(axes, panel: Panel) -> None:
     # Of runs too short to say anything there may be nothing that has a logarithm.
     if panel.log_x and any(point[0] > 0 for line in panel.lines for point in line.points):
         axes.set_xscale("log")
+        _number(axes.xaxis)
     if panel.log_y and any(point[1] > 0 for line in panel.lines for point in line.points):
         axes.set_yscale("log")
+        _number(axes.yaxis)
     if panel.ticks:
         axes.margins(x=0.15)
         axes.set_xticks(list(panel.ticks), list(panel.ticks.values()))
@@ -124,6 +127,16 @@ def _draw(axes, panel: Panel) -> None:
     axes.set_ylabel(panel.y + (", %" if panel.percent else ""))
     if len(panel.lines) > 1:
         axes.legend()
+
+
+def _number(axis) -> None:
+    """The logarithmic axis with numbers as they are, 1, 10, 100; over less than two decades 2 and 5, too."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if low > 0 and high / low < FEW_DECADES else (1,), numticks=15))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 COLUMNS, LINES, MOST_LINES = 42, 13, 3  # of a heat-map's panel in characters, and of one text
