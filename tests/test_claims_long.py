@@ -9,6 +9,7 @@ from test_experiments import put, record
 from kibitz.config import DataConfig
 from kibitz.experiments import episode_length, get, one_prompt, records
 from kibitz.experiments.design import Subject
+from kibitz.experiments.records import measure
 from kibitz.experiments.results import NotRun, Results
 from kibitz.experiments.study import Study
 
@@ -162,8 +163,10 @@ def test_the_way_is_a_share_of_the_gap(tmp_path):
     results = of_counts(tmp_path, {"short-1": 0.7, "short-all": 0.5})
     assert one_prompt._way(results, "short-1", "short")[0] == pytest.approx(0.25)
     assert one_prompt._way(results, "short-all", "short")[0] == pytest.approx(-0.25)
-    half = results.accuracy("short-1")[1]
-    assert one_prompt._way(results, "short-1", "short")[1] == pytest.approx(half / 0.4)
+    of_seeds = 2.776 * (0.002 * 2.5**0.5) / 5**0.5
+    of_the_student = 1.96 * (0.6 * 0.4 / measure(results.model("student"), "short")["num_prompts"]) ** 0.5
+    half = math.hypot(of_seeds, of_the_student)
+    assert one_prompt._way(results, "short-1", "short")[1] == pytest.approx(half / 0.4, rel=1e-3)
 
 
 @pytest.mark.parametrize(("one", "verdict"), [(0.95, "reproduced"), (0.7, "partly"), (0.6, "not"), (0.5, "not")])

@@ -8,10 +8,11 @@ from kibitz.experiments.results import NotRun, Results
 
 
 def accuracies(experiment, folder, shares: dict[str, float], rates: dict[str, float] | None = None, **more) -> Results:
-    """Three equal seeds of each arm, 10,000 problems: an interval of at most a point."""
+    """Three seeds of each arm, equal but for LoRA's, 10,000 problems: an interval of at most a point."""
     for arm, share in shares.items():
         for seed in range(3):
-            one = record(arm, (rates or {}).get(arm, 1e-3), seed, dev=share, test=share, **more)
+            test = share + 0.005 * (seed - 1) * arm.endswith("-r1")
+            one = record(arm, (rates or {}).get(arm, 1e-3), seed, dev=share, test=test, **more)
             one["test"]["num_prompts"] = 10_000
             put(folder, one)
     return Results(experiment, folder)

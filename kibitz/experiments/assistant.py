@@ -75,10 +75,10 @@ def clear(change: Estimate, below: bool = False) -> bool:
 
 def change(results: Results, before: str | None, after: str, name: str) -> Estimate:
     """In the accuracy of one measure, from an arm (or the model as it was) to another: the mean over seeds of each one's."""
-    ends = results.shares(after, name=name)
-    starts = [results.level("student", name=name)] * len(ends) if before is None else results.shares(before, name=name)
-    found = [end - start for start, end in zip(starts, ends, strict=False)]
-    return fmean(found), half_of_seeds(found)
+    if before is not None:
+        return results.difference(after, before, name)
+    shares = results.shares(after, name=name)
+    return fmean(shares) - results.level("student", name=name), half_of_seeds(shares)
 
 
 # ------------------------------------------------------------------ tables

@@ -94,6 +94,13 @@ class Results:
         shares = self.shares(arm, how, name)
         return share_with_interval(shares, measure(self.runs(arm)[0]["test"], name)["num_prompts"])
 
+    def difference(self, arm: str, other: str, name: str = "") -> Estimate:
+        """By how much an arm's accuracy is above another's, seed by seed, with the interval of seeds: both met the same
+        problems."""
+        pairs = zip(self.shares(arm, name=name), self.shares(other, name=name), strict=False)
+        found = [above - below for above, below in pairs]
+        return fmean(found), half_of_seeds(found)
+
     def mean(self, arm: str, value: Callable[[Record], float]) -> Estimate:
         """The mean over seeds of anything that a record knows, with the interval of seeds."""
         values = [value(run) for run in self.runs(arm)]
