@@ -56,6 +56,7 @@ ARMS = (
         grouped=True,
     ),
     _taught("kdrl", "0/1 reward, and a fading reverse KL to the misled teacher", NOISY, method={"type": "kdrl"}, grouped=True),
+    Arm("reward", "the 0/1 reward alone (GRPO)", {"method": {"type": "grpo"}, "rollout": GROUPS}),
 )  # fmt: skip
 
 
@@ -179,7 +180,17 @@ def _why(
         f"after learning from it to {percent(mistakes[ALONE])}%{sound}. Its accuracy ends at {percent(shares[ALONE])}%, {beats} "
         f"than the teacher's own {percent(results.level(NOISY))}%. Told apart as a repair, in accuracy and these mistakes, from "
         f"the misled teacher alone (with sampled tokens, where the remedy has these): {_names(arms, fixed)}. Not told apart: "
-        f"{_names(arms, helpless) if helpless else 'none'}. What differs from what is told: the error is planted, not grown."
+        f"{_names(arms, helpless) if helpless else 'none'}. {_of_kdrl(results)}What differs from what is told: the error is planted, not grown."
+    )
+
+
+def _of_kdrl(results: Results) -> str:
+    if not results.has("kdrl", "reward"):
+        return ""
+    more, alone = results.difference("kdrl", "reward"), results.difference("kdrl", ALONE_SAMPLED)
+    return (
+        f"Reward and reverse KL together (KDRL) are {percent(more)} points above reward alone and {percent(alone)} above the "
+        "KL alone, here with a teacher that is wrong. "
     )
 
 
