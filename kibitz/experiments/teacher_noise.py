@@ -180,7 +180,8 @@ def _why(
         f"after learning from it to {percent(mistakes[ALONE])}%{sound}. Its accuracy ends at {percent(shares[ALONE])}%, {beats} "
         f"than the teacher's own {percent(results.level(NOISY))}%. Told apart as a repair, in accuracy and these mistakes, from "
         f"the misled teacher alone (with sampled tokens, where the remedy has these): {_names(arms, fixed)}. Not told apart: "
-        f"{_names(arms, helpless) if helpless else 'none'}. {_of_kdrl(results)}What differs from what is told: the error is planted, not grown."
+        f"{_names(arms, helpless) if helpless else 'none'}. "
+        f"{_of_kdrl(results)}What differs from what is told: the error is planted, not grown."
     )
 
 
