@@ -28,6 +28,7 @@ def test_a_change_is_taken_seed_by_seed(tmp_path):
         (0.3, -0.2, 0.2, -0.01, "reproduced"),  # within its interval
         (0.3, -0.2, 0.2, -0.06, "reproduced"),  # less than a quarter of what was learnt
         (0.3, -0.2, 0.2, -0.1, "partly"),  # the facts go again
+        (0.3, -0.2, 0.09, 0.05, "partly"),  # less than half of what was lost
         (0.3, 0.0, 0.2, 0.05, "partly"),  # there was nothing to get back
         (0.3, -0.2, 0.01, 0.05, "not"),
         (0.0, -0.2, 0.2, 0.05, "not"),  # the documents taught nothing

@@ -77,6 +77,17 @@ def test_costs_to_the_target_are_compared(tmp_path):
     assert all(low <= middle <= high for middle, low, high in found.values())
 
 
+def test_the_cheapest_way_to_the_target_is_chosen_not_the_highest_end(tmp_path):
+    models(tmp_path, [f"k{k}" for k in episode_length.LENGTHS])
+    dear, cheap, never = (learnt("opd", 8, batch, steps, 0, steps) for batch, steps in ((64, 9), (8, 3), (4, 1)))
+    dear["dev"]["sampled"]["accuracy"] = 0.99
+    never["curve"] = never["curve"][:1]  # ends before the target
+    key = records.chooser(LONG, tmp_path)
+    assert sorted((dear, cheap, never), key=key) == [never, dear, cheap]
+    put(tmp_path, dear, cheap, never)
+    assert Results(LONG, tmp_path).of_family("opd-k8") == "opd-k8-b8"
+
+
 @pytest.mark.parametrize(
     ("rl", "verdict"),
     [

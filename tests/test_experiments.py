@@ -244,6 +244,9 @@ def test_what_was_run_is_not_run_again(monkeypatch, tmp_path, subject):
     longer = replace(subject, overrides=("rollout.max_tokens=6", "steps=2"))
     changed = Study(TINY, longer, study.folder, study.work).trained(TINY.arms[0], 1e-3, 0)
     assert changed["settings"]["recipe"]["steps"] == 2 and "test" not in changed
+    Study(TINY, longer, study.folder, study.work).run(arms[:1], seeds=1)
+    left = [path.name for path in study.folder.glob(f"{arms[0].name}-*.json")]
+    assert left == [f"{arms[0].name}-0.001-0.json"], "a run of another recipe stands in no table"
 
 
 def test_a_maker_makes_what_a_role_stands_for_once(monkeypatch, tmp_path, subject):

@@ -40,7 +40,8 @@ def find(results: Results) -> Finding:
         f"to {_both(results, 'documents-100')[0]}% and the instructions from "
         f"{percent(results.level('student', name='instructions'))} to {_both(results, 'documents-100')[1]}%. "
         f"With {100 - MIXED}% chat among them it is {' and '.join(_both(results, learnt))}%. OPD from there with the old "
-        f"checkpoint as the teacher changes the instructions by {percent(back)} points and the questions by {percent(facts)}, "
+        f"checkpoint as the teacher changes the instructions by {percent(back)} points, where {percent(lost[learnt])} went, and "
+        f"the questions by {percent(facts)}, "
         f"stopped where the mean of both is best on the dev split, after {fmean(steps):g} of {_steps(results, recovered)} steps. "
         + (f"Of the mixes, {' and '.join(keeps)} kept its instructions, where none did in the publication. " if keeps else
            "No mix keeps the instructions, as published. ")
@@ -60,11 +61,12 @@ def find(results: Results) -> Finding:
 
 
 def verdict(gained: Estimate, lost: Estimate, back: Estimate, facts: Estimate) -> Verdict:
-    """From four changes: facts by mid-training, instructions by mid-training, instructions by OPD, facts by OPD."""
+    """From four changes: facts by mid-training, instructions by mid-training, instructions by OPD, facts by OPD. Reproduced,
+    if OPD brings back half of what was lost or more, as in the publication, and the facts stay."""
     if not (clear(gained) and clear(back)):
         return "not"
     kept = not clear(facts, below=True) or -facts[0] < 0.25 * gained[0]
-    return "reproduced" if clear(lost, below=True) and kept else "partly"
+    return "reproduced" if clear(lost, below=True) and back[0] >= -0.5 * lost[0] and kept else "partly"
 
 
 def clear(change: Estimate, below: bool = False) -> bool:

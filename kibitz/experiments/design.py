@@ -70,6 +70,9 @@ class Experiment:
     of each measure and the data it is taken on; the first is the main one. `runs_in`: the experiment in whose folder
     the runs are, where two ask different questions of the same runs.
 
+    `until`: rates and batches are chosen not by accuracy, but by the FLOPs up to this share of the way from the student's
+    accuracy to the teacher's, by the curves of the arms.
+
     `makers`: arms that make a model which no world ships and a role stands for (`{"teacher-large": "arm:large"}` of
     `models`). They are run with seed 0, once, and only where nobody names another model for the role. `probe`: what is
     looked at beside training, or instead of it, for each seed, from the `Study` and the seed to a record.
@@ -93,6 +96,7 @@ class Experiment:
     series: tuple[str, ...] = ()
     """Metrics of each step that are kept with the record of a run."""
     runs_in: str = ""
+    until: float | None = None
     makers: tuple[Arm, ...] = ()
     probe: Callable[[Any, int], Mapping[str, Any]] | None = None
     claim: Claim | None = None

@@ -4,7 +4,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import isinf
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import torch
 
 from kibitz import __version__
 from kibitz.experiments.design import Experiment
+from kibitz.experiments.statistics import cost_at
 from kibitz.metrics import JSONL, write_atomically
 from kibitz.runs import commit
 
@@ -58,9 +60,35 @@ def measure(row: Record, name: str = "") -> Record:
     return row.get("measures", {}).get(name, row)
 
 
-def best_rate(sweep: Mapping[float, Record], judge: Sequence[str] = ()) -> float:
-    """The rate of the best run; of equal ones the lowest."""
-    return max(sorted(sweep), key=lambda rate: score(sweep[rate], judge))
+def chooser(experiment: Experiment, folder: Path) -> Callable[[Record], tuple[float, ...]]:
+    """What a rate or batch is chosen by: the larger, the better. Its score, or, of an experiment that goes until a target,
+    first whether it got there, then with how few FLOPs, on the dev split."""
+    judges = {arm.name: arm.judge for arm in experiment.arms}
+    levels = [read(folder / f"{role}.json") for role in ("student", "teacher")]
+
+    def key(record: Record) -> tuple[float, ...]:
+        found = score(record, judges.get(record["arm"], ()))
+        if experiment.until is None or None in levels or "curve" not in record:
+            return (found,)
+        cost = cost_at(flops_curve(record), target(record))
+        return (0.0, found) if isinf(cost) else (1.0, -cost)
+
+    def target(record: Record) -> float:
+        name = record["settings"].get("measured", [""])[0]
+        student, teacher = (measure(level["test"], name)["sampled"]["accuracy"] for level in levels if level)
+        return student + (experiment.until or 0.0) * (teacher - student)
+
+    return key
+
+
+def flops_curve(record: Record) -> list[tuple[float, float]]:
+    """FLOPs and accuracy at each point of a run's curve, on the dev split."""
+    return [(sum(point["flops"].values()), point["dev"]["sampled"]["accuracy"]) for point in record["curve"]]
+
+
+def best_rate(sweep: Mapping[float, Record], key: Callable[[Record], Any] | None = None) -> float:
+    """The rate of the best run, by its score if nothing else is said; of equal ones the lowest."""
+    return max(sorted(sweep), key=lambda rate: (key or score)(sweep[rate]))
 
 
 def sweeps(records: Iterable[Record]) -> dict[str, dict[float, Record]]:
@@ -76,9 +104,9 @@ def finals(experiment: Experiment, folder: Path) -> dict[str, list[Record]]:
     """arm -> its runs at the best rate that were measured on the test split, in the experiment's order."""
     records = read_all(folder)
     found = {}
-    judges = {arm.name: arm.judge for arm in experiment.arms}
+    key = chooser(experiment, folder)
     for arm, sweep in sweeps(records).items():
-        rate = best_rate(sweep, judges.get(arm, ()))
+        rate = best_rate(sweep, key)
         found[arm] = [r for r in records if r["arm"] == arm and r["lr"] == rate and "test" in r]
     return {arm.name: found[arm.name] for arm in experiment.arms if found.get(arm.name)}
 

@@ -10,12 +10,12 @@ from kibitz.experiments.design import Experiment
 from kibitz.experiments.records import (
     PROBE,
     Record,
+    chooser,
     finals,
     half_of_seeds,
     measure,
     read,
     read_all,
-    score,
     share_with_interval,
     sweeps,
 )
@@ -56,12 +56,12 @@ class Results:
         return self.finals[arm]
 
     def of_family(self, family: str) -> str:
-        """The arm of a family that has all seeds: the best on the dev split."""
+        """The arm of a family that has all seeds: the best on the dev split, with seed 0."""
         names = [arm.name for arm in self.experiment.arms if arm.family == family and arm.name in self.finals]
         if not names:
             raise NotRun(family)
-        arms = {arm.name: arm for arm in self.experiment.arms}
-        return max(names, key=lambda name: score(self.finals[name][0], arms[name].judge))
+        key = chooser(self.experiment, self.folder)
+        return max(names, key=lambda name: key(self.finals[name][0]))
 
     def probes(self) -> list[Record]:
         """What the experiment looked at beside training, a record for each seed. Raises NotRun if there is none."""

@@ -21,9 +21,11 @@ from kibitz.experiments.records import (
     about_here,
     about_the_run,
     best_rate,
+    chooser,
     costs_until,
     name_of,
     read,
+    read_all,
     score,
     write,
 )
@@ -66,20 +68,30 @@ class Study:
     def best(self, family: Sequence[Arm]) -> tuple[Arm, float]:
         """The arm of a family, and its rate, that is best on the dev split with seed 0."""
         found = [(arm, self.sweep(arm)) for arm in family]
-        return max(found, key=lambda pair: score(self.trained(*pair, 0), pair[0].judge))
+        key = chooser(self.experiment, self.folder)
+        return max(found, key=lambda pair: key(self.trained(*pair, 0)))
 
     def sweep(self, arm: Arm) -> float:
         """The best rate on the dev split. One at the edge is tried against one beyond it, a few times."""
-        rates = sorted(arm.rates or self.experiment.rates)
+        self._forget(arm)
+        rates, key = sorted(arm.rates or self.experiment.rates), chooser(self.experiment, self.folder)
         found = {rate: self.trained(arm, rate, 0) for rate in rates}
         factor = rates[1] / rates[0] if len(rates) > 1 else 2.0
         for _ in range(self.experiment.extensions if len(rates) > 1 else 0):
-            best = best_rate(found, arm.judge)
+            best = best_rate(found, key)
             if min(found) < best < max(found):
                 break
             rate = _rounded(best * factor if best == max(found) else best / factor)
             found[rate] = self.trained(arm, rate, 0)
-        return best_rate(found, arm.judge)
+        return best_rate(found, key)
+
+    def _forget(self, arm: Arm) -> None:
+        """Runs of the arm that were made otherwise: a table must not mix them with those to come."""
+        for record in read_all(self.folder):
+            if record["arm"] == arm.name:
+                rate, seed = record["lr"], record["seed"]
+                if record["settings"] != self._settings(arm, self.recipe(arm, rate, seed)):
+                    self._path(arm, rate, seed).unlink()
 
     def trained(self, arm: Arm, rate: float, seed: int) -> Record:
         """A run measured on the dev split: from its file, or made now."""

@@ -11,6 +11,7 @@ from kibitz.experiments.records import (
     PROBE,
     Record,
     best_rate,
+    chooser,
     finals,
     half_of_seeds,
     read,
@@ -167,9 +168,9 @@ def _separation(experiment: Experiment, found: list[Row]) -> str:
 
 def _at_the_edge(experiment: Experiment, folder: Path) -> str:
     """Whose best rate may lie beyond what was tried."""
-    judges = {arm.name: arm.judge for arm in experiment.arms}
-    found = {arm: sweep for arm, sweep in sweeps(read_all(folder)).items() if len(sweep) > 1 and arm in judges}
-    edges = [arm for arm, sweep in found.items() if best_rate(sweep, judges[arm]) in (min(sweep), max(sweep))]
+    key, names = chooser(experiment, folder), {arm.name for arm in experiment.arms}
+    found = {arm: sweep for arm, sweep in sweeps(read_all(folder)).items() if len(sweep) > 1 and arm in names}
+    edges = [arm for arm, sweep in found.items() if best_rate(sweep, key) in (min(sweep), max(sweep))]
     return f"The best rate is the lowest or highest tried: {', '.join(f'`{arm}`' for arm in edges)}." if edges else ""
 
 
