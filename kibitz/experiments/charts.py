@@ -59,6 +59,7 @@ def available() -> bool:
 
 
 FEW_DECADES = 100
+CLOSE = 0.05  # of the height of a panel: the name of the lower of two such levels stands below it
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "kibitz", "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif",
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold",
@@ -109,8 +110,11 @@ def _draw(axes, panel: Panel) -> None:
         )  # fmt: skip
     for name, height in panel.levels.items():
         axes.axhline(scale * height, color="#59636e", linewidth=1, linestyle=(0, (4, 3)))
+        crowded = any(
+            0 <= other - height < CLOSE * _span(axes, scale) for n, other in panel.levels.items() if n != name
+        )
         place = {"x": 1.0, "y": scale * height, "s": name, "transform": axes.get_yaxis_transform()}
-        axes.text(**place, ha="right", va="bottom", color="#59636e", fontsize=8)
+        axes.text(**place, ha="right", va="top" if crowded else "bottom", color="#59636e", fontsize=8)
     # Of runs too short to say anything there may be nothing that has a logarithm.
     if panel.log_x and any(point[0] > 0 for line in panel.lines for point in line.points):
         axes.set_xscale("log")
@@ -127,6 +131,11 @@ def _draw(axes, panel: Panel) -> None:
     axes.set_ylabel(panel.y + (", %" if panel.percent else ""))
     if len(panel.lines) > 1:
         axes.legend()
+
+
+def _span(axes, scale: float) -> float:
+    low, high = axes.get_ylim()
+    return (high - low) / scale
 
 
 def _number(axis) -> None:
