@@ -71,8 +71,8 @@ def find(results: Results) -> Finding:
     paid, seconds = found[ALL.name, "grpo"], found[SECONDS.name, "grpo"]
     return Finding(
         verdict(sft, seconds),
-        f"at {percent(highest)}% SFT costs {', '.join(times(r) for r in sft.values())}; RL {times(seconds)} in CPU seconds, "
-        f"{times(paid)} in FLOPs",
+        f"at {percent(highest)}% SFT costs {', '.join(times(r) for r in sft.values())}, in that order; "
+        f"RL {times(seconds)} in CPU seconds, {times(paid)} in FLOPs",
         _why(results, highest, found, sft),
         (_by_way(found, others), _by_target(results, others, targets), spent(results, shown)),
         tuple(_panel(results, way, others, highest) for way in (ALL, ROLLOUTS, SECONDS)),

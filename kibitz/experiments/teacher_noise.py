@@ -154,7 +154,7 @@ def find(results: Results) -> Finding:
     return Finding(
         verdict(shares, mistakes),
         f"of a misled teacher's mistakes the student makes {percent(mistakes['student'])}% before and "
-        f"{percent(mistakes[ALONE])}% after; repaired by {_names(arms, repairs(shares, mistakes))}",
+        f"{percent(mistakes[ALONE])}% after; repaired by {', '.join(repairs(shares, mistakes)) or 'nothing that was tried'}",
         _why(results, arms, shares, mistakes),
         (table(head, rows),),
         _panels(results, arms, shares, mistakes),
