@@ -202,7 +202,7 @@ EXPERIMENT = Experiment(
     rates=(1e-3, 2e-3),
     dev_problems=256,
     extensions=1,
-    seeds=2,
+    seeds=5,
     quick_arms=("small-from-medium", "small-from-large", "large-from-medium", "large-from-large"),
     models={
         "student": "arithmetic/student",

@@ -225,7 +225,7 @@ EXPERIMENT = Experiment(
     rates=(5e-4, 1e-3, 2e-3),
     dev_problems=256,
     extensions=1,
-    seeds=3,
+    seeds=5,
     quick_arms=("sound", ALONE, "and-sound", ALONE_SAMPLED, "and-reward"),
     models={
         "student": "arithmetic/student",
