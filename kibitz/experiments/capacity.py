@@ -97,7 +97,7 @@ def find(results: Results) -> Finding:
         teacher: _size(results, next(s for s in ends if teacher in ends[s]), teacher, "teacher") for teacher in teachers
     }
     head = ("student", "before, %", *(f"from {_millions(big[t])} ({percent(results.level(TEACHERS[t]))}%)" for t in teachers),
-            "of the way, %")  # fmt: skip
+            "of the way to each, %")  # fmt: skip
     rows = [
         (
             f"{_millions(sizes[s])}", percent(results.level(STUDENTS[s])),
@@ -145,8 +145,21 @@ def _why(results: Results, ends: Mapping, shares: Mapping, sizes: Mapping[str, f
     return (
         f"On average over the teachers the students gain: {gains}. The share of the way to the largest teacher is {less} for the "
         f"smallest student than for the largest.{before} As for the teachers, {_worse(ends, sizes)}, by the interval of the "
-        "difference. What differs from the published setting: models of one family on one task, all taught by the same "
+        f"difference.{_less_able(results, ends)} What differs from the published setting: models of one family on one task, all taught by the same "
         "recipe, so that a larger teacher does not think in another way, as a reasoning model does for a small student."
+    )
+
+
+def _less_able(results: Results, ends: Mapping) -> str:
+    """Where the largest teacher is not the best one, size and accuracy cannot be told apart."""
+    teachers = list(dict.fromkeys(teacher for by in ends.values() for teacher in by))
+    levels = {teacher: results.level(TEACHERS[teacher]) for teacher in teachers}
+    best = max(levels, key=levels.__getitem__)
+    if best == teachers[-1]:
+        return ""
+    return (
+        f" The largest teacher is itself at {percent(levels[teachers[-1]])}%, a smaller one at {percent(levels[best])}%: what it "
+        "does worse may be its accuracy, not its size."
     )
 
 
