@@ -83,7 +83,8 @@ def test_the_cheapest_way_to_the_target_is_chosen_not_the_highest_end(tmp_path):
     dear["dev"]["sampled"]["accuracy"] = 0.99
     never["curve"] = never["curve"][:1]  # ends before the target
     key = records.chooser(LONG, tmp_path)
-    assert sorted((dear, cheap, never), key=key) == [never, dear, cheap]
+    assert sorted((dear, cheap, never), key=lambda run: key([run])) == [never, dear, cheap]
+    assert key([dear, dear]) == key([dear]) > key([cheap, never | {"curve": cheap["curve"][:1] * 2}])
     put(tmp_path, dear, cheap, never)
     assert Results(LONG, tmp_path).of_family("opd-k8") == "opd-k8-b8"
 

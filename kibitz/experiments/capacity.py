@@ -145,8 +145,9 @@ def _why(results: Results, ends: Mapping, shares: Mapping, sizes: Mapping[str, f
     return (
         f"On average over the teachers the students gain: {gains}. The share of the way to the largest teacher is {less} for the "
         f"smallest student than for the largest.{before} As for the teachers, {_worse(ends, sizes)}, by the interval of the "
-        f"difference.{_less_able(results, ends)} What differs from the published setting: models of one family on one task, all taught by the same "
-        "recipe, so that a larger teacher does not think in another way, as a reasoning model does for a small student."
+        f"difference.{_less_able(results, ends)} What differs from the published setting: models of one family on one task, all "
+        "taught by the same recipe, so that a larger teacher does not think in another way, as a reasoning model does for a "
+        "small student."
     )
 
 

@@ -87,7 +87,8 @@ def find(results: Results) -> Finding:
     why = (
         f"Both are to go {100 * GAP:.0f}% of the way from the student's to the teacher's share of right expressions; the reward "
         f"counts only if all expressions of a prompt are right. {told} {_at_equal(results)} {_in_the_end(results, lengths[-1])} "
-        "A method's best batch and rate are those with the fewest FLOPs to that target, by the curve of seed 0 on the dev split. "
+        "A method's best batch and rate are those with the fewest FLOPs to that target, on the dev split: the two cheapest with "
+        "seed 0 are run with all seeds, and the cheaper of these counts. "
         "Costs are read from the curves of runs with one schedule each, on the dev split, linear in the logarithm between two "
         "points; the interval is of seeds and problems."
     )

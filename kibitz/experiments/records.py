@@ -60,17 +60,20 @@ def measure(row: Record, name: str = "") -> Record:
     return row.get("measures", {}).get(name, row)
 
 
-def chooser(experiment: Experiment, folder: Path) -> Callable[[Record], tuple[float, ...]]:
-    """What a rate or batch is chosen by: the larger, the better. Its score, or, of an experiment that goes until a target,
-    first whether it got there, then with how few FLOPs, on the dev split."""
+Key = Callable[[Sequence[Record]], tuple[float, ...]]
+
+
+def chooser(experiment: Experiment, folder: Path) -> Key:
+    """What a rate or batch is chosen by, from its runs, one a seed: the larger, the better. Their mean score, or, of an
+    experiment that goes until a target, first whether their mean got there, then with how few FLOPs; on the dev split."""
     judges = {arm.name: arm.judge for arm in experiment.arms}
     levels = [read(folder / f"{role}.json") for role in ("student", "teacher")]
 
-    def key(record: Record) -> tuple[float, ...]:
-        found = score(record, judges.get(record["arm"], ()))
-        if experiment.until is None or None in levels or "curve" not in record:
+    def key(runs: Sequence[Record]) -> tuple[float, ...]:
+        found = fmean(score(run, judges.get(run["arm"], ())) for run in runs)
+        if experiment.until is None or None in levels or any("curve" not in run for run in runs):
             return (found,)
-        cost = cost_at(flops_curve(record), target(record))
+        cost = cost_at(flops_curve(runs), target(runs[0]))
         return (0.0, found) if isinf(cost) else (1.0, -cost)
 
     def target(record: Record) -> float:
@@ -81,14 +84,20 @@ def chooser(experiment: Experiment, folder: Path) -> Callable[[Record], tuple[fl
     return key
 
 
-def flops_curve(record: Record) -> list[tuple[float, float]]:
-    """FLOPs and accuracy at each point of a run's curve, on the dev split."""
-    return [(sum(point["flops"].values()), point["dev"]["sampled"]["accuracy"]) for point in record["curve"]]
+def flops_curve(runs: Sequence[Record]) -> list[tuple[float, float]]:
+    """FLOPs and accuracy on the dev split at each point of the curves, means of the runs."""
+    return [
+        (
+            fmean(sum(point["flops"].values()) for point in points),
+            fmean(point["dev"]["sampled"]["accuracy"] for point in points),
+        )
+        for points in zip(*(run["curve"] for run in runs), strict=True)
+    ]
 
 
-def best_rate(sweep: Mapping[float, Record], key: Callable[[Record], Any] | None = None) -> float:
+def best_rate(sweep: Mapping[float, Record], key: Key | None = None) -> float:
     """The rate of the best run, by its score if nothing else is said; of equal ones the lowest."""
-    return max(sorted(sweep), key=lambda rate: (key or score)(sweep[rate]))
+    return max(sorted(sweep), key=lambda rate: (key or (lambda runs: (score(runs[0]),)))([sweep[rate]]))
 
 
 def sweeps(records: Iterable[Record]) -> dict[str, dict[float, Record]]:

@@ -56,12 +56,12 @@ class Results:
         return self.finals[arm]
 
     def of_family(self, family: str) -> str:
-        """The arm of a family that has all seeds: the best on the dev split, with seed 0."""
+        """The arm of a family that was best on the dev split, of those with all seeds."""
         names = [arm.name for arm in self.experiment.arms if arm.family == family and arm.name in self.finals]
         if not names:
             raise NotRun(family)
-        key = chooser(self.experiment, self.folder)
-        return max(names, key=lambda name: key(self.finals[name][0]))
+        key, most = chooser(self.experiment, self.folder), max(len(self.finals[name]) for name in names)
+        return max((name for name in names if len(self.finals[name]) == most), key=lambda name: key(self.finals[name]))
 
     def probes(self) -> list[Record]:
         """What the experiment looked at beside training, a record for each seed. Raises NotRun if there is none."""

@@ -58,18 +58,24 @@ class Study:
         for role in self.experiment.roles:
             self._model(role, max(recipes, key=lambda recipe: recipe.rollout.max_tokens))
         for family in _families(arms):
-            best, rate = self.best(family)
-            for seed in range(num_seeds):
-                self.measured(best, rate, seed)
+            for arm, rate in self._leading(family):
+                for seed in range(num_seeds):
+                    self.measured(arm, rate, seed)
         whole = {arm.name for arm in arms} == {arm.name for arm in self.experiment.arms}  # a probe looks at all of them
         for seed in range(num_seeds) if self.experiment.probe and whole else ():
             self._probed(seed)
 
     def best(self, family: Sequence[Arm]) -> tuple[Arm, float]:
         """The arm of a family, and its rate, that is best on the dev split with seed 0."""
+        return self._leading(family)[0]
+
+    def _leading(self, family: Sequence[Arm]) -> list[tuple[Arm, float]]:
+        """Those of a family that are run with all seeds: its best one; where the cost to a target decides, the two best,
+        because one seed may be there early by luck."""
         found = [(arm, self.sweep(arm)) for arm in family]
         key = chooser(self.experiment, self.folder)
-        return max(found, key=lambda pair: key(self.trained(*pair, 0)))
+        found.sort(key=lambda pair: key([self.trained(*pair, 0)]), reverse=True)
+        return found[: 1 if self.experiment.until is None else 2]
 
     def sweep(self, arm: Arm) -> float:
         """The best rate on the dev split. One at the edge is tried against one beyond it, a few times."""
