@@ -151,7 +151,14 @@ EXPERIMENT = Experiment(
         ),
     ),
     arms=(
-        Arm("mid-trained", "new documents, 70%, and chat", {}, rates=(2e-3,), data="documents", judge=("questions",)),
+        Arm(
+            "mid-trained",
+            "new documents, 70%, and chat, answered by the pre-trained model",
+            {"teacher": {"model": "student"}, "method": {"type": "sft", "fill": "teacher"}},
+            rates=(2e-3,),
+            data="documents",
+            judge=("questions",),
+        ),
         Arm(
             "recovered",
             "OPD from the pre-trained model, on chat",
@@ -177,7 +184,7 @@ EXPERIMENT = Experiment(
     models={"student": "arm:pretrained"},
     data={
         "background": {"world": "assistant-background", "options": {"chat": 0.5}},
-        "documents": {"world": "assistant-documents", "options": {"chat": 0.3}},
+        "documents": {"world": "assistant-documents", "options": {"chat": 0.3, "answered": False}},
         "chat": {"world": "assistant"},
         "questions": {"world": "assistant-documents"},
         "instructions": {"world": "assistant-instructions"},
