@@ -43,6 +43,16 @@ def test_the_verdict_follows_the_numbers(tmp_path, small_large, large_medium, la
     assert ("none of them" in found.ours) == (large_medium - large_large < 0.05)
 
 
+def test_a_larger_teacher_that_is_less_able_says_nothing_about_size(tmp_path):
+    grid(tmp_path / "capacity", 0.5, 0.95, 0.85)
+    records.write(
+        tmp_path / "capacity" / "teacher-large.json", {"test": {"sampled": {"accuracy": 0.9}, "num_prompts": 1000}}
+    )
+    found = finding(CAPACITY, tmp_path)
+    assert found.verdict == "partly"
+    assert "itself at 90.0%, a smaller one at 100.0%" in found.why
+
+
 def test_a_share_of_the_way_takes_its_interval_along(tmp_path):
     grid(tmp_path / "capacity", 0.55, 0.9, 0.9)
     results = capacity.Results(CAPACITY, tmp_path / "capacity")

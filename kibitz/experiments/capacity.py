@@ -63,11 +63,13 @@ def closed(results: Results, student: str, teacher: str, found: Estimate) -> Est
     return ((found[0] - start) / way, abs(found[1] / way)) if way else (0.0, 0.0)
 
 
-def verdict(shares: Mapping[str, Mapping[str, Estimate]], ends: Mapping[str, Mapping[str, Estimate]]) -> Verdict:
+def verdict(
+    shares: Mapping[str, Mapping[str, Estimate]], ends: Mapping[str, Mapping[str, Estimate]], ablest: bool = True
+) -> Verdict:
     """The claim has two halves: of the way to the largest teacher the smallest student goes a smaller share than the largest
-    one; and some student ends lower under the largest teacher than under a smaller one."""
+    one; and some student ends lower under the largest teacher than under a smaller one, though the largest is the `ablest`."""
     less = gains_less(shares)
-    worse = bool(too_large(ends))
+    worse = ablest and bool(too_large(ends))
     return "reproduced" if less and worse else "partly" if less or worse else "not"
 
 
@@ -108,7 +110,7 @@ def find(results: Results) -> Finding:
     ]  # fmt: skip
     last, (small, *_, large) = teachers[-1], ends
     return Finding(
-        verdict(shares, ends),
+        verdict(shares, ends, not _less_able(results, ends)),
         f"of the way to the largest teacher the smallest student goes {100 * shares[small][last][0]:.0f}%, the largest "
         f"{100 * shares[large][last][0]:.0f}%; {_worse(ends, sizes)}",
         _why(results, ends, shares, sizes),
@@ -156,7 +158,7 @@ def _less_able(results: Results, ends: Mapping) -> str:
     teachers = list(dict.fromkeys(teacher for by in ends.values() for teacher in by))
     levels = {teacher: results.level(TEACHERS[teacher]) for teacher in teachers}
     best = max(levels, key=levels.__getitem__)
-    if best == teachers[-1]:
+    if levels[best] <= levels[teachers[-1]]:
         return ""
     return (
         f" The largest teacher is itself at {percent(levels[teachers[-1]])}%, a smaller one at {percent(levels[best])}%: what it "
