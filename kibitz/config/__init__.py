@@ -16,7 +16,6 @@ from kibitz.config.methods import (
     MethodConfig,
     OPDConfig,
     PolicyGradientConfig,
-    SFTConfig,
     SKDConfig,
 )
 from kibitz.config.policy import DistiLLM2Config, GroupConfig, GRPOConfig, KDRLConfig, MiniLLMConfig
@@ -36,6 +35,7 @@ from kibitz.config.sections import (
     StudentConfig,
     TrackConfig,
 )
+from kibitz.config.sft import SFTConfig
 from kibitz.config.table import METHOD_CONFIGS
 from kibitz.config.teachers import (
     TEACHER_CONFIGS,

@@ -5,8 +5,9 @@ from typing import Annotated, Any, Union
 from pydantic import Discriminator, Tag
 
 from kibitz.config.adversarial import AMMDConfig, GADConfig
-from kibitz.config.methods import GKDConfig, MethodConfig, OPDConfig, SFTConfig, SKDConfig
+from kibitz.config.methods import GKDConfig, MethodConfig, OPDConfig, SKDConfig
 from kibitz.config.policy import DistiLLM2Config, GRPOConfig, KDRLConfig, MiniLLMConfig
+from kibitz.config.sft import SFTConfig
 
 METHOD_CONFIGS: dict[str, type[MethodConfig]] = {
     "sft": SFTConfig,
