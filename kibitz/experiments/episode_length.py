@@ -9,7 +9,7 @@ from kibitz.experiments.design import Arm, Claim, Experiment
 from kibitz.experiments.evidence import Finding, Verdict, percent, times
 from kibitz.experiments.records import Record, best_rate, chooser
 from kibitz.experiments.results import NotRun, Results
-from kibitz.experiments.statistics import Curve, cost_at, cost_ratio, line
+from kibitz.experiments.statistics import Curve, cost_at, cost_ratio, line, part_way
 from kibitz.experiments.tables import table
 
 LENGTHS = (1, 2, 4, 8)  # expressions in a prompt
@@ -121,7 +121,7 @@ def _both(results: Results, length: int) -> bool:
 def target(results: Results, length: int) -> float:
     """The share of right expressions that counts as learnt."""
     student, teacher = (results.level(role, name=f"k{length}") for role in ("student", "teacher"))
-    return student + (results.experiment.until or GAP) * (teacher - student)
+    return part_way(student, teacher, GAP)
 
 
 def curve(runs: Sequence[Record], cost: Cost) -> Curve:

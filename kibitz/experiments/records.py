@@ -14,7 +14,7 @@ import torch
 
 from kibitz import __version__
 from kibitz.experiments.design import Experiment
-from kibitz.experiments.statistics import cost_at
+from kibitz.experiments.statistics import cost_at, part_way
 from kibitz.metrics import JSONL, write_atomically
 from kibitz.runs import commit
 
@@ -79,7 +79,7 @@ def chooser(experiment: Experiment, folder: Path) -> Key:
     def target(record: Record) -> float:
         name = record["settings"].get("measured", [""])[0]
         student, teacher = (measure(level["test"], name)["sampled"]["accuracy"] for level in levels if level)
-        return student + (experiment.until or 0.0) * (teacher - student)
+        return part_way(student, teacher, experiment.until or 0.0)
 
     return key
 

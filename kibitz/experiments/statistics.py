@@ -30,6 +30,11 @@ def cost_at(points: Sequence[tuple[float, float]], target: float) -> float:
     return math.inf
 
 
+def part_way(start: float, end: float, share: float) -> float:
+    """The accuracy that lies so much of the way from one to another."""
+    return start + share * (end - start)
+
+
 def resampled(curve: Curve, num_problems: int, rng: random.Random) -> list[tuple[float, float]]:
     """One draw of a curve: seeds with replacement at each cost, and the noise of a finite number of problems."""
     found = []
