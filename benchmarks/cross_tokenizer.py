@@ -23,12 +23,12 @@ from kibitz.config import DataConfig, ModelConfig
 from kibitz.data import load_prompts
 from kibitz.engines.torch import TorchEngine
 from kibitz.experiments import Arm, Experiment, Subject, pages
+from kibitz.experiments.make_world import DATA_SEED, FROM_NOTHING, TEACHER_SHAPE, blank, recipe
 from kibitz.experiments.study import Study
-from kibitz.models import load_model, load_tokenizer, stop_ids
+from kibitz.models.load import load_model, load_tokenizer, stop_ids
 from kibitz.types import Sampling
 from kibitz.worlds.arithmetic import CHARACTERS
 from kibitz.worlds.characters import ASSISTANT, BOS, EOS, PAD, UNKNOWN, of_a_world
-from kibitz.worlds.make import DATA_SEED, FROM_NOTHING, TEACHER_SHAPE, blank, recipe
 
 NUM_TOKENS = 96
 

@@ -18,10 +18,10 @@ from typing import Any
 import kibitz
 from kibitz import worlds
 from kibitz.config import DataConfig, EvalConfig, RolloutConfig
-from kibitz.evaluate import evaluate_model
+from kibitz.evaluate.evaluate import evaluate_model
 from kibitz.experiments.records import read, share_with_interval, write
 from kibitz.experiments.tables import percent, table
-from kibitz.runs import commit
+from kibitz.training.folder import commit
 from kibitz.worlds import arithmetic
 
 PROBLEMS = 300

@@ -119,7 +119,7 @@ def precision(device: str) -> dict[str, Any]:
     from kibitz.config import DataConfig, FrozenConfig
     from kibitz.data import load_prompts
     from kibitz.engines.torch import TorchEngine
-    from kibitz.frozen import load_frozen
+    from kibitz.models.offload import load_frozen
     from kibitz.teachers import Ask
     from kibitz.teachers.local import LocalScorer
     from kibitz.types import Sampling

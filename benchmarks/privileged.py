@@ -28,12 +28,12 @@ from kibitz.config import DataConfig, ModelConfig
 from kibitz.data import load_prompts
 from kibitz.engines.torch import TorchEngine
 from kibitz.experiments import Arm, Experiment, Subject, pages
+from kibitz.experiments.make_world import DATA_SEED
 from kibitz.experiments.records import read, write
 from kibitz.experiments.study import Study
-from kibitz.models import load_model, load_tokenizer, stop_ids
+from kibitz.models.load import load_model, load_tokenizer, stop_ids
 from kibitz.types import Sampling
 from kibitz.worlds import arithmetic
-from kibitz.worlds.make import DATA_SEED
 
 MAX_TOKENS = 48
 SHOWN = "{{ prompt }}={{ response }}"

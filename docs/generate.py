@@ -20,8 +20,8 @@ from pydantic.fields import FieldInfo
 from kibitz import methods
 from kibitz.config import METHOD_CONFIGS, DistillationConfig, GuardConfig, MethodConfig, Section
 from kibitz.experiments import EXPERIMENTS, pages
-from kibitz.guards import GUARDS
 from kibitz.losses import DIVERGENCES, POLICY_LOSSES
+from kibitz.training.guards import GUARDS
 
 PAGE = Path(__file__).with_name("methods.md")
 RESULT_PAGES = (PAGE.with_name("comparison.md"), PAGE.parents[1] / "README.md")

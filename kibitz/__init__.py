@@ -17,8 +17,8 @@ _HOMES = {
     "Recipe": ("kibitz.config", "Recipe"),
     "RecipeError": ("kibitz.config", "RecipeError"),
     "load_recipe": ("kibitz.config", "load"),
-    "Run": ("kibitz.trainer", "Run"),
-    "train": ("kibitz.trainer", "train"),
+    "Run": ("kibitz.training.trainer", "Run"),
+    "train": ("kibitz.training.trainer", "train"),
 }
 
 

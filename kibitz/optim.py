@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kibitz.config import OptimConfig
-from kibitz.distributed import plain, shared_like, to_save
+from kibitz.parallel.ranks import plain, shared_like, to_save
 
 
 def lr_factor(step: int, steps: int, config: OptimConfig) -> float:

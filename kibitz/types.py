@@ -202,7 +202,7 @@ class FirstTokens:
 @dataclass
 class Spans:
     """From a teacher with another tokenizer. A span is a stretch of text that is whole tokens for both models (see
-    `kibitz.alignment`); what is known of it stands at each of its tokens, so that any part of them will do.
+    `kibitz.teachers.alignment`); what is known of it stands at each of its tokens, so that any part of them will do.
 
     `student_logp_T` is as it was sampled, and both log-probabilities are of the whole span. `heard_T` is 0 where the two
     cannot be compared, and the two are equal there."""

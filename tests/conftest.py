@@ -26,7 +26,7 @@ def _one_thread():
 @pytest.fixture(scope="session")
 def small_models(tmp_path_factory) -> Path:
     """A folder with `student` and `teacher` of one tokenizer, and `stranger` of another."""
-    from support import make_model, tokenizer
+    from support.models import make_model, tokenizer
 
     home = tmp_path_factory.mktemp("models")
     make_model(home / "student", seed=1)

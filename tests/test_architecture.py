@@ -1,7 +1,6 @@
-"""The walls of the house: who may import whom, how long a file may be, and what `import kibitz` costs.
+"""The walls of the house: which room may import which, what a file may be, and what `import kibitz` costs.
 
-The levels are those of the table in CONTRIBUTING.md. A room imports rooms of lower levels; the few edges inside a
-level are named below, one by one.
+The rooms stand in one order, that of the table in CONTRIBUTING.md: a room imports rooms before it and none after it.
 """
 
 import ast
@@ -18,72 +17,34 @@ import kibitz
 PACKAGE = Path(kibitz.__file__).parent
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 350, 60, 9
 
-LEVELS = {
-    "types": 0,
-    "config": 0,
-    "losses": 1,
-    "alignment": 1,
-    "batching": 1,
-    "company": 1,
-    "graders": 1,
-    "guards": 1,
-    "heads": 1,
-    "lora": 1,
-    "shards": 1,
-    "trackers": 1,
-    "worlds": 1,
-    "servers": 1,
-    "distributed": 2,
-    "metrics": 2,
-    "optim": 2,
-    "models": 2,
-    "data": 2,
-    "engines": 2,
-    "frozen": 2,
-    "teachers": 2,
-    "methods": 3,
-    "annotate": 3,
-    "packing": 3,
-    "sharding": 3,
-    "harness": 3,
-    "chat": 3,
-    "memory": 3,
-    "checkpoint": 4,
-    "evaluate": 4,
-    "preflight": 4,
-    "runs": 4,
-    "prepare": 4,
-    "trainer": 4,
-    "worlds.make": 5,
-    "experiments": 5,
-    "demo": 5,
-    "cli": 6,
-    "__main__": 7,
-}
-WITHIN_A_LEVEL = {
-    ("engines", "models"),
-    ("experiments", "worlds.make"),
-    ("annotate", "methods"),
-    ("teachers", "metrics"),
-    ("teachers", "data"),
-    ("teachers", "models"),
-    ("teachers", "frozen"),
-    ("frozen", "models"),
-    ("distributed", "engines"),
-    ("optim", "distributed"),
-    ("teachers", "engines"),
-    ("runs", "checkpoint"),
-    ("preflight", "evaluate"),
-    ("preflight", "prepare"),
-    ("prepare", "runs"),
-    ("prepare", "evaluate"),
-    ("trainer", "checkpoint"),
-    ("trainer", "evaluate"),
-    ("trainer", "prepare"),
-}
-FILE_READERS = {"report": {"types"}}  # rooms outside the levels, and all that they may import
+ROOMS = (
+    "types",
+    "report",  # reads the files of a run, and knows nouns at most
+    "config",
+    "files",
+    "ledger",
+    "losses",
+    "batching",
+    "worlds",
+    "graders",
+    "data",
+    "servers",
+    "models",
+    "engines",
+    "parallel",
+    "teachers",
+    "optim",
+    "methods",
+    "evaluate",
+    "training",
+    "preflight",
+    "experiments",
+    "cli",
+    "__main__",
+)
+MAX_ENTRIES = 26
 FORBIDDEN = {"vllm", "gymnasium", "ray", "hydra", "wandb", "tensorboard", "trackio", "lightning"}
-THE_ONE_PLACE = {"kibitz.trackers": {"wandb", "tensorboard", "trackio"}}
+THE_ONE_PLACE = {"kibitz.training.trackers": {"wandb", "tensorboard", "trackio"}}
 
 
 def module_name(path: Path) -> str:
@@ -100,8 +61,7 @@ def tree_of(module: str) -> ast.Module:
 
 
 def room(module: str) -> str:
-    parts = module.split(".")[1:]
-    return "worlds.make" if parts[:2] == ["worlds", "make"] else (parts[0] if parts else "")
+    return (module.split(".")[1:] or [""])[0]
 
 
 def imports(module: str) -> Iterator[str]:
@@ -123,31 +83,50 @@ def edges() -> set[tuple[str, str]]:
     return {(a, b) for a in MODULES for b in imports(a) if b in MODULES and a != b}
 
 
-def may_import(importer: str, imported: str) -> bool:
-    if importer == imported or imported == "":
-        return True
-    if importer in FILE_READERS:
-        return imported in FILE_READERS[importer]
-    if imported in FILE_READERS:
-        return importer in ("cli", "demo", "experiments", "trainer")
-    return LEVELS[importer] > LEVELS[imported] or (importer, imported) in WITHIN_A_LEVEL
+def test_the_plan_can_be_seen_at_a_glance():
+    entries = [path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= MAX_ENTRIES, f"put the newest of {sorted(entries)} into a room that is there"
 
 
-def test_every_room_has_a_level():
-    unknown = {room(module) for module in MODULES} - LEVELS.keys() - FILE_READERS.keys() - {""}
-    assert not unknown, f"give {unknown} a level in LEVELS, and a line in the table of CONTRIBUTING.md"
+def test_every_room_has_its_place():
+    there = {room(module) for module in MODULES} - {""}
+    assert there == set(ROOMS), "give each room its place in ROOMS, and a line in the tables of CONTRIBUTING and README"
 
 
-def test_imports_go_from_higher_levels_to_lower_ones():
-    wrong = {f"{a} -> {b}" for a, b in edges() if room(a) and not may_import(room(a), room(b))}
-    assert not wrong
+@pytest.mark.parametrize("name", ROOMS)
+def test_a_room_imports_only_rooms_before_it(name):
+    before = {"", *ROOMS[: ROOMS.index(name) + 1]}
+    wrong = {f"{a} imports {b}" for a, b in edges() if room(a) == name and room(b) not in before}
+    assert not wrong, f"{name} may import {', '.join(ROOMS[: ROOMS.index(name)])}"
 
 
-def test_no_wall_stands_open_for_nobody():
-    used = {(room(a), room(b)) for a, b in edges()}
-    there = {room(module) for module in MODULES}
-    idle = {edge for edge in WITHIN_A_LEVEL - used if set(edge) <= there}
-    assert not idle, "no file needs these edges inside a level any more"
+def owners() -> dict[str, set[str]]:
+    """The attributes of the house's own classes, and the rooms whose classes have them."""
+    found: dict[str, set[str]] = {}
+    for module in MODULES:
+        for owner in (node for node in ast.walk(tree_of(module)) if isinstance(node, ast.ClassDef)):
+            for node in ast.walk(owner):
+                if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                    found.setdefault(node.target.id, set()).add(room(module))
+                elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+                    found.setdefault(node.attr, set()).add(room(module))
+    return found
+
+
+def is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_a_room_assigns_into_its_own_objects_only(name):
+    """What an object is, its constructor says, and its own room changes: `thing.part = value` from another room is refused."""
+    of, wrong = owners(), set()
+    for module in (module for module in MODULES if room(module) == name):
+        for node in ast.walk(tree_of(module)):
+            assigned = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and not is_self(node.value)
+            if assigned and name not in of.get(node.attr, {name}):
+                wrong.add(f"{module}:{node.lineno} assigns .{node.attr} of {', '.join(sorted(of[node.attr]))}")
+    assert not wrong, "pass it to the constructor, or give the object's room a method that does it"
 
 
 def test_no_import_goes_in_a_circle():

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support import tokenizer
+from support.models import tokenizer
 
 from kibitz import graders
 from kibitz.config import DataConfig

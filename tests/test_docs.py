@@ -10,11 +10,11 @@ import pytest
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
+from support.paths import ROOT
 
 import kibitz
 from kibitz import config, methods
 
-ROOT = Path(__file__).parents[1]
 LEAST = {"student": {"model": "s"}, "teacher": {"model": "t"}, "data": {"prompts": "p.jsonl"}}
 PAGES = (
     "README.md",

@@ -2,15 +2,16 @@
 
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
-from support import make_model, recipe
+from support.models import make_model
+from support.paths import ROOT
+from support.runs import recipe
 
 import kibitz
 from kibitz import worlds
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "opd_in_one_file.py"
+EXAMPLE = ROOT / "examples" / "opd_in_one_file.py"
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from support import recipe, tokenizer
+from support.models import tokenizer
+from support.runs import recipe
 from typer.testing import CliRunner
 
 from kibitz import config

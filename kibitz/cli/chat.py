@@ -29,7 +29,7 @@ def chat(
 
     Lines may come from a pipe: `echo "5+2*3" | kibitz chat runs/demo --single`.
     """
-    from kibitz.chat import Conversation
+    from kibitz.evaluate.chat import Conversation
     from kibitz.types import Sampling
 
     out: Output = ctx.obj

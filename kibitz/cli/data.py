@@ -105,7 +105,7 @@ def make_world(
 
     get(name)  # a mistyped name is told before torch loads
 
-    from kibitz.worlds.make import make
+    from kibitz.experiments.make_world import make
 
     out: Output = ctx.obj
     folder = output or Path("runs/worlds") / name

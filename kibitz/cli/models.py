@@ -48,7 +48,7 @@ def evaluate(
     limit = recipe.data.limit or recipe.eval.num_prompts
     data = recipe.data.model_copy(update={"limit": min(limit, recipe.eval.num_prompts)})
 
-    from kibitz.evaluate import evaluate_model
+    from kibitz.evaluate.evaluate import evaluate_model
 
     row = evaluate_model(
         resolved(model), teacher=teacher, data=data, eval=recipe.eval, rollout=recipe.rollout, device=recipe.device
@@ -74,7 +74,7 @@ def _benchmarks(ctx: typer.Context, model: str, tasks: list[str], overrides: lis
     limit = recipe.eval.num_prompts if "num_prompts" in recipe.eval.model_fields_set else None
     longest = recipe.rollout.max_tokens if "max_tokens" in recipe.rollout.model_fields_set else None
 
-    from kibitz.harness import run_tasks
+    from kibitz.evaluate.harness import run_tasks
 
     found = run_tasks(model, tasks, limit=limit, max_tokens=longest, **options)
 
@@ -118,7 +118,7 @@ def score(
         return
     if not prompt:
         raise ValueError("write --prompt TEXT, or --rollouts FILE and --out FOLDER")
-    from kibitz.annotate import score_texts
+    from kibitz.evaluate.annotate import score_texts
     from kibitz.report.terminal import print_rollout
 
     responses: list[str | None] = list(response or []) or [None] * len(prompt)
@@ -155,7 +155,7 @@ def export(
     merge: Annotated[bool, typer.Option("--merge", help="Merge a LoRA adapter into its base: a whole model.")] = False,
 ) -> None:
     """Write a checkpoint as a folder for transformers, peft or vLLM, without what only training needs."""
-    from kibitz.checkpoint import export as write
+    from kibitz.training.checkpoint import export as write
 
     source = resolved(model)
     write(source, output, merge)
@@ -166,7 +166,7 @@ def export(
 
 
 def _keep_scores(output: Output, teacher: str, rollouts: Path, out: Path, kind: str, top_k: int) -> None:
-    from kibitz.annotate import store_scores
+    from kibitz.evaluate.annotate import store_scores
     from kibitz.teachers import Ask
     from kibitz.teachers.stored import FIELDS
 
@@ -185,7 +185,7 @@ def _keep_scores(output: Output, teacher: str, rollouts: Path, out: Path, kind: 
 
 def resolved(model: str) -> str:
     """A run folder stands for its last checkpoint."""
-    from kibitz.checkpoint import checkpoints
+    from kibitz.training.checkpoint import checkpoints
 
     if not (Path(model) / "recipe.yaml").is_file():
         return model

@@ -15,7 +15,7 @@ from kibitz.cli.progress import Bar
 
 if TYPE_CHECKING:
     from kibitz.config import Recipe
-    from kibitz.trainer import Run
+    from kibitz.training.trainer import Run
 
 
 def train(
@@ -50,7 +50,7 @@ def demo(
 ) -> None:
     """See on-policy distillation work: minutes on a laptop, with the models that kibitz ships."""
     from kibitz import config
-    from kibitz import demo as story
+    from kibitz.cli import demo as story
 
     out: Output = ctx.obj
     recipe = config.load(story.recipe(output, seed, models), overrides or [])
@@ -64,7 +64,8 @@ def demo(
 def run_training(out: Output, recipe: "Recipe", again: list[str], *, resume: bool, overwrite: bool) -> "Run":
     """Train with a bar; on Ctrl-C or SIGTERM say where the run is and how to go on. The exit code is that of a process
     which the signal ended, 130 or 143."""
-    from kibitz import report, trainer
+    from kibitz import report
+    from kibitz.training import trainer
 
     try:
         if out.live:

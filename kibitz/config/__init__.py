@@ -6,19 +6,22 @@ Every field has a default, and its description says where the default comes from
 names the nearest right one. Paths are relative to the current folder.
 """
 
-from kibitz.config.adversarial import AMMDConfig, DiscriminatorConfig, GADConfig
 from kibitz.config.base import RecipeError, Section
 from kibitz.config.guards import GuardConfig
-from kibitz.config.methods import (
-    DistillationConfig,
-    DivergenceName,
-    GKDConfig,
-    MethodConfig,
-    OPDConfig,
-    PolicyGradientConfig,
-    SKDConfig,
-)
-from kibitz.config.policy import DistiLLM2Config, GroupConfig, GRPOConfig, KDRLConfig, MiniLLMConfig
+from kibitz.config.methods import METHOD_CONFIGS
+from kibitz.config.methods.ammd import AMMDConfig
+from kibitz.config.methods.base import MethodConfig
+from kibitz.config.methods.distillation import DistillationConfig, DivergenceName
+from kibitz.config.methods.distillm2 import DistiLLM2Config
+from kibitz.config.methods.gad import DiscriminatorConfig, GADConfig
+from kibitz.config.methods.gkd import GKDConfig
+from kibitz.config.methods.grpo import GroupConfig, GRPOConfig
+from kibitz.config.methods.kdrl import KDRLConfig
+from kibitz.config.methods.minillm import MiniLLMConfig
+from kibitz.config.methods.opd import OPDConfig
+from kibitz.config.methods.policy_gradient import PolicyGradientConfig
+from kibitz.config.methods.sft import SFTConfig
+from kibitz.config.methods.skd import SKDConfig
 from kibitz.config.reading import dump, json_schema, load
 from kibitz.config.recipe import Recipe, register_method
 from kibitz.config.sections import (
@@ -35,8 +38,6 @@ from kibitz.config.sections import (
     StudentConfig,
     TrackConfig,
 )
-from kibitz.config.sft import SFTConfig
-from kibitz.config.table import METHOD_CONFIGS
 from kibitz.config.teachers import (
     TEACHER_CONFIGS,
     ContextConfig,

@@ -9,8 +9,8 @@ import yaml
 from pydantic import ValidationError
 
 from kibitz.config.base import RecipeError, Section
+from kibitz.config.methods import METHOD_CONFIGS, method_type
 from kibitz.config.recipe import Recipe
-from kibitz.config.table import METHOD_CONFIGS, method_type
 from kibitz.config.teachers import SEVERAL, TEACHER_CONFIGS
 
 TAGGED: dict[str, dict[str, Any]] = {"method": METHOD_CONFIGS, "teacher": TEACHER_CONFIGS}

@@ -5,7 +5,9 @@ from pydantic.fields import FieldInfo
 
 from kibitz.config.base import Section
 from kibitz.config.guards import GuardConfig
-from kibitz.config.methods import MethodConfig, OPDConfig
+from kibitz.config.methods import METHOD_CONFIGS, method_union
+from kibitz.config.methods.base import MethodConfig
+from kibitz.config.methods.opd import OPDConfig
 from kibitz.config.sections import (
     DataConfig,
     EvalConfig,
@@ -16,7 +18,6 @@ from kibitz.config.sections import (
     StudentConfig,
     TrackConfig,
 )
-from kibitz.config.table import METHOD_CONFIGS, method_union
 from kibitz.config.teachers import TeacherConfig, teacher_union
 
 

@@ -16,7 +16,8 @@ from kibitz.losses.criteria import ReverseKL, likeliest
 from kibitz.losses.spans import span_sums
 from kibitz.losses.supports import find_token
 from kibitz.methods.stored import load_rollouts, prompts_of
-from kibitz.models import LanguageModel, load_model, load_tokenizer, pick_device, stop_ids
+from kibitz.models import LanguageModel
+from kibitz.models.load import load_model, load_tokenizer, pick_device, stop_ids
 from kibitz.teachers import Ask, Teacher, build
 from kibitz.types import Batch, Dense, Prompt, Rollout, Sampled, Sampling, Scored, Signal, Spans, Tokens, TopK
 

@@ -7,7 +7,8 @@ from kibitz.config import ModelConfig
 from kibitz.data import encode_prompt
 from kibitz.engines import Engine
 from kibitz.engines.torch import TorchEngine
-from kibitz.models import LanguageModel, load_model, pick_device, stop_ids
+from kibitz.models import LanguageModel
+from kibitz.models.load import load_model, pick_device, stop_ids
 from kibitz.types import Prompt, Sampling
 
 

@@ -13,14 +13,15 @@ import torch
 from kibitz.batching import group, pack
 from kibitz.config import DataConfig, EvalConfig, ModelConfig, RolloutConfig
 from kibitz.data import load_grader, load_prompts
-from kibitz.distributed import ALONE, Ranks
 from kibitz.engines import Engine
 from kibitz.engines.torch import TorchEngine
+from kibitz.evaluate.statistics import pass_at_k, wilson
 from kibitz.graders import Grader
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import ReverseKL
-from kibitz.metrics import pass_at_k, wilson
-from kibitz.models import LanguageModel, load_model, load_tokenizer, pick_device, stop_ids
+from kibitz.models import LanguageModel
+from kibitz.models.load import load_model, load_tokenizer, pick_device, stop_ids
+from kibitz.parallel.ranks import ALONE, Ranks
 from kibitz.teachers import Teacher
 from kibitz.teachers.build import reader_of
 from kibitz.types import Prompt, Rollout, Sampling, Scored, Spans

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kibitz.config import ModelConfig
-from kibitz.models import load_model, load_tokenizer, pick_device
+from kibitz.models.load import load_model, load_tokenizer, pick_device
 
 
 def run_tasks(

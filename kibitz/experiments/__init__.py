@@ -8,7 +8,7 @@ measured by `kibitz.evaluate`, on the toy worlds or, by naming other checkpoints
 
 import difflib
 
-from kibitz.experiments import (
+from kibitz.experiments.claims import (
     assistant,
     capacity,
     cost,
@@ -25,8 +25,8 @@ from kibitz.experiments import (
     temperature,
     weak_start,
 )
+from kibitz.experiments.claims.methods import METHODS, NAVIGATION
 from kibitz.experiments.design import Arm, Claim, Experiment, Subject
-from kibitz.experiments.methods import METHODS, NAVIGATION
 
 __all__ = ["Arm", "Claim", "EXPERIMENTS", "Experiment", "Subject", "get"]
 

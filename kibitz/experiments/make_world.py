@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import kibitz
-from kibitz.trainer import Progress
+from kibitz.training.trainer import Progress
 from kibitz.worlds import arithmetic_long, get
 
 # Muon on the matrices: with AdamW alone the circuits that copy a line come several times later. Many small batches

@@ -15,11 +15,11 @@ import torch
 from kibitz import __version__
 from kibitz.experiments.design import Experiment
 from kibitz.experiments.statistics import cost_at, part_way
-from kibitz.metrics import JSONL, write_atomically
-from kibitz.runs import commit
+from kibitz.files import JSONL, write_atomically
+from kibitz.training.folder import commit
 
 if TYPE_CHECKING:
-    from kibitz.trainer import Run
+    from kibitz.training.trainer import Run
 
 Record = dict[str, Any]
 PROBE = "probe"

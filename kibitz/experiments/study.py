@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 import kibitz
-from kibitz.checkpoint import checkpoints, export
 from kibitz.config import DataConfig, EvalConfig, Recipe
-from kibitz.evaluate import evaluate_model
+from kibitz.evaluate.evaluate import evaluate_model
 from kibitz.experiments.design import BLANK, OF_ARM, Arm, Experiment, Subject, cut, shape, with_models
+from kibitz.experiments.make_world import blank
 from kibitz.experiments.records import (
     PROBE,
     Record,
@@ -29,8 +29,8 @@ from kibitz.experiments.records import (
     score,
     write,
 )
-from kibitz.lora import is_adapter
-from kibitz.worlds.make import blank
+from kibitz.models.lora import is_adapter
+from kibitz.training.checkpoint import checkpoints, export
 
 QUIET = {"eval": {"every": 0, "num_prompts": 1, "heatmaps": 0}}
 """A run measures nothing itself; `evaluate_model` does, on the split that is due."""

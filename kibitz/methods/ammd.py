@@ -16,7 +16,7 @@ from kibitz.batching import group, pack
 from kibitz.config import AMMDConfig
 from kibitz.losses.adversarial import MomentMatching, moment_gap
 from kibitz.losses.supports import log_probs, teacher_logits
-from kibitz.methods.opponent import Opponent, opponent
+from kibitz.methods.adversary import Opponent, opponent
 from kibitz.methods.parts import Parts, scorer, teacher_engine, token_loss
 from kibitz.methods.sources import Demonstrations, Sampled, Source, Split
 from kibitz.models import LanguageModel

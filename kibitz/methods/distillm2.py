@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from kibitz.config import DistiLLM2Config
-from kibitz.distributed import ALONE, Ranks
 from kibitz.losses.criteria import Divergence
 from kibitz.losses.divergences import adaptive_alpha, skew_kl, skew_reverse_kl
 from kibitz.methods.parts import Parts, scorer, spoken, teacher_engine, token_loss
 from kibitz.methods.sources import Sampled, Source
 from kibitz.models import LanguageModel
+from kibitz.parallel.ranks import ALONE, Ranks
 from kibitz.teachers import Ask, Scorer
 from kibitz.teachers.local import LocalScorer
 from kibitz.types import Batch, Prompt, Rollout, Scored, Signal, Step, Writer

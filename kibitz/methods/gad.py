@@ -14,10 +14,11 @@ from kibitz.config import GADConfig
 from kibitz.losses.adversarial import bradley_terry
 from kibitz.losses.criteria import CrossEntropy, PolicyGradient
 from kibitz.losses.policy_gradient import group_advantages
-from kibitz.methods.opponent import Opponent, opponent
+from kibitz.methods.adversary import Opponent, opponent
 from kibitz.methods.parts import Parts, policy_loss, teacher_engine, token_loss
 from kibitz.methods.sources import Demonstrations, Sampled, Source
-from kibitz.models import LanguageModel, load_model
+from kibitz.models import LanguageModel
+from kibitz.models.load import load_model
 from kibitz.types import Batch, Prompt, Rollout, Scored, Step, Writer
 
 Duel = list[Rollout]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from kibitz.config import DistillationConfig, MethodConfig, PolicyGradientConfig, Recipe, SignalKind
-from kibitz.distributed import ALONE, Ranks
 from kibitz.engines import Engine
 from kibitz.engines.torch import TorchEngine
 from kibitz.losses.chunked import Criterion, over_chunks
@@ -18,6 +17,7 @@ from kibitz.losses.joint import Sum, anchor_kl
 from kibitz.losses.policy_gradient import POLICY_LOSSES
 from kibitz.methods.candidates import student_top_k
 from kibitz.models import LanguageModel
+from kibitz.parallel.ranks import ALONE, Ranks
 from kibitz.teachers import Ask, Early, MakeEngine, Scorer, Teacher
 from kibitz.teachers.local import narrowed
 from kibitz.types import Batch, Dense, Prompt, Rollout, Sampled, Sampling, Scored, Signal, Stateful, Step

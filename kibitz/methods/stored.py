@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kibitz.metrics import write_atomically
+from kibitz.files import write_atomically
 from kibitz.types import Prompt, Rollout, Writer
 
 

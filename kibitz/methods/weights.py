@@ -12,10 +12,10 @@ from torch import Tensor
 
 from kibitz.batching import micro_batches, pack
 from kibitz.config import DistillationConfig
-from kibitz.distributed import Ranks
 from kibitz.losses.token_weights import by_turn, prefix_drift, sequence_mean, tip_score, top_share
 from kibitz.methods.parts import Method, Parts
 from kibitz.models import LanguageModel
+from kibitz.parallel.ranks import Ranks
 from kibitz.types import Batch, Prompt, Rollout, Scored, Step, Writer
 
 

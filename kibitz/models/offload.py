@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from kibitz import lora
 from kibitz.config import FrozenConfig
-from kibitz.models import LanguageModel, load_model, load_tokenizer, load_weights
+from kibitz.models import lora
+from kibitz.models.language_model import LanguageModel
+from kibitz.models.load import load_model, load_tokenizer, load_weights
 
 Fetch = Callable[[Tensor], Tensor]
 

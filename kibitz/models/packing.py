@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from kibitz.models import LanguageModel
+from kibitz.models.language_model import LanguageModel
 
 
 def pack_rows(models: Sequence[LanguageModel], wish: bool | Literal["auto"]) -> None:

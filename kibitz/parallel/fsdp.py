@@ -3,7 +3,8 @@
 Of a student there are two ways. With a whole copy it is there twice: the `learner`, whose weights, gradients and moments are
 split, does nothing but learn; the copy writes and reads, which takes as many forward passes as it takes, in any process, and
 after each step takes the learner's new weights. Without (`parallel.whole_copy: false`), the learner does all of it, and no
-process ever holds more than its part and the layer that it computes, while it loads and saves neither: see `kibitz.company`.
+process ever holds more than its part and the layer that it computes, while it loads and saves neither:
+see `kibitz.parallel.lockstep`.
 
 Gradients are summed and never averaged: losses are divided by the number of tokens of all processes before.
 """
@@ -24,12 +25,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from kibitz import lora, shards
-from kibitz.company import Company
 from kibitz.config import ModelConfig, RecipeError, StudentConfig
-from kibitz.distributed import Ranks, plain
-from kibitz.heads import build_head
-from kibitz.models import LanguageModel, load_tokenizer, pick_dtype
+from kibitz.models import LanguageModel, lora
+from kibitz.models.head import build_head
+from kibitz.models.load import load_tokenizer, pick_dtype
+from kibitz.parallel import sharded_files
+from kibitz.parallel.lockstep import Company
+from kibitz.parallel.ranks import Ranks, plain
 
 
 def learner_of(student: LanguageModel, ranks: Ranks) -> LanguageModel:
@@ -194,8 +196,8 @@ def _weight_files(source: str) -> list[Path]:
     folder = Path(source)
     if not folder.is_dir():
         folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
-    if (folder / shards.INDEX).is_file():
-        named = json.loads((folder / shards.INDEX).read_text(encoding="utf-8"))["weight_map"]
+    if (folder / sharded_files.INDEX).is_file():
+        named = json.loads((folder / sharded_files.INDEX).read_text(encoding="utf-8"))["weight_map"]
         return [folder / name for name in sorted(set(named.values()))]
     return [folder / "model.safetensors"]
 
@@ -276,7 +278,7 @@ def _fill(bare: nn.Module, stored: dict[str, Path]) -> None:
     for path in sorted(set(stored.values())):
         with safe_open(path, framework="pt") as file:
             for name in (name for name, where in stored.items() if where == path):
-                shards.fill(targets[name], file.get_slice(name))
+                sharded_files.fill(targets[name], file.get_slice(name))
 
 
 def _gathers(bare: nn.Module, company: Company) -> dict[str, Callable[[], Tensor]]:
@@ -311,4 +313,4 @@ def _write(student: LanguageModel, gathers: dict[str, Callable[[], Tensor]], fol
     bare.config.save_pretrained(folder)
     if bare.generation_config is not None:
         bare.generation_config.save_pretrained(folder)
-    shards.write_whole(((name, gather()) for name, gather in gathers.items()), folder)
+    sharded_files.write_whole(((name, gather()) for name, gather in gathers.items()), folder)

@@ -2,7 +2,7 @@
 
 All processes run one and the same loop. Each writes, grades, scores and learns its share of a step's prompts, and all know
 every rollout of the step, so that what is counted is counted alike everywhere. How they hold the student between them,
-`kibitz.sharding` says.
+`kibitz.parallel.fsdp` says.
 """
 
 import atexit
@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from kibitz.company import Company
 from kibitz.config import ParallelConfig
 from kibitz.engines import Engine
+from kibitz.parallel.lockstep import Company
 from kibitz.types import Prompt, Rollout, Sampling, Scored
 
 T = TypeVar("T")

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from kibitz.config import GADConfig, LocalTeacherConfig, ModelConfig, Recipe, StoredTeacherConfig
 from kibitz.data import load_prompts
 from kibitz.methods import teacher_engine
-from kibitz.models import load_model, load_tokenizer, pick_device, pick_dtype
+from kibitz.models.load import load_model, load_tokenizer, pick_device, pick_dtype
 from kibitz.preflight import budget, measured, texts
 from kibitz.preflight.finding import Finding, Light, worst
 from kibitz.preflight.shapes import shape_of
-from kibitz.prepare import Setup, prepare
 from kibitz.teachers import Ask, Teacher
 from kibitz.teachers.local import LocalScorer
+from kibitz.training.setup import Setup, prepare
 from kibitz.types import Rollout, TopK
 
 __all__ = ["REFUSED", "Finding", "Light", "Options", "check", "check_files", "worst"]

@@ -10,7 +10,8 @@ from statistics import fmean
 import torch
 
 from kibitz.config import OptimConfig, Recipe, StudentTeacherConfig
-from kibitz.models import CHUNK_NUMBERS, forward_flops, pick_dtype
+from kibitz.models.language_model import CHUNK_NUMBERS, forward_flops
+from kibitz.models.load import pick_dtype
 from kibitz.preflight.finding import Finding
 from kibitz.preflight.shapes import Shape
 

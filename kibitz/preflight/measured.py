@@ -10,15 +10,15 @@ from torch import Tensor
 
 from kibitz.batching import group, pack
 from kibitz.engines import Engine
-from kibitz.evaluate import accuracy, grade
+from kibitz.evaluate.evaluate import accuracy, grade
 from kibitz.losses.chunked import Criterion
 from kibitz.losses.criteria import Divergence, PolicyGradient
 from kibitz.methods import token_loss
 from kibitz.models import LanguageModel
 from kibitz.preflight.finding import Finding
-from kibitz.prepare import Setup
 from kibitz.teachers import Ask
 from kibitz.teachers.local import LocalScorer
+from kibitz.training.setup import Setup
 from kibitz.types import Rollout, Sampled, Scored, Signal, Spans, TopK
 
 LARGE_GAP, HUGE_GAP = 0.02, 0.2

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kibitz import lora
 from kibitz.config import FrozenConfig, ModelConfig
-from kibitz.sharding import layers_of
+from kibitz.models import lora
+from kibitz.parallel.fsdp import layers_of
 
 PROBED_TOKENS = 64
 

@@ -6,12 +6,12 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
-from kibitz import lora
-from kibitz.alignment import Aligner
 from kibitz.config import ModelConfig, Recipe
 from kibitz.data import encode_prompt
-from kibitz.models import end_ids
+from kibitz.models import lora
+from kibitz.models.load import end_ids
 from kibitz.preflight.finding import Finding
+from kibitz.teachers.alignment import Aligner
 from kibitz.types import Prompt
 
 PROBE = [{"role": "user", "content": "What is 2+2?"}]

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kibitz.alignment import Aligner, Span
 from kibitz.config import SignalKind
 from kibitz.data import encode_prompt
 from kibitz.teachers import Ask, MakeEngine, Teacher
+from kibitz.teachers.alignment import Aligner, Span
 from kibitz.teachers.local import narrowed
 from kibitz.types import Dense, FirstTokens, Prompt, Rollout, Sampled, Signal, Spans
 

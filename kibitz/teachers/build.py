@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-from kibitz import frozen
-from kibitz.alignment import Aligner
 from kibitz.config import (
     LocalTeacherConfig,
     ModelConfig,
@@ -18,9 +16,11 @@ from kibitz.config import (
     TeacherConfig,
 )
 from kibitz.config.teachers import ChatTeacherConfig, RemoteTeacherConfig
-from kibitz.models import LanguageModel, check_same_tokenizer, load_tokenizer
+from kibitz.models import LanguageModel, offload
+from kibitz.models.load import check_same_tokenizer, load_tokenizer
 from kibitz.teachers import Teacher, stored
 from kibitz.teachers.aligned import aligned
+from kibitz.teachers.alignment import Aligner
 from kibitz.teachers.chat import chat_teacher
 from kibitz.teachers.context import check_context, in_context
 from kibitz.teachers.local import local_teacher
@@ -39,7 +39,7 @@ class Pupil:
     template: Mapping[str, Any] = field(default_factory=dict)
     model: LanguageModel | None = None
     section: ModelConfig | None = None
-    load: Callable[[LocalTeacherConfig, str, torch.device], LanguageModel] = frozen.load_frozen
+    load: Callable[[LocalTeacherConfig, str, torch.device], LanguageModel] = offload.load_frozen
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Kind:
 
 
 def _check_local(config: LocalTeacherConfig, tokenizer: Any) -> Any:
-    frozen.require(config, "teacher")
+    offload.require(config, "teacher")
     own = load_tokenizer(config, "teacher")
     if config.tokenizer == "student":
         check_same_tokenizer(tokenizer, own)
@@ -60,7 +60,7 @@ def _check_local(config: LocalTeacherConfig, tokenizer: Any) -> Any:
 
 
 def _load_local(config: LocalTeacherConfig, device: torch.device, pupil: Pupil | None) -> Teacher:
-    load = frozen.load_frozen if pupil is None else pupil.load
+    load = offload.load_frozen if pupil is None else pupil.load
     teacher = local_teacher(load(config, "teacher", device))
     if config.tokenizer == "student":
         return teacher
@@ -130,7 +130,7 @@ def load_all(
     recipe: Recipe,
     tokenizers: Sequence[Any],
     student: LanguageModel,
-    load_own: Callable[[LocalTeacherConfig, str, torch.device], LanguageModel] = frozen.load_frozen,
+    load_own: Callable[[LocalTeacherConfig, str, torch.device], LanguageModel] = offload.load_frozen,
 ) -> Teacher | None:
     """The teacher of a run, if it has any. `tokenizers` are the teachers', `load_own` how a model of theirs is had."""
     members, configs, device = [], recipe.teachers, student.device

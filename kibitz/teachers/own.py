@@ -10,7 +10,8 @@ from torch import Tensor
 from kibitz.config import ModelConfig, StudentTeacherConfig
 from kibitz.engines import Engine
 from kibitz.engines.torch import TorchEngine
-from kibitz.models import LanguageModel, load_model
+from kibitz.models import LanguageModel
+from kibitz.models.load import load_model
 from kibitz.teachers import Ask, MakeEngine, Teacher
 from kibitz.teachers.local import KINDS, LocalScorer, local_teacher
 from kibitz.types import Prompt, Rollout, Sampling, Signal

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from kibitz.config import SignalKind
 from kibitz.engines import Engine
-from kibitz.heads import Head
-from kibitz.metrics import write_atomically
+from kibitz.files import write_atomically
 from kibitz.models import LanguageModel
+from kibitz.models.head import Head
 from kibitz.teachers import Ask, MakeEngine, Scorer, Teacher
 from kibitz.types import Dense, Rollout, Sampled, Signal, TopK
 

@@ -3,7 +3,7 @@
     checkpoints/step-000050/            loads with AutoModelForCausalLM.from_pretrained; of LoRA, with peft
     checkpoints/step-000050/training/   state.json, optimizer.safetensors, NAME.safetensors of what else is kept,
                                         and manifest.json; of several processes, whose optimizer is sharded, optimizer/
-                                        with a file of each (`kibitz.shards`)
+                                        with a file of each (`kibitz.parallel.sharded_files`)
 
 A folder appears under its name only when it is whole, and gives it up before the first of its files goes. The manifest,
 written last, holds the SHA-256 of every other file. Sampling is seeded by prompt and step, and dropout is off, so the
@@ -27,11 +27,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from kibitz import lora, shards
 from kibitz.config import ModelConfig
-from kibitz.distributed import ALONE, Ranks
-from kibitz.models import LanguageModel, load_tokenizer, load_weights
+from kibitz.models import LanguageModel, lora
+from kibitz.models.load import load_tokenizer, load_weights
 from kibitz.optim import Optimizer
+from kibitz.parallel import sharded_files
+from kibitz.parallel.ranks import ALONE, Ranks
 from kibitz.types import Stateful
 
 MANIFEST = Path("training") / "manifest.json"
@@ -82,7 +83,7 @@ def save(
     `keeps` are the states of the optimizer and of what else has one, by the names of their files. Of several processes the
     first writes, and of a state that is sharded each its own part."""
     final = folder / "checkpoints" / f"step-{step:06d}"
-    in_parts = {name: kept for name, kept in keeps.items() if shards.are_in(kept.values())}
+    in_parts = {name: kept for name, kept in keeps.items() if sharded_files.are_in(kept.values())}
 
     def begin(temporary: Path) -> None:
         student.save(temporary)
@@ -99,7 +100,7 @@ def save(
     with _in_the_making(final, ranks) as temporary:
         ranks.first(lambda: begin(temporary))
         for name, kept in in_parts.items():
-            shards.write(kept, temporary / "training" / name)
+            sharded_files.write(kept, temporary / "training" / name)
         ranks.first(lambda: end(temporary))
     ranks.first(lambda: [remove(old) for old in checkpoints(folder)[:-keep]])
     return final
@@ -137,8 +138,8 @@ def load_state(checkpoint: Path, keeps: Mapping[str, Stateful]) -> dict[str, Any
                 f"{checkpoint} has no training/{path.name}, and this run keeps a {name}: it was made by another version or "
                 "without it, and cannot be gone on with; start anew from it with student.model"
             )
-        if isinstance(kept, Optimizer) and (path.is_dir() or shards.are_in(kept.parameters)):
-            kept.load_state(shards.read(path, kept.room))
+        if isinstance(kept, Optimizer) and (path.is_dir() or sharded_files.are_in(kept.parameters)):
+            kept.load_state(sharded_files.read(path, kept.room))
         else:
             kept.load_state(load_file(path))
     return json.loads((checkpoint / "training" / "state.json").read_text(encoding="utf-8"))

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from kibitz import __version__, config
-from kibitz.checkpoint import checkpoints, newest_sound, remove, set_aside
 from kibitz.config import Recipe, RecipeError
-from kibitz.distributed import ALONE, Ranks
+from kibitz.files import JSONL, write_atomically
 from kibitz.methods.stored import as_row
-from kibitz.metrics import JSONL, write_atomically
 from kibitz.models import LanguageModel
+from kibitz.parallel.ranks import ALONE, Ranks
 from kibitz.teachers import Teacher
+from kibitz.training.checkpoint import checkpoints, newest_sound, remove, set_aside
 from kibitz.types import Rollout
 
 FILES = ("metrics", "evals", "rollouts", "alarms", "stored")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from kibitz.metrics import PEAKS
+from kibitz.ledger import PEAKS
 
 MARK, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 

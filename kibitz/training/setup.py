@@ -11,19 +11,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kibitz import config, distributed, frozen, lora, optim, sharding, trackers
+from kibitz import config, optim
 from kibitz.config import DataConfig, FrozenConfig, LocalTeacherConfig, Recipe, RecipeError, StudentTeacherConfig
 from kibitz.data import PromptStream, encode_response, load_grader, load_prompts
-from kibitz.distributed import Ranks
 from kibitz.engines import Engine
 from kibitz.engines.build import make_engine
 from kibitz.engines.vllm import VLLMEngine
-from kibitz.evaluate import Evaluator
+from kibitz.evaluate.evaluate import Evaluator
 from kibitz.graders import Grader
 from kibitz.methods import Parts
 from kibitz.methods.stored import load_rollouts
-from kibitz.models import (
-    LanguageModel,
+from kibitz.models import LanguageModel, lora, offload
+from kibitz.models.load import (
     check_same_tokenizer,
     load_model,
     load_student,
@@ -32,12 +31,15 @@ from kibitz.models import (
     single_tokens,
     stop_ids,
 )
-from kibitz.packing import pack_rows
-from kibitz.runs import RunFolder, open_folder
+from kibitz.models.packing import pack_rows
+from kibitz.parallel import fsdp
+from kibitz.parallel.ranks import Ranks, join
 from kibitz.teachers import Teacher
 from kibitz.teachers import build as teachers
 from kibitz.teachers.local import local_teacher
 from kibitz.teachers.own import base_teacher
+from kibitz.training import trackers
+from kibitz.training.folder import RunFolder, open_folder
 from kibitz.types import Prompt, Rollout, Sampling
 
 
@@ -119,7 +121,7 @@ def prepare(
     for check in checks:
         check([*prompts, *held_out], recipe.rollout.max_tokens)
     pack_rows([student, *(m for t in (teacher, reference) if t is not None for m in t.models)], recipe.optim.packing)
-    learner = sharding.learner_of(student, ranks)
+    learner = fsdp.learner_of(student, ranks)
     engine = _engine(recipe, student, prompts[:2], ranks)
     sampling = _sampling(recipe, student)
     examiner = teacher if teacher is not None and teacher.reads_all else None
@@ -139,7 +141,7 @@ def prepare(
 def _check_other_models(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     for role, model in recipe.method.other_models().items():
         if isinstance(model, FrozenConfig):
-            frozen.require(model, role)
+            offload.require(model, role)
         check_same_tokenizer(tokenizer, load_tokenizer(model, role), role)
 
 
@@ -148,13 +150,13 @@ def _student(
 ) -> LanguageModel:
     if ranks.size == 1 or recipe.parallel.whole_copy:
         return load_student(recipe.student, device, tokenizer, recipe.seed, resumed_from)
-    return sharding.load_in_parts(recipe.student, device, tokenizer, recipe.seed, resumed_from, ranks)
+    return fsdp.load_in_parts(recipe.student, device, tokenizer, recipe.seed, resumed_from, ranks)
 
 
 def _teacher_loader(recipe: Recipe, ranks: Ranks) -> Callable[..., LanguageModel]:
     if ranks.size == 1 or not recipe.parallel.shard_teacher:
-        return frozen.load_frozen
-    return partial(sharding.load_frozen, ranks=ranks, instead=sharding.WHOLE_TEACHER)
+        return offload.load_frozen
+    return partial(fsdp.load_frozen, ranks=ranks, instead=fsdp.WHOLE_TEACHER)
 
 
 def _engine(recipe: Recipe, student: LanguageModel, probe: Sequence[Prompt], ranks: Ranks) -> Engine:
@@ -171,7 +173,7 @@ def _stored(recipe: Recipe, prompts: Sequence[Prompt], vocab_size: int) -> dict[
 
 def _meet(recipe: Recipe, prompts: Sequence[Prompt]) -> tuple[Ranks, torch.device]:
     """The processes that torchrun started and this one's device. What several cannot do is refused before weights load."""
-    ranks, device = distributed.join(recipe.parallel, pick_device(recipe.device))
+    ranks, device = join(recipe.parallel, pick_device(recipe.device))
     if ranks.size == 1:
         return ranks, device
     if recipe.optim.name != "adamw":
@@ -196,7 +198,7 @@ def _meet(recipe: Recipe, prompts: Sequence[Prompt]) -> tuple[Ranks, torch.devic
             "parallel.shard_teacher: its layers are split where they are: leave out teacher.offload and quantize"
         )
     if recipe.parallel.shard_teacher:
-        sharding.check_parts(cast(LocalTeacherConfig, recipe.teacher), "teacher", sharding.WHOLE_TEACHER)
+        fsdp.check_parts(cast(LocalTeacherConfig, recipe.teacher), "teacher", fsdp.WHOLE_TEACHER)
     if recipe.method.trains_an_opponent():
         raise RecipeError(f"method {recipe.method.type} trains an opponent of the student in one process: start one")
     if not recipe.parallel.whole_copy:
@@ -212,9 +214,9 @@ def _meet(recipe: Recipe, prompts: Sequence[Prompt]) -> tuple[Ranks, torch.devic
 
 def _check_parts(recipe: Recipe) -> None:
     """What a student that nobody holds whole cannot be used for."""
-    sharding.check_parts(recipe.student, "student")
+    fsdp.check_parts(recipe.student, "student")
     if recipe.method.reference is not None and not _kept_small(recipe.method.reference):
-        sharding.check_parts(recipe.method.reference, "method.reference")
+        fsdp.check_parts(recipe.method.reference, "method.reference")
     if any(isinstance(teacher, StudentTeacherConfig) for teacher in recipe.teachers):
         raise RecipeError(
             "teacher.student: such a teacher would be whole in each process, and the student never is: write teacher.model, "
@@ -240,10 +242,10 @@ def _reference(recipe: Recipe, student: LanguageModel, ranks: Ranks) -> Teacher 
         return base_teacher(student, "reference")
     section, device = method.reference or recipe.student, student.device
     if isinstance(section, FrozenConfig) and (_kept_small(section) or recipe.parallel.whole_copy):
-        return local_teacher(frozen.load_frozen(section, "reference", device, student.tokenizer))
+        return local_teacher(offload.load_frozen(section, "reference", device, student.tokenizer))
     if ranks.size == 1 or recipe.parallel.whole_copy:
         return local_teacher(load_model(section, "reference", device, student.tokenizer))
-    return local_teacher(sharding.load_frozen(section, "reference", device, ranks, sharding.WHOLE_STUDENT))
+    return local_teacher(fsdp.load_frozen(section, "reference", device, ranks, fsdp.WHOLE_STUDENT))
 
 
 def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

@@ -15,19 +15,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kibitz import checkpoint, methods
-from kibitz.annotate import annotate
+from kibitz import methods
 from kibitz.batching import micro_batches, pack, signal_bytes
 from kibitz.config import Recipe
-from kibitz.evaluate import grade
+from kibitz.evaluate.annotate import annotate
+from kibitz.evaluate.evaluate import grade
 from kibitz.graders import Grader
-from kibitz.guards import Alarm, Guards, rollout_metrics
-from kibitz.memory import Gauge
-from kibitz.metrics import Ledger, highest
+from kibitz.ledger import Ledger, highest
 from kibitz.optim import Optimizer, lr_factor
-from kibitz.prepare import Setup, prepare
-from kibitz.sharding import copy_weights, reduce_gradients
-from kibitz.trackers import Tracked
+from kibitz.parallel.fsdp import copy_weights, reduce_gradients
+from kibitz.training import checkpoint
+from kibitz.training.guards import Alarm, Guards, rollout_metrics
+from kibitz.training.memory import Gauge
+from kibitz.training.setup import Setup, prepare
+from kibitz.training.trackers import Tracked
 from kibitz.types import Rollout, Scored, Stateful, Step, Writer, share_of_teacher
 
 

@@ -1,18 +1,18 @@
 """The recipe: what it refuses, in which words, and that it comes back from YAML as it went in."""
 
 import json
-from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from support.paths import ROOT
 
 from kibitz import config
 from kibitz.config import Recipe, RecipeError, Section
 
-SCHEMA = Path(__file__).parents[1] / "recipe.schema.json"
+SCHEMA = ROOT / "recipe.schema.json"
 LEAST = {"student": {"model": "s"}, "teacher": {"model": "t"}, "data": {"prompts": "p.jsonl"}}
 
 

@@ -7,38 +7,21 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support import make_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from support.models import make_model
+from support.paths import ROOT
+from support.tokenizers_zoo import qwen_tokenizer
 
 import kibitz
 from kibitz import config, preflight
 
-FOLDER = Path(__file__).parents[1] / "recipes"
+FOLDER = ROOT / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
-CHATML = (
-    "{%- for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{%- if add_generation_prompt %}<|im_start|>assistant\n"
-    "{%- if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
 ROWS = [
     {"solution": f"{i}+{i}={2 * i}"}
     | dict.fromkeys(("question", "problem", "prompt"), f"What is {i}+{i}?")
     | dict.fromkeys(("final_answer", "answer"), str(2 * i))
     for i in range(8)
 ]
-
-
-def qwen_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes, and the special tokens that Qwen's models have."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE({sign: i for i, sign in enumerate(alphabet)}, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    tokenizer.chat_template = CHATML
-    return tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import make_model, recipe, teacher_model
+from support.models import make_model
+from support.runs import recipe, teacher_model
 from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, MistralConfig, Qwen3Config
 
 from kibitz import methods
@@ -19,8 +20,8 @@ from kibitz.engines.speculative import SpeculativeEngine, decayed_top_k
 from kibitz.engines.torch import TorchEngine
 from kibitz.methods import skd
 from kibitz.methods.skd import SKDConfig
-from kibitz.prepare import prepare
-from kibitz.trainer import Silence, Trainer
+from kibitz.training.setup import prepare
+from kibitz.training.trainer import Silence, Trainer
 from kibitz.types import Dense, Prompt, Rollout, Sampling, Step, Writer, share_of_teacher
 
 VOCAB = 29

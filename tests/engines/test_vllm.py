@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import make_model
-from support import recipe as small_recipe
+from support.models import make_model
+from support.paths import ROOT
+from support.runs import recipe as small_recipe
 
 import kibitz
 from kibitz import config
@@ -23,16 +24,16 @@ from kibitz.config import ModelConfig, RolloutConfig
 from kibitz.config.teachers import RemoteTeacherConfig
 from kibitz.engines.sync import score
 from kibitz.engines.vllm import VLLMEngine
-from kibitz.models import load_model
+from kibitz.models.load import load_model
 from kibitz.servers import ServerError
 from kibitz.servers.commands import commands, running
 from kibitz.teachers import Ask
 from kibitz.teachers.local import local_teacher
 from kibitz.teachers.remote import remote_teacher
-from kibitz.trainer import Silence
+from kibitz.training.trainer import Silence
 from kibitz.types import Prompt, Sampling
 
-PYTHON = os.environ.get("KIBITZ_VLLM_PYTHON", str(Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"))
+PYTHON = os.environ.get("KIBITZ_VLLM_PYTHON", str(ROOT / ".venv-vllm" / "bin" / "python"))
 PROMPTS = [Prompt(ids=(1, 5 + i, 6, 7), text="", key=str(i)) for i in range(6)]
 SAMPLING = Sampling(max_tokens=24, num_samples=2, stop_ids=(2,), seed=3)
 

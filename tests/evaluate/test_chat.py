@@ -6,8 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from kibitz import worlds
-from kibitz.chat import Conversation
 from kibitz.cli import app
+from kibitz.evaluate.chat import Conversation
 from kibitz.types import Sampling
 
 TEACHER = str(worlds.get("arithmetic").checkpoint("teacher"))

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import make_model, recipe
+from support.models import make_model
+from support.runs import recipe
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import kibitz
 from kibitz import worlds
-from kibitz.annotate import FORK_NATS, annotate, score_texts
 from kibitz.config import DataConfig, EvalConfig, ModelConfig, RolloutConfig
-from kibitz.evaluate import accuracy, evaluate_model, mean_reverse_kl
-from kibitz.models import load_model
+from kibitz.evaluate.annotate import FORK_NATS, annotate, score_texts
+from kibitz.evaluate.evaluate import accuracy, evaluate_model, mean_reverse_kl
+from kibitz.models.load import load_model
 from kibitz.teachers.local import local_teacher
 from kibitz.types import Prompt, Rollout
 

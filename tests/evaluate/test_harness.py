@@ -6,14 +6,14 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
-from support import make_model
+from support.models import make_model
 from typer.testing import CliRunner
 
 from kibitz.cli import app
 from kibitz.config import ModelConfig
 from kibitz.data import encode_prompt
 from kibitz.engines.torch import TorchEngine
-from kibitz.models import load_model
+from kibitz.models.load import load_model
 from kibitz.types import Prompt, Sampling
 
 TASK = """task: sums

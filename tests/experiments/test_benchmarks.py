@@ -5,13 +5,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.paths import ROOT
 
 from kibitz.data import load_prompts
 from kibitz.experiments import Experiment, Subject, pages
 from kibitz.teachers.context import Rendering, check_context
 from kibitz.worlds import arithmetic
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
+FOLDER = ROOT / "benchmarks"
 
 
 def module(name: str) -> ModuleType:

@@ -1,10 +1,11 @@
 """Assistant and self-SFT: which numbers make which verdict, and what the tables take from the records."""
 
 import pytest
-from test_experiments import put, record
+from support.records import put, record
 
 from kibitz import experiments
-from kibitz.experiments import assistant, records, self_sft
+from kibitz.experiments import records
+from kibitz.experiments.claims import assistant, self_sft
 from kibitz.experiments.evidence import finding, markdown
 from kibitz.experiments.results import Results
 

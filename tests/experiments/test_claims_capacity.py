@@ -1,10 +1,11 @@
 """Sizes: which numbers make which verdict."""
 
 import pytest
-from test_experiments import put, record
+from support.records import put, record
 
 from kibitz import experiments
-from kibitz.experiments import capacity, records
+from kibitz.experiments import records
+from kibitz.experiments.claims import capacity
 from kibitz.experiments.design import shape
 from kibitz.experiments.evidence import finding
 

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from math import inf, log2
 
 import pytest
-from test_experiments import put, record
+from support.records import put, record
 
-from kibitz.experiments import budgets, cost, distil_back, records, sft_law
+from kibitz.experiments import budgets, records
+from kibitz.experiments.claims import cost, distil_back, sft_law
 from kibitz.experiments.design import Experiment
 from kibitz.experiments.results import NotRun, Results
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from kibitz import experiments
-from kibitz.experiments import charts, forking
+from kibitz.experiments import charts
+from kibitz.experiments.claims import forking
 from kibitz.experiments.evidence import finding, markdown
 
 FORKING = experiments.get("forking")

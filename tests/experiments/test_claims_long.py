@@ -4,10 +4,11 @@ import math
 from dataclasses import replace
 
 import pytest
-from test_experiments import put, record
+from support.records import put, record
 
 from kibitz.config import DataConfig
-from kibitz.experiments import episode_length, get, one_prompt, records
+from kibitz.experiments import get, records
+from kibitz.experiments.claims import episode_length, one_prompt
 from kibitz.experiments.design import Subject
 from kibitz.experiments.records import measure
 from kibitz.experiments.results import NotRun, Results

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kibitz.experiments import pipeline
+from kibitz.experiments.claims import pipeline
 
 
 def levels(facts: tuple[float, float, float], follows: tuple[float, float, float]) -> dict:

@@ -1,9 +1,10 @@
 """The arithmetic of three findings on made-up records: LoRA's gap, weak starts, how much settings matter."""
 
 import pytest
-from test_experiments import put, record
+from support.records import put, record
 
-from kibitz.experiments import lora, records, temperature, weak_start
+from kibitz.experiments import records
+from kibitz.experiments.claims import lora, temperature, weak_start
 from kibitz.experiments.results import NotRun, Results
 
 

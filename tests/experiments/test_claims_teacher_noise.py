@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from test_experiments import put, record
+from support.records import put, record
 
 from kibitz import experiments, worlds
-from kibitz.experiments import records, teacher_noise
+from kibitz.experiments import records
+from kibitz.experiments.claims import teacher_noise
 from kibitz.experiments.evidence import finding
 from kibitz.types import Prompt, Rollout
 

@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support import make_model
+from support.models import make_model
+from support.paths import ROOT
+from support.records import put, record
 from typer.testing import CliRunner
 
 import kibitz
@@ -18,33 +20,8 @@ from kibitz.experiments.design import Subject, cut, merged
 from kibitz.experiments.plot import svg
 from kibitz.experiments.study import Study
 
-ROOT = Path(__file__).parents[1]
 METHODS = experiments.get("methods")
 TINY = replace(METHODS.quick(), dev_problems=4, test_problems=8)
-
-
-def record(arm: str, lr: float, seed: int, dev: float, test: float | None = None, **more) -> dict:
-    """As a run writes it, with accuracies in the place of a run."""
-
-    def measured(share: float, num: int) -> dict:
-        return {
-            "num_prompts": num,
-            "sampled": {"accuracy": share},
-            "greedy": {"accuracy": share},
-            "reverse_kl": 1 - share,
-        }
-
-    found = {"arm": arm, "lr": lr, "seed": seed, "settings": {}, "dev": measured(dev, 512)}
-    found |= {"commit": "c0ffee", "date": "2026-11-22T10:00:00", "machine": "toy", "threads": 1, "cpu_seconds": 2.0}
-    flops = {"student_training": 3e9, "student_sampling": 1e9, "teacher_scoring": 2e9, "opponent_training": 5e9}
-    found |= {"flops": flops, **more}
-    return found | ({} if test is None else {"test": measured(test, 100)})
-
-
-def put(folder: Path, *found: dict) -> Path:
-    for one in found:
-        records.write(folder / f"{records.name_of(one['arm'], one['lr'], one['seed'])}.json", one)
-    return folder
 
 
 # ------------------------------------------------------------------ arithmetic

@@ -8,10 +8,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
-from test_experiments import METHODS, put, record
+from support.records import put, record
 
-from kibitz.experiments import kl_direction, statistics
+from kibitz import experiments
+from kibitz.experiments import statistics
 from kibitz.experiments.charts import Line, Panel, draw
+from kibitz.experiments.claims import kl_direction
 from kibitz.experiments.design import Arm, Experiment, Subject, with_models
 from kibitz.experiments.evidence import overview, times
 from kibitz.experiments.results import NotRun, Results, gflop, sequences
@@ -175,7 +177,7 @@ def test_arms_are_made_of_arms_and_stop_where_they_are_best(monkeypatch, tmp_pat
 
 def test_results_speak_by_name(tmp_path):
     put(tmp_path, record("opd", 1e-3, 0, 0.9, 0.8), record("opd", 1e-3, 1, 0.5, 0.9), record("opd", 2e-3, 0, 0.1, 0.1))
-    found = Results(METHODS, tmp_path)
+    found = Results(experiments.get("methods"), tmp_path)
     assert found.shares("opd") == [0.8, 0.9] and found.rate("opd") == 1e-3
     assert found.accuracy("opd")[0] == pytest.approx(0.85)
     assert found.mean("opd", lambda run: gflop(run, "student"))[0] == pytest.approx(4.0)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from support import make_model, recipe, tokenizer
-from test_extras import Lab, model_of
+from support.lab import Lab, model_of
+from support.models import make_model, tokenizer
+from support.runs import recipe
 
 import kibitz
 

@@ -10,24 +10,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import make_model, recipe
-from support import tokenizer as toy_tokenizer
-from tokenizers_zoo import zoo
+from support.models import make_model
+from support.models import tokenizer as toy_tokenizer
+from support.runs import recipe
+from support.tokenizers_zoo import zoo
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import kibitz
-from kibitz.alignment import Aligner
 from kibitz.batching import pack
 from kibitz.config import ModelConfig, RecipeError
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import Divergence, PolicyGradient, SpanLoss
 from kibitz.losses.divergences import jsd, reverse_kl
 from kibitz.losses.spans import CERTAIN, MergedDistributions, SpanLikelihood, alm, merged, sorted_l1
-from kibitz.models import LanguageModel, load_model
-from kibitz.prepare import prepare
+from kibitz.models import LanguageModel
+from kibitz.models.load import load_model
 from kibitz.teachers import Ask
 from kibitz.teachers.aligned import aligned
+from kibitz.teachers.alignment import Aligner
 from kibitz.teachers.local import LocalScorer, local_teacher
+from kibitz.training.setup import prepare
 from kibitz.types import Dense, Prompt, Rollout, Scored, Spans, cat_signals, slice_signal
 
 CPU = torch.device("cpu")

@@ -9,16 +9,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from support import recipe, teacher_model
+from support.runs import recipe, teacher_model
 
 import kibitz
-from kibitz import methods, prepare
+from kibitz import methods
 from kibitz.batching import group, pack
 from kibitz.config import GRPOConfig, OPDConfig, RecipeError
-from kibitz.guards import Guards
 from kibitz.losses import POLICY_LOSSES, token_weights
 from kibitz.losses.token_weights import by_turn
-from kibitz.models import single_tokens
+from kibitz.models.load import single_tokens
+from kibitz.training import setup
+from kibitz.training.guards import Guards
 from kibitz.types import Rollout, Scored, Writer
 
 POLICY_NAMES = list(POLICY_LOSSES)
@@ -29,7 +30,7 @@ class Lab:
 
     def __init__(self, models: Path, output: Path, method: dict, **sections):
         tree = recipe(models / "student", models / "teacher", output, method=method, **sections)
-        self.setup = prepare.prepare(tree, grader=lambda prompt, text: 0.0)
+        self.setup = setup.prepare(tree, grader=lambda prompt, text: 0.0)
         self.method = methods.build(self.setup.parts)
         prompts = self.setup.stream.take(6)
         self.rollouts = self.setup.engine.generate(prompts, replace(self.setup.parts.sampling, seed=5))
@@ -232,7 +233,7 @@ def test_masked_tokens_have_no_weight_and_are_not_chosen(lab):
     ],
 )
 def test_a_mask_that_is_not_one_token_is_refused_before_weights_load(lab, monkeypatch, token, message):
-    monkeypatch.setattr(prepare, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(setup, "load_model", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(ValueError, match=message):
         lab({"type": "opd", "mask_tokens": [token]})
 

@@ -5,18 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import make_model, recipe
+from support.models import make_model
+from support.runs import recipe, timeless
 
 import kibitz
 from kibitz import methods
 from kibitz.config import RecipeError, load
 from kibitz.losses.adversarial import MomentMatching, moment_gap
 from kibitz.losses.divergences import total_variation
-from kibitz.prepare import prepare
-from kibitz.trainer import Silence
+from kibitz.training.setup import prepare
+from kibitz.training.trainer import Silence
 from kibitz.types import Dense, Step, Tokens
-
-TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
 
 
 @pytest.fixture(scope="module")
@@ -142,10 +141,6 @@ def test_the_action_values_climb_to_the_bound(models, tmp_path):
 # ------------------------------------------------------------------ runs
 
 
-def timeless(rows: list[dict]) -> list[dict]:
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
-
-
 @pytest.mark.parametrize("method", [{}, {"on_policy": 1.0}, {"on_policy": 0.0, "source": "dataset"}])
 def test_it_resumes_bit_for_bit(models, tmp_path, method):
     class Crash(Silence):
@@ -191,7 +186,7 @@ def test_what_the_opponent_costs_is_counted(models, tmp_path):
 
 @pytest.mark.slow
 def test_a_few_steps_on_the_arithmetic_world_lower_the_reverse_kl(tmp_path):
-    from kibitz import demo
+    from kibitz.cli import demo
 
     tree = demo.recipe(str(tmp_path / "run"))
     tree |= {"method": {"type": "ammd"}, "steps": 12, "eval": {"every": 0, "num_prompts": 96, "heatmaps": 0}}

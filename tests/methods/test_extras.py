@@ -2,21 +2,20 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import make_model, recipe
+from support.lab import Lab, model_of, odd
+from support.models import make_model
+from support.runs import TIMES, recipe, timeless
 
-import kibitz
-from kibitz import methods, prepare
-from kibitz.batching import micro_batches, pack
+import kibitz.models.load
+from kibitz import methods
 from kibitz.losses.policy_gradient import distillation_advantage, extrapolated
 from kibitz.methods.opd import SampledTokenOPD
 from kibitz.methods.reference import reference_scorer
-from kibitz.trainer import Silence
-from kibitz.types import Step
+from kibitz.training.trainer import Silence
 
 METHODS = {
     "opd": {"type": "opd"},
@@ -25,49 +24,6 @@ METHODS = {
     "skd": {"type": "skd", "accept_top_k": 3},
     "grpo": {"type": "grpo"},
 }
-TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
-
-
-def odd(prompt, text) -> float:
-    return float(len(text) % 2)
-
-
-class Lab:
-    """A method with the rollouts of a run's first step, without the run around it."""
-
-    def __init__(self, models: Path, output: Path, method: dict, **sections):
-        tree = recipe(models / "student", models / "teacher", output, method=method, **sections)
-        self.setup = prepare.prepare(tree, grader=odd)
-        self.parts, self.student = self.setup.parts, self.setup.student
-        self.method = methods.build(self.parts)
-        self.rollouts = self.method.rollout(self.setup.stream.take(8), Step(0, 4, 0))
-        for i, rollout in enumerate(self.rollouts):
-            rollout.reward = float(i % 3)
-        self.scored = self.method.signal(self.rollouts)
-
-    def log_probs(self, model, rollout) -> torch.Tensor:
-        """[T, V] in float64, from the plain model, one sequence at a time."""
-        ids, first = torch.tensor([[*rollout.prompt.ids, *rollout.response_ids]]), len(rollout.prompt.ids) - 1
-        return model.model(ids).logits[0, first:-1, : model.vocab_size].double().log_softmax(-1)
-
-    def values(self, scored=None, method=None) -> tuple[float, torch.Tensor]:
-        """What the trainer minimises, and its gradient: each objective is the mean over its own tokens."""
-        scored, method = self.scored if scored is None else scored, method or self.method
-        counts = {
-            s.objective: sum(int((o.weight_T > 0).sum()) for o in scored if o.objective == s.objective) for s in scored
-        }
-        self.student.zero_grad()
-        loss = 0.0
-        for indices in micro_batches(scored, 200):
-            batch = pack([scored[i] for i in indices])
-            total, _ = method.loss(self.student, batch)
-            (total / counts[batch.objective]).backward()
-            loss += total.item() / counts[batch.objective]
-        return loss, torch.cat([p.grad.flatten() for p in self.student.parameters() if p.grad is not None])
-
-
-def model_of(teacher):
-    return teacher.writer(lambda model: model)
 
 
 @pytest.fixture
@@ -76,10 +32,6 @@ def lab(small_models, tmp_path):
         return Lab(small_models, tmp_path / name, method, **sections)
 
     return build
-
-
-def timeless(rows: list[dict]) -> list[dict]:
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
 # ------------------------------------------------------------------ the hold on a reference
@@ -175,8 +127,8 @@ def test_an_adapters_start_is_its_base_without_a_second_copy(small_models, tmp_p
         save={"every": 2},
         optim={"lr": 1e-2},
     )
-    loaded, load = [], kibitz.models.load_weights
-    monkeypatch.setattr("kibitz.models.load_weights", lambda *given: loaded.append(given[1]) or load(*given))
+    loaded, load = [], kibitz.models.load.load_weights
+    monkeypatch.setattr("kibitz.models.load.load_weights", lambda *given: loaded.append(given[1]) or load(*given))
     copied = kibitz.train(tree)
     assert loaded.count("reference") == 1
     tree["method"].pop("reference")

@@ -7,18 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import make_model, recipe
+from support.models import make_model
+from support.runs import recipe, timeless
 
 import kibitz
 from kibitz import methods
 from kibitz.config import RecipeError, load
 from kibitz.losses.adversarial import bradley_terry
 from kibitz.losses.policy_gradient import group_advantages
-from kibitz.prepare import prepare
-from kibitz.trainer import Silence
+from kibitz.training.setup import prepare
+from kibitz.training.trainer import Silence
 from kibitz.types import Prompt, Rollout, Step
-
-TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +32,6 @@ def built(tree: dict):
 
 def answer(ids: list[int], prompt: tuple[int, ...] = (3, 4, 5)) -> Rollout:
     return Rollout(Prompt(prompt, "", "key"), ids, torch.zeros(len(ids)), finished=True)
-
-
-def timeless(rows: list[dict]) -> list[dict]:
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
 # ------------------------------------------------------------------ the judge
@@ -192,7 +187,7 @@ def test_the_judge_may_stand_on_another_model(models, tmp_path):
 @pytest.mark.slow
 def test_it_pleases_a_judge_that_tells_teacher_from_student_on_the_arithmetic_world(tmp_path):
     """The teacher's text alone, read by nobody but the judge: the student comes nearer to the teacher."""
-    from kibitz import demo
+    from kibitz.cli import demo
 
     tree = demo.recipe(str(tmp_path / "run"))
     tree |= {"method": {"type": "gad", "source": "teacher"}, "steps": 15}

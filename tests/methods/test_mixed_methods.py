@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import recipe
-from test_extras import Lab, model_of
+from support.lab import Lab, model_of
+from support.runs import recipe
 
 import kibitz
 from kibitz import methods
@@ -306,7 +306,7 @@ def test_kdrl_follows_the_teacher_where_no_reward_does(small_models, tmp_path):
 
 @pytest.mark.parametrize("name", ["minillm", "distillm2", "kdrl"])
 def test_the_loss_does_not_depend_on_the_micro_batch_and_a_run_goes_on_bit_for_bit(small_models, tmp_path, name):
-    class Crash(kibitz.trainer.Silence):
+    class Crash(kibitz.training.trainer.Silence):
         def step(self, row):
             if row["step"] == 3:
                 raise RuntimeError("power cut")

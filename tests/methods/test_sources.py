@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import recipe, teacher_model
+from support.runs import recipe, teacher_model, timeless
 
 import kibitz
 from kibitz import methods
@@ -16,16 +16,15 @@ from kibitz.batching import pack
 from kibitz.config import GuardConfig, RecipeError
 from kibitz.engines.fake import FakeEngine
 from kibitz.engines.torch import TorchEngine
-from kibitz.guards import Guards
 from kibitz.methods.sources import Linear, Mix, Sampled, Seeded, Stored
 from kibitz.methods.stored import as_row, load_rollouts, save_rollouts
-from kibitz.prepare import prepare
-from kibitz.trainer import Silence
+from kibitz.training.guards import Guards
+from kibitz.training.setup import prepare
+from kibitz.training.trainer import Silence
 from kibitz.types import Prompt, Rollout, Sampling, Step, Writer
 
 NOW = Step(0, 1, seed=7)
 LIMIT = 12  # rollout.max_tokens of `support.recipe`
-TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +50,6 @@ def seeded(world, num: int, end: int | None = None, learn: bool = False) -> Seed
 def content(rollouts: list[Rollout]) -> list:
     """All that a rollout says, comparable bit for bit."""
     return [(as_row(r), [] if r.writer_T is None else r.writer_T.tolist()) for r in rollouts]
-
-
-def timeless(run) -> list[dict]:
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in run.metrics]
 
 
 def stored(run) -> list[dict]:
@@ -110,7 +105,7 @@ def test_a_prefix_of_all_tokens_is_plain_opd_bit_for_bit(models, tmp_path):
     plain = train(models, tmp_path / "plain", {}, steps=2)
     for grows in (True, False):
         run = train(models, tmp_path / str(grows), {"prefix_tokens": LIMIT, "prefix_grows": grows}, steps=2)
-        assert timeless(run) == timeless(plain)
+        assert timeless(run.metrics) == timeless(plain.metrics)
         first, second = (load_file(r.checkpoint / "model.safetensors") for r in (run, plain))
         assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -342,7 +337,7 @@ def test_resumed_schedules_go_on_where_they_were(models, tmp_path):
     assert max(row["step"] for row in stored(whole)) == 5
     run = kibitz.train(tree, resume=True)
     assert stored(run) == stored(whole)
-    assert timeless(run) == timeless(whole)
+    assert timeless(run.metrics) == timeless(whole.metrics)
 
 
 # ------------------------------------------------------------------ stored rollouts
@@ -459,7 +454,7 @@ def test_stored_rollouts_that_do_not_fit_are_refused(world, tmp_path, change, me
 
 
 def test_stored_rollouts_are_refused_before_weights_load(models, written, tmp_path, monkeypatch):
-    monkeypatch.setattr("kibitz.prepare.load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("kibitz.training.setup.load_model", lambda *_: pytest.fail("weights were loaded"))
     path = written.folder / "stored.jsonl"
 
     def refusal(rollouts: Path, **sections) -> str:

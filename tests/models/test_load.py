@@ -4,34 +4,20 @@ import warnings
 
 import pytest
 import torch
-from support import make_model, tokenizer
+from support.models import ARCHITECTURES, a_rollout, make_model, tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kibitz.batching import pack
 from kibitz.config import ModelConfig
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import CrossEntropy
-from kibitz.models import check_folder, check_same_tokenizer, load_model, load_tokenizer, stop_ids
-from kibitz.types import Prompt, Rollout, Scored
+from kibitz.models.load import check_folder, check_same_tokenizer, load_model, load_tokenizer, stop_ids
 
 CPU = torch.device("cpu")
-ARCHITECTURES = {
-    "qwen3": {},
-    "llama": {"tie_word_embeddings": True},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
-    "gemma2": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
-    "cohere": {"logit_scale": 0.25},
-    "granite": {"logits_scaling": 4.0},
-}
 
 
 def load(folder, **options):
     return load_model(ModelConfig(model=str(folder), **options), "student", CPU)
-
-
-def a_rollout(prompt: list[int], response: list[int]) -> Scored:
-    rollout = Rollout(Prompt(tuple(prompt), "", "key"), response, torch.zeros(len(response)), finished=False)
-    return Scored(rollout, torch.ones(len(response)))
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -53,7 +39,7 @@ def test_response_log_probabilities_equal_brute_force(kind, tmp_path):
 
 
 def test_a_head_that_cannot_be_called_alone_falls_back_to_logits_loudly(tmp_path):
-    from kibitz import models
+    from kibitz.models import load
 
     folder = make_model(tmp_path)
     plain = load(folder)
@@ -68,7 +54,7 @@ def test_a_head_that_cannot_be_called_alone_falls_back_to_logits_loudly(tmp_path
             return output
 
     with pytest.warns(UserWarning, match="cannot be called alone"):
-        odd = models.LanguageModel(Odd.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+        odd = load.LanguageModel(Odd.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
     assert not odd.head_stands_alone
     with torch.no_grad():
         torch.testing.assert_close(odd.head(odd.hidden(ids)), plain.head(plain.hidden(ids)) * 1.7)

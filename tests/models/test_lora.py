@@ -8,19 +8,21 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import make_model, recipe
+from support.models import make_model
+from support.runs import recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import kibitz
-from kibitz import checkpoint, lora
 from kibitz.batching import pack
 from kibitz.cli import app
 from kibitz.config import ModelConfig, RecipeError, StudentConfig, load
 from kibitz.engines.torch import TorchEngine
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import CrossEntropy
-from kibitz.models import load_model, load_student, load_tokenizer
+from kibitz.models import lora
+from kibitz.models.load import load_model, load_student, load_tokenizer
+from kibitz.training import checkpoint
 from kibitz.types import Prompt, Sampling, Scored
 
 # Of peft alone, where the tests use it as others do; kibitz has to load it without one.

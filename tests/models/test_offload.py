@@ -9,29 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import make_model, recipe, tokenizer
+from support.models import make_model, tokenizer
+from support.runs import recipe, timeless
 from transformers import AutoModelForCausalLM
 
 import kibitz
-from kibitz import frozen, worlds
+from kibitz import worlds
 from kibitz.batching import pack
 from kibitz.config import DataConfig, FrozenConfig, LocalTeacherConfig, RecipeError
 from kibitz.data import load_prompts
 from kibitz.engines.torch import TorchEngine
-from kibitz.heads import Head
 from kibitz.losses.criteria import Divergence
 from kibitz.methods import token_loss
-from kibitz.models import load_model
+from kibitz.models import offload
+from kibitz.models.head import Head
+from kibitz.models.load import load_model
 from kibitz.teachers import Ask
 from kibitz.teachers.local import LocalScorer, narrowed
 from kibitz.types import Dense, Prompt, Rollout, Sampling, Scored
 
 CPU = torch.device("cpu")
-TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
-
-
-def timeless(rows: list[dict]) -> list[dict]:
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
 def rollouts(num: int = 6) -> list[Rollout]:
@@ -77,7 +74,7 @@ def test_a_body_comes_once_for_all_micro_batches(tmp_path, tied):
     plain = load_model(FrozenConfig(model=str(folder)), "teacher", CPU)
     model = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
     carrier = Carrier(model)
-    made = frozen.at_home(model, tokenizer(), "teacher", "body", CPU, carrier)
+    made = offload.at_home(model, tokenizer(), "teacher", "body", CPU, carrier)
     tensors = {t.data_ptr() for t in [*model.parameters(), *model.buffers()]}
     per_visit = len(tensors) - 1  # the head stays; where it is the embedding, that too
     assert carrier.num_fetched == per_visit
@@ -95,7 +92,7 @@ def test_layers_come_one_after_another(tmp_path):
     plain = load_model(FrozenConfig(model=str(folder)), "teacher", CPU)
     model = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
     carrier = Carrier(model)
-    made = frozen.at_home(model, tokenizer(), "teacher", "layers", CPU, carrier)
+    made = offload.at_home(model, tokenizer(), "teacher", "layers", CPU, carrier)
     for layer in model.model.layers:
         for parameter in layer.parameters():
             parameter.data.fill_(torch.nan)
@@ -115,7 +112,7 @@ def test_layers_come_one_after_another(tmp_path):
 
 def test_a_layer_that_fails_goes_home(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path)).requires_grad_(False)
-    made = frozen.at_home(model, tokenizer(), "teacher", "layers", CPU, Carrier(model))
+    made = offload.at_home(model, tokenizer(), "teacher", "layers", CPU, Carrier(model))
     layer = model.model.layers[1]
     for parameter in layer.parameters():
         parameter.data.fill_(torch.nan)
@@ -207,7 +204,7 @@ def test_eight_bits_are_the_teacher_up_to_rounding(offload):
     """On text that it writes itself; and it takes one byte for each number of a layer's matrices."""
     pytest.importorskip("bitsandbytes")
     whole = load_model(FrozenConfig(model=shipped()), "teacher", CPU)
-    small = frozen.load_frozen(FrozenConfig(model=shipped(), quantize="int8", offload=offload), "teacher", CPU)
+    small = offload.load_frozen(FrozenConfig(model=shipped(), quantize="int8", offload=offload), "teacher", CPU)
     matrices = sum(p.numel() for p in whole.model.model.layers.parameters() if p.dim() == 2)
     sizes = [sum(p.nbytes for p in model.model.parameters()) for model in (whole, small)]
     assert sizes[0] - sizes[1] == 3 * matrices
@@ -246,7 +243,7 @@ def test_what_cannot_be_is_refused_in_words(small_models, tmp_path, monkeypatch)
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="takes no update: write a whole folder by `kibitz export FOLDER --merge"):
-        frozen.require(LocalTeacherConfig(model=str(adapter), quantize="int8"), "teacher")
+        offload.require(LocalTeacherConfig(model=str(adapter), quantize="int8"), "teacher")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match=r"int8 needs bitsandbytes and accelerate: pip install 'kibitz\[bitsandbytes\]'"

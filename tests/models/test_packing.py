@@ -4,16 +4,16 @@ import warnings
 
 import pytest
 import torch
-from support import make_model, recipe
-from test_models import ARCHITECTURES, a_rollout
+from support.models import ARCHITECTURES, a_rollout, make_model
+from support.runs import recipe
 
 import kibitz
 from kibitz.batching import pack, without_padding
 from kibitz.config import ModelConfig
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import CrossEntropy
-from kibitz.models import load_model
-from kibitz.packing import pack_rows, problem
+from kibitz.models.load import load_model
+from kibitz.models.packing import pack_rows, problem
 
 SCORED = [a_rollout([1, 5, 6], [7, 8, 9, 4]), a_rollout([1, 9], [4, 4, 5, 6, 7, 3]), a_rollout([1], [9])]
 KINDS = {**ARCHITECTURES, "gemma3_text": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}}
@@ -90,7 +90,7 @@ def test_a_model_whose_positions_are_ignored_is_found_out(tmp_path):
 def test_both_models_pack_or_neither(tmp_path, monkeypatch):
     qwen = load(make_model(tmp_path / "qwen"))
     mamba = load(make_model(tmp_path / "mamba", kind="mamba", state_size=8, head_dim=None))
-    monkeypatch.setattr("kibitz.packing._has_kernel", lambda model: True)
+    monkeypatch.setattr("kibitz.models.packing._has_kernel", lambda model: True)
     with pytest.warns(UserWarning, match="rows are padded, not packed: the student \\(MambaForCausalLM\\)"):
         pack_rows([qwen, mamba], "auto")
     assert not qwen.packs and not mamba.packs

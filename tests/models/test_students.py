@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from support import make_model, recipe
-from test_models import a_rollout
+from support.models import a_rollout, make_model
+from support.runs import recipe
 from transformers import AutoModelForCausalLM
 
 import kibitz
@@ -14,7 +14,7 @@ from kibitz.batching import pack
 from kibitz.config import ModelConfig, OptimConfig
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import CrossEntropy
-from kibitz.models import load_model
+from kibitz.models.load import load_model
 from kibitz.optim import Optimizer
 
 CPU = torch.device("cpu")

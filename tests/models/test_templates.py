@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from support import make_model
-from test_recipes import qwen_tokenizer
+from support.models import make_model
+from support.tokenizers_zoo import qwen_tokenizer
 
 from kibitz.batching import pack
 from kibitz.config import DataConfig, ModelConfig
 from kibitz.data import encode_prompt, encode_response, load_prompts
-from kibitz.models import load_model, stop_ids
+from kibitz.models.load import load_model, stop_ids
 from kibitz.types import Prompt, Rollout, Scored
 
 QWEN3 = (

@@ -14,21 +14,24 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import make_model, recipe
+from support.models import make_model
+from support.paths import ROOT
+from support.runs import recipe
+from support.train_together import train
+from support.vllm_stub import Stub
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from train_together import train
 from transformers import AutoModelForCausalLM
-from vllm_stub import Stub
 
 import kibitz
-from kibitz import checkpoint, shards
 from kibitz.config import ParallelConfig
-from kibitz.distributed import Ranks, join
-from kibitz.metrics import JSONL
+from kibitz.files import JSONL
+from kibitz.parallel import sharded_files
+from kibitz.parallel.ranks import Ranks, join
+from kibitz.training import checkpoint
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are started and stopped the POSIX way")
 
-WORKER = Path(__file__).with_name("train_together.py")
+WORKER = ROOT / "tests" / "support" / "train_together.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 RUNS = {
@@ -177,7 +180,7 @@ def state_in(folder: Path) -> dict[str, torch.Tensor]:
     if not shares.is_dir():
         return load_file(folder / "training" / "optimizer.safetensors")
     stored = HuggingFaceStorageReader(str(shares)).read_metadata().state_dict_metadata
-    return shards.read(shares, lambda name: torch.empty(stored[name].size))
+    return sharded_files.read(shares, lambda name: torch.empty(stored[name].size))
 
 
 def _numbers(row: dict, path: str = "") -> dict[str, float]:

@@ -6,12 +6,16 @@ import threading
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import make_model, recipe, tokenizer
+from support.models import make_model, tokenizer
+from support.runs import recipe
 from transformers import AutoModelForCausalLM
 
-from kibitz import company, config, lora, prepare, sharding, shards
+from kibitz import config
 from kibitz.config import LoraConfig, ModelConfig, StudentConfig
-from kibitz.models import load_student
+from kibitz.models import lora
+from kibitz.models.load import load_student
+from kibitz.parallel import fsdp, lockstep, sharded_files
+from kibitz.training import setup
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("name", ["tied", "apart"])
 def test_a_model_without_weights_is_the_same_but_for_them(folders, name):
     real = AutoModelForCausalLM.from_pretrained(folders[name])
-    bare = sharding._without_weights(ModelConfig(model=str(folders[name])), torch.float32)
+    bare = fsdp._without_weights(ModelConfig(model=str(folders[name])), torch.float32)
     assert {p.device.type for p in bare.parameters()} == {"meta"}
     shapes = [{n: (p.shape, p.dtype) for n, p in model.named_parameters()} for model in (real, bare)]
     assert shapes[0] == shapes[1]
@@ -40,11 +44,11 @@ def test_a_model_without_weights_is_the_same_but_for_them(folders, name):
 @pytest.mark.parametrize("name", ["tied", "apart"])
 def test_files_fill_what_had_no_weights(folders, name):
     """All of it, shared matrices too, and nothing else: what was not filled is NaN."""
-    bare = sharding._without_weights(ModelConfig(model=str(folders[name])), torch.float32)
-    stored = sharding._match(bare, sharding._weight_files(str(folders[name])), name)
+    bare = fsdp._without_weights(ModelConfig(model=str(folders[name])), torch.float32)
+    stored = fsdp._match(bare, fsdp._weight_files(str(folders[name])), name)
     bare._apply(lambda t: torch.full_like(t, float("nan"), device="cpu") if t.device.type == "meta" else t)
     bare.tie_weights()
-    sharding._fill(bare, stored)
+    fsdp._fill(bare, stored)
     real = AutoModelForCausalLM.from_pretrained(folders[name]).state_dict()
     assert all(torch.equal(tensor, real[n]) for n, tensor in bare.state_dict().items())
 
@@ -54,8 +58,8 @@ def test_an_adapter_on_a_base_without_weights_begins_as_any_other(folders):
     whole = load_student(
         StudentConfig(model=str(folders["apart"]), lora=options), torch.device("cpu"), tokenizer(), seed=5
     )
-    bare = sharding._without_weights(ModelConfig(model=str(folders["apart"])), torch.float32)
-    with sharding._weights_of_no_size(bare):
+    bare = fsdp._without_weights(ModelConfig(model=str(folders["apart"])), torch.float32)
+    with fsdp._weights_of_no_size(bare):
         lora.attach(bare, options, seed=5)
     adapted = {n: p for n, p in whole.model.named_parameters() if p.requires_grad}
     assert adapted
@@ -68,25 +72,25 @@ def test_an_adapter_on_a_base_without_weights_begins_as_any_other(folders):
 def test_files_with_other_names_than_the_model_are_refused(folders, tmp_path):
     weights = load_file(folders["apart"] / "model.safetensors")
     save_file({n.replace("q_proj", "query"): t for n, t in weights.items()}, tmp_path / "model.safetensors")
-    bare = sharding._without_weights(ModelConfig(model=str(folders["apart"])), torch.float32)
+    bare = fsdp._without_weights(ModelConfig(model=str(folders["apart"])), torch.float32)
     with pytest.raises(ValueError, match=r"does not store model\.layers\.0\.self_attn\.q_proj.*whole_copy=true"):
-        sharding._match(bare, [tmp_path / "model.safetensors"], "x")
+        fsdp._match(bare, [tmp_path / "model.safetensors"], "x")
 
 
 def test_files_with_other_shapes_than_the_model_are_refused(folders):
-    bare = sharding._without_weights(ModelConfig(model=str(folders["apart"])), torch.float32)
-    stored = sharding._match(bare, sharding._weight_files(str(folders["apart"])), "x")
+    bare = fsdp._without_weights(ModelConfig(model=str(folders["apart"])), torch.float32)
+    stored = fsdp._match(bare, fsdp._weight_files(str(folders["apart"])), "x")
     bare._apply(lambda t: t.new_empty(*t.shape[:-1], t.shape[-1] + 1, device="cpu"))
     with pytest.raises(ValueError, match="is stored where"):
-        sharding._fill(bare, stored)
+        fsdp._fill(bare, stored)
 
 
 @pytest.mark.parametrize("size", [1, 10_000, 2**30])
 def test_files_of_bounded_size_are_one_model(folders, tmp_path, monkeypatch, size):
     """Also where each tensor is larger than a file may be."""
-    monkeypatch.setattr(shards, "FILE_BYTES", size)
+    monkeypatch.setattr(sharded_files, "FILE_BYTES", size)
     real = AutoModelForCausalLM.from_pretrained(folders["apart"])
-    shards.write_whole(real.named_parameters(), tmp_path)
+    sharded_files.write_whole(real.named_parameters(), tmp_path)
     real.config.save_pretrained(tmp_path)
     files = list(tmp_path.glob("*.safetensors"))
     assert (len(files) == 1) == (size == 2**30)
@@ -110,11 +114,11 @@ def test_all_do_alike_however_unequal_their_needs_are(num, monkeypatch):
         gate.wait()
         return most
 
-    monkeypatch.setattr(company, "_highest", highest)
+    monkeypatch.setattr(lockstep, "_highest", highest)
 
     def process(rank, needs):
         mine.rank = rank
-        own = company.Company()
+        own = lockstep.Company()
         announce = [own.owe(lambda duty=duty: done[rank].append(duty)) for duty in range(3)]
         for needed in needs:
             for duty in needed:
@@ -151,7 +155,7 @@ def test_what_needs_a_whole_student_is_refused(folders, tmp_path, sections, said
     teacher = None if "teacher" in sections else folders["tied"]
     tree = recipe(folders["apart"], teacher, tmp_path / "run", parallel={"whole_copy": False}, **sections)
     with pytest.raises(config.RecipeError, match=said):
-        prepare._check_parts(config.load(tree, []))
+        setup._check_parts(config.load(tree, []))
 
 
 def test_adapters_and_quantized_weights_are_refused(folders, tmp_path):
@@ -160,10 +164,10 @@ def test_adapters_and_quantized_weights_are_refused(folders, tmp_path):
     )
     student.save(tmp_path / "adapter")
     with pytest.raises(config.RecipeError, match="--merge"):
-        sharding.check_parts(StudentConfig(model=str(tmp_path / "adapter")), "student")
+        fsdp.check_parts(StudentConfig(model=str(tmp_path / "adapter")), "student")
     real = AutoModelForCausalLM.from_pretrained(folders["apart"])
     real.config.quantization_config = {"quant_method": "fp8"}
     real.config.save_pretrained(tmp_path / "small")
     with pytest.raises(config.RecipeError, match="quantized"):
-        sharding.check_parts(StudentConfig(model=str(tmp_path / "small")), "teacher")
-    sharding.check_parts(StudentConfig(model=str(folders["apart"])), "student")
+        fsdp.check_parts(StudentConfig(model=str(tmp_path / "small")), "teacher")
+    fsdp.check_parts(StudentConfig(model=str(folders["apart"])), "student")

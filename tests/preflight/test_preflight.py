@@ -7,20 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from support import make_model, recipe, tokenizer
+from support.models import make_model, tokenizer
+from support.runs import recipe
+from support.vllm_stub import Stub
 from typer.testing import CliRunner
-from vllm_stub import Stub
 
 from kibitz import config, methods, preflight
 from kibitz.cli import app
 from kibitz.config import FrozenConfig, LocalTeacherConfig, ModelConfig
-from kibitz.models import load_model, load_tokenizer
+from kibitz.models.load import load_model, load_tokenizer
 from kibitz.preflight import budget, measured, texts
 from kibitz.preflight.finding import Finding, worst
 from kibitz.preflight.shapes import shape_of
-from kibitz.prepare import prepare
 from kibitz.teachers import Ask, build
 from kibitz.teachers.local import LocalScorer
+from kibitz.training.setup import prepare
 from kibitz.types import Prompt, TopK
 
 CHATML = (

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from support.paths import FIXTURES
 
 from kibitz.report import build, formats, heatmap, rollout_page
 from kibitz.report.costs import table
@@ -19,7 +20,7 @@ from kibitz.report.folder import Run, read_run
 from kibitz.report.summary import comparisons, sentences
 from kibitz.report.terminal import print_rollout
 
-SYNTHETIC = runpy.run_path(str(Path(__file__).parent / "fixtures" / "report_run" / "synthetic.py"))
+SYNTHETIC = runpy.run_path(str(FIXTURES / "report_run" / "synthetic.py"))
 EVIL = "</script><img src=x onerror=alert(1)>\x1b[31m[bold]\u202e{{ 7*7 }}"
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from support.paths import FIXTURES
 
 from kibitz.report import build, rollout_page
 
@@ -21,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH: install chromium to test the report's page"),
 ]
 
-SYNTHETIC = runpy.run_path(str(Path(__file__).parent / "fixtures" / "report_run" / "synthetic.py"))
+SYNTHETIC = runpy.run_path(str(FIXTURES / "report_run" / "synthetic.py"))
 EVIL = "</script><img src=x onerror=alert(1)>"
 
 

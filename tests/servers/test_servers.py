@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from support import make_model
-from support import recipe as small_recipe
-from vllm_stub import Stub
+from support.models import make_model
+from support.runs import recipe as small_recipe
+from support.vllm_stub import Stub
 
 import kibitz
 from kibitz import config
@@ -22,7 +22,7 @@ from kibitz.config import ModelConfig, RecipeError, RolloutConfig
 from kibitz.config.servers import ServerConfig, checked_url
 from kibitz.engines.sync import score
 from kibitz.engines.vllm import VLLMEngine
-from kibitz.models import load_model
+from kibitz.models.load import load_model
 from kibitz.servers import ServerError
 from kibitz.servers.http import Server, Servers, api_key
 from kibitz.types import Prompt, Sampling

@@ -7,7 +7,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kibitz import worlds
+from kibitz.types import Prompt, Rollout, Scored
 
+ARCHITECTURES = {
+    "qwen3": {},
+    "llama": {"tie_word_embeddings": True},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "gemma2": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0},
+}
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -28,28 +37,6 @@ def make_model(folder: Path, seed: int = 0, kind: str = "qwen3", **changes: Any)
     return folder
 
 
-def teacher_model(setup) -> Any:
-    """The model behind a teacher that is one."""
-    return setup.teacher.writer(lambda model: model)
-
-
-def recipe(student: Path, teacher: Path | None, output: Path, /, **sections: Any) -> dict[str, Any]:
-    """A recipe small enough for a test: 8 prompts of 2 samples a step, 12 tokens each."""
-    base: dict[str, Any] = {
-        "student": {"model": str(student)},
-        "data": {"world": "arithmetic", "limit": 64},
-        "method": {"type": "opd"},
-        "rollout": {"prompts_per_step": 8, "samples_per_prompt": 2, "max_tokens": 12},
-        "optim": {"lr": 1e-3},
-        "steps": 4,
-        "eval": {"every": 0, "num_prompts": 8, "heatmaps": 2},
-        "threads": 1,
-        "output": str(output),
-    }
-    if teacher is not None:
-        base["teacher"] = {"model": str(teacher)}
-    for name, section in sections.items():
-        base[name] = (
-            {**base[name], **section} if isinstance(section, dict) and isinstance(base.get(name), dict) else section
-        )
-    return base
+def a_rollout(prompt: list[int], response: list[int]) -> Scored:
+    rollout = Rollout(Prompt(tuple(prompt), "", "key"), response, torch.zeros(len(response)), finished=False)
+    return Scored(rollout, torch.ones(len(response)))

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_hook
 
 import kibitz
-from kibitz import shards
+from kibitz.parallel import sharded_files
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def peak_of_tensors(every: int = 23) -> Iterator[list[int]]:
     """The most bytes that this process's tensors took: looked at whenever a layer has been computed, a part of a file been
     read or a file written, every so many times. Files are small here, for several to be written."""
     peak, calls, before = [0], 0, held()
-    fill, save, size = shards.fill, shards.save_file, shards.FILE_BYTES
+    fill, save, size = sharded_files.fill, sharded_files.save_file, sharded_files.FILE_BYTES
 
     def look(always: bool = False) -> None:
         nonlocal calls
@@ -57,12 +57,12 @@ def peak_of_tensors(every: int = 23) -> Iterator[list[int]]:
         save(*args, **kwargs)
 
     hook = register_module_forward_hook(lambda module, *_: look() if "Layer" in type(module).__name__ else None)
-    shards.fill, shards.save_file, shards.FILE_BYTES = looking_fill, looking_save, 2**18
+    sharded_files.fill, sharded_files.save_file, sharded_files.FILE_BYTES = looking_fill, looking_save, 2**18
     try:
         yield peak
     finally:
         hook.remove()
-        shards.fill, shards.save_file, shards.FILE_BYTES = fill, save, size
+        sharded_files.fill, sharded_files.save_file, sharded_files.FILE_BYTES = fill, save, size
 
 
 def held() -> int:

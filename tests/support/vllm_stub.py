@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from kibitz.config import ModelConfig
 from kibitz.engines.torch import TorchEngine
-from kibitz.models import load_model
+from kibitz.models.load import load_model
 from kibitz.types import Prompt, Rollout, Sampling
 
 Bend = Callable[[str, Any], Any]

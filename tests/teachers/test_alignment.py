@@ -5,11 +5,11 @@ import re
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers_zoo import zoo
+from support.tokenizers_zoo import zoo
 
-from kibitz.alignment import Aligner, Alignment
-from kibitz.alignment.pieces import BYTE_OF, Pieces
-from kibitz.alignment.text import places, readable
+from kibitz.teachers.alignment import Aligner, Alignment
+from kibitz.teachers.alignment.text import places, readable
+from kibitz.teachers.alignment.token_bytes import BYTE_OF, Pieces
 
 KINDS = ["byte-level", "llama-3", "qwen", "unigram", "llama-2", "word-piece", "characters"]
 EXACT = ["byte-level", "llama-3"]  # every text comes back as it was

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import recipe, tokenizer
+from support.models import tokenizer
+from support.runs import recipe
 
 import kibitz
 from kibitz.config import RecipeError, load

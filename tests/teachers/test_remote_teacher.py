@@ -9,9 +9,9 @@ from functools import partial
 
 import pytest
 import torch
-from support import make_model
-from support import recipe as small_recipe
-from vllm_stub import Stub
+from support.models import make_model
+from support.runs import recipe as small_recipe
+from support.vllm_stub import Stub
 
 import kibitz
 from kibitz import config
@@ -23,14 +23,14 @@ from kibitz.engines.torch import TorchEngine
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import Divergence
 from kibitz.methods.candidates import student_top_k
-from kibitz.models import load_model
-from kibitz.prepare import prepare
+from kibitz.models.load import load_model
 from kibitz.servers import ServerError
 from kibitz.servers.http import Servers
 from kibitz.teachers import Ask
 from kibitz.teachers.local import local_teacher
 from kibitz.teachers.remote import GENERATE, RemoteScorer, Served, remote_teacher
-from kibitz.trainer import Silence, Trainer
+from kibitz.training.setup import prepare
+from kibitz.training.trainer import Silence, Trainer
 from kibitz.types import Prompt, Sampled, Sampling, Scored
 
 PROMPTS = [Prompt(ids=(1, 5 + i, 6, 7), text="", key=str(i)) for i in range(4)]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import make_model, recipe
+from support.models import make_model
+from support.runs import recipe
 from typer.testing import CliRunner
 
 import kibitz
@@ -14,7 +15,7 @@ from kibitz.cli import app
 from kibitz.config import LocalTeacherConfig, StoredTeacherConfig
 from kibitz.data import load_prompts
 from kibitz.engines.torch import TorchEngine
-from kibitz.models import load_model, load_tokenizer
+from kibitz.models.load import load_model, load_tokenizer
 from kibitz.teachers import Ask, build
 from kibitz.teachers.local import LocalScorer
 from kibitz.teachers.stored import Store

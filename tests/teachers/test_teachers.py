@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import make_model, recipe
+from support.models import make_model
+from support.runs import recipe
 
 from kibitz import config
-from kibitz.annotate import annotate
 from kibitz.config import RecipeError, TeacherConfig
-from kibitz.evaluate import mean_reverse_kl
+from kibitz.evaluate.annotate import annotate
+from kibitz.evaluate.evaluate import mean_reverse_kl
 from kibitz.methods.parts import scorer
-from kibitz.prepare import prepare
+from kibitz.training.setup import prepare
 from kibitz.types import Dense, Sampled, Step, TopK
 
 KINDS = {"dense": Dense, "top_k": TopK, "sampled": Sampled}

@@ -6,18 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import make_model, recipe, tokenizer
+from support.models import make_model, tokenizer
+from support.runs import recipe
 
-import kibitz.models
+import kibitz.models.load
 from kibitz import config, train
 from kibitz.config import ContextConfig, LocalTeacherConfig, RecipeError, StudentTeacherConfig
 from kibitz.engines.torch import TorchEngine
-from kibitz.models import load_model
-from kibitz.prepare import prepare
+from kibitz.models.load import load_model
 from kibitz.teachers import Ask
 from kibitz.teachers.context import Rendering, in_context, seen_of
 from kibitz.teachers.local import local_teacher
-from kibitz.trainer import Silence, Trainer
+from kibitz.training.setup import prepare
+from kibitz.training.trainer import Silence, Trainer
 from kibitz.types import Prompt, Rollout, Sampling
 
 CPU = torch.device("cpu")
@@ -137,8 +138,8 @@ def test_an_adapters_average_shares_the_base(models, tmp_path):
 
 @pytest.mark.parametrize("kind", ["base", "start"])
 def test_the_base_teaches_an_adapter_without_a_second_copy(models, tmp_path, kind, monkeypatch):
-    loaded, load = [], kibitz.models.load_weights
-    monkeypatch.setattr("kibitz.models.load_weights", lambda *given: loaded.append(given) or load(*given))
+    loaded, load = [], kibitz.models.load.load_weights
+    monkeypatch.setattr("kibitz.models.load.load_weights", lambda *given: loaded.append(given) or load(*given))
     setup = prepare(tree(models, tmp_path, {"student": kind, "context": "{{ hint }}"}, student={"lora": LORA}))
     trainer = Trainer(setup, Silence())
     r = some_rollouts(setup.stream.prompts[:2])
@@ -245,7 +246,7 @@ def test_a_template_is_data_and_cannot_reach_out():
 
 
 def test_a_missing_column_is_refused_before_weights_load(models, tmp_path, monkeypatch):
-    monkeypatch.setattr("kibitz.prepare.load_student", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("kibitz.training.setup.load_student", lambda *_: pytest.fail("weights were loaded"))
     source = tree(models, tmp_path, {"model": str(models / "one"), "context": "{{ prompt }}{{ solution }}"})
     with pytest.raises(
         ValueError, match=r"'solution' is undefined in the row of the prompt '0\+0', which has 'answer', .*hint"

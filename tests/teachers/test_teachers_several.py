@@ -7,18 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import make_model, recipe, tokenizer
+from support.models import make_model, tokenizer
+from support.runs import recipe
 
 from kibitz import config, methods, train
-from kibitz.annotate import annotate
 from kibitz.config import LocalTeacherConfig, RecipeError
 from kibitz.engines.torch import TorchEngine
+from kibitz.evaluate.annotate import annotate
 from kibitz.losses.mixtures import disagreement, log_mixture
-from kibitz.models import load_model
-from kibitz.prepare import prepare
+from kibitz.models.load import load_model
 from kibitz.teachers import Ask
 from kibitz.teachers.local import local_teacher
 from kibitz.teachers.several import mix_for, several
+from kibitz.training.setup import prepare
 from kibitz.types import Dense, Prompt, Rollout, Sampled, Sampling, Step, TopK, cat_signals, slice_signal
 
 CPU = torch.device("cpu")
@@ -263,7 +264,7 @@ def test_skd_takes_routed_teachers_and_refuses_a_mixture(models, tmp_path):
 
 
 def test_what_cannot_be_routed_is_refused_before_weights_load(models, tmp_path, monkeypatch):
-    monkeypatch.setattr("kibitz.prepare.load_student", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("kibitz.training.setup.load_student", lambda *_: pytest.fail("weights were loaded"))
     data = {"world": None, "prompts": rows(tmp_path), "limit": None}
     tree = recipe(models / "student", None, tmp_path / "run", data=data)
     with pytest.raises(ValueError, match="no teacher speaks about the task 'both'"):

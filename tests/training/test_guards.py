@@ -11,8 +11,8 @@ import torch
 
 from kibitz import config
 from kibitz.config import GuardConfig
-from kibitz.guards import GUARDS, Alarm, Guards, repetition, rollout_metrics
 from kibitz.losses.overlap import top_k_overlap
+from kibitz.training.guards import GUARDS, Alarm, Guards, repetition, rollout_metrics
 from kibitz.types import Prompt, Rollout
 
 # ------------------------------------------------------------------ runs made up

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import recipe
+from support.runs import recipe
 
 import kibitz
-from kibitz.memory import MARK, Gauge
-from kibitz.metrics import Ledger, highest
+from kibitz.ledger import Ledger, highest
 from kibitz.report import costs
 from kibitz.report.folder import read_run
+from kibitz.training.memory import MARK, Gauge
 
 MIB = 2**20
 can_measure = pytest.mark.skipif(not MARK.exists(), reason="this system keeps no mark that could be set back")
@@ -67,7 +67,7 @@ def test_the_largest_counts_where_seconds_add_up():
 
 def test_what_cannot_be_measured_is_left_out(monkeypatch):
     """Where the mark cannot be set back, a phase would seem as large as all before it."""
-    monkeypatch.setattr("kibitz.memory.MARK", Path("/proc/self/there-is-no-such-file/x"))
+    monkeypatch.setattr("kibitz.training.memory.MARK", Path("/proc/self/there-is-no-such-file/x"))
     gauge = Gauge(torch.device("cpu"))
     gauge.reset()
     assert gauge.peaks() == {}

@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
-from support import make_model
+from support.models import make_model
 from transformers import AutoModelForCausalLM
 
 from kibitz.config import OptimConfig
-from kibitz.metrics import JSONL, Ledger, pass_at_k, wilson, write_atomically
+from kibitz.evaluate.statistics import pass_at_k, wilson
+from kibitz.files import JSONL, write_atomically
+from kibitz.ledger import Ledger
 from kibitz.optim import Optimizer, lr_factor
 
 

@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import make_model, recipe
+from support.models import make_model
+from support.runs import recipe, timeless
 
 import kibitz
-from kibitz import checkpoint
-from kibitz.trainer import Silence
+from kibitz.training import checkpoint
+from kibitz.training.trainer import Silence
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are forked and killed the POSIX way")
 
-TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
 
 LAUNCHER = """
 import json, os, sys
@@ -89,10 +89,6 @@ def read(run: Path, name: str) -> list[dict]:
     """The rows of a file, of which no half one may be left."""
     path = run / f"{name}.jsonl"
     return [json.loads(line) for line in path.read_text().split("\n") if line] if path.exists() else []
-
-
-def timeless(rows: list[dict]) -> list[dict]:
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
 def outcome(run: Path) -> dict[str, object]:

@@ -9,16 +9,15 @@ from typing import Literal
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import make_model, recipe
+from support.models import make_model
+from support.runs import recipe, timeless
 
 import kibitz
 from kibitz import methods
 from kibitz.config import METHOD_CONFIGS, MethodConfig, OPDConfig
 from kibitz.methods import opd
-from kibitz.trainer import Silence
+from kibitz.training.trainer import Silence
 from kibitz.types import Stateful
-
-TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
 
 
 class DriftConfig(MethodConfig):
@@ -90,10 +89,6 @@ class Crash(Silence):
     def step(self, row):
         if row["step"] == 3:
             raise RuntimeError("power cut")
-
-
-def timeless(rows: list[dict]) -> list[dict]:
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
 @pytest.mark.parametrize("normalize", ["token", "sequence"])  # sequence: inside the wrapper of token weights

@@ -7,12 +7,13 @@ import sys
 import warnings
 
 import pytest
-from support import recipe
+from support.runs import recipe
 
 import kibitz
-from kibitz import config, trackers
+from kibitz import config
 from kibitz.config import RecipeError, TrackConfig
-from kibitz.trainer import Silence
+from kibitz.training import trackers
+from kibitz.training.trainer import Silence
 
 SECRET = "k" * 8 + "5ec7e7" + "0" * 26  # 40 signs, as a real key has
 
@@ -65,7 +66,7 @@ def test_tensorboard_has_the_rows_and_goes_on_with_them(small_models, tmp_path):
 def test_steps_behind_the_checkpoint_are_not_there_twice(small_models, tmp_path, monkeypatch):
     """The run dies at step 3 of 4; the last checkpoint is of step 2."""
     pytest.importorskip("tensorboard")
-    from kibitz.trainer import Trainer
+    from kibitz.training.trainer import Trainer
 
     class Dies(Silence):
         def step(self, row):

@@ -10,24 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import make_model, recipe
+from support.models import make_model
+from support.runs import recipe, timeless
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kibitz
-from kibitz import checkpoint
-from kibitz.trainer import Silence
-
-TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
+from kibitz.training import checkpoint
+from kibitz.training.trainer import Silence
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("models")
     return make_model(folder / "student", seed=1), make_model(folder / "teacher", seed=2, hidden_size=48)
-
-
-def timeless(rows: list[dict]) -> list[dict]:
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -140,7 +135,7 @@ def test_the_checkpoint_is_a_plain_folder_that_writes_the_same_text(models, tmp_
     from kibitz.config import StudentConfig
     from kibitz.data import load_prompts
     from kibitz.engines.torch import TorchEngine
-    from kibitz.models import load_model, stop_ids
+    from kibitz.models.load import load_model, stop_ids
     from kibitz.types import Sampling
 
     run = kibitz.train(recipe(*models, tmp_path / "run"))

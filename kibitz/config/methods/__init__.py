@@ -4,10 +4,17 @@ from typing import Annotated, Any, Union
 
 from pydantic import Discriminator, Tag
 
-from kibitz.config.adversarial import AMMDConfig, GADConfig
-from kibitz.config.methods import GKDConfig, MethodConfig, OPDConfig, SKDConfig
-from kibitz.config.policy import DistiLLM2Config, GRPOConfig, KDRLConfig, MiniLLMConfig
-from kibitz.config.sft import SFTConfig
+from kibitz.config.methods.ammd import AMMDConfig
+from kibitz.config.methods.base import MethodConfig
+from kibitz.config.methods.distillm2 import DistiLLM2Config
+from kibitz.config.methods.gad import GADConfig
+from kibitz.config.methods.gkd import GKDConfig
+from kibitz.config.methods.grpo import GRPOConfig
+from kibitz.config.methods.kdrl import KDRLConfig
+from kibitz.config.methods.minillm import MiniLLMConfig
+from kibitz.config.methods.opd import OPDConfig
+from kibitz.config.methods.sft import SFTConfig
+from kibitz.config.methods.skd import SKDConfig
 
 METHOD_CONFIGS: dict[str, type[MethodConfig]] = {
     "sft": SFTConfig,

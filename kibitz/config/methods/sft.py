@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from kibitz.config.methods import MethodConfig
+from kibitz.config.methods.base import MethodConfig
 from kibitz.config.sections import RolloutConfig
 
 

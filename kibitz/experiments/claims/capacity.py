@@ -7,10 +7,10 @@ from typing import Any
 from kibitz.experiments.charts import Line, Panel
 from kibitz.experiments.design import Arm, Claim, Experiment
 from kibitz.experiments.evidence import Finding, Verdict, percent
+from kibitz.experiments.make_world import FROM_NOTHING, MISLED
 from kibitz.experiments.results import Estimate, NotRun, Results
 from kibitz.experiments.statistics import apart
 from kibitz.experiments.tables import table
-from kibitz.worlds.make import FROM_NOTHING, MISLED
 
 STUDENTS: Mapping[str, str] = {"small": "student-small", "medium": "student", "large": "student-large"}
 TEACHERS: Mapping[str, str] = {"small": "teacher-small", "medium": "teacher", "large": "teacher-large"}

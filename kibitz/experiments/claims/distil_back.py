@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from kibitz.experiments import cost
 from kibitz.experiments.budgets import cheapest, ladder, points, ratio, rungs, spent, surely
 from kibitz.experiments.charts import Line, Panel
-from kibitz.experiments.cost import ALL, ROLLOUTS, SECONDS, STEPS, TOKENS, Way
+from kibitz.experiments.claims import cost
+from kibitz.experiments.claims.cost import ALL, ROLLOUTS, SECONDS, STEPS, TOKENS, Way
 from kibitz.experiments.design import Claim
 from kibitz.experiments.evidence import Finding, Verdict, percent, times
 from kibitz.experiments.results import Results

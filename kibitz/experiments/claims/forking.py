@@ -5,18 +5,18 @@ from collections.abc import Callable, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from kibitz.annotate import FORK_NATS, annotate
 from kibitz.config import ModelConfig
 from kibitz.data import load_grader, load_prompts
 from kibitz.engines.torch import TorchEngine
-from kibitz.evaluate import grade
+from kibitz.evaluate.annotate import FORK_NATS, annotate
+from kibitz.evaluate.evaluate import grade
 from kibitz.experiments.charts import Heat, Line, Panel
 from kibitz.experiments.design import Claim, Experiment
 from kibitz.experiments.evidence import Finding, percent
 from kibitz.experiments.records import Record, half_of_seeds, share_with_interval
 from kibitz.experiments.results import Estimate, Results
 from kibitz.experiments.tables import table
-from kibitz.models import load_model, load_tokenizer, pick_device, stop_ids
+from kibitz.models.load import load_model, load_tokenizer, pick_device, stop_ids
 from kibitz.report.heatmap import penalty
 from kibitz.teachers.build import reader_of
 from kibitz.types import Rollout, Sampling

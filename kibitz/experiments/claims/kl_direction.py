@@ -7,9 +7,9 @@ from functools import cache
 import torch
 
 from kibitz.experiments.charts import Line, Panel
+from kibitz.experiments.claims.methods import METHODS
 from kibitz.experiments.design import Claim, Experiment
 from kibitz.experiments.evidence import Finding, percent
-from kibitz.experiments.methods import METHODS
 from kibitz.experiments.results import Results
 from kibitz.experiments.tables import table
 from kibitz.losses.divergences import forward_kl, reverse_kl

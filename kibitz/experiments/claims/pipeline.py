@@ -4,21 +4,21 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from kibitz.chat import Conversation
-from kibitz.checkpoint import export
 from kibitz.config import ModelConfig
 from kibitz.data import load_prompts
+from kibitz.evaluate.chat import Conversation
 from kibitz.experiments.charts import Line, Panel
 from kibitz.experiments.design import OF_ARM, Arm, Claim, Experiment
 from kibitz.experiments.evidence import Finding, Verdict, percent
+from kibitz.experiments.make_world import FROM_NOTHING
 from kibitz.experiments.records import Record, measure, share_with_interval
 from kibitz.experiments.results import Estimate, Results
 from kibitz.experiments.statistics import apart
 from kibitz.experiments.tables import table
-from kibitz.models import load_tokenizer
+from kibitz.models.load import load_tokenizer
 from kibitz.report.formats import safe_lines
+from kibitz.training.checkpoint import export
 from kibitz.types import Sampling
-from kibitz.worlds.make import FROM_NOTHING
 
 STAGES: Mapping[str, str] = {"student": "pre-trained", "mid-trained": "mid-trained", "recovered": "after OPD"}
 """The model that each stage leaves, as recipes call it, and in words."""

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import hypot, inf, log2
 
-from kibitz.experiments import cost
 from kibitz.experiments.budgets import curve, points, rungs
 from kibitz.experiments.charts import Line, Panel
+from kibitz.experiments.claims import cost
 from kibitz.experiments.design import Claim, Experiment
 from kibitz.experiments.evidence import Finding, Verdict, times
 from kibitz.experiments.results import Results, sequences

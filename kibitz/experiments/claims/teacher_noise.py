@@ -7,18 +7,18 @@ from typing import Any
 from kibitz.config import ModelConfig
 from kibitz.data import load_grader, load_prompts
 from kibitz.engines.torch import TorchEngine
-from kibitz.evaluate import grade
+from kibitz.evaluate.evaluate import grade
 from kibitz.experiments.charts import Line, Panel
 from kibitz.experiments.design import OF_ARM, Arm, Claim, Experiment
 from kibitz.experiments.evidence import Finding, Verdict, percent
+from kibitz.experiments.make_world import MISLED
 from kibitz.experiments.records import Record, share_with_interval
 from kibitz.experiments.results import Estimate, NotRun, Results
 from kibitz.experiments.statistics import apart
 from kibitz.experiments.tables import table
 from kibitz.graders import Grader
-from kibitz.models import load_model, load_tokenizer, pick_device, stop_ids
+from kibitz.models.load import load_model, load_tokenizer, pick_device, stop_ids
 from kibitz.types import Prompt, Rollout, Sampling
-from kibitz.worlds.make import MISLED
 
 NOISY, OTHER = "teacher-misled", "teacher-slips"
 GROUPS = {"prompts_per_step": 8, "samples_per_prompt": 8}

@@ -6,9 +6,9 @@ from statistics import fmean
 from typing import Any
 
 from kibitz.experiments.charts import Line, Panel
+from kibitz.experiments.claims.methods import NAVIGATION
 from kibitz.experiments.design import Arm, Claim, Experiment
 from kibitz.experiments.evidence import Finding, Verdict, percent
-from kibitz.experiments.methods import NAVIGATION
 from kibitz.experiments.results import Estimate, NotRun, Results, gflop
 from kibitz.experiments.tables import table
 

@@ -6,6 +6,6 @@
 The student writes tokens; their bytes are a text; the teacher reads that text in its own tokens. No model is needed.
 """
 
-from kibitz.alignment.aligner import Aligner, Alignment, Span
+from kibitz.teachers.alignment.aligner import Aligner, Alignment, Span
 
 __all__ = ["Aligner", "Alignment", "Span"]

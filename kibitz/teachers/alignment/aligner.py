@@ -7,8 +7,8 @@ from functools import cached_property
 from itertools import groupby, pairwise
 from typing import Any
 
-from kibitz.alignment.pieces import Pieces
-from kibitz.alignment.text import Place, places, readable
+from kibitz.teachers.alignment.text import Place, places, readable
+from kibitz.teachers.alignment.token_bytes import Pieces
 
 
 @dataclass(frozen=True)

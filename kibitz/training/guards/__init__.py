@@ -10,7 +10,7 @@ problem, and again only after the problem has been gone for a whole window. A nu
 off the guards that need it.
 """
 
-from kibitz.guards.rollouts import repetition, rollout_metrics
-from kibitz.guards.watch import GUARDS, Alarm, Guards
+from kibitz.training.guards.rollouts import repetition, rollout_metrics
+from kibitz.training.guards.watch import GUARDS, Alarm, Guards
 
 __all__ = ["GUARDS", "Alarm", "Guards", "repetition", "rollout_metrics"]

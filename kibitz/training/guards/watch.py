@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from kibitz.config import GuardConfig
-from kibitz.guards import symptoms
-from kibitz.guards.rollouts import shows_symptom
-from kibitz.guards.symptoms import CALM, NOTHING, Numbers, Reading, Series
+from kibitz.training.guards import symptoms
+from kibitz.training.guards.rollouts import shows_symptom
+from kibitz.training.guards.symptoms import CALM, NOTHING, Numbers, Reading, Series
 from kibitz.types import Rollout
 
 

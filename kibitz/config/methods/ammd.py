@@ -1,0 +1,59 @@
+"""The section of adversarial moment matching."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from kibitz.config.methods.base import MethodConfig
+from kibitz.config.sections import RolloutConfig
+from kibitz.config.teachers import SignalKind
+
+
+class AMMDConfig(MethodConfig):
+    """Adversarial moment matching: action values learn where the two policies differ most, the student closes that gap."""
+
+    type: Literal["ammd"] = "ammd"
+    on_policy: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of a step's prompts that the student answers: they give the on-policy moment, the others the "
+        "off-policy one. Each is a mean of its own and both count alike. 0.5: ours.",
+    )
+    source: Literal["dataset", "teacher"] = Field("teacher", description="Who answers the other prompts.")
+    q_lr: float = Field(1e-2, gt=0, description="Rate of the action values, constant. 1e-2: ours, on a toy world.")
+    q_steps: int = Field(5, ge=1, description="Steps of theirs before each one of the student. 5: ours.")
+    q_bound: float = Field(
+        1.0, gt=0, description="Their largest size; the loss goes with it. 1: the moment gap is 2 TV."
+    )
+    q_width: int = Field(128, ge=1, description="Of their one hidden layer, on both models' probabilities. 128: ours.")
+
+    def trains_an_opponent(self) -> bool:
+        return True
+
+    def needs_teacher(self) -> bool:
+        return True
+
+    def asks(self) -> tuple[SignalKind, ...]:
+        return ("dense",)
+
+    def writes_with_teacher(self) -> bool:
+        return self.source == "teacher" and self.on_policy < 1
+
+    def scores_with_student(self) -> bool:
+        return True  # the action values are trained against the student as it is before the step
+
+    def needs_responses(self) -> bool:
+        return self.source == "dataset" and self.on_policy < 1
+
+    def check(self, rollout: RolloutConfig) -> None:
+        if self.reference_kl:
+            raise ValueError(
+                "ammd learns a moment and not a loss of each token, which a KL could join: drop method.reference_kl"
+            )
+        own, all_of_them = round(self.on_policy * rollout.prompts_per_step), rollout.prompts_per_step
+        if 0 < self.on_policy < 1 and own in (0, all_of_them):
+            raise ValueError(
+                f"on_policy: {self.on_policy:g} of {all_of_them} prompts leaves one of the two moments without any: write "
+                "more rollout.prompts_per_step, or method.on_policy=1 or 0"
+            )

@@ -1,0 +1,54 @@
+"""What the sections of methods share that learn a divergence to the teacher at each token."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from kibitz.config.methods.base import MethodConfig
+from kibitz.config.teachers import SignalKind
+
+DivergenceName = Literal[
+    "reverse_kl", "forward_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "adaptive_kl"
+]
+
+
+class DistillationConfig(MethodConfig):
+    """What every method shares that learns a divergence to the teacher at each token."""
+
+    divergence: DivergenceName = Field("reverse_kl", description="reverse_kl: Thinking Machines 2025, MiniLLM.")
+    support: Literal["full", "top_k"] = Field(
+        "full", description="full: the whole vocabulary, exact; top_k: K tokens, the written one and a tail bucket."
+    )
+    top_k: int = Field(64, ge=1, description="K of support: top_k. Rethinking-OPD's 16 hold 97-99% of the mass.")
+    top_k_of: Literal["student", "teacher", "union"] = Field(
+        "student", description="Whose K. student: nearest to the full reverse KL."
+    )
+    beta: float = Field(0.5, gt=0, lt=1, description="Of jsd: near 0 forward KL, near 1 reverse KL (GKD, 2306.13649).")
+    alpha: float = Field(0.1, gt=0, lt=1, description="Of the skewed divergences (DistiLLM, 2402.03898: 0.1).")
+    threshold: float = Field(
+        0.8,
+        ge=0,
+        description="Of adaptive_kl: forward KL joins where the teacher's entropy is above (nats; EOPD, 2603.07079).",
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="Divides both models' logits in the loss; gradients are scaled by its square."
+    )
+    token_weight: Literal["none", "entropy", "tip", "iw"] = Field(
+        "none",
+        description="entropy: only tokens where the student is uncertain are learnt (2603.25562); tip: or disagrees with "
+        "the teacher (2604.14084); iw: early tokens count up to 1.5 (2606.22600). Costs one more forward pass.",
+    )
+    token_share: float = Field(
+        0.5, gt=0, le=1, description="Of entropy and tip: the share of the step's tokens that is learnt. 0.5: TIP."
+    )
+
+    def needs_teacher(self) -> bool:
+        return True
+
+    def asks(self) -> tuple[SignalKind, ...]:
+        if self.support != "top_k" or self.top_k_of == "union":
+            return ("dense",)
+        return ("top_k", "dense") if self.top_k_of == "teacher" else ("dense", "named")
+
+    def scores_with_student(self) -> bool:
+        return self.token_weight != "none"

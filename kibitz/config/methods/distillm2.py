@@ -1,0 +1,38 @@
+"""The section of distillm2."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from kibitz.config.methods.base import MethodConfig
+from kibitz.config.teachers import SignalKind
+
+
+class DistiLLM2Config(MethodConfig):
+    """DistiLLM-2: skewed forward KL on the teacher's responses and skewed reverse KL on the student's, together."""
+
+    type: Literal["distillm2"] = "distillm2"
+    alpha: float = Field(
+        0.1, ge=0.01, lt=1, description="The skew of both divergences, the largest where it adapts. 0.1: the paper."
+    )
+    adaptive: bool = Field(
+        True, description="Less skew for responses on which the two models nearly agree (2503.07067's curriculum)."
+    )
+    student_coef: float = Field(
+        1.0, ge=0, le=2, description="b: how much the student's responses count; the teacher's count 2 - b."
+    )
+    student_coef_end: float = Field(
+        1.5, ge=0, le=2, description="b from the middle of the run on, linearly until then. 1.5: the paper."
+    )
+
+    def needs_teacher(self) -> bool:
+        return True
+
+    def asks(self) -> tuple[SignalKind, ...]:
+        return ("dense",)
+
+    def writes_with_teacher(self) -> bool:
+        return True
+
+    def scores_with_student(self) -> bool:
+        return self.adaptive

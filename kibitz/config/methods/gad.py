@@ -1,0 +1,64 @@
+"""The section of generative adversarial distillation."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from kibitz.config.base import Section
+from kibitz.config.methods.policy_gradient import PolicyGradientConfig, PolicyLossName
+from kibitz.config.sections import ModelConfig, RolloutConfig
+
+
+class DiscriminatorConfig(Section):
+    """The judge of gad: a language model's body with one number on top, read at the response's last token."""
+
+    model: str | None = Field(
+        None, description="Folder or name of the model that it starts from. Off: the student's own, as in the paper."
+    )
+    lr: float | None = Field(None, gt=0, description="Its rate, constant. Off: optim.lr, as in the paper.")
+
+
+class GADConfig(PolicyGradientConfig):
+    """Generative adversarial distillation: a judge learns to tell the teacher's text from the student's, and is the reward."""
+
+    type: Literal["gad"] = "gad"
+    source: Literal["dataset", "teacher"] = Field(
+        "dataset",
+        description="Where the teacher's text is. dataset: the responses of the data, and no teacher is needed.",
+    )
+    warmup: float = Field(
+        1 / 3,
+        ge=0,
+        lt=1,
+        description="Share of the run's steps in which the student learns the teacher's text by cross-entropy, and the judge "
+        "as always. A third: one of three epochs, the paper (2511.10643).",
+    )
+    normalize_std: bool = Field(True, description="Divide by the group's deviation. On: GRPO's own form (2402.03300).")
+    policy_loss: PolicyLossName = Field(
+        "ppo_clip", description="ppo_clip: GRPO, as in the paper; see opd for the others."
+    )
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+
+    def trains_an_opponent(self) -> bool:
+        return True
+
+    def needs_teacher(self) -> bool:
+        return self.source == "teacher"
+
+    def writes_with_teacher(self) -> bool:
+        return self.source == "teacher"
+
+    def needs_responses(self) -> bool:
+        return self.source == "dataset"
+
+    def check(self, rollout: RolloutConfig) -> None:
+        if rollout.samples_per_prompt < 2:
+            raise ValueError("gad compares the samples of a prompt: write rollout.samples_per_prompt of 2 or more")
+        if rollout.truncated:
+            raise ValueError("gad's importance ratio needs untruncated rollouts: drop rollout.top_p and rollout.top_k")
+        if rollout.epsilon:
+            raise ValueError("gad's importance ratio starts from the student itself: drop rollout.epsilon")
+
+    def other_models(self) -> dict[str, ModelConfig]:
+        name = self.discriminator.model
+        return super().other_models() | ({} if name is None else {"method.discriminator": ModelConfig(model=name)})

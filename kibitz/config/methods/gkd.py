@@ -1,0 +1,28 @@
+"""The section of generalised knowledge distillation."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from kibitz.config.methods.distillation import DistillationConfig, DivergenceName
+
+
+class GKDConfig(DistillationConfig):
+    """Generalised KD: a share of the steps on the student's own text, the rest on the data's or the teacher's."""
+
+    type: Literal["gkd"] = "gkd"
+    divergence: DivergenceName = Field("jsd", description="jsd: the paper (2306.13649).")
+    on_policy: float = Field(
+        0.5, ge=0, le=1, description="Share of the steps on student text, lambda. 0.5: the paper's mix."
+    )
+    on_policy_end: float | None = Field(
+        None, ge=0, le=1, description="Where on_policy ends, linearly over the run. Off: constant, as in the paper."
+    )
+    source: Literal["dataset", "teacher"] = Field("dataset", description="Who writes the other steps.")
+
+    def needs_responses(self) -> bool:
+        end = self.on_policy if self.on_policy_end is None else self.on_policy_end
+        return self.source == "dataset" and min(self.on_policy, end) < 1
+
+    def writes_with_teacher(self) -> bool:
+        return self.source == "teacher"

@@ -1,0 +1,37 @@
+"""The section of grpo, and what it shares with other methods that compare a group's rewards."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from kibitz.config.methods.policy_gradient import PolicyGradientConfig, PolicyLossName
+from kibitz.config.sections import RolloutConfig
+
+
+class GroupConfig(PolicyGradientConfig):
+    """What every method shares that compares the rewards of a prompt's samples."""
+
+    normalize_std: bool = Field(
+        False, description="Divide by the group's deviation. Off: it favours extreme prompts (2503.20783)."
+    )
+    policy_loss: PolicyLossName = Field("ppo_clip", description="ppo_clip: the paper; see opd for the others.")
+
+    def needs_reward(self) -> bool:
+        return True
+
+    def check(self, rollout: RolloutConfig) -> None:
+        name = self.type
+        if rollout.samples_per_prompt < 2:
+            raise ValueError(f"{name} compares the samples of a prompt: write rollout.samples_per_prompt of 2 or more")
+        if rollout.truncated:
+            raise ValueError(
+                f"{name}'s importance ratio needs untruncated rollouts: drop rollout.top_p and rollout.top_k"
+            )
+        if rollout.epsilon:
+            raise ValueError(f"{name}'s importance ratio starts from the student itself: drop rollout.epsilon")
+
+
+class GRPOConfig(GroupConfig):
+    """RL with a reward per response: advantages centred in the group of a prompt's samples (GRPO, 2402.03300)."""
+
+    type: Literal["grpo"] = "grpo"

@@ -1,0 +1,33 @@
+"""The section of kdrl."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from kibitz.config.methods.grpo import GroupConfig
+from kibitz.config.sections import RolloutConfig
+from kibitz.config.teachers import SignalKind
+
+
+class KDRLConfig(GroupConfig):
+    """GRPO with the reverse KL to the teacher as a second loss, which fades as the run goes on."""
+
+    type: Literal["kdrl"] = "kdrl"
+    kl_coef: float = Field(5e-3, ge=0, description="Of the teacher's loss, at the first step. 5e-3: KDRL (2506.02208).")
+    kl_coef_end: float = Field(1e-3, ge=0, description="At the last step, linearly between. 1e-3: KDRL.")
+    skip_correct: bool = Field(
+        False, description="No teacher's loss on responses of reward 1 or more (KDRL's masking: shorter responses)."
+    )
+
+    def needs_teacher(self) -> bool:
+        return True
+
+    def asks(self) -> tuple[SignalKind, ...]:
+        return ("sampled",)
+
+    def check(self, rollout: RolloutConfig) -> None:
+        super().check(rollout)
+        if rollout.temperature != 1:
+            raise ValueError(
+                "kdrl's loss is the reverse KL on tokens of the student's own distribution: write rollout.temperature=1"
+            )

@@ -1,0 +1,48 @@
+"""The section of minillm."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from kibitz.config.methods.policy_gradient import PolicyGradientConfig, PolicyLossName
+from kibitz.config.sections import RolloutConfig
+from kibitz.config.teachers import SignalKind
+
+
+class MiniLLMConfig(PolicyGradientConfig):
+    """MiniLLM: the reverse KL between whole responses, by policy gradient, on text that student and teacher write mixed."""
+
+    type: Literal["minillm"] = "minillm"
+    teacher_mixed_alpha: float = Field(
+        0.2, ge=0, lt=1, description="The teacher's share in each token's distribution. 0.2: the paper (2306.08543)."
+    )
+    discount: float = Field(1.0, ge=0, le=1, description="Of later tokens' rewards. 1: the paper.")
+    length_norm: bool = Field(True, description="The mean over the tokens to come instead of their sum: the paper.")
+    whiten: bool = Field(True, description="Advantages of a step get mean 0 and deviation 1: the paper's code.")
+    single_step: bool = Field(
+        True, description="A token's own part of the gradient exactly, as KL(S || T) over the vocabulary: the paper."
+    )
+    policy_loss: PolicyLossName = Field("ppo_clip", description="ppo_clip: the paper; see opd for the others.")
+
+    def needs_teacher(self) -> bool:
+        return True
+
+    def asks(self) -> tuple[SignalKind, ...]:
+        return ("dense",) if self.single_step else ("sampled",)
+
+    def writes_with_teacher(self) -> bool:
+        return self.teacher_mixed_alpha > 0
+
+    def scores_with_student(self) -> bool:
+        return self.teacher_mixed_alpha > 0
+
+    def check(self, rollout: RolloutConfig) -> None:
+        if rollout.truncated or rollout.epsilon or rollout.temperature != 1:
+            raise ValueError(
+                "minillm weighs each token by the distribution that wrote it: "
+                "write rollout.temperature=1 without top_p, top_k and epsilon"
+            )
+        if self.mask_tokens and self.discount:
+            raise ValueError(
+                "discount credits a token with later ones, those of mask_tokens too: write method.discount=0"
+            )
