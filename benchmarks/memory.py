@@ -120,7 +120,7 @@ def precision(device: str) -> dict[str, Any]:
     from kibitz.data import load_prompts
     from kibitz.engines.torch import TorchEngine
     from kibitz.models.offload import load_frozen
-    from kibitz.teachers import Ask
+    from kibitz.teachers import ScoreRequest
     from kibitz.teachers.local import LocalScorer
     from kibitz.types import Sampling
 
@@ -140,7 +140,7 @@ def precision(device: str) -> dict[str, Any]:
             text = TorchEngine(model).generate(prompts, Sampling(max_tokens=32, stop_ids=stop))
             token_T = torch.tensor([token for r in text for token in r.response_ids])
         with torch.no_grad():
-            signals = LocalScorer(model, Ask()).score(text)
+            signals = LocalScorer(model, ScoreRequest()).score(text)
             logp_TV = torch.cat([torch.log_softmax(s.head(s.hidden_TD).double().cpu(), -1) for s in signals])
         if name == "float32":
             plain_TV = logp_TV

@@ -180,7 +180,10 @@ def record(only: str | None) -> Tree:
             )
             results["demo"] = found(folder / "demo")
             last = results["demo"]["evals"][-1]
-            print(f"demo: accuracy {last['accuracy']:.4f}, reverse KL {last['reverse_kl']:.4f}")
+            print(
+                f"demo: {last['sampled']['accuracy']:.4f} at T=1, {last['greedy']['accuracy']:.4f} greedy",
+                last["reverse_kl"],
+            )
     return results
 
 

@@ -204,7 +204,7 @@ class Spans:
     """From a teacher with another tokenizer. A span is a stretch of text that is whole tokens for both models (see
     `kibitz.teachers.alignment`); what is known of it stands at each of its tokens, so that any part of them will do.
 
-    `student_logp_T` is as it was sampled, and both log-probabilities are of the whole span. `heard_T` is 0 where the two
+    `student_logp_T` is as it was sampled, and both log-probabilities are of the whole span. `comparable_T` is 0 where the two
     cannot be compared, and the two are equal there."""
 
     span_T: Tensor  # which one, counted from 0 in a batch
@@ -212,7 +212,7 @@ class Spans:
     bytes_T: Tensor  # bytes of the text in it; 0: the end of the response
     teacher_logp_T: Tensor
     student_logp_T: Tensor
-    heard_T: Tensor
+    comparable_T: Tensor
     first: FirstTokens | None = None
 
 
@@ -259,7 +259,7 @@ def slice_signal(signal: Signal, tokens: slice) -> Signal:
             return Spans(**columns, first=first)
 
 
-SPAN_COLUMNS = ("span_T", "size_T", "bytes_T", "teacher_logp_T", "student_logp_T", "heard_T")
+SPAN_COLUMNS = ("span_T", "size_T", "bytes_T", "teacher_logp_T", "student_logp_T", "comparable_T")
 
 
 def _cat_spans(signals: list[Spans]) -> Spans:
@@ -302,11 +302,11 @@ class Scored:
     objective: str = ""
 
     @classmethod
-    def told(cls, rollout: Rollout, signal: Signal) -> "Scored":
+    def from_signal(cls, rollout: Rollout, signal: Signal) -> "Scored":
         """By the teacher, at every token that the student wrote and that the teacher could hear."""
         weight_T = rollout.weight_T()
         if isinstance(signal, Spans):
-            weight_T = weight_T * signal.heard_T.to(weight_T)
+            weight_T = weight_T * signal.comparable_T.to(weight_T)
         return cls(rollout, weight_T, signal)
 
 

@@ -167,13 +167,13 @@ def export(
 
 def _keep_scores(output: Output, teacher: str, rollouts: Path, out: Path, kind: str, top_k: int) -> None:
     from kibitz.evaluate.annotate import store_scores
-    from kibitz.teachers import Ask
+    from kibitz.teachers import ScoreRequest
     from kibitz.teachers.stored import FIELDS
 
     if kind not in FIELDS:
         raise ValueError(f"--kind {kind} is none of {', '.join(FIELDS)}")
     total = 0
-    for done, total in store_scores(teacher, rollouts, out, Ask(kind, top_k)):
+    for done, total in store_scores(teacher, rollouts, out, ScoreRequest(kind, top_k)):
         output.say(f"{done} of {total} rollouts")
     size = sum(path.stat().st_size for path in out.iterdir())
     tree = {"folder": out, "rollouts": total, "kind": kind, "bytes": size}

@@ -18,7 +18,7 @@ from kibitz.losses.supports import find_token
 from kibitz.methods.stored import load_rollouts, prompts_of
 from kibitz.models import LanguageModel
 from kibitz.models.load import load_model, load_tokenizer, pick_device, stop_ids
-from kibitz.teachers import Ask, Teacher, build
+from kibitz.teachers import ScoreRequest, Teacher, build
 from kibitz.types import Batch, Dense, Prompt, Rollout, Sampled, Sampling, Scored, Signal, Spans, Tokens, TopK
 
 DEFAULT_TOKENS = 256
@@ -117,7 +117,7 @@ def _tokens(student: LanguageModel, batch: Batch, top: int) -> list[dict[str, An
 def _of_spans(signal: Spans, written_T: Tensor) -> dict[str, list[Any]]:
     """Both models' log-probabilities of the whole span, at each of its tokens; none of the teacher's where it could not be
     compared. `span` counts the spans of a response."""
-    heard = zip(signal.teacher_logp_T.tolist(), signal.heard_T.tolist(), strict=True)
+    heard = zip(signal.teacher_logp_T.tolist(), signal.comparable_T.tolist(), strict=True)
     return {
         "span": signal.span_T.tolist(),
         "student_logp": span_sums(written_T, signal).tolist(),
@@ -211,7 +211,9 @@ def _room(*models: LanguageModel) -> int:
     return min(model.max_positions or 2**31 for model in models)
 
 
-def store_scores(teacher: str, rollouts: Path, folder: Path, ask: Ask, rows: int = 256) -> Iterator[tuple[int, int]]:
+def store_scores(
+    teacher: str, rollouts: Path, folder: Path, request: ScoreRequest, rows: int = 256
+) -> Iterator[tuple[int, int]]:
     """Let a teacher read a file of rollouts once, and keep what it says in a folder, for `teacher.stored` or
     `teacher.store` of a recipe. Yields how many are done, of how many."""
     config = LocalTeacherConfig(model=teacher, store=str(folder))
@@ -219,10 +221,10 @@ def store_scores(teacher: str, rollouts: Path, folder: Path, ask: Ask, rows: int
     prompts = prompts_of(rollouts)
     by_key = load_rollouts(rollouts, prompts, len(tokenizer), num_samples=1, max_tokens=2**31)
     found = [rollout for some in by_key.values() for rollout in some]
-    model = build.load(config, pick_device(), build.Pupil(tokenizer))
+    model = build.load(config, pick_device(), build.StudentInfo(tokenizer))
     assert model is not None
     model.check(prompts, max(r.num_tokens for r in found))
-    scorer = model.scorer(ask)
+    scorer = model.scorer(request)
     for start in range(0, len(found), rows):
         scorer.score(found[start : start + rows])
         yield min(len(found), start + rows), len(found)

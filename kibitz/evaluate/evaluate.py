@@ -131,11 +131,11 @@ def distance(
     for indices in group(part, max_tokens):
         members = [part[i] for i in indices]
         signals = teacher.score(members, max_tokens)
-        scored = [Scored.told(r, s) for r, s in zip(members, signals, strict=True)]
+        scored = [Scored.from_signal(r, s) for r, s in zip(members, signals, strict=True)]
         total += _sum_of_reverse_kl(student, scored)
         heard += sum(s.weight_T.sum().item() for s in scored)
         written += sum(r.weight_T().sum().item() for r in members)
-        num_bytes += sum((s.bytes_T / s.size_T * s.heard_T).sum().item() for s in signals if isinstance(s, Spans))
+        num_bytes += sum((s.bytes_T / s.size_T * s.comparable_T).sum().item() for s in signals if isinstance(s, Spans))
     sums = ranks.gather((total, num_bytes, heard, written))
     total, num_bytes, heard, written = (sum(values) for values in zip(*sums, strict=True))
     row = {"reverse_kl": total / max(1.0, heard)}

@@ -1,4 +1,4 @@
-"""Losses with an opponent: it is trained to tell the student from the teacher, and the student to make it fail."""
+"""Losses with an adversary: it is trained to tell the student from the teacher, and the student to make it fail."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

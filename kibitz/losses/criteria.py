@@ -256,7 +256,7 @@ def _signal_metrics(student_CV: Tensor, tokens: Tokens, signal: TopK | Sampled |
     student_C, size = gather_tokens(student_CV, tokens.token_T), 1.0
     if isinstance(signal, Spans):
         student_C, size = span_sums(student_C, signal), signal.size_T
-        heard_C = signal.heard_T > 0
+        heard_C = signal.comparable_T > 0
         teacher_C = torch.where(heard_C, signal.teacher_logp_T.to(student_CV.dtype), student_C)
     else:
         teacher_C = signal.logp_T.to(student_CV.dtype)

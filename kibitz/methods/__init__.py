@@ -44,7 +44,7 @@ def build(parts: Parts) -> Method:
     """The method that a recipe names, with the recipe's token weights, its reference and its gold responses."""
     method = METHODS[parts.recipe.method.type](parts)
     if isinstance(method, Stateful):
-        parts.keeps["method"] = method
+        parts.stateful["method"] = method
     return replayed(anchored(weighted(method, parts), parts), parts)
 
 

@@ -9,7 +9,7 @@ from kibitz.optim import Optimizer
 
 
 @dataclass(frozen=True)
-class Opponent:
+class Adversary:
     module: nn.Module
     optimizer: Optimizer
 
@@ -28,7 +28,7 @@ class Opponent:
         return sum(parameter.numel() for parameter in self.module.parameters())
 
 
-def opponent(module: nn.Module, lr: float, like: OptimConfig) -> Opponent:
+def adversary(module: nn.Module, lr: float, like: OptimConfig) -> Adversary:
     """`module`, trained by AdamW at a rate of its own that stays as it is; the rest is the student's."""
     config = like.model_copy(update={"name": "adamw", "lr": lr})
-    return Opponent(module, Optimizer(module, config))
+    return Adversary(module, Optimizer(module, config))

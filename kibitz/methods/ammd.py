@@ -16,9 +16,9 @@ from kibitz.batching import group, pack
 from kibitz.config import AMMDConfig
 from kibitz.losses.adversarial import MomentMatching, moment_gap
 from kibitz.losses.supports import log_probs, teacher_logits
-from kibitz.methods.adversary import Opponent, opponent
+from kibitz.methods.adversary import Adversary, adversary
 from kibitz.methods.parts import Parts, scorer, teacher_engine, token_loss
-from kibitz.methods.sources import Demonstrations, Sampled, Source, Split
+from kibitz.methods.sources import Demonstrations, Generated, Source, Split
 from kibitz.models import LanguageModel
 from kibitz.teachers import Scorer
 from kibitz.types import Batch, Dense, Prompt, Rollout, Scored, Step, Tokens, Writer
@@ -47,7 +47,7 @@ class AMMD:
     parts: Parts
     source: Source
     teacher: Scorer
-    values: Mapping[str, Opponent]  # by the moment that they are of, which is the objective of its rollouts
+    values: Mapping[str, Adversary]  # by the moment that they are of, which is the objective of its rollouts
 
     def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
         return self.source.rollout(prompts, step)
@@ -67,7 +67,7 @@ class AMMD:
         criterion = MomentMatching(self.values[batch.objective].module)
         return token_loss(student, batch, criterion, self.parts.recipe.optim.chunk_tokens)
 
-    def _ascend(self, name: str, values: Opponent, scored: Sequence[Scored]) -> None:
+    def _ascend(self, name: str, values: Adversary, scored: Sequence[Scored]) -> None:
         """Raise the mean moment gap over these tokens. Its largest value, and what is reached of it, are noted."""
         chunks, num_tokens = list(self._chunks(scored)), sum(s.rollout.num_tokens for s in scored)
         for _ in range(self.config.q_steps):
@@ -100,7 +100,7 @@ class AMMD:
                 chunk = slice(start, start + size)
                 yield hidden_TD[chunk], batch.tokens[chunk]
 
-    def _flops(self, values: Opponent, chunks: Sequence[tuple[Tensor, Tokens]]) -> float:
+    def _flops(self, values: Adversary, chunks: Sequence[tuple[Tensor, Tokens]]) -> float:
         """Forward and backward of the action values and both heads in each of their steps, and once more in the loss. The
         student's body is the pass that `scores_with_student` says."""
         num_tokens = sum(len(hidden_CD) for hidden_CD, _ in chunks)
@@ -116,16 +116,16 @@ def build(parts: Parts) -> AMMD:
     if config.source == "dataset":
         others: Source = Demonstrations(parts.encode_response)
     else:
-        others = Sampled(teacher_engine(parts), parts.sampling, Writer.TEACHER)
-    source = Split(Sampled(parts.engine, parts.sampling), others, config.on_policy)
+        others = Generated(teacher_engine(parts), parts.sampling, Writer.TEACHER)
+    source = Split(Generated(parts.engine, parts.sampling), others, config.on_policy)
     wanted = {"on_policy": config.on_policy > 0, "off_policy": config.on_policy < 1}
     values = {name: _values(parts, config) for name, is_wanted in wanted.items() if is_wanted}
-    parts.keeps.update({f"q_{name}": one for name, one in values.items()})
+    parts.stateful.update({f"q_{name}": one for name, one in values.items()})
     return AMMD(config, parts, source, scorer(parts, config), values)
 
 
-def _values(parts: Parts, config: AMMDConfig) -> Opponent:
+def _values(parts: Parts, config: AMMDConfig) -> Adversary:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(parts.recipe.seed)
         module = ActionValues(parts.student.vocab_size, config.q_width, config.q_bound)
-    return opponent(module.to(parts.student.device), config.q_lr, parts.recipe.optim)
+    return adversary(module.to(parts.student.device), config.q_lr, parts.recipe.optim)

@@ -29,7 +29,7 @@ class Distillation:
         return self.source.rollout(prompts, step)
 
     def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
-        return [Scored.told(r, s) for r, s in zip(rollouts, self.teacher.score(rollouts), strict=True)]
+        return [Scored.from_signal(r, s) for r, s in zip(rollouts, self.teacher.score(rollouts), strict=True)]
 
     def loss(self, student: LanguageModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return token_loss(student, batch, self.criterion, self.chunk_tokens)

@@ -19,11 +19,11 @@ from torch import Tensor
 from kibitz.config import DistiLLM2Config
 from kibitz.losses.criteria import Divergence
 from kibitz.losses.divergences import adaptive_alpha, skew_kl, skew_reverse_kl
-from kibitz.methods.parts import Parts, scorer, spoken, teacher_engine, token_loss
-from kibitz.methods.sources import Sampled, Source
+from kibitz.methods.parts import Parts, scorer, teacher_engine, token_loss, written_logp
+from kibitz.methods.sources import Generated, Source
 from kibitz.models import LanguageModel
 from kibitz.parallel.ranks import ALONE, Ranks
-from kibitz.teachers import Ask, Scorer
+from kibitz.teachers import Scorer, ScoreRequest
 from kibitz.teachers.local import LocalScorer
 from kibitz.types import Batch, Prompt, Rollout, Scored, Signal, Step, Writer
 
@@ -72,7 +72,7 @@ class DistiLLM2:
         if not self.config.adaptive:
             return torch.full((len(rollouts),), self.config.alpha)
         teacher_N, student_N = (
-            torch.stack([logp_T.mean().exp() for logp_T in spoken(rollouts, scored)])
+            torch.stack([logp_T.mean().exp() for logp_T in written_logp(rollouts, scored)])
             for scored in (signals, self.student.score(rollouts))
         )
         gap_N = teacher_N - student_N if objective == "teacher_text" else student_N - teacher_N
@@ -92,9 +92,9 @@ class DistiLLM2:
 
 def build(parts: Parts) -> DistiLLM2:
     config, optim = cast(DistiLLM2Config, parts.recipe.method), parts.recipe.optim
-    theirs = Sampled(teacher_engine(parts), parts.sampling, Writer.TEACHER)
-    own = Sampled(parts.engine, parts.sampling)
-    student = LocalScorer(parts.student, Ask("sampled", tokens_per_micro_batch=optim.tokens_per_micro_batch))
+    theirs = Generated(teacher_engine(parts), parts.sampling, Writer.TEACHER)
+    own = Generated(parts.engine, parts.sampling)
+    student = LocalScorer(parts.student, ScoreRequest("sampled", tokens_per_micro_batch=optim.tokens_per_micro_batch))
     return DistiLLM2(
         config, theirs, own, scorer(parts, config), student, optim.chunk_tokens, config.student_coef, parts.ranks
     )

@@ -14,14 +14,14 @@ from kibitz.config import GADConfig
 from kibitz.losses.adversarial import bradley_terry
 from kibitz.losses.criteria import CrossEntropy, PolicyGradient
 from kibitz.losses.policy_gradient import group_advantages
-from kibitz.methods.adversary import Opponent, opponent
+from kibitz.methods.adversary import Adversary, adversary
 from kibitz.methods.parts import Parts, policy_loss, teacher_engine, token_loss
-from kibitz.methods.sources import Demonstrations, Sampled, Source
+from kibitz.methods.sources import Demonstrations, Generated, Source
 from kibitz.models import LanguageModel
 from kibitz.models.load import load_model
 from kibitz.types import Batch, Prompt, Rollout, Scored, Step, Writer
 
-Duel = list[Rollout]
+Comparison = list[Rollout]
 """All answers to one prompt: the teacher's, then each of the student's."""
 
 
@@ -45,9 +45,9 @@ class GAD:
     parts: Parts
     student: Source
     teacher: Source
-    judge: Opponent
+    judge: Adversary
     model: LanguageModel  # what the judge stands on
-    duels: list[Duel] = field(default_factory=list)  # of this step
+    comparisons: list[Comparison] = field(default_factory=list)  # of this step
     warming_up: bool = False
 
     def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
@@ -56,7 +56,7 @@ class GAD:
         own = self.student.rollout(prompts, step)
         theirs = self.teacher.rollout(prompts, replace(step, seed=~step.seed))  # not the student's random numbers
         size = len(own) // len(prompts)
-        self.duels = [[answer, *own[i * size : (i + 1) * size]] for i, answer in enumerate(theirs)]
+        self.comparisons = [[answer, *own[i * size : (i + 1) * size]] for i, answer in enumerate(theirs)]
         self._count_writing(theirs, own)
         return theirs if self.warming_up else own
 
@@ -78,18 +78,18 @@ class GAD:
 
     def _judge(self) -> Tensor:
         """One step of the judge on all duels; its scores `[G, N]` of the student's answers, from before that step."""
-        size = len(self.duels[0])
-        scores_GM = torch.zeros(len(self.duels), size)
-        num_pairs, total = len(self.duels) * (size - 1), 0.0
-        longest = [max(duel, key=_length) for duel in self.duels]
+        size = len(self.comparisons[0])
+        scores_GM = torch.zeros(len(self.comparisons), size)
+        num_pairs, total = len(self.comparisons) * (size - 1), 0.0
+        longest = [max(comparison, key=_length) for comparison in self.comparisons]
         for indices in group(longest, self.parts.recipe.optim.tokens_per_micro_batch // size):
-            given_GM = self._scores([answer for i in indices for answer in self.duels[i]]).view(-1, size)
+            given_GM = self._scores([answer for i in indices for answer in self.comparisons[i]]).view(-1, size)
             loss = bradley_terry(given_GM[:, :1], given_GM[:, 1:]).sum() / num_pairs
             loss.backward()
             scores_GM[indices], total = given_GM.detach().cpu(), total + loss.item()
         self.judge.optimizer.step()
         theirs_G1, own_GN = scores_GM[:, :1], scores_GM[:, 1:]
-        notes, lengths = self.parts.notes, [_length(answer) for duel in self.duels for answer in duel]
+        notes, lengths = self.parts.notes, [_length(answer) for comparison in self.comparisons for answer in comparison]
         notes.metrics["discriminator_loss"] = total
         notes.metrics["discriminator_accuracy"] = (0.5 + 0.5 * (theirs_G1 - own_GN).sign()).mean().item()  # a tie: half
         notes.metrics["score_teacher"] = theirs_G1.mean().item()
@@ -119,11 +119,11 @@ def build(parts: Parts) -> GAD:
     if config.source == "dataset":
         teacher: Source = Demonstrations(parts.encode_response)
     else:
-        teacher = Sampled(teacher_engine(parts), replace(parts.sampling, num_samples=1), Writer.TEACHER)
+        teacher = Generated(teacher_engine(parts), replace(parts.sampling, num_samples=1), Writer.TEACHER)
     section = parts.recipe.student
     if config.discriminator.model is not None:
         section = section.model_copy(update={"model": config.discriminator.model})
     model = load_model(section, "method.discriminator", parts.student.device)
     lr = config.discriminator.lr or parts.recipe.optim.lr
-    kept = parts.keeps["discriminator"] = opponent(Judge(model), lr, parts.recipe.optim)
-    return GAD(config, parts, Sampled(parts.engine, parts.sampling), teacher, kept, model)
+    kept = parts.stateful["discriminator"] = adversary(Judge(model), lr, parts.recipe.optim)
+    return GAD(config, parts, Generated(parts.engine, parts.sampling), teacher, kept, model)

@@ -7,7 +7,7 @@ from typing import cast
 from kibitz.config import GKDConfig
 from kibitz.methods.distillation import Distillation, distil
 from kibitz.methods.parts import Parts, teacher_engine
-from kibitz.methods.sources import Demonstrations, Linear, Mix, Sampled
+from kibitz.methods.sources import Demonstrations, Generated, Linear, Mix
 from kibitz.types import Writer
 
 
@@ -16,7 +16,7 @@ def build(parts: Parts) -> Distillation:
     if config.source == "dataset":
         others = Demonstrations(parts.encode_response)
     else:
-        others = Sampled(teacher_engine(parts), parts.sampling, Writer.TEACHER)
+        others = Generated(teacher_engine(parts), parts.sampling, Writer.TEACHER)
     end = config.on_policy if config.on_policy_end is None else config.on_policy_end
-    own = Sampled(parts.engine, parts.sampling)
+    own = Generated(parts.engine, parts.sampling)
     return distil(parts, config, Mix(own, others, Linear(config.on_policy, end)))

@@ -11,7 +11,7 @@ from kibitz.config import GroupConfig
 from kibitz.losses.criteria import PolicyGradient
 from kibitz.losses.policy_gradient import group_advantages
 from kibitz.methods.parts import Parts, policy_loss, token_loss
-from kibitz.methods.sources import Sampled
+from kibitz.methods.sources import Generated
 from kibitz.models import LanguageModel
 from kibitz.types import Batch, Prompt, Rollout, Scored, Step
 
@@ -22,7 +22,7 @@ class GRPO:
     parts: Parts
 
     def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
-        return Sampled(self.parts.engine, self.parts.sampling).rollout(prompts, step)
+        return Generated(self.parts.engine, self.parts.sampling).rollout(prompts, step)
 
     def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
         """Every token of a rollout has the rollout's advantage; a group in which all did alike teaches nothing."""

@@ -23,10 +23,10 @@ from kibitz.engines.mixture import MixtureEngine
 from kibitz.losses.criteria import PolicyGradient
 from kibitz.losses.joint import Sum, single_step
 from kibitz.losses.policy_gradient import distillation_advantage, to_come, whitened
-from kibitz.methods.parts import Parts, policy_loss, scorer, spoken, teacher_engine, token_loss
-from kibitz.methods.sources import Sampled, Source
+from kibitz.methods.parts import Parts, policy_loss, scorer, teacher_engine, token_loss, written_logp
+from kibitz.methods.sources import Generated, Source
 from kibitz.models import LanguageModel
-from kibitz.teachers import Ask, Scorer
+from kibitz.teachers import Scorer, ScoreRequest
 from kibitz.teachers.local import LocalScorer
 from kibitz.types import Batch, Prompt, Rollout, Scored, Step
 
@@ -50,11 +50,15 @@ class MiniLLM:
 
     def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
         signals = self.teacher.score(rollouts)
-        own = [r.logp_T for r in rollouts] if self.student is None else spoken(rollouts, self.student.score(rollouts))
+        own = (
+            [r.logp_T for r in rollouts]
+            if self.student is None
+            else written_logp(rollouts, self.student.score(rollouts))
+        )
         weights = [r.weight_T() for r in rollouts]
         advantages = [
             to_come(distillation_advantage(student_T, teacher_T) * weight_T, weight_T, *self._credit())
-            for student_T, teacher_T, weight_T in zip(own, spoken(rollouts, signals), weights, strict=True)
+            for student_T, teacher_T, weight_T in zip(own, written_logp(rollouts, signals), weights, strict=True)
         ]
         if self.config.whiten:
             pairs = list(zip(advantages, weights, strict=True))
@@ -76,11 +80,11 @@ def build(parts: Parts) -> MiniLLM:
     config = cast(MiniLLMConfig, parts.recipe.method)
     teacher = scorer(parts, config)
     if not config.teacher_mixed_alpha:
-        return MiniLLM(config, parts, Sampled(parts.engine, parts.sampling), teacher, None)
+        return MiniLLM(config, parts, Generated(parts.engine, parts.sampling), teacher, None)
     if parts.recipe.rollout.engine != "torch":
         raise ValueError("minillm mixes with a student in this process: write rollout.engine: torch")
     share, max_rows = config.teacher_mixed_alpha, parts.recipe.rollout.max_rows
     engine = teacher_engine(parts, partial(MixtureEngine, parts.student, share=share, max_rows=max_rows))
     tokens = parts.recipe.optim.tokens_per_micro_batch
-    student = LocalScorer(parts.student, Ask("sampled", tokens_per_micro_batch=tokens))
-    return MiniLLM(config, parts, Sampled(engine, parts.sampling), teacher, student)
+    student = LocalScorer(parts.student, ScoreRequest("sampled", tokens_per_micro_batch=tokens))
+    return MiniLLM(config, parts, Generated(engine, parts.sampling), teacher, student)

@@ -17,8 +17,7 @@ from kibitz.losses.policy_gradient import clipped, discounted, distillation_adva
 from kibitz.methods.distillation import distil, distil_spans
 from kibitz.methods.parts import Method, Parts, policy_loss, scorer, teacher_engine, token_loss
 from kibitz.methods.reference import reference_scorer
-from kibitz.methods.sources import Linear, Seeded, Source, Stored
-from kibitz.methods.sources import Sampled as SampledFrom
+from kibitz.methods.sources import Generated, Linear, Seeded, Source, Stored
 from kibitz.models import LanguageModel
 from kibitz.teachers import Scorer
 from kibitz.types import Batch, Prompt, Rollout, Sampled, Scored, Signal, Step, Writer
@@ -38,7 +37,7 @@ class SampledTokenOPD:
 
     def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
         """A token's own credit is the criterion's to give; what needs whole rollouts, rewards or a discount, is given here."""
-        scored = [Scored.told(r, s) for r, s in zip(rollouts, self.teacher.score(rollouts), strict=True)]
+        scored = [Scored.from_signal(r, s) for r, s in zip(rollouts, self.teacher.score(rollouts), strict=True)]
         if self.reference is not None:
             for one, signal in zip(scored, self.reference.score(rollouts), strict=True):
                 one.advantage_T = self._credited(one.rollout, one.signal, signal)
@@ -92,9 +91,9 @@ def _source(parts: Parts, config: OPDConfig) -> Source:
     if config.prefix_tokens is not None:
         end = parts.sampling.max_tokens if config.prefix_grows else config.prefix_tokens
         limit = Linear(config.prefix_tokens, end)
-    student = SampledFrom(parts.engine, parts.sampling, limit=limit)
+    student = Generated(parts.engine, parts.sampling, limit=limit)
     if not config.seed_tokens:
         return student
-    teacher = SampledFrom(teacher_engine(parts), parts.sampling, Writer.TEACHER)
+    teacher = Generated(teacher_engine(parts), parts.sampling, Writer.TEACHER)
     end = 0 if config.seed_decays else config.seed_tokens
     return Seeded(teacher, student, Linear(config.seed_tokens, end), config.learn_seed)

@@ -18,8 +18,8 @@ from kibitz.losses.policy_gradient import POLICY_LOSSES
 from kibitz.methods.candidates import student_top_k
 from kibitz.models import LanguageModel
 from kibitz.parallel.ranks import ALONE, Ranks
-from kibitz.teachers import Ask, Early, MakeEngine, Scorer, Teacher
-from kibitz.teachers.local import narrowed
+from kibitz.teachers import Early, MakeEngine, Scorer, ScoreRequest, Teacher
+from kibitz.teachers.local import reduced
 from kibitz.types import Batch, Dense, Prompt, Rollout, Sampled, Sampling, Scored, Signal, Stateful, Step
 
 CHUNK_TOKENS = 256
@@ -64,7 +64,7 @@ class Parts:
     `mask_ids` are the tokens that nobody learns, `stored` the rollouts by prompt key that the method's section names,
     `reference` the frozen model that it compares the student with.
 
-    Who has a state beyond the student's enters it in `keeps` while the method is built; a `Stateful` method is entered as
+    Who has a state beyond the student's enters it in `stateful` while the method is built; a `Stateful` method is entered as
     "method". Checkpoints hold each as training/NAME.safetensors.
 
     Of several processes, each has its `rollout` and `signal` asked for the prompts of all and the rollouts of its own;
@@ -80,42 +80,42 @@ class Parts:
     mask_ids: tuple[int, ...] = ()
     stored: Mapping[str, Sequence[Rollout]] | None = None
     reference: Teacher | None = None
-    keeps: dict[str, Stateful] = field(default_factory=dict)
+    stateful: dict[str, Stateful] = field(default_factory=dict)
     notes: Notes = field(default_factory=Notes)
     hears: list[Callable[[Sequence[Rollout]], None]] = field(default_factory=list)  # of rollouts as they are written
     ranks: Ranks = ALONE
 
 
-def training_ask(parts: Parts, kind: SignalKind) -> Ask:
+def training_request(parts: Parts, kind: SignalKind) -> ScoreRequest:
     """What is asked about a step's rollouts, by the settings of the optimizer."""
     optim = parts.recipe.optim
-    return Ask(kind, tokens_per_micro_batch=optim.tokens_per_micro_batch, hidden_states=optim.hidden_states)
+    return ScoreRequest(kind, tokens_per_micro_batch=optim.tokens_per_micro_batch, hidden_states=optim.hidden_states)
 
 
 def scorer(parts: Parts, config: MethodConfig) -> Scorer:
     """Who scores for a method: its teacher, asked for the first signal of `config.asks()` that it can give."""
     assert parts.teacher is not None
     kind: SignalKind = next(kind for kind in config.asks() if kind in parts.teacher.kinds)
-    ask = training_ask(parts, kind)
+    request = training_request(parts, kind)
     if isinstance(config, DistillationConfig):
-        candidates = partial(student_top_k, parts.student, config.top_k, ask.tokens_per_micro_batch)
-        ask = replace(ask, top_k=config.top_k, temperature=config.temperature, candidates=candidates)
-    made = parts.teacher.scorer(ask)
+        candidates = partial(student_top_k, parts.student, config.top_k, request.tokens_per_micro_batch)
+        request = replace(request, top_k=config.top_k, temperature=config.temperature, candidates=candidates)
+    made = parts.teacher.scorer(request)
     if isinstance(made, Early):
         parts.hears.append(made.expect)
     return made
 
 
-def spoken(rollouts: Sequence[Rollout], signals: Sequence[Signal]) -> list[Tensor]:
+def written_logp(rollouts: Sequence[Rollout], signals: Sequence[Signal]) -> list[Tensor]:
     """The log-probability of each written token, on the CPU, from signals that know it."""
-    return [_spoken(rollout, signal).cpu() for rollout, signal in zip(rollouts, signals, strict=True)]
+    return [_written_logp(rollout, signal).cpu() for rollout, signal in zip(rollouts, signals, strict=True)]
 
 
-def _spoken(rollout: Rollout, signal: Signal) -> Tensor:
+def _written_logp(rollout: Rollout, signal: Signal) -> Tensor:
     if isinstance(signal, Dense):
         token_T = torch.tensor(rollout.response_ids, device=signal.hidden_TD.device)
         with torch.no_grad():
-            signal = narrowed(signal, token_T, Ask("sampled"), CHUNK_TOKENS)
+            signal = reduced(signal, token_T, ScoreRequest("sampled"), CHUNK_TOKENS)
     assert isinstance(signal, Sampled)
     return signal.logp_T
 

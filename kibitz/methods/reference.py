@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from kibitz.config import SignalKind
-from kibitz.methods.parts import Method, Notes, Parts, training_ask
+from kibitz.methods.parts import Method, Notes, Parts, training_request
 from kibitz.models import LanguageModel
 from kibitz.teachers import Scorer, Teacher
 from kibitz.types import Anchor, Batch, Prompt, Rollout, Scored, Signal, Step
@@ -27,7 +27,7 @@ class Reference:
 
 def reference_scorer(parts: Parts, kind: SignalKind) -> Reference:
     assert parts.reference is not None
-    return Reference(parts.reference, parts.reference.scorer(training_ask(parts, kind)), parts.notes)
+    return Reference(parts.reference, parts.reference.scorer(training_request(parts, kind)), parts.notes)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from kibitz.config import SFTConfig
 from kibitz.losses.criteria import CrossEntropy
 from kibitz.methods.parts import Parts, teacher_engine, token_loss
-from kibitz.methods.sources import Demonstrations, Filled, Sampled, Source, Stored
+from kibitz.methods.sources import Demonstrations, Filled, Generated, Source, Stored
 from kibitz.models import LanguageModel
 from kibitz.types import Batch, Prompt, Rollout, Scored, Step, Writer
 
@@ -34,9 +34,9 @@ def build(parts: Parts) -> SFT:
     if parts.stored is not None:
         return SFT(Stored(parts.stored, parts.sampling.num_samples), chunk_tokens)
     if config.source == "student":
-        return SFT(Sampled(parts.engine, parts.sampling), chunk_tokens)
+        return SFT(Generated(parts.engine, parts.sampling), chunk_tokens)
     data = Demonstrations(parts.encode_response)
     if not config.needs_teacher():
         return SFT(data, chunk_tokens)
-    teacher = Sampled(teacher_engine(parts), parts.sampling, Writer.TEACHER)
+    teacher = Generated(teacher_engine(parts), parts.sampling, Writer.TEACHER)
     return SFT(Filled(data, teacher) if config.fill else teacher, chunk_tokens)

@@ -9,7 +9,7 @@ from kibitz.config import SKDConfig
 from kibitz.engines.speculative import SpeculativeEngine
 from kibitz.methods.distillation import Distillation, distil
 from kibitz.methods.parts import Parts, teacher_engine
-from kibitz.methods.sources import Sampled
+from kibitz.methods.sources import Generated
 
 
 def build(parts: Parts) -> Distillation:
@@ -26,4 +26,4 @@ def build(parts: Parts) -> Distillation:
         teacher_temperature=config.teacher_temperature,
         teacher_top_p=config.teacher_top_p,
     )
-    return distil(parts, config, Sampled(teacher_engine(parts, make), parts.sampling))
+    return distil(parts, config, Generated(teacher_engine(parts, make), parts.sampling))

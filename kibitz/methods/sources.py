@@ -28,7 +28,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class Generated:
     """An engine writes: the student's own, one in which the teacher takes part, or (`writer`) another model's.
 
     `limit`, where there is one, stops the responses at so many tokens before `sampling.max_tokens` does (Fast OPD,
@@ -64,8 +64,8 @@ class Seeded:
     The two together keep to the student's limit. Each token's log-probability is its own writer's. `learn`: whether
     the teacher's tokens have a loss, too, or are context only."""
 
-    teacher: Sampled
-    student: Sampled
+    teacher: Generated
+    student: Generated
     num_tokens: Linear
     learn: bool = False
 

@@ -41,16 +41,16 @@ class LanguageModel(nn.Module):
         self.vocab_size: int = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
         self.head, self.head_stands_alone = build_head(model, self.vocab_size, name)
         self.packs = False  # see `kibitz.models.packing`
-        self.works_on: torch.device | None = (
+        self.compute_device: torch.device | None = (
             None  # where it computes, if its weights wait elsewhere: see `kibitz.models.offload`
         )
-        self.there: Callable[[], AbstractContextManager[None]] = nullcontext  # while which they have come
+        self.loaded: Callable[[], AbstractContextManager[None]] = nullcontext  # while which they have come
         self.write: Callable[[Path], object] = self.model.save_pretrained if adapter is None else adapter.save
         self._compiled: tuple[Any, ...] = ()  # in a tuple, so that it is no second child
 
     @property
     def device(self) -> torch.device:
-        return self.works_on or self.model.device
+        return self.compute_device or self.model.device
 
     @property
     def max_positions(self) -> int | None:
@@ -93,7 +93,7 @@ class LanguageModel(nn.Module):
         that begin anew inside a row begin another sequence there, for models that pack."""
         positions = {} if position_BL is None else {"position_ids": position_BL}
         body = self._compiled[0] if self._compiled else self._body()
-        with self.there():
+        with self.loaded():
             output = body(ids_BL, use_cache=False, **positions)
         return output.last_hidden_state if self.head_stands_alone else output.logits
 

@@ -60,14 +60,14 @@ def load_frozen(
             tensor.data = tensor.data if tensor.dtype == torch.int8 else tensor.data.clone()
     tokenizer = tokenizer or load_tokenizer(config, role)
     if config.offload is not None:
-        return at_home(model, tokenizer, role, config.offload, device)
+        return offloaded(model, tokenizer, role, config.offload, device)
     return LanguageModel(model if options else model.to(device), tokenizer, role)
 
 
 # ------------------------------------------------------------------ weights that travel
 
 
-def at_home(
+def offloaded(
     model: Any,
     tokenizer: Any,
     role: str,
@@ -85,28 +85,28 @@ def at_home(
             f"{role}.offload: {type(model).__name__} has no layers that could be taken one by one: write offload=body"
         )
     fetch = fetch or partial(Tensor.to, device=device, non_blocking=True)
-    travellers = [model] if how == "body" else layers
-    trips = [Trip(module, stays, fetch, pinned=device.type == "cuda") for module in travellers]
-    travelling = {id(holder) for trip in trips for holder, _, _ in trip.homes}
+    modules = [model] if how == "body" else layers
+    residencies = [Residency(module, stays, fetch, pinned=device.type == "cuda") for module in modules]
+    travelling = {id(holder) for residency in residencies for holder, _, _ in residency.homes}
     for holder, name in _holders(model):
         if id(holder) not in travelling:
             setattr(holder, name, getattr(holder, name).to(device))
     if how == "layers":
-        for trip, layer in zip(trips, layers, strict=True):
-            layer.register_forward_pre_hook(lambda *_, trip=trip: trip.come())
-            layer.register_forward_hook(lambda *_, trip=trip: trip.go(), always_call=True)
+        for residency, layer in zip(residencies, layers, strict=True):
+            layer.register_forward_pre_hook(lambda *_, residency=residency: residency.fetch())
+            layer.register_forward_hook(lambda *_, residency=residency: residency.evict(), always_call=True)
         return LanguageModel(model, tokenizer, role)
-    with trips[0].there():
+    with residencies[0].loaded():
         made = LanguageModel(model, tokenizer, role)  # tries its head, for which all must be in one place
-    made.works_on, made.there = device, trips[0].there
+    made.compute_device, made.loaded = device, residencies[0].loaded
     return made
 
 
-class Trip:
+class Residency:
     """The tensors of a module on their way to a device and back."""
 
     def __init__(self, module: nn.Module, stays: set[int], fetch: Fetch, pinned: bool):
-        self.fetch, self.num_visits = fetch, 0
+        self.copy, self.num_visits = fetch, 0
         homes: dict[tuple, Tensor] = {}
         self.homes: list[tuple[Any, str, Tensor]] = []
         for holder, name in _holders(module):
@@ -117,29 +117,29 @@ class Trip:
         if pinned:
             locked = {place: home.pin_memory() for place, home in homes.items()}
             self.homes = [(holder, name, locked[_place(home)]) for holder, name, home in self.homes]
-        self.go()
+        self.evict()
 
     @contextmanager
-    def there(self) -> Iterator[None]:
+    def loaded(self) -> Iterator[None]:
         """Visits may be nested: a scorer holds the model for all micro-batches, each of which asks for it again."""
         self.num_visits += 1
         if self.num_visits == 1:
-            self.come()
+            self.fetch()
         try:
             yield
         finally:
             self.num_visits -= 1
             if self.num_visits == 0:
-                self.go()
+                self.evict()
 
-    def come(self) -> None:
+    def fetch(self) -> None:
         fetched: dict[tuple, Tensor] = {}
         for holder, name, home in self.homes:
             if _place(home) not in fetched:
-                fetched[_place(home)] = self.fetch(home)
+                fetched[_place(home)] = self.copy(home)
             setattr(holder, name, fetched[_place(home)])
 
-    def go(self) -> None:
+    def evict(self) -> None:
         for holder, name, home in self.homes:
             setattr(holder, name, home)
 

@@ -30,7 +30,7 @@ from kibitz.models import LanguageModel, lora
 from kibitz.models.head import build_head
 from kibitz.models.load import load_tokenizer, pick_dtype
 from kibitz.parallel import sharded_files
-from kibitz.parallel.lockstep import Company
+from kibitz.parallel.lockstep import Lockstep
 from kibitz.parallel.ranks import Ranks, plain
 
 
@@ -81,9 +81,9 @@ class _Passes:
     """From here on each pass of a model is one of all processes: those that need none make one for the others. Passes with
     gradients are not announced: the processes make equally many of them by themselves (`Ranks.in_step`)."""
 
-    def __init__(self, model: LanguageModel, company: Company):
+    def __init__(self, model: LanguageModel, lockstep: Lockstep):
         self.model, self.inside, self.helping = model, False, False
-        self.announce = company.owe(self._help)
+        self.announce = lockstep.register(self._help)
         model.register_forward_pre_hook(self._begin, prepend=True)
         model.register_forward_hook(self._end, always_call=True)
         alone: Callable[..., Any] = model.model.forward
@@ -156,7 +156,7 @@ def load_in_parts(
     student = LanguageModel(bare, tokenizer, "student", adapter)
     _split(student, ranks, MixedPrecisionPolicy(reduce_dtype=torch.float32), reshard=True)
     _furnish(student, stored, device, ranks)
-    student.write = partial(_write, student, _gathers(bare, ranks.company))
+    student.write = partial(_write, student, _gathers(bare, ranks.lockstep))
     return student
 
 
@@ -177,7 +177,7 @@ def _furnish(model: LanguageModel, stored: dict[str, Path], device: torch.device
     """Weights for a model that is split and has none yet."""
     model._apply(lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t.to(device))
     _fill(model.model, stored)
-    _Passes(model, ranks.company)
+    _Passes(model, ranks.lockstep)
     with torch.no_grad():
         head = partial(build_head, model.model, model.vocab_size, model.name)
         model.head, model.head_stands_alone = model.within(head)
@@ -281,7 +281,7 @@ def _fill(bare: nn.Module, stored: dict[str, Path]) -> None:
                 sharded_files.fill(targets[name], file.get_slice(name))
 
 
-def _gathers(bare: nn.Module, company: Company) -> dict[str, Callable[[], Tensor]]:
+def _gathers(bare: nn.Module, lockstep: Lockstep) -> dict[str, Callable[[], Tensor]]:
     """By name, how to have a parameter whole: one at a time, and in the company of all."""
 
     def gather(announce: Callable[[], None], whole: Callable[[], Tensor]) -> Tensor:
@@ -291,7 +291,7 @@ def _gathers(bare: nn.Module, company: Company) -> dict[str, Callable[[], Tensor
     def entry(parameter: Tensor) -> Callable[[], Tensor]:
         assert isinstance(parameter, DTensor)
         whole = partial(_whole, parameter)
-        return partial(gather, company.owe(whole), whole)
+        return partial(gather, lockstep.register(whole), whole)
 
     return {name: entry(parameter) for name, parameter in bare.named_parameters()}
 

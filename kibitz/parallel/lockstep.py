@@ -10,25 +10,25 @@ import torch
 import torch.distributed as dist
 
 
-class Company:
+class Lockstep:
     def __init__(self) -> None:
-        self.duties: list[Callable[[], object]] = []
+        self.collectives: list[Callable[[], object]] = []
 
-    def owe(self, duty: Callable[[], object]) -> Callable[[], None]:
+    def register(self, collective: Callable[[], object]) -> Callable[[], None]:
         """Enter what others do while one process does its own. To be called before that; all enter the same in one order."""
-        self.duties.append(duty)
-        number = len(self.duties)
+        self.collectives.append(collective)
+        number = len(self.collectives)
         return lambda: self._together(number)
 
     def wait(self) -> None:
         """Until nobody needs anything any more."""
-        if self.duties:
+        if self.collectives:
             self._together(0)
 
     def _together(self, number: int) -> None:
         """Help with all that comes before `number`; of several that are needed, the highest comes first."""
         while (needed := _highest(number)) != number:
-            self.duties[needed - 1]()
+            self.collectives[needed - 1]()
 
 
 def _highest(number: int) -> int:

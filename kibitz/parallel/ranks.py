@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kibitz.config import ParallelConfig
 from kibitz.engines import Engine
-from kibitz.parallel.lockstep import Company
+from kibitz.parallel.lockstep import Lockstep
 from kibitz.types import Prompt, Rollout, Sampling, Scored
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
-    company: Company = field(default_factory=Company, compare=False)
+    lockstep: Lockstep = field(default_factory=Lockstep, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -48,7 +48,7 @@ class Ranks:
         """The values of all processes, in order, known to all. Until the last has come, nobody goes on."""
         if self.size == 1:
             return [value]
-        self.company.wait()
+        self.lockstep.wait()
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
@@ -64,7 +64,7 @@ class Ranks:
                 made[0] = make()
             except Exception as error:  # noqa: BLE001 - whatever it is, it is raised below
                 made[1] = error
-        self.company.wait()
+        self.lockstep.wait()
         dist.broadcast_object_list(made, src=0)
         if made[1] is not None:
             raise made[1]

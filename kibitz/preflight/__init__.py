@@ -14,7 +14,7 @@ from kibitz.models.load import load_model, load_tokenizer, pick_device, pick_dty
 from kibitz.preflight import budget, measured, texts
 from kibitz.preflight.finding import Finding, Light, worst
 from kibitz.preflight.shapes import shape_of
-from kibitz.teachers import Ask, Teacher
+from kibitz.teachers import ScoreRequest, Teacher
 from kibitz.teachers.local import LocalScorer
 from kibitz.training.setup import Setup, prepare
 from kibitz.types import Rollout, TopK
@@ -134,11 +134,14 @@ def _of_teacher(setup: Setup, teacher: Teacher, rollouts: list[Rollout], options
             raise ValueError("--local-teacher compares the written tokens' probabilities, and this teacher tells none")
         copy = load_model(LocalTeacherConfig(model=options.local_teacher), "teacher", setup.student.device)
         both = [
-            scorer.score(rollouts) for scorer in (teacher.scorer(Ask("sampled")), LocalScorer(copy, Ask("sampled")))
+            scorer.score(rollouts)
+            for scorer in (teacher.scorer(ScoreRequest("sampled")), LocalScorer(copy, ScoreRequest("sampled")))
         ]
         yield measured.teacher_gap(*both)
     # A server gives its log-probabilities at temperature 1 only, and then refuses a recipe with another.
     if "dense" in teacher.kinds and "top_k" in teacher.kinds:
-        first, second = (teacher.scorer(Ask("top_k", temperature=tau)).score(rollouts[:1])[0] for tau in (1.0, 2.0))
+        first, second = (
+            teacher.scorer(ScoreRequest("top_k", temperature=tau)).score(rollouts[:1])[0] for tau in (1.0, 2.0)
+        )
         assert isinstance(first, TopK) and isinstance(second, TopK)
         yield measured.loss_temperature(first, second)

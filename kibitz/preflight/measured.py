@@ -16,7 +16,7 @@ from kibitz.losses.criteria import Divergence, PolicyGradient
 from kibitz.methods import token_loss
 from kibitz.models import LanguageModel
 from kibitz.preflight.finding import Finding
-from kibitz.teachers import Ask
+from kibitz.teachers import ScoreRequest
 from kibitz.teachers.local import LocalScorer
 from kibitz.training.setup import Setup
 from kibitz.types import Rollout, Sampled, Scored, Signal, Spans, TopK
@@ -55,7 +55,7 @@ def write_with(setup: Setup, engine: Engine, num_prompts: int) -> list[Rollout]:
 def itself(setup: Setup, rollouts: Sequence[Rollout], model: LanguageModel | None = None) -> Finding:
     """A student that is its own teacher has nothing to learn: shift, masks, vocabulary and precision are straight."""
     tokens = setup.recipe.optim.tokens_per_micro_batch
-    signals = LocalScorer(model or setup.student, Ask(tokens_per_micro_batch=tokens)).score(rollouts)
+    signals = LocalScorer(model or setup.student, ScoreRequest(tokens_per_micro_batch=tokens)).score(rollouts)
     kl_T = values_of(setup.student, rollouts, signals, Divergence(), tokens)["reverse_kl"]
     most = kl_T.abs().max().item()
     if most == 0.0:
@@ -72,7 +72,7 @@ def engine_gap(setup: Setup, rollouts: Sequence[Rollout]) -> Finding:
             "engine against trainer", "green", "not compared: rollouts are not from the student's own distribution"
         )
     tokens = setup.recipe.optim.tokens_per_micro_batch
-    signals = LocalScorer(setup.student, Ask("sampled", tokens_per_micro_batch=tokens)).score(rollouts)
+    signals = LocalScorer(setup.student, ScoreRequest("sampled", tokens_per_micro_batch=tokens)).score(rollouts)
     gaps = torch.cat([(s.logp_T.cpu() - r.logp_T).abs() for s, r in zip(signals, rollouts, strict=True)])  # type: ignore
     mean, most = gaps.mean().item(), gaps.max().item()
     text = f"log-probabilities differ by {mean:.1e} nats on average, {most:.1e} at most"

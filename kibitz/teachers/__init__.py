@@ -27,7 +27,7 @@ from kibitz.types import Prompt, Rollout, Signal, Stateful
 
 
 @dataclass(frozen=True)
-class Ask:
+class ScoreRequest:
     """What somebody wants to hear. `top_k` belongs to the signal of that name; `temperature` divides the teacher's logits
     in all but a dense one, which has no temperature yet. `tokens_per_micro_batch` is the asker's own, so that a
     teacher that equals its student reads the same micro-batches and gives bit-equal numbers. `hidden_states`: where those of
@@ -85,14 +85,14 @@ class Teacher:
     last call. `close()`: nobody asks any more. `models`: those of this process that it reads rollouts with. `identity()`:
     hashes of its parts, for a store of its scores; ValueError where it changes from step to step. `aside`: who answers
     evaluations and heat-maps in its place; with `reads_all` False nobody can, because it knows certain rollouts only.
-    `keeps`: what changes from step to step, by the names of its files in a checkpoint.
+    `stateful`: what changes from step to step, by the names of its files in a checkpoint.
 
     Of several teachers, `members` are the single ones, and `mix(prompt)` says who speaks: log-weights by place.
     `everywhere`: it can be asked about the others' prompts."""
 
     name: str
     kinds: tuple[SignalKind, ...]
-    scorer: Callable[[Ask], Scorer]
+    scorer: Callable[[ScoreRequest], Scorer]
     writer: Callable[[MakeEngine], Engine]
     num_parameters: int
     flops: Callable[[Sequence[Rollout], Sequence[int]], float]
@@ -102,9 +102,9 @@ class Teacher:
     close: Callable[[], None] = _nothing
     models: Sequence[LanguageModel] = ()
     identity: Callable[[], dict[str, Any]] = _nobody
-    aside: Callable[[Ask], Scorer] | None = None
+    aside: Callable[[ScoreRequest], Scorer] | None = None
     reads_all: bool = True
-    keeps: Mapping[str, Stateful] = field(default_factory=dict)
+    stateful: Mapping[str, Stateful] = field(default_factory=dict)
     members: tuple["Teacher", ...] = ()
     mix: Callable[[Prompt], Mapping[int, float]] = _alone
     everywhere: bool = True
@@ -112,4 +112,4 @@ class Teacher:
     def score(self, rollouts: Sequence[Rollout], tokens_per_micro_batch: int = 16384) -> list[Signal]:
         """The most telling signals that it has, at temperature 1: for evaluation and the heat-map."""
         scorer = self.aside or self.scorer
-        return scorer(Ask(self.kinds[0], tokens_per_micro_batch=tokens_per_micro_batch)).score(rollouts)
+        return scorer(ScoreRequest(self.kinds[0], tokens_per_micro_batch=tokens_per_micro_batch)).score(rollouts)

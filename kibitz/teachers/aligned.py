@@ -15,36 +15,39 @@ from torch import Tensor
 
 from kibitz.config import SignalKind
 from kibitz.data import encode_prompt
-from kibitz.teachers import Ask, MakeEngine, Teacher
+from kibitz.teachers import MakeEngine, ScoreRequest, Teacher
 from kibitz.teachers.alignment import Aligner, Span
-from kibitz.teachers.local import narrowed
+from kibitz.teachers.local import reduced
 from kibitz.types import Dense, FirstTokens, Prompt, Rollout, Sampled, Signal, Spans
 
 KINDS: tuple[SignalKind, ...] = ("spans", "span_distributions")
-MANY_UNHEARD = 0.1
+MANY_INCOMPARABLE = 0.1
 """Of the response tokens: beyond this somebody should know."""
 
 
 @dataclass
-class Heard:
+class Coverage:
     """How many response tokens there were, and of how many the teacher could say something."""
 
     tokens: int = 0
-    unheard: int = 0
+    incomparable: int = 0
 
     def add(self, rollouts: Sequence[Rollout], signals: Sequence[Spans]) -> None:
-        tokens, unheard = sum(r.num_tokens for r in rollouts), sum(int((s.heard_T == 0).sum()) for s in signals)
-        if unheard > MANY_UNHEARD * tokens:
+        tokens, incomparable = (
+            sum(r.num_tokens for r in rollouts),
+            sum(int((s.comparable_T == 0).sum()) for s in signals),
+        )
+        if incomparable > MANY_INCOMPARABLE * tokens:
             warnings.warn(
-                f"{unheard} of {tokens} response tokens cannot be compared with what the teacher reads, and are not learnt: "
+                f"{incomparable} of {tokens} response tokens cannot be compared with what the teacher reads, and are not learnt: "
                 "the two tokenizers do not agree on the text itself (case, accents, unknown characters, special tokens)",
                 stacklevel=2,
             )
-        self.tokens, self.unheard = self.tokens + tokens, self.unheard + unheard
+        self.tokens, self.incomparable = self.tokens + tokens, self.incomparable + incomparable
 
     def take(self) -> dict[str, float]:
-        row = {"unaligned": self.unheard / self.tokens} if self.tokens else {}
-        self.tokens = self.unheard = 0
+        row = {"unaligned": self.incomparable / self.tokens} if self.tokens else {}
+        self.tokens = self.incomparable = 0
         return row
 
 
@@ -78,7 +81,7 @@ class Reader:
 def aligned(teacher: Teacher, aligner: Aligner, template: dict[str, Any]) -> Teacher:
     """`teacher` for a student with another tokenizer; `template` are the arguments of its chat template. It writes nothing:
     its tokens are not the student's."""
-    reader, heard = Reader(aligner, template), Heard()
+    reader, coverage = Reader(aligner, template), Coverage()
 
     def refuse(make: MakeEngine):
         raise ValueError("a teacher with its own tokenizer cannot write in the student's: drop what it is to write")
@@ -86,11 +89,11 @@ def aligned(teacher: Teacher, aligner: Aligner, template: dict[str, Any]) -> Tea
     return replace(
         teacher,
         kinds=KINDS,
-        scorer=lambda ask: SpanScorer(teacher, reader, ask, heard),
+        scorer=lambda request: SpanScorer(teacher, reader, request, coverage),
         writer=refuse,
         flops=lambda rollouts, num_tokens: teacher.flops([read for read, _ in reader(rollouts)], ()),
         check=lambda prompts, max_tokens: teacher.check([reader.prompt(prompt) for prompt in prompts], 1),
-        metrics=lambda: teacher.metrics() | heard.take(),
+        metrics=lambda: teacher.metrics() | coverage.take(),
     )
 
 
@@ -98,45 +101,45 @@ def aligned(teacher: Teacher, aligner: Aligner, template: dict[str, Any]) -> Tea
 class SpanScorer:
     teacher: Teacher
     reader: Reader
-    ask: Ask
-    heard: Heard
+    request: ScoreRequest
+    coverage: Coverage
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
         read = self.reader(rollouts)
         longest = max((r for r, _ in read), key=lambda r: len(r.prompt.ids) + r.num_tokens)
         self.teacher.check([longest.prompt], longest.num_tokens)
-        inner = replace(self.ask, kind="dense" if self.ask.kind == "span_distributions" else "sampled")
+        inner = replace(self.request, kind="dense" if self.request.kind == "span_distributions" else "sampled")
         signals = self.teacher.scorer(inner).score([r for r, _ in read])
         spans = [
             self._of_spans(rollout, theirs, cut, signal)
             for rollout, (theirs, cut), signal in zip(rollouts, read, signals, strict=True)
         ]
-        self.heard.add(rollouts, spans)
+        self.coverage.add(rollouts, spans)
         return [*spans]
 
     def _of_spans(self, rollout: Rollout, theirs: Rollout, spans: list[Span], signal: Signal) -> Spans:
         dense = signal if isinstance(signal, Dense) else None
         if dense is not None:
             token_T = torch.tensor(theirs.response_ids, device=dense.hidden_TD.device)
-            signal = narrowed(dense, token_T, replace(self.ask, kind="sampled"), self.ask.tokens_per_micro_batch)
+            signal = reduced(dense, token_T, replace(self.request, kind="sampled"), self.request.tokens_per_micro_batch)
         assert isinstance(signal, Sampled)
         device = signal.logp_T.device
         place_T = torch.repeat_interleave(torch.tensor([span.num_student for span in spans])).to(device)
         student_S = _sums(rollout.logp_T.to(device), [span.student for span in spans])
         teacher_S = _sums(signal.logp_T, [span.teacher for span in spans])
-        heard_S = torch.tensor([span.comparable and _one_writer(rollout, span) for span in spans], device=device)
+        comparable_S = torch.tensor([span.comparable and _one_writer(rollout, span) for span in spans], device=device)
         made = Spans(
             span_T=place_T,
             size_T=torch.tensor([float(span.num_student) for span in spans], device=device)[place_T],
             bytes_T=torch.tensor([float(span.num_bytes) for span in spans], device=device)[place_T],
-            teacher_logp_T=torch.where(heard_S, teacher_S, student_S)[place_T],
+            teacher_logp_T=torch.where(comparable_S, teacher_S, student_S)[place_T],
             student_logp_T=student_S[place_T],
-            heard_T=heard_S.float()[place_T],
+            comparable_T=comparable_S.float()[place_T],
         )
         if dense is not None:
             first_S = torch.tensor([min(span.teacher[0], theirs.num_tokens - 1) for span in spans], device=device)
-            rest_S = torch.where(heard_S, teacher_S - signal.logp_T[first_S], 0.0)
+            rest_S = torch.where(comparable_S, teacher_S - signal.logp_T[first_S], 0.0)
             ours, its = (torch.tensor(ids, device=device) for ids in self.reader.aligner.shared_ids)
             made.first = FirstTokens(
                 Dense(_rows(dense.hidden_TD, first_S[place_T]), dense.head), rest_S[place_T], (ours, its)

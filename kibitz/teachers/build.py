@@ -31,7 +31,7 @@ from kibitz.types import Prompt
 
 
 @dataclass(frozen=True)
-class Pupil:
+class StudentInfo:
     """Whom a teacher is for: some are made of the student, or must know its tokenizer. `load` is how a model of the teacher's
     own is had."""
 
@@ -48,7 +48,7 @@ class Kind:
     with this tokenizer, and gives the teacher's own; `load(config, device, pupil)` makes it."""
 
     check: Callable[[Any, Any], Any]
-    load: Callable[[Any, torch.device, Pupil | None], Teacher]
+    load: Callable[[Any, torch.device, StudentInfo | None], Teacher]
 
 
 def _check_local(config: LocalTeacherConfig, tokenizer: Any) -> Any:
@@ -59,13 +59,13 @@ def _check_local(config: LocalTeacherConfig, tokenizer: Any) -> Any:
     return own
 
 
-def _load_local(config: LocalTeacherConfig, device: torch.device, pupil: Pupil | None) -> Teacher:
-    load = offload.load_frozen if pupil is None else pupil.load
+def _load_local(config: LocalTeacherConfig, device: torch.device, student: StudentInfo | None) -> Teacher:
+    load = offload.load_frozen if student is None else student.load
     teacher = local_teacher(load(config, "teacher", device))
     if config.tokenizer == "student":
         return teacher
-    assert pupil is not None, "spans are of two tokenizers"
-    return aligned(teacher, Aligner(pupil.tokenizer, load_tokenizer(config, "teacher")), dict(pupil.template))
+    assert student is not None, "spans are of two tokenizers"
+    return aligned(teacher, Aligner(student.tokenizer, load_tokenizer(config, "teacher")), dict(student.template))
 
 
 def _check_stored(config: StoredTeacherConfig, tokenizer: Any) -> Any:
@@ -73,23 +73,23 @@ def _check_stored(config: StoredTeacherConfig, tokenizer: Any) -> Any:
     return tokenizer
 
 
-def _load_stored(config: StoredTeacherConfig, device: torch.device, pupil: Pupil | None) -> Teacher:
+def _load_stored(config: StoredTeacherConfig, device: torch.device, student: StudentInfo | None) -> Teacher:
     return stored.stored_teacher(Path(config.stored), device)
 
 
-def _load_remote(config: RemoteTeacherConfig, device: torch.device, pupil: Pupil | None) -> Teacher:
-    assert pupil is not None, "a server is asked about the student's tokens"
-    return remote_teacher(config, pupil.tokenizer)
+def _load_remote(config: RemoteTeacherConfig, device: torch.device, student: StudentInfo | None) -> Teacher:
+    assert student is not None, "a server is asked about the student's tokens"
+    return remote_teacher(config, student.tokenizer)
 
 
-def _load_own(config: StudentTeacherConfig, device: torch.device, pupil: Pupil | None) -> Teacher:
-    assert pupil is not None and pupil.model is not None and pupil.section is not None, "nothing to make it of"
-    return own_teacher(config, pupil.section, pupil.model)
+def _load_own(config: StudentTeacherConfig, device: torch.device, student: StudentInfo | None) -> Teacher:
+    assert student is not None and student.model is not None and student.section is not None, "nothing to make it of"
+    return own_teacher(config, student.section, student.model)
 
 
-def _load_chat(config: ChatTeacherConfig, device: torch.device, pupil: Pupil | None) -> Teacher:
-    assert pupil is not None, "its text becomes the student's tokens"
-    return chat_teacher(config, pupil.tokenizer)
+def _load_chat(config: ChatTeacherConfig, device: torch.device, student: StudentInfo | None) -> Teacher:
+    assert student is not None, "its text becomes the student's tokens"
+    return chat_teacher(config, student.tokenizer)
 
 
 KINDS: dict[type[TeacherConfig], Kind] = {
@@ -107,9 +107,9 @@ def check(config: TeacherConfig, tokenizer: Any) -> Any:
     return KINDS[type(config)].check(config, tokenizer)
 
 
-def load(config: TeacherConfig, device: torch.device, pupil: Pupil | None = None) -> Teacher:
+def load(config: TeacherConfig, device: torch.device, student: StudentInfo | None = None) -> Teacher:
     """One teacher with its store, and no context yet."""
-    teacher = KINDS[type(config)].load(config, device, pupil)
+    teacher = KINDS[type(config)].load(config, device, student)
     if config.store is None:
         return teacher
     return stored.with_store(teacher, Path(config.store), config.says_by(), device)
@@ -134,9 +134,9 @@ def load_all(
 ) -> Teacher | None:
     """The teacher of a run, if it has any. `tokenizers` are the teachers', `load_own` how a model of theirs is had."""
     members, configs, device = [], recipe.teachers, student.device
-    pupil = Pupil(student.tokenizer, recipe.data.template, student, recipe.student, load_own)
+    info = StudentInfo(student.tokenizer, recipe.data.template, student, recipe.student, load_own)
     for config, tokenizer in zip(configs, tokenizers, strict=True):
-        teacher = load(config, device, pupil)
+        teacher = load(config, device, info)
         members.append(teacher if config.context is None else in_context(teacher, config.context, tokenizer))
     if len(members) > 1:
         return several(members, configs)

@@ -14,7 +14,7 @@ from kibitz.config.teachers import ChatTeacherConfig
 from kibitz.engines.sampling import row_seed
 from kibitz.servers import ServerError, served_model
 from kibitz.servers.http import Server, Servers
-from kibitz.teachers import Ask, Scorer, Teacher
+from kibitz.teachers import Scorer, ScoreRequest, Teacher
 from kibitz.types import Prompt, Rollout, Sampling
 
 CHAT = "/v1/chat/completions"
@@ -42,7 +42,7 @@ def chat_teacher(config: ChatTeacherConfig, tokenizer: Any) -> Teacher:
     )
 
 
-def _scores_nothing(ask: Ask) -> Scorer:
+def _scores_nothing(request: ScoreRequest) -> Scorer:
     raise ValueError(
         "a chat endpoint tells no log-probabilities: write method.type=sft or gad, or a teacher that scores"
     )

@@ -16,7 +16,7 @@ from kibitz.config import ContextConfig
 from kibitz.data import encode_prompt
 from kibitz.engines import Engine
 from kibitz.models import LanguageModel
-from kibitz.teachers import Ask, Scorer, Teacher
+from kibitz.teachers import Scorer, ScoreRequest, Teacher
 from kibitz.types import Prompt, Rollout, Sampling, Signal
 
 NOTHING_YET: dict[str, Any] = {"attempt": None, "reward": None, "success": None}
@@ -75,8 +75,8 @@ def in_context(teacher: Teacher, config: ContextConfig, tokenizer: Any) -> Teach
     return replace(
         teacher,
         everywhere=False,  # the rows of others need not have the columns
-        scorer=lambda ask: InContext(teacher, teacher.scorer, ask, read),
-        aside=lambda ask: InContext(teacher, teacher.aside or teacher.scorer, ask, read),
+        scorer=lambda request: InContext(teacher, teacher.scorer, request, read),
+        aside=lambda request: InContext(teacher, teacher.aside or teacher.scorer, request, read),
         writer=lambda make: ContextEngine(teacher.writer(make), rendering),
         flops=lambda rollouts, num_tokens=(): teacher.flops(read(rollouts), num_tokens),
         check=lambda prompts, max_tokens: teacher.check([rendering(prompt) for prompt in prompts], max_tokens),
@@ -99,8 +99,8 @@ def seen_of(rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
 @dataclass(frozen=True)
 class InContext:
     teacher: Teacher
-    scorer: Callable[[Ask], Scorer]
-    ask: Ask
+    scorer: Callable[[ScoreRequest], Scorer]
+    request: ScoreRequest
     read: Callable[[Sequence[Rollout]], list[Rollout]]
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
@@ -108,13 +108,13 @@ class InContext:
         self.teacher.check([r.prompt for r in theirs], max(r.num_tokens for r in theirs))
         return self.scorer(self._asked(rollouts, theirs)).score(theirs)
 
-    def _asked(self, rollouts: Sequence[Rollout], theirs: Sequence[Rollout]) -> Ask:
+    def _asked(self, rollouts: Sequence[Rollout], theirs: Sequence[Rollout]) -> ScoreRequest:
         """Tokens that the asker names, it names by the student's rollouts."""
-        name = self.ask.candidates
+        name = self.request.candidates
         if name is None:
-            return self.ask
+            return self.request
         own = {id(their): rollout for their, rollout in zip(theirs, rollouts, strict=True)}
-        return replace(self.ask, candidates=lambda some: name([own[id(r)] for r in some]))
+        return replace(self.request, candidates=lambda some: name([own[id(r)] for r in some]))
 
 
 class ContextEngine:

@@ -9,7 +9,7 @@ from torch import Tensor
 from kibitz.batching import group, pack
 from kibitz.config import SignalKind
 from kibitz.models import LanguageModel
-from kibitz.teachers import Ask, Teacher
+from kibitz.teachers import ScoreRequest, Teacher
 from kibitz.teachers.stored import identity
 from kibitz.types import Dense, Rollout, Sampled, Scored, Signal, TopK, cat_signals, slice_signal
 
@@ -25,7 +25,7 @@ def local_teacher(model: LanguageModel) -> Teacher:
     return Teacher(
         name=model.name,
         kinds=KINDS,
-        scorer=lambda ask: LocalScorer(model, ask),
+        scorer=lambda request: LocalScorer(model, request),
         writer=lambda make: make(model),
         num_parameters=model.num_parameters,
         flops=model.pass_flops,
@@ -38,14 +38,14 @@ def local_teacher(model: LanguageModel) -> Teacher:
 @dataclass(frozen=True)
 class LocalScorer:
     model: LanguageModel
-    ask: Ask
+    request: ScoreRequest
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
         signals: dict[int, Signal] = {}
         waits = self._waits(rollouts)
-        with self.model.there():
-            for indices in group(rollouts, self.ask.tokens_per_micro_batch):
+        with self.model.loaded():
+            for indices in group(rollouts, self.request.tokens_per_micro_batch):
                 members = [rollouts[i] for i in indices]
                 signal, start = self._score_together(members, waits), 0
                 for index, rollout in zip(indices, members, strict=True):
@@ -61,14 +61,14 @@ class LocalScorer:
         return signal
 
     def _signal(self, dense: Dense, token_T: Tensor, waits: bool) -> Signal:
-        signal = narrowed(dense, token_T, self.ask, self.model.chunk_tokens)
+        signal = reduced(dense, token_T, self.request, self.model.chunk_tokens)
         return Dense(locked(signal.hidden_TD), dense.head) if waits and isinstance(signal, Dense) else signal
 
     def _waits(self, rollouts: Sequence[Rollout]) -> bool:
         """Whether hidden states leave the device until the loss takes them. Where the head cannot be called alone they are
         logits, which nobody would bring back."""
-        if self.ask.hidden_states != "auto" or self.model.device.type != "cuda":
-            return self.ask.hidden_states == "cpu" and self.model.head_stands_alone
+        if self.request.hidden_states != "auto" or self.model.device.type != "cuda":
+            return self.request.hidden_states == "cpu" and self.model.head_stands_alone
         width = self.model.model.config.get_text_config().hidden_size
         size = sum(r.num_tokens for r in rollouts) * width * self.model.model.dtype.itemsize
         return size > LARGE and self.model.head_stands_alone
@@ -80,17 +80,17 @@ def locked(tensor: Tensor) -> Tensor:
     return copy.copy_(tensor)
 
 
-def narrowed(dense: Dense, token_T: Tensor, ask: Ask, chunk_tokens: int) -> Signal:
+def reduced(dense: Dense, token_T: Tensor, request: ScoreRequest, chunk_tokens: int) -> Signal:
     """What was asked for, of a whole distribution, chunk by chunk: a dense signal as it is, its `top_k` likeliest tokens,
     or the written token's log-probability."""
-    if ask.kind == "dense":
+    if request.kind == "dense":
         return dense
     parts: list[Signal] = []
     for hidden_CD, token_C in zip(dense.hidden_TD.split(chunk_tokens), token_T.split(chunk_tokens), strict=True):
-        logp_CV = torch.log_softmax(dense.head(hidden_CD).float() / ask.temperature, dim=-1)
-        if ask.kind == "sampled":
+        logp_CV = torch.log_softmax(dense.head(hidden_CD).float() / request.temperature, dim=-1)
+        if request.kind == "sampled":
             parts.append(Sampled(logp_CV.gather(-1, token_C[:, None].to(logp_CV.device))[:, 0]))
         else:
-            logp_CK, ids_CK = logp_CV.topk(min(ask.top_k, logp_CV.shape[-1]), dim=-1)
-            parts.append(TopK(ids_CK, logp_CK, ask.temperature))
+            logp_CK, ids_CK = logp_CV.topk(min(request.top_k, logp_CV.shape[-1]), dim=-1)
+            parts.append(TopK(ids_CK, logp_CK, request.temperature))
     return cat_signals(parts)

@@ -12,7 +12,7 @@ from kibitz.engines import Engine
 from kibitz.engines.torch import TorchEngine
 from kibitz.models import LanguageModel
 from kibitz.models.load import load_model
-from kibitz.teachers import Ask, MakeEngine, Teacher
+from kibitz.teachers import MakeEngine, ScoreRequest, Teacher
 from kibitz.teachers.local import KINDS, LocalScorer, local_teacher
 from kibitz.types import Prompt, Rollout, Sampling, Signal
 
@@ -28,7 +28,7 @@ def own_teacher(config: StudentTeacherConfig, start: ModelConfig, student: Langu
             return _live(student, adapted=True)
         case "ema":
             average = Average(student, config.decay)
-            return replace(local_teacher(average.model), sync=average.follow, keeps={"teacher": average})
+            return replace(local_teacher(average.model), sync=average.follow, stateful={"teacher": average})
 
 
 def base_teacher(student: LanguageModel, name: str = "teacher") -> Teacher:
@@ -42,7 +42,7 @@ def _live(student: LanguageModel, adapted: bool) -> Teacher:
     return Teacher(
         name="teacher",
         kinds=KINDS,
-        scorer=lambda ask: LocalScorer(student, ask) if adapted else WithoutAdapter(student, ask),
+        scorer=lambda request: LocalScorer(student, request) if adapted else WithoutAdapter(student, request),
         writer=lambda make: make(student) if adapted else _base_engine(student, make),
         num_parameters=student.num_parameters,
         flops=student.pass_flops,
@@ -55,11 +55,11 @@ class WithoutAdapter:
     """Scores with the base that the student's adapter stands on, in the same memory."""
 
     student: LanguageModel
-    ask: Ask
+    request: ScoreRequest
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
         with self.student.adapter_off():
-            return LocalScorer(self.student, self.ask).score(rollouts)
+            return LocalScorer(self.student, self.request).score(rollouts)
 
 
 class BaseEngine:

@@ -25,7 +25,7 @@ from kibitz.config.teachers import RemoteTeacherConfig
 from kibitz.servers import ServerError, served_model
 from kibitz.servers.answers import named, said
 from kibitz.servers.http import Refused, Server, Servers
-from kibitz.teachers import Ask, MakeEngine, Teacher
+from kibitz.teachers import MakeEngine, ScoreRequest, Teacher
 from kibitz.types import Prompt, Rollout, Sampled, Signal, TopK
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def remote_teacher(config: RemoteTeacherConfig, tokenizer: Any) -> Teacher:
     return Teacher(
         name="teacher",
         kinds=kinds,
-        scorer=lambda ask: RemoteScorer(served, _possible(served, ask)),
+        scorer=lambda request: RemoteScorer(served, _possible(served, request)),
         writer=partial(_writes_nothing, served),
         num_parameters=0,
         flops=lambda rollouts, num_tokens: 0.0,
@@ -113,18 +113,18 @@ def _check_tokenizer(server: Server, model: str, tokenizer: Any) -> None:
             )
 
 
-def _possible(served: Served, ask: Ask) -> Ask:
-    if ask.temperature != 1:
+def _possible(served: Served, request: ScoreRequest) -> ScoreRequest:
+    if request.temperature != 1:
         raise ValueError(
             "a server tells log-probabilities at temperature 1: write method.temperature=1, or a teacher in this process"
         )
-    if ask.kind == "named" and not served.names:
+    if request.kind == "named" and not served.names:
         log.warning(
             "%s does not score tokens that it is asked about (vLLM 0.32 or newer on a GPU, with --enable-scale-out and "
             "VLLM_USE_V2_MODEL_RUNNER=1): its own %d likeliest take the place of the student's, as with "
-            "method.top_k_of=teacher", served.name, ask.top_k,
+            "method.top_k_of=teacher", served.name, request.top_k,
         )  # fmt: skip
-    return ask
+    return request
 
 
 def _writes_nothing(served: Served, make: MakeEngine) -> Any:
@@ -143,7 +143,7 @@ def _check_lengths(served: Served, prompts: Sequence[Prompt], max_tokens: int) -
 @dataclass(frozen=True)
 class RemoteScorer:
     served: Served
-    ask: Ask
+    request: ScoreRequest
     _early: dict[tuple, Future] | None = None
 
     def __post_init__(self) -> None:
@@ -153,16 +153,16 @@ class RemoteScorer:
         """Begin with rollouts that `score` will be asked about, while others are still written. The same numbers: a text
         is scored by itself."""
         assert self._early is not None
-        if self.ask.kind != "named":
+        if self.request.kind != "named":
             for rollout in rollouts:
                 self._early[_text(rollout)] = self._submit(rollout, None)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
         assert self._early is not None
         candidates: Sequence[Tensor | None] = [None] * len(rollouts)
-        if self.ask.kind == "named" and self.served.names:
-            assert self.ask.candidates is not None, "nobody said which tokens"
-            candidates = self.ask.candidates(rollouts)
+        if self.request.kind == "named" and self.served.names:
+            assert self.request.candidates is not None, "nobody said which tokens"
+            candidates = self.request.candidates(rollouts)
         jobs = [
             self._early.get(_text(rollout)) or self._submit(rollout, ids_TK)
             for rollout, ids_TK in zip(rollouts, candidates, strict=True)
@@ -176,20 +176,20 @@ class RemoteScorer:
 
     def _say(self, server: Server, rollout: Rollout) -> Signal:
         served, ids, start = self.served, [*rollout.prompt.ids, *rollout.response_ids], len(rollout.prompt.ids)
-        top_k = 0 if self.ask.kind == "sampled" else min(self.ask.top_k, served.vocab_size)
+        top_k = 0 if self.request.kind == "sampled" else min(self.request.top_k, served.vocab_size)
         params = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": top_k}
         if served.path == GENERATE:
             body = {"model": served.model, "token_ids": ids, "sampling_params": params | {"detokenize": False}}
         else:
             body = {"model": served.model, "prompt": ids, **params}
         told = said(server.name, server.ask(served.path, body), served.model, ids, start, top_k, served.vocab_size)
-        if self.ask.kind == "sampled":
+        if self.request.kind == "sampled":
             return Sampled(told.logp_T)
         token_T = torch.tensor(rollout.response_ids)
         return TopK(
             torch.cat([told.ids_TK, token_T[:, None]], dim=-1),
             torch.cat([told.logp_TK, told.logp_T[:, None]], dim=-1),
-            named=self.ask.kind == "named",
+            named=self.request.kind == "named",
         )
 
     def _name(self, server: Server, rollout: Rollout, ids_TK: Tensor) -> Signal:

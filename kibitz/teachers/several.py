@@ -11,8 +11,8 @@ from kibitz.engines import Engine
 from kibitz.engines.torch import TorchEngine
 from kibitz.losses.mixtures import log_mixture
 from kibitz.models import LanguageModel
-from kibitz.teachers import Ask, MakeEngine, Scorer, Teacher
-from kibitz.teachers.local import narrowed
+from kibitz.teachers import MakeEngine, Scorer, ScoreRequest, Teacher
+from kibitz.teachers.local import reduced
 from kibitz.teachers.mixture import CHUNK_TOKENS, Mix, MixedDecoder, MixedHead, mix_of
 from kibitz.types import Dense, Prompt, Rollout, Sampled, Sampling, Signal
 
@@ -99,7 +99,7 @@ def several(members: Sequence[Teacher], configs: Sequence[TeacherConfig]) -> Tea
     return Teacher(
         name="the teachers",
         kinds=kinds,
-        scorer=lambda ask: SeveralScorer(members, mix, ask, numbers),
+        scorer=lambda request: SeveralScorer(members, mix, request, numbers),
         writer=lambda make: SeveralEngine(members, mix, make),
         num_parameters=sum(member.num_parameters for member in members),
         flops=flops,
@@ -107,12 +107,12 @@ def several(members: Sequence[Teacher], configs: Sequence[TeacherConfig]) -> Tea
         sync=lambda student: each(lambda member: member.sync(student)),
         metrics=lambda: {**numbers, **{k: v for member in members for k, v in member.metrics().items()}},
         close=lambda: each(lambda member: member.close()),
-        keeps={
-            name if i == 0 else f"{name}-{i}": kept for i, m in enumerate(members) for name, kept in m.keeps.items()
+        stateful={
+            name if i == 0 else f"{name}-{i}": kept for i, m in enumerate(members) for name, kept in m.stateful.items()
         },
         members=tuple(members),
         reads_all=all(member.reads_all for member in members),
-        aside=lambda ask: SeveralScorer([_aside(member) for member in members], mix, ask, {}),
+        aside=lambda request: SeveralScorer([_aside(member) for member in members], mix, request, {}),
         models=[model for member in members for model in member.models],
         mix=lambda prompt: dict(mix(prompt)),
     )
@@ -141,7 +141,7 @@ class SeveralScorer:
 
     members: Sequence[Teacher]
     mix: Callable[[Prompt], Mix]
-    ask: Ask
+    request: ScoreRequest
     numbers: dict[str, float]
     head: MixedHead = field(default_factory=MixedHead)
 
@@ -153,7 +153,7 @@ class SeveralScorer:
         for place, member in enumerate(self.members):
             for kind in sorted(set(kinds)):
                 own = [i for i, mix in enumerate(mixes) if kinds[i] == kind and any(place == at for at, _ in mix)]
-                scorer: Scorer = member.scorer(replace(self.ask, kind=kind))
+                scorer: Scorer = member.scorer(replace(self.request, kind=kind))
                 signals = scorer.score([rollouts[i] for i in own]) if own else []
                 for i, signal in zip(own, signals, strict=True):
                     said[i][place] = signal
@@ -166,17 +166,17 @@ class SeveralScorer:
     def _kind(self, mix: Mix) -> SignalKind:
         """What to ask the teachers for: a mixture takes whole distributions where it can have them."""
         if len(mix) == 1 or not all("dense" in self.members[place].kinds for place, _ in mix):
-            return self.ask.kind
+            return self.request.kind
         return "dense"
 
     def _joined(self, rollout: Rollout, mix: Mix, said: dict[int, Signal], whole: Dense | None) -> Signal:
         if whole is not None:
             token_T = torch.tensor(rollout.response_ids, device=whole.hidden_TD.device)
-            return narrowed(whole, token_T, self.ask, CHUNK_TOKENS)
+            return reduced(whole, token_T, self.request, CHUNK_TOKENS)
         if len(mix) == 1:
             return said[mix[0][0]]
         logp = [s.logp_T for s in said.values() if isinstance(s, Sampled)]
-        if len(logp) < len(mix) or self.ask.temperature != 1:
+        if len(logp) < len(mix) or self.request.temperature != 1:
             raise ValueError(
                 "teachers that do not give whole distributions are mixed by the sampled token's probability, at temperature "
                 "1: write method.support=sampled, or give each task one teacher (tasks)"

@@ -28,7 +28,7 @@ from kibitz.engines import Engine
 from kibitz.files import write_atomically
 from kibitz.models import LanguageModel
 from kibitz.models.head import Head
-from kibitz.teachers import Ask, MakeEngine, Scorer, Teacher
+from kibitz.teachers import MakeEngine, Scorer, ScoreRequest, Teacher
 from kibitz.types import Dense, Rollout, Sampled, Signal, TopK
 
 PARTS = ("weights", "tokenizer", "chat template")
@@ -107,16 +107,16 @@ class Store:
     def num_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
 
-    def find(self, rollout: Rollout, ask: Ask) -> Signal | None:
-        row = self.index.get(key_of(rollout, ask))
+    def find(self, rollout: Rollout, request: ScoreRequest) -> Signal | None:
+        row = self.index.get(key_of(rollout, request))
         if row is None:
             return None
-        parts = [self._slice(row, name) for name in FIELDS[ask.kind]]
-        match ask.kind:
+        parts = [self._slice(row, name) for name in FIELDS[request.kind]]
+        match request.kind:
             case "dense":
                 return Dense(parts[0], self.shared_head())
             case "top_k":
-                return TopK(parts[0].long(), parts[1], ask.temperature)
+                return TopK(parts[0].long(), parts[1], request.temperature)
             case "sampled":
                 return Sampled(parts[0])
 
@@ -134,9 +134,9 @@ class Store:
             raise ValueError(f"the store of scores is damaged, {path.name} is too short: delete the folder")
         return part.to(self.device)
 
-    def add(self, rollouts: Sequence[Rollout], signals: Sequence[Signal], ask: Ask) -> None:
+    def add(self, rollouts: Sequence[Rollout], signals: Sequence[Signal], request: ScoreRequest) -> None:
         """Numbers first, then the index: a kill between the two loses what it would have pointed to, and nothing else."""
-        tensors = {name: torch.cat([_field(s, name).detach().cpu() for s in signals]) for name in FIELDS[ask.kind]}
+        tensors = {name: torch.cat([_field(s, name).detach().cpu() for s in signals]) for name in FIELDS[request.kind]}
         if isinstance(signals[0], Dense):
             self._keep_head(signals[0].head)
         name, start, lines = f"{uuid.uuid4().hex}.safetensors", 0, []
@@ -145,8 +145,8 @@ class Store:
         temporary.rename(self.folder / name)
         for rollout in rollouts:
             row = {
-                "key": key_of(rollout, ask),
-                "kind": ask.kind,
+                "key": key_of(rollout, request),
+                "kind": request.kind,
                 "file": name,
                 "start": start,
                 "tokens": rollout.num_tokens,
@@ -187,8 +187,12 @@ class Store:
         return self.head
 
 
-def key_of(rollout: Rollout, ask: Ask) -> str:
-    asked = [ask.kind] if ask.kind == "dense" else [ask.kind, ask.temperature, ask.top_k if ask.kind == "top_k" else 0]
+def key_of(rollout: Rollout, request: ScoreRequest) -> str:
+    asked = (
+        [request.kind]
+        if request.kind == "dense"
+        else [request.kind, request.temperature, request.top_k if request.kind == "top_k" else 0]
+    )
     return _hash([asked, list(rollout.prompt.ids), rollout.response_ids])
 
 
@@ -238,18 +242,18 @@ class StoredScorer:
     """What is held is read from disk; the rest is asked of `inner`, all together, and held from then on."""
 
     store: Store
-    ask: Ask
+    request: ScoreRequest
     inner: Scorer | None
     tally: Tally
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
-        missing = {key_of(r, self.ask): r for r in rollouts if self.store.find(r, self.ask) is None}
+        missing = {key_of(r, self.request): r for r in rollouts if self.store.find(r, self.request) is None}
         self.tally.looked_up += len(rollouts)
         self.tally.read |= {_content(rollout) for rollout in missing.values()}
         if missing:
             fresh = list(missing.values())
-            self.store.add(fresh, self._ask(fresh), self.ask)
-        found = [self.store.find(rollout, self.ask) for rollout in rollouts]
+            self.store.add(fresh, self._ask(fresh), self.request)
+        found = [self.store.find(rollout, self.request) for rollout in rollouts]
         return [signal for signal in found if signal is not None]
 
     def _ask(self, rollouts: list[Rollout]) -> list[Signal]:
@@ -277,7 +281,7 @@ def with_store(teacher: Teacher, folder: Path, settings: Mapping[str, Any], devi
 
     return replace(
         teacher,
-        scorer=lambda ask: StoredScorer(store, ask, teacher.scorer(ask), tally),
+        scorer=lambda request: StoredScorer(store, request, teacher.scorer(request), tally),
         aside=teacher.aside or teacher.scorer,  # what is measured once need not fill the disk
         flops=flops,
         metrics=lambda: {**teacher.metrics(), **tally.close(store)},
@@ -301,7 +305,7 @@ def stored_teacher(folder: Path, device: torch.device) -> Teacher:
     return Teacher(
         name="stored scores",
         kinds=store.kinds,
-        scorer=lambda ask: StoredScorer(store, ask, None, tally),
+        scorer=lambda request: StoredScorer(store, request, None, tally),
         writer=writer,
         num_parameters=store.who["num_parameters"],
         flops=lambda rollouts, num_tokens: 0.0,

@@ -74,22 +74,22 @@ def save(
     folder: Path,
     step: int,
     student: LanguageModel,
-    keeps: Mapping[str, dict[str, Tensor]],
+    stateful: Mapping[str, dict[str, Tensor]],
     state: dict[str, Any],
     keep: int,
     ranks: Ranks = ALONE,
 ) -> Path:
     """Write the checkpoint of a step, then delete all but the last `keep`. If that fails, the older ones stay whole.
-    `keeps` are the states of the optimizer and of what else has one, by the names of their files. Of several processes the
+    `stateful` are the states of the optimizer and of what else has one, by the names of their files. Of several processes the
     first writes, and of a state that is sharded each its own part."""
     final = folder / "checkpoints" / f"step-{step:06d}"
-    in_parts = {name: kept for name, kept in keeps.items() if sharded_files.are_in(kept.values())}
+    in_parts = {name: kept for name, kept in stateful.items() if sharded_files.are_in(kept.values())}
 
     def begin(temporary: Path) -> None:
         student.save(temporary)
         (temporary / "training").mkdir()
-        for name in keeps.keys() - in_parts.keys():
-            save_file(keeps[name], temporary / "training" / f"{name}.safetensors")
+        for name in stateful.keys() - in_parts.keys():
+            save_file(stateful[name], temporary / "training" / f"{name}.safetensors")
         (temporary / "training" / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
 
     def end(temporary: Path) -> None:
@@ -128,9 +128,9 @@ def set_aside(folder: Path, last_step: int) -> None:
             path.rename(aside)
 
 
-def load_state(checkpoint: Path, keeps: Mapping[str, Stateful]) -> dict[str, Any]:
-    """The state of a checkpoint. All of `keeps` get back what they had."""
-    for name, kept in keeps.items():
+def load_state(checkpoint: Path, stateful: Mapping[str, Stateful]) -> dict[str, Any]:
+    """The state of a checkpoint. All of `stateful` get back what they had."""
+    for name, kept in stateful.items():
         folder = checkpoint / "training" / name
         path = folder if folder.is_dir() else folder.with_name(f"{name}.safetensors")
         if not path.exists():

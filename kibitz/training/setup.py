@@ -131,7 +131,7 @@ def prepare(
         evaluator = Evaluator(student, engine, examiner, held_out, grader, eval_sampling, recipe.eval.split, ranks)
     encode = partial(encode_response, tokenizer)
     parts = Parts(recipe, student, engine, teacher, sampling, encode, loss, mask_ids, stored, reference, ranks=ranks)
-    parts.keeps.update({} if teacher is None else teacher.keeps)
+    parts.stateful.update({} if teacher is None else teacher.stateful)
     stream = PromptStream(prompts, recipe.seed, recipe.data.shuffle)
     return Setup(
         recipe, folder, resumed_from, student, learner, teacher, engine, stream, grader, evaluator, parts, ranks
@@ -199,7 +199,7 @@ def _meet(recipe: Recipe, prompts: Sequence[Prompt]) -> tuple[Ranks, torch.devic
         )
     if recipe.parallel.shard_teacher:
         fsdp.check_parts(cast(LocalTeacherConfig, recipe.teacher), "teacher", fsdp.WHOLE_TEACHER)
-    if recipe.method.trains_an_opponent():
+    if recipe.method.trains_adversary():
         raise RecipeError(f"method {recipe.method.type} trains an opponent of the student in one process: start one")
     if not recipe.parallel.whole_copy:
         _check_parts(recipe)

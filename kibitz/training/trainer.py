@@ -42,7 +42,7 @@ class Progress(Protocol):
     def note(self, text: str) -> None: ...
 
 
-class Silence:
+class NullProgress:
     """Nobody watches; or, with some methods written anew, somebody who cares for those only."""
 
     def start(self, recipe: Recipe, first_step: int) -> None: ...
@@ -82,7 +82,7 @@ def train(
     """
     Gauge(torch.device("cuda" if torch.cuda.is_initialized() else "cpu")).reset()  # loading begins
     setup = prepare(recipe, overrides, loss=loss, grader=grader, resume=resume, overwrite=overwrite)
-    watcher = Tracked((progress if setup.ranks.is_main else None) or Silence())
+    watcher = Tracked((progress if setup.ranks.is_main else None) or NullProgress())
     try:
         Trainer(setup, watcher).run()
     finally:
@@ -106,13 +106,13 @@ class Trainer:
         self.learner, self.ranks = self.setup.learner, self.setup.ranks
         rounded = self.learner.model.dtype != self.student.model.dtype
         self.optimizer = Optimizer(self.learner.model, self.recipe.optim, keep_weights=rounded)
-        assert "optimizer" not in self.setup.parts.keeps, "that is the name of the student's own"
-        self.keeps: dict[str, Stateful] = {**self.setup.parts.keeps, "optimizer": self.optimizer}
+        assert "optimizer" not in self.setup.parts.stateful, "that is the name of the student's own"
+        self.stateful: dict[str, Stateful] = {**self.setup.parts.stateful, "optimizer": self.optimizer}
         gauge = Gauge(self.student.device)
         self.done, self.ledger = 0, Ledger(watch=gauge)
         self.guards = Guards(self.recipe.guards)
         if self.setup.resumed_from is not None:
-            state = checkpoint.load_state(self.setup.resumed_from, self.keeps)
+            state = checkpoint.load_state(self.setup.resumed_from, self.stateful)
             self.done, self.setup.stream.position = state["step"], state["position"]
             self.ledger, self.guards = Ledger(state["ledger"], gauge), Guards(self.recipe.guards, state["guards"])
         self.ledger.note_peaks("loading")
@@ -286,8 +286,8 @@ class Trainer:
         position, ledger, guards = self.setup.stream.position, self.ledger.total, self.guards.state()
         state = {"position": position, "ledger": ledger, "guards": guards}
         with self.ledger.watched("saving"):
-            keeps, keep = {name: kept.state() for name, kept in self.keeps.items()}, self.recipe.save.keep
-            checkpoint.save(self.folder.path, self.done, self.student, keeps, state, keep, self.ranks)
+            stateful, keep = {name: kept.state() for name, kept in self.stateful.items()}, self.recipe.save.keep
+            checkpoint.save(self.folder.path, self.done, self.student, stateful, state, keep, self.ranks)
         self.saved = self.done
 
 

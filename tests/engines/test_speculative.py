@@ -21,7 +21,7 @@ from kibitz.engines.torch import TorchEngine
 from kibitz.methods import skd
 from kibitz.methods.skd import SKDConfig
 from kibitz.training.setup import prepare
-from kibitz.training.trainer import Silence, Trainer
+from kibitz.training.trainer import NullProgress, Trainer
 from kibitz.types import Dense, Prompt, Rollout, Sampling, Step, Writer, share_of_teacher
 
 VOCAB = 29
@@ -435,7 +435,7 @@ def test_with_the_whole_vocabulary_a_run_is_one_of_opd(set_up):
     runs = []
     for name, method in (("opd", None), ("skd", SKDConfig(accept_top_k=vocab, divergence="reverse_kl"))):
         setup = set_up(name, method, steps=2)
-        Trainer(setup, Silence()).run()
+        Trainer(setup, NullProgress()).run()
         runs.append([row[name] for row in setup.folder.metrics.read() for name in ("loss", "grad_norm", "num_tokens")])
     assert runs[0] == pytest.approx(runs[1], rel=1e-5)
 
@@ -443,7 +443,7 @@ def test_with_the_whole_vocabulary_a_run_is_one_of_opd(set_up):
 def test_a_student_that_learns_is_rejected_less(set_up):
     """By 0.08 here; over the thousand tokens of 128 rollouts the share has a standard error of 0.015."""
     setup = set_up("run", SKDConfig(accept_top_k=6), steps=30, optim={"lr": 1e-2})
-    trainer = Trainer(setup, Silence())
+    trainer = Trainer(setup, NullProgress())
     prompts = setup.stream.take(64)
     before = share_of_teacher(trainer.method.rollout(prompts, Step(0, 1, seed=9)))
     trainer.run()

@@ -27,10 +27,10 @@ from kibitz.engines.vllm import VLLMEngine
 from kibitz.models.load import load_model
 from kibitz.servers import ServerError
 from kibitz.servers.commands import commands, running
-from kibitz.teachers import Ask
+from kibitz.teachers import ScoreRequest
 from kibitz.teachers.local import local_teacher
 from kibitz.teachers.remote import remote_teacher
-from kibitz.training.trainer import Silence
+from kibitz.training.trainer import NullProgress
 from kibitz.types import Prompt, Sampling
 
 PYTHON = os.environ.get("KIBITZ_VLLM_PYTHON", str(ROOT / ".venv-vllm" / "bin" / "python"))
@@ -112,7 +112,7 @@ def test_top_k_and_sampled_are_the_local_teachers(world):
 
     rollouts = TorchEngine(model(world.folders[0])).generate(PROMPTS, SAMPLING)
     try:
-        for ask in (Ask("sampled"), Ask("top_k", top_k=5), Ask("top_k", top_k=16)):
+        for ask in (ScoreRequest("sampled"), ScoreRequest("top_k", top_k=5), ScoreRequest("top_k", top_k=16)):
             for ours, theirs in zip(
                 *(t.scorer(ask).score(rollouts) for t in (local_teacher(teacher), remote)), strict=True
             ):
@@ -124,7 +124,7 @@ def test_top_k_and_sampled_are_the_local_teachers(world):
         remote.close()
 
 
-class KillAt(Silence):
+class KillAt(NullProgress):
     """Kills the teacher's server at a step, and starts it again from another thread."""
 
     def __init__(self, world: World, step: int):

@@ -25,7 +25,7 @@ from kibitz.losses.divergences import jsd, reverse_kl
 from kibitz.losses.spans import CERTAIN, MergedDistributions, SpanLikelihood, alm, merged, sorted_l1
 from kibitz.models import LanguageModel
 from kibitz.models.load import load_model
-from kibitz.teachers import Ask
+from kibitz.teachers import ScoreRequest
 from kibitz.teachers.aligned import aligned
 from kibitz.teachers.alignment import Aligner
 from kibitz.teachers.local import LocalScorer, local_teacher
@@ -85,7 +85,7 @@ def heard(
     aligner = Aligner(student.tokenizer, teacher.tokenizer)
     if same is not None:
         aligner.__dict__["same"] = same
-    return aligned(local_teacher(teacher), aligner, {}).scorer(Ask(kind)).score(rollouts)
+    return aligned(local_teacher(teacher), aligner, {}).scorer(ScoreRequest(kind)).score(rollouts)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_the_probability_of_a_span_is_the_product_of_its_tokens(ours, theirs):
                 assert signal.size_T[token] == span.num_student and signal.bytes_T[token] == span.num_bytes
                 assert signal.student_logp_T[token].item() == pytest.approx(ours_sum, abs=1e-5)
                 assert signal.teacher_logp_T[token].item() == pytest.approx(theirs_sum, abs=1e-5)
-                assert signal.heard_T[token] == float(span.comparable)
+                assert signal.comparable_T[token] == float(span.comparable)
 
 
 def test_spans_of_several_rollouts_count_on_and_any_part_keeps_what_it_knows(pair):
@@ -141,7 +141,7 @@ def test_a_padded_vocabulary_is_cut_to_the_tokenizer():
     rollouts = [rollout_of(student, text) for text in TEXTS]
     for one, other in zip(heard(student, plain, rollouts), heard(student, padded, rollouts), strict=True):
         assert torch.allclose(one.teacher_logp_T, other.teacher_logp_T, atol=1e-6)
-    for signal in (LocalScorer(plain, Ask("dense")), LocalScorer(padded, Ask("dense"))):
+    for signal in (LocalScorer(plain, ScoreRequest("dense")), LocalScorer(padded, ScoreRequest("dense"))):
         scored = [Scored(r, r.weight_T(), s) for r, s in zip(rollouts, signal.score(rollouts), strict=True)]
         assert math.isfinite(loss_and_gradient(student, scored, Divergence())[0])
 
@@ -153,8 +153,8 @@ def test_a_response_of_which_the_teacher_reads_nothing_teaches_nothing():
     rollout.logp_T = rollout.logp_T[:1]
     with pytest.warns(UserWarning, match="1 of 1 response tokens cannot be compared"):
         (signal,) = heard(student, teacher, [rollout])
-    assert Scored.told(rollout, signal).weight_T.tolist() == [0.0]
-    loss, gradient, _ = loss_and_gradient(student, [Scored.told(rollout, signal)], PolicyGradient())
+    assert Scored.from_signal(rollout, signal).weight_T.tolist() == [0.0]
+    loss, gradient, _ = loss_and_gradient(student, [Scored.from_signal(rollout, signal)], PolicyGradient())
     assert loss == 0 and not gradient.any()
 
 
@@ -170,9 +170,11 @@ def test_with_one_tokenizer_spans_are_plain_opd(same, texts):
     """Loss and gradient of the policy gradient to 1e-6, whether the aligner knows that it is one tokenizer or finds out."""
     student, teacher = model_of("llama-3", 0), model_of("llama-3", 1)
     rollouts = [rollout_of(student, text) for text in texts]
-    plain = LocalScorer(teacher, Ask("sampled")).score(rollouts)
+    plain = LocalScorer(teacher, ScoreRequest("sampled")).score(rollouts)
     expected = [Scored(r, r.weight_T(), s) for r, s in zip(rollouts, plain, strict=True)]
-    spans = [Scored.told(r, s) for r, s in zip(rollouts, heard(student, teacher, rollouts, same=same), strict=True)]
+    spans = [
+        Scored.from_signal(r, s) for r, s in zip(rollouts, heard(student, teacher, rollouts, same=same), strict=True)
+    ]
     loss, gradient, values = loss_and_gradient(student, expected, PolicyGradient())
     other, other_gradient, other_values = loss_and_gradient(student, spans, PolicyGradient())
     assert other == pytest.approx(loss, rel=1e-6, abs=1e-6)
@@ -185,10 +187,10 @@ def test_with_one_tokenizer_spans_are_plain_opd(same, texts):
 def test_with_one_tokenizer_gold_is_the_divergence(divergence):
     student, teacher = model_of("qwen", 0), model_of("qwen", 1)
     rollouts = [rollout_of(student, text) for text in TEXTS]
-    dense = LocalScorer(teacher, Ask("dense")).score(rollouts)
+    dense = LocalScorer(teacher, ScoreRequest("dense")).score(rollouts)
     expected = [Scored(r, r.weight_T(), s) for r, s in zip(rollouts, dense, strict=True)]
     signals = heard(student, teacher, rollouts, "span_distributions")
-    spans = [Scored.told(r, s) for r, s in zip(rollouts, signals, strict=True)]
+    spans = [Scored.from_signal(r, s) for r, s in zip(rollouts, signals, strict=True)]
     loss, gradient, _ = loss_and_gradient(student, expected, Divergence(divergence))
     other, other_gradient, _ = loss_and_gradient(student, spans, SpanLoss(MergedDistributions(divergence)))
     assert other == pytest.approx(loss, rel=1e-6)
@@ -212,7 +214,7 @@ def test_no_chunk_and_no_micro_batch_changes_the_loss_or_its_gradient(pair, name
     student, teacher = pair
     rollouts = [rollout_of(student, text) for text in TEXTS]
     signals = heard(student, teacher, rollouts, "span_distributions")
-    scored = [Scored.told(r, s) for r, s in zip(rollouts, signals, strict=True)]
+    scored = [Scored.from_signal(r, s) for r, s in zip(rollouts, signals, strict=True)]
     loss, gradient, values = loss_and_gradient(student, scored, CRITERIA[name])
     assert max(s.size_T.max() for s in signals) > 3  # there is something to cut
     for chunk in (1, 2, 3, 7):
@@ -269,7 +271,7 @@ def test_gradients_are_those_of_the_formula_written_as_a_loop(pair, name):
     student, teacher = pair
     rollouts = [rollout_of(student, text) for text in TEXTS[:2]]
     signals = heard(student, teacher, rollouts, "span_distributions")
-    scored = [Scored.told(r, s) for r, s in zip(rollouts, signals, strict=True)]
+    scored = [Scored.from_signal(r, s) for r, s in zip(rollouts, signals, strict=True)]
     loss, gradient, _ = loss_and_gradient(student, scored, CRITERIA[name])
     student.zero_grad()
     total = sum(brute_loss(student, teacher, rollout, FORMULAS[name]) for rollout in rollouts)
@@ -356,7 +358,7 @@ def test_uld_sorts_and_fills_up_with_zeros(student, teacher):
 def test_a_loss_of_spans_wants_spans(pair):
     student, _ = pair
     rollout = rollout_of(student, "ok")
-    dense = LocalScorer(student, Ask("dense")).score([rollout])[0]
+    dense = LocalScorer(student, ScoreRequest("dense")).score([rollout])[0]
     assert isinstance(dense, Dense)
     with pytest.raises(ValueError, match="write teacher.tokenizer=own"):
         loss_and_gradient(student, [Scored(rollout, rollout.weight_T(), dense)], SpanLoss(SpanLikelihood()))
@@ -430,7 +432,7 @@ def test_the_teacher_reads_its_own_template(folders, tmp_path):
     rollout = Rollout(setup.stream.prompts[0], ids, torch.zeros(len(ids)), finished=True)
     teacher = load_model(ModelConfig(model=str(folders / "teacher")), "teacher", CPU)
     reader = aligned(local_teacher(teacher), Aligner(toy_tokenizer(), teacher.tokenizer), {})
-    (signal,) = reader.scorer(Ask("spans")).score([rollout])
+    (signal,) = reader.scorer(ScoreRequest("spans")).score([rollout])
     text = f"<s>{rollout.prompt.text}=" + toy_tokenizer().decode(rollout.response_ids, skip_special_tokens=True)
     ids = teacher.tokenizer(text)["input_ids"] + [teacher.tokenizer.eos_token_id] * rollout.finished
     logp = teacher.model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])

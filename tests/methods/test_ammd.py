@@ -14,7 +14,7 @@ from kibitz.config import RecipeError, load
 from kibitz.losses.adversarial import MomentMatching, moment_gap
 from kibitz.losses.divergences import total_variation
 from kibitz.training.setup import prepare
-from kibitz.training.trainer import Silence
+from kibitz.training.trainer import NullProgress
 from kibitz.types import Dense, Step, Tokens
 
 
@@ -143,7 +143,7 @@ def test_the_action_values_climb_to_the_bound(models, tmp_path):
 
 @pytest.mark.parametrize("method", [{}, {"on_policy": 1.0}, {"on_policy": 0.0, "source": "dataset"}])
 def test_it_resumes_bit_for_bit(models, tmp_path, method):
-    class Crash(Silence):
+    class Crash(NullProgress):
         def step(self, row):
             if row["step"] == 3:
                 raise RuntimeError("power cut")

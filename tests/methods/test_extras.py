@@ -15,7 +15,7 @@ from kibitz import methods
 from kibitz.losses.policy_gradient import distillation_advantage, extrapolated
 from kibitz.methods.opd import SampledTokenOPD
 from kibitz.methods.reference import reference_scorer
-from kibitz.training.trainer import Silence
+from kibitz.training.trainer import NullProgress
 
 METHODS = {
     "opd": {"type": "opd"},
@@ -94,7 +94,7 @@ def test_a_strong_hold_keeps_the_student_where_it_was(small_models, tmp_path):
     assert moved("held", 100.0) < 0.5 * moved("free", 0.0)
 
 
-class Crash(Silence):
+class Crash(NullProgress):
     def step(self, row):
         if row["step"] == 3:
             raise RuntimeError("power cut")

@@ -16,7 +16,7 @@ from kibitz.config import RecipeError, load
 from kibitz.losses.adversarial import bradley_terry
 from kibitz.losses.policy_gradient import group_advantages
 from kibitz.training.setup import prepare
-from kibitz.training.trainer import Silence
+from kibitz.training.trainer import NullProgress
 from kibitz.types import Prompt, Rollout, Step
 
 
@@ -72,10 +72,10 @@ def test_it_learns_to_separate_two_distributions(models, tmp_path):
         return answer(torch.randint(low, low + 5, (3,), generator=generator).tolist())
 
     for _ in range(40):
-        method.duels = [[draw(3), draw(8), draw(8)] for _ in range(8)]
+        method.comparisons = [[draw(3), draw(8), draw(8)] for _ in range(8)]
         method._judge()
     assert setup.parts.notes.metrics["discriminator_loss"] < 0.2
-    method.duels = [[draw(3), draw(8)] for _ in range(100)]
+    method.comparisons = [[draw(3), draw(8)] for _ in range(100)]
     method._judge()
     assert setup.parts.notes.metrics["discriminator_accuracy"] == 1.0
 
@@ -129,8 +129,8 @@ def test_scores_are_given_before_the_judge_learns_from_them(models, tmp_path):
     scored = method.signal(rollouts)
     for one, advantage in zip(scored, group_advantages(scores_GN, True).flatten(), strict=True):
         torch.testing.assert_close(one.advantage_T, advantage.expand(one.rollout.num_tokens), rtol=1e-4, atol=1e-4)
-    assert [duel[0].text for duel in method.duels] == [r.prompt.response for r in rollouts[::2]]
-    assert all(duel[1:] == rollouts[2 * i : 2 * i + 2] for i, duel in enumerate(method.duels))
+    assert [comparison[0].text for comparison in method.comparisons] == [r.prompt.response for r in rollouts[::2]]
+    assert all(comparison[1:] == rollouts[2 * i : 2 * i + 2] for i, comparison in enumerate(method.comparisons))
 
 
 # ------------------------------------------------------------------ runs
@@ -159,7 +159,7 @@ def test_the_grader_does_not_leak_into_the_loss(models, tmp_path):
 
 @pytest.mark.parametrize("source", ["dataset", "teacher"])
 def test_it_resumes_bit_for_bit_with_its_judge(models, tmp_path, source):
-    class Crash(Silence):
+    class Crash(NullProgress):
         def step(self, row):
             if row["step"] == 3:
                 raise RuntimeError("power cut")

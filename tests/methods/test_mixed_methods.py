@@ -306,7 +306,7 @@ def test_kdrl_follows_the_teacher_where_no_reward_does(small_models, tmp_path):
 
 @pytest.mark.parametrize("name", ["minillm", "distillm2", "kdrl"])
 def test_the_loss_does_not_depend_on_the_micro_batch_and_a_run_goes_on_bit_for_bit(small_models, tmp_path, name):
-    class Crash(kibitz.training.trainer.Silence):
+    class Crash(kibitz.training.trainer.NullProgress):
         def step(self, row):
             if row["step"] == 3:
                 raise RuntimeError("power cut")

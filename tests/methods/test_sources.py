@@ -16,11 +16,11 @@ from kibitz.batching import pack
 from kibitz.config import GuardConfig, RecipeError
 from kibitz.engines.fake import FakeEngine
 from kibitz.engines.torch import TorchEngine
-from kibitz.methods.sources import Linear, Mix, Sampled, Seeded, Stored
+from kibitz.methods.sources import Generated, Linear, Mix, Seeded, Stored
 from kibitz.methods.stored import as_row, load_rollouts, save_rollouts
 from kibitz.training.guards import Guards
 from kibitz.training.setup import prepare
-from kibitz.training.trainer import Silence
+from kibitz.training.trainer import NullProgress
 from kibitz.types import Prompt, Rollout, Sampling, Step, Writer
 
 NOW = Step(0, 1, seed=7)
@@ -38,8 +38,8 @@ def world(models, tmp_path_factory) -> SimpleNamespace:
     setup = prepare(recipe(*models, tmp_path_factory.mktemp("world") / "run"))
     setup.student.requires_grad_(False)
     engines = {"student": TorchEngine(setup.student), "teacher": TorchEngine(teacher_model(setup))}
-    student = Sampled(engines["student"], setup.parts.sampling)
-    teacher = Sampled(engines["teacher"], setup.parts.sampling, Writer.TEACHER)
+    student = Generated(engines["student"], setup.parts.sampling)
+    teacher = Generated(engines["teacher"], setup.parts.sampling, Writer.TEACHER)
     return SimpleNamespace(setup=setup, prompts=setup.stream.prompts[:8], student=student, teacher=teacher)
 
 
@@ -252,7 +252,7 @@ def test_the_student_does_not_repeat_the_teachers_draws():
     """Both draw uniformly from 1000 tokens: with the same random numbers the student would write the seed again."""
     engine, sampling = FakeEngine(torch.zeros(1000, 1000)), Sampling(max_tokens=8, num_samples=2)
     prompts = [Prompt((1,), "", key) for key in ("a", "b")]
-    source = Seeded(Sampled(engine, sampling, Writer.TEACHER), Sampled(engine, sampling), Linear(4, 4))
+    source = Seeded(Generated(engine, sampling, Writer.TEACHER), Generated(engine, sampling), Linear(4, 4))
     rollouts = source.rollout(prompts, NOW)
     parts = [tuple(part) for r in rollouts for part in (r.response_ids[:4], r.response_ids[4:])]
     assert [len(part) for part in parts] == [4] * 8 and len(set(parts)) == 8  # 3e-11 by chance
@@ -325,7 +325,7 @@ def test_resumed_schedules_go_on_where_they_were(models, tmp_path):
     method = {"prefix_tokens": 4, "seed_tokens": 3, "seed_decays": True}
     sections = {"steps": 5, "save": {"every": 2}, "rollout": {"store": True}}
 
-    class CrashAt3(Silence):
+    class CrashAt3(NullProgress):
         def step(self, row):
             if row["step"] == 3:
                 raise RuntimeError("power cut")

@@ -24,8 +24,8 @@ from kibitz.methods import token_loss
 from kibitz.models import offload
 from kibitz.models.head import Head
 from kibitz.models.load import load_model
-from kibitz.teachers import Ask
-from kibitz.teachers.local import LocalScorer, narrowed
+from kibitz.teachers import ScoreRequest
+from kibitz.teachers.local import LocalScorer, reduced
 from kibitz.types import Dense, Prompt, Rollout, Sampling, Scored
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def rollouts(num: int = 6) -> list[Rollout]:
     return made
 
 
-def hidden_of(model, ask: Ask = Ask(tokens_per_micro_batch=32)) -> torch.Tensor:  # noqa: B008  # frozen
+def hidden_of(model, ask: ScoreRequest = ScoreRequest(tokens_per_micro_batch=32)) -> torch.Tensor:  # noqa: B008  # frozen
     return torch.cat([signal.hidden_TD for signal in LocalScorer(model, ask).score(rollouts())])
 
 
@@ -74,7 +74,7 @@ def test_a_body_comes_once_for_all_micro_batches(tmp_path, tied):
     plain = load_model(FrozenConfig(model=str(folder)), "teacher", CPU)
     model = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
     carrier = Carrier(model)
-    made = offload.at_home(model, tokenizer(), "teacher", "body", CPU, carrier)
+    made = offload.offloaded(model, tokenizer(), "teacher", "body", CPU, carrier)
     tensors = {t.data_ptr() for t in [*model.parameters(), *model.buffers()]}
     per_visit = len(tensors) - 1  # the head stays; where it is the embedding, that too
     assert carrier.num_fetched == per_visit
@@ -82,7 +82,7 @@ def test_a_body_comes_once_for_all_micro_batches(tmp_path, tied):
     assert hidden_of(made).equal(hidden_of(plain))
     assert carrier.num_fetched == 2 * per_visit  # six rollouts of up to 14 tokens are several micro-batches of 32
     assert not any(p.isfinite().any() for p in model.model.layers.parameters())  # and at home again
-    with pytest.raises(IndexError), made.there():
+    with pytest.raises(IndexError), made.loaded():
         made.hidden(torch.tensor([[1000]]))
     assert not model.model.norm.weight.isfinite().any()
 
@@ -92,7 +92,7 @@ def test_layers_come_one_after_another(tmp_path):
     plain = load_model(FrozenConfig(model=str(folder)), "teacher", CPU)
     model = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
     carrier = Carrier(model)
-    made = offload.at_home(model, tokenizer(), "teacher", "layers", CPU, carrier)
+    made = offload.offloaded(model, tokenizer(), "teacher", "layers", CPU, carrier)
     for layer in model.model.layers:
         for parameter in layer.parameters():
             parameter.data.fill_(torch.nan)
@@ -112,7 +112,7 @@ def test_layers_come_one_after_another(tmp_path):
 
 def test_a_layer_that_fails_goes_home(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path)).requires_grad_(False)
-    made = offload.at_home(model, tokenizer(), "teacher", "layers", CPU, Carrier(model))
+    made = offload.offloaded(model, tokenizer(), "teacher", "layers", CPU, Carrier(model))
     layer = model.model.layers[1]
     for parameter in layer.parameters():
         parameter.data.fill_(torch.nan)
@@ -148,11 +148,11 @@ def test_waiting_states_are_copies_with_the_same_loss_and_gradient(small_models)
     teacher, student = (
         load_model(FrozenConfig(model=str(small_models / name)), name, CPU) for name in ("teacher", "student")
     )
-    asks = [Ask(tokens_per_micro_batch=32, hidden_states=where) for where in ("device", "cpu")]
+    asks = [ScoreRequest(tokens_per_micro_batch=32, hidden_states=where) for where in ("device", "cpu")]
     signals = [LocalScorer(teacher, ask).score(rollouts()) for ask in asks]
     found = []
     for told in signals:
-        batch = pack([Scored.told(r, s) for r, s in zip(rollouts(), told, strict=True)])
+        batch = pack([Scored.from_signal(r, s) for r, s in zip(rollouts(), told, strict=True)])
         total, values = token_loss(student, batch, Divergence(), 7)
         total.backward()
         grads = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
@@ -170,16 +170,16 @@ def test_a_head_brings_its_chunk_to_where_it_stands():
     head = Head(torch.nn.Linear(8, 20, device="meta"), 20)
     waiting = torch.randn(5, 8)
     assert head(waiting).device.type == "meta"
-    signal = narrowed(Dense(waiting, head), torch.arange(5), Ask("sampled"), 2)
+    signal = reduced(Dense(waiting, head), torch.arange(5), ScoreRequest("sampled"), 2)
     assert signal.logp_T.shape == (5,) and signal.logp_T.device.type == "meta"
     assert head.requires_grad_(False)(waiting[:2]).shape == (2, 20)
 
 
 def test_auto_waits_on_a_gpu_from_a_size_on(small_models, monkeypatch):
     model = load_model(FrozenConfig(model=str(small_models / "teacher")), "teacher", CPU)
-    scorer = LocalScorer(model, Ask(hidden_states="auto"))
+    scorer = LocalScorer(model, ScoreRequest(hidden_states="auto"))
     assert not scorer._waits(rollouts())
-    model.works_on = torch.device("cuda")
+    model.compute_device = torch.device("cuda")
     size = 4 * 48 * sum(r.num_tokens for r in rollouts())
     for large, waits in ((size - 1, True), (size, False)):
         monkeypatch.setattr("kibitz.teachers.local.LARGE", large)
@@ -210,7 +210,7 @@ def test_eight_bits_are_the_teacher_up_to_rounding(offload):
     assert sizes[0] - sizes[1] == 3 * matrices
     assert whole.num_parameters == small.num_parameters
     text = rollouts_of(whole)
-    logps = [torch.cat([s.logp_T for s in LocalScorer(m, Ask("sampled")).score(text)]) for m in (whole, small)]
+    logps = [torch.cat([s.logp_T for s in LocalScorer(m, ScoreRequest("sampled")).score(text)]) for m in (whole, small)]
     assert 1e-4 < (logps[0] - logps[1]).abs().mean() < 0.05
 
 

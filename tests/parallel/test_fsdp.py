@@ -118,12 +118,14 @@ def test_all_do_alike_however_unequal_their_needs_are(num, monkeypatch):
 
     def process(rank, needs):
         mine.rank = rank
-        own = lockstep.Company()
-        announce = [own.owe(lambda duty=duty: done[rank].append(duty)) for duty in range(3)]
+        own = lockstep.Lockstep()
+        announce = [
+            own.register(lambda collective=collective: done[rank].append(collective)) for collective in range(3)
+        ]
         for needed in needs:
-            for duty in needed:
-                announce[duty]()
-                done[rank].append(duty)
+            for collective in needed:
+                announce[collective]()
+                done[rank].append(collective)
             own.wait()
 
     needs = [[draws.choices(range(3), k=draws.randrange(6)) for _ in range(4)] for _ in range(num)]

@@ -19,7 +19,7 @@ from kibitz.models.load import load_model, load_tokenizer
 from kibitz.preflight import budget, measured, texts
 from kibitz.preflight.finding import Finding, worst
 from kibitz.preflight.shapes import shape_of
-from kibitz.teachers import Ask, build
+from kibitz.teachers import ScoreRequest, build
 from kibitz.teachers.local import LocalScorer
 from kibitz.training.setup import prepare
 from kibitz.types import Prompt, TopK
@@ -343,7 +343,7 @@ def test_an_engine_with_other_weights_is_red(setup):
 
 def test_a_teacher_that_ignores_the_temperature_is_red(setup):
     rollouts = measured.write(setup, 2)
-    scores = [setup.teacher.scorer(Ask("top_k", 5, tau)).score(rollouts)[0] for tau in (1.0, 2.0)]
+    scores = [setup.teacher.scorer(ScoreRequest("top_k", 5, tau)).score(rollouts)[0] for tau in (1.0, 2.0)]
     assert all(isinstance(score, TopK) for score in scores)
     assert measured.loss_temperature(*scores).light == "green"
     assert measured.loss_temperature(scores[0], scores[0]).light == "red"
@@ -352,14 +352,14 @@ def test_a_teacher_that_ignores_the_temperature_is_red(setup):
 def test_distance_from_every_kind_of_signal(setup):
     rollouts = measured.write(setup, 6)
     exact, coarse, sampled = (
-        measured.opinions(setup, rollouts, setup.teacher.scorer(Ask(kind, 4)).score(rollouts))
+        measured.opinions(setup, rollouts, setup.teacher.scorer(ScoreRequest(kind, 4)).score(rollouts))
         for kind in ("dense", "top_k", "sampled")
     )
     kl = [found[0].numbers["reverse_kl"] for found in (exact, coarse, sampled)]
     assert 0 < kl[1] < kl[0]
     assert kl[2] > 0
     assert exact[0].numbers["teacher_logp"] == pytest.approx(sampled[0].numbers["teacher_logp"], abs=1e-4)
-    same = measured.opinions(setup, rollouts, LocalScorer(setup.student, Ask()).score(rollouts))
+    same = measured.opinions(setup, rollouts, LocalScorer(setup.student, ScoreRequest()).score(rollouts))
     assert same[0].light == "amber"
     assert "nothing to learn" in same[0].text
 
@@ -485,7 +485,7 @@ def test_a_server_is_compared_with_a_copy_of_its_model(small_models):
 def test_stored_scores_and_chat_endpoints_are_checked_as_far_as_they_go(small_models, tmp_path):
     store = tmp_path / "s"
     kept = build.load(LocalTeacherConfig(model=str(small_models / "teacher"), store=str(store)), torch.device("cpu"))
-    kept.scorer(Ask()).score(measured.write(prepare(loaded(small_models), overwrite=True), 2))
+    kept.scorer(ScoreRequest()).score(measured.write(prepare(loaded(small_models), overwrite=True), 2))
     with Stub(small_models / "teacher") as stub:
         pairs = [({"stored": str(store)}, {"type": "opd"}), ({"chat": stub.url}, {"type": "sft", "source": "teacher"})]
         for teacher, method in pairs:

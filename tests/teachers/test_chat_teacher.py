@@ -15,7 +15,7 @@ import kibitz
 from kibitz.config import RecipeError, load
 from kibitz.config.teachers import ChatTeacherConfig
 from kibitz.servers import ServerError
-from kibitz.teachers import Ask
+from kibitz.teachers import ScoreRequest
 from kibitz.teachers.chat import chat_teacher
 from kibitz.types import Prompt, Sampling
 
@@ -165,7 +165,7 @@ def test_what_needs_scores_is_refused_before_anything_loads(small_models, tmp_pa
     with pytest.raises(RecipeError, match=r"drop teacher\.store"):
         load(writes | {"teacher": {"chat": "http://127.0.0.1:9", "store": "x"}}, [])
     with Endpoint(lambda _: says("1")) as endpoint, pytest.raises(ValueError, match="no log-probabilities"):
-        teacher_at(endpoint.url).scorer(Ask())
+        teacher_at(endpoint.url).scorer(ScoreRequest())
 
 
 def test_an_endpoint_that_is_down_or_has_another_model_is_named(tmp_path):

@@ -26,11 +26,11 @@ from kibitz.methods.candidates import student_top_k
 from kibitz.models.load import load_model
 from kibitz.servers import ServerError
 from kibitz.servers.http import Servers
-from kibitz.teachers import Ask
+from kibitz.teachers import ScoreRequest
 from kibitz.teachers.local import local_teacher
 from kibitz.teachers.remote import GENERATE, RemoteScorer, Served, remote_teacher
 from kibitz.training.setup import prepare
-from kibitz.training.trainer import Silence, Trainer
+from kibitz.training.trainer import NullProgress, Trainer
 from kibitz.types import Prompt, Sampled, Sampling, Scored
 
 PROMPTS = [Prompt(ids=(1, 5 + i, 6, 7), text="", key=str(i)) for i in range(4)]
@@ -70,10 +70,12 @@ def test_numbers_are_those_of_the_same_model_in_this_process(folders, rollouts, 
     local = local_teacher(load_model(ModelConfig(model=str(folders[1])), "teacher", torch.device("cpu")))
     with Stub(folders[1], bend=lambda p, a: closed(p, a) if closed and "generate" in p else a) as stub:
         remote = teacher(stub)
-        for ours, theirs in zip(*(t.scorer(Ask("sampled")).score(rollouts) for t in (local, remote)), strict=True):
+        for ours, theirs in zip(
+            *(t.scorer(ScoreRequest("sampled")).score(rollouts) for t in (local, remote)), strict=True
+        ):
             assert torch.allclose(ours.logp_T, theirs.logp_T, atol=1e-5)
         for k in (1, 5, 10**6):
-            ask = Ask("top_k", top_k=k)
+            ask = ScoreRequest("top_k", top_k=k)
             for rollout, ours, theirs in zip(
                 rollouts, *(t.scorer(ask).score(rollouts) for t in (local, remote)), strict=True
             ):
@@ -88,8 +90,8 @@ def test_the_students_tokens_give_the_loss_that_a_local_teacher_gives(folders, s
     local = local_teacher(load_model(ModelConfig(model=str(folders[1])), "teacher", torch.device("cpu")))
     criterion, losses = Divergence(support="student", top_k=3), []
     with Stub(folders[1]) as stub:
-        ask = Ask("named", top_k=3, candidates=partial(student_top_k, student, 3, 999))
-        for signals in (local.scorer(Ask("dense")).score(rollouts), teacher(stub).scorer(ask).score(rollouts)):
+        ask = ScoreRequest("named", top_k=3, candidates=partial(student_top_k, student, 3, 999))
+        for signals in (local.scorer(ScoreRequest("dense")).score(rollouts), teacher(stub).scorer(ask).score(rollouts)):
             batch = pack([Scored(r, r.weight_T(), s) for r, s in zip(rollouts, signals, strict=True)])
             _, values = student(batch, lambda h, head, b=batch: over_chunks(criterion, h, head, b.tokens, 64))
             losses.append(values["loss"])
@@ -100,14 +102,14 @@ def test_the_students_tokens_give_the_loss_that_a_local_teacher_gives(folders, s
 
 def test_a_server_that_scores_no_named_tokens_falls_back_loudly(folders, student, rollouts, teacher, caplog):
     with Stub(folders[1], generous=False) as stub:
-        signals = teacher(stub).scorer(Ask("named", top_k=3)).score(rollouts)
+        signals = teacher(stub).scorer(ScoreRequest("named", top_k=3)).score(rollouts)
     assert "its own 3 likeliest take the place of the student's" in caplog.text
     assert all(signal.named and signal.ids_TK.shape[1] == 4 for signal in signals)
 
 
 def test_what_is_scored_early_is_the_same(folders, rollouts, teacher):
     with Stub(folders[1]) as stub:
-        scorer = teacher(stub).scorer(Ask("top_k", top_k=3))
+        scorer = teacher(stub).scorer(ScoreRequest("top_k", top_k=3))
         later = scorer.score(rollouts)
         stub.asked.clear()
         scorer.expect(rollouts[::-1])
@@ -123,7 +125,7 @@ def test_what_does_not_fit_is_refused_with_its_name(folders, teacher, tmp_path):
         with pytest.raises(ServerError, match="serves stub and not qwen"):
             teacher(stub, model="qwen")
         with pytest.raises(ValueError, match="temperature 1"):
-            teacher(stub).scorer(Ask("top_k", temperature=2.0))
+            teacher(stub).scorer(ScoreRequest("top_k", temperature=2.0))
         with pytest.raises(ValueError, match="--max-model-len"):
             teacher(stub).check(PROMPTS, 124)
         teacher(stub).check(PROMPTS, 123)
@@ -183,7 +185,7 @@ def test_the_teacher_begins_while_others_are_still_written(folders, tmp_path):
         teacher.bend = notice
         setup = prepare({**tree, "teacher": {"url": teacher.url}})
         asked.clear()
-        Trainer(setup, Silence()).step()
+        Trainer(setup, NullProgress()).step()
         setup.close()
     assert held == 8 and asked.is_set()
 
@@ -248,7 +250,7 @@ def test_no_mutated_answer_trains_silently(folders, student, rollouts, teacher, 
     """100 wounds for each kind of question, 300 in all: either a sentence with the address, or numbers that are within the
     truth, because what was wounded says nothing of them (a rank, a decoded token, the text of a choice)."""
     rng, refused = random.Random(kind), 0
-    ask, one = Ask(kind, top_k=3, candidates=partial(student_top_k, student, 3, 999)), rollouts[:1]
+    ask, one = ScoreRequest(kind, top_k=3, candidates=partial(student_top_k, student, 3, 999)), rollouts[:1]
     with Stub(folders[1]) as stub:
         for number in range(101):
             servers = Servers(ServerConfig(patience=0), [stub.url], "teacher")

@@ -16,13 +16,13 @@ from kibitz.config import LocalTeacherConfig, StoredTeacherConfig
 from kibitz.data import load_prompts
 from kibitz.engines.torch import TorchEngine
 from kibitz.models.load import load_model, load_tokenizer
-from kibitz.teachers import Ask, build
+from kibitz.teachers import ScoreRequest, build
 from kibitz.teachers.local import LocalScorer
 from kibitz.teachers.stored import Store
 from kibitz.types import Dense, Prompt, Sampled, Sampling, TopK
 
 CPU = torch.device("cpu")
-ASKS = [Ask("dense"), Ask("top_k", 3), Ask("top_k", 3, 2.0), Ask("sampled")]
+ASKS = [ScoreRequest("dense"), ScoreRequest("top_k", 3), ScoreRequest("top_k", 3, 2.0), ScoreRequest("sampled")]
 
 
 @pytest.fixture

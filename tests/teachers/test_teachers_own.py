@@ -14,11 +14,11 @@ from kibitz import config, train
 from kibitz.config import ContextConfig, LocalTeacherConfig, RecipeError, StudentTeacherConfig
 from kibitz.engines.torch import TorchEngine
 from kibitz.models.load import load_model
-from kibitz.teachers import Ask
+from kibitz.teachers import ScoreRequest
 from kibitz.teachers.context import Rendering, in_context, seen_of
 from kibitz.teachers.local import local_teacher
 from kibitz.training.setup import prepare
-from kibitz.training.trainer import Silence, Trainer
+from kibitz.training.trainer import NullProgress, Trainer
 from kibitz.types import Prompt, Rollout, Sampling
 
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def full_logp(model, prompt_ids, response_ids):
 
 
 def said(teacher, rollouts):
-    return [s.head(s.hidden_TD).log_softmax(-1) for s in teacher.scorer(Ask()).score(rollouts)]
+    return [s.head(s.hidden_TD).log_softmax(-1) for s in teacher.scorer(ScoreRequest()).score(rollouts)]
 
 
 def hinted(rollout):
@@ -78,7 +78,7 @@ def some_rollouts(prompts):
 def test_start_stays_what_the_run_found_also_when_it_goes_on(models, tmp_path):
     source = tree(models, tmp_path, {"student": "start", "context": "{{ hint }}"}, steps=2)
     fresh = load_model(LocalTeacherConfig(model=str(models / "student")), "fresh", CPU)
-    trainer = Trainer(prepare(source), Silence())
+    trainer = Trainer(prepare(source), NullProgress())
     rollouts = some_rollouts(trainer.setup.stream.prompts[:3])
     trainer.run()
     want = [full_logp(fresh, hinted(r), r.response_ids) for r in rollouts]
@@ -91,12 +91,12 @@ def test_start_stays_what_the_run_found_also_when_it_goes_on(models, tmp_path):
 
 def test_the_average_is_that_of_the_weights_after_each_step(models, tmp_path):
     setup = prepare(tree(models, tmp_path, {"student": "ema", "decay": 0.75}))
-    trainer = Trainer(setup, Silence())
+    trainer = Trainer(setup, NullProgress())
     want = {name: p.detach().double().clone() for name, p in setup.student.model.named_parameters()}
     for _ in range(3):
         trainer.step()
         want = {n: 0.75 * want[n] + 0.25 * p.detach().double() for n, p in setup.student.model.named_parameters()}
-    average = setup.parts.keeps["teacher"]
+    average = setup.parts.stateful["teacher"]
     for name, p in average.model.model.named_parameters():
         torch.testing.assert_close(p.double(), want[name], rtol=0, atol=1e-6)
         assert not p.requires_grad
@@ -112,7 +112,7 @@ def test_a_run_with_an_average_goes_on_bit_for_bit(models, tmp_path):
     whole = train(tree(models, tmp_path / "a", teacher, steps=4, save={"every": 2}))
     half = tree(models, tmp_path / "b", teacher, steps=4, save={"every": 2})
     setup = prepare(half)
-    trainer = Trainer(setup, Silence())
+    trainer = Trainer(setup, NullProgress())
     for _ in range(2):
         trainer.step()
     trainer.save()
@@ -125,11 +125,11 @@ def test_a_run_with_an_average_goes_on_bit_for_bit(models, tmp_path):
 def test_an_adapters_average_shares_the_base(models, tmp_path):
     source = tree(models, tmp_path, {"student": "ema"}, student={"lora": LORA})
     setup = prepare(source)
-    average = setup.parts.keeps["teacher"]
+    average = setup.parts.stateful["teacher"]
     ours, theirs = (dict(m.model.named_parameters()) for m in (setup.student, average.model))
     assert {n for n in ours if ours[n].data_ptr() == theirs[n].data_ptr()} == {n for n in ours if "lora" not in n}
     assert set(average.state()) == {n for n in ours if "lora" in n}
-    trainer = Trainer(setup, Silence())
+    trainer = Trainer(setup, NullProgress())
     trainer.step()
     a, b = (dict(m.model.named_parameters()) for m in (setup.student, average.model))
     name = next(n for n in a if "lora_B" in n)
@@ -141,7 +141,7 @@ def test_the_base_teaches_an_adapter_without_a_second_copy(models, tmp_path, kin
     loaded, load = [], kibitz.models.load.load_weights
     monkeypatch.setattr("kibitz.models.load.load_weights", lambda *given: loaded.append(given) or load(*given))
     setup = prepare(tree(models, tmp_path, {"student": kind, "context": "{{ hint }}"}, student={"lora": LORA}))
-    trainer = Trainer(setup, Silence())
+    trainer = Trainer(setup, NullProgress())
     r = some_rollouts(setup.stream.prompts[:2])
     trainer.step()
     monkeypatch.undo()
@@ -153,7 +153,7 @@ def test_the_base_teaches_an_adapter_without_a_second_copy(models, tmp_path, kin
     ours = setup.teacher.writer(TorchEngine).generate([r[0].prompt], sampling)
     alone = TorchEngine(fresh).generate([replace(r[0].prompt, ids=hinted(r[0]))], sampling)
     assert ours[0].response_ids == alone[0].response_ids
-    (signal,) = setup.teacher.scorer(Ask()).score(r[:1])
+    (signal,) = setup.teacher.scorer(ScoreRequest()).score(r[:1])
     assert signal.head.projection.weight is setup.student.model.get_output_embeddings().weight
     assert len(loaded) == 1 and setup.teacher.num_parameters == setup.student.num_parameters
 
@@ -193,7 +193,7 @@ def test_positions_shift_by_the_length_of_the_teachers_prompt(models):
     ]
     teacher = in_context(local_teacher(model), ContextConfig(prompt="{{ prompt }}={{ hint }}"), model.tokenizer)
     rollouts = some_rollouts(prompts)
-    signals = teacher.scorer(Ask(tokens_per_micro_batch=50)).score(rollouts)
+    signals = teacher.scorer(ScoreRequest(tokens_per_micro_batch=50)).score(rollouts)
     for hint, r, signal in zip(hints, rollouts, signals, strict=True):
         ids = model.tokenizer(f"<bos>9+9={hint}<assistant>", add_special_tokens=False)["input_ids"]
         got = signal.head(signal.hidden_TD).log_softmax(-1)

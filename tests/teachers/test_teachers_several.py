@@ -16,7 +16,7 @@ from kibitz.engines.torch import TorchEngine
 from kibitz.evaluate.annotate import annotate
 from kibitz.losses.mixtures import disagreement, log_mixture
 from kibitz.models.load import load_model
-from kibitz.teachers import Ask
+from kibitz.teachers import ScoreRequest
 from kibitz.teachers.local import local_teacher
 from kibitz.teachers.several import mix_for, several
 from kibitz.training.setup import prepare
@@ -98,7 +98,7 @@ def test_who_speaks_about_a_prompt():
 
 @pytest.mark.parametrize("micro_batch", [1, 11, 1000])
 def test_a_dense_mixture_is_the_sum_of_probabilities_however_it_is_cut_and_joined(teacher, loaded, micro_batch):
-    signals = teacher.scorer(Ask("dense", tokens_per_micro_batch=micro_batch)).score(ROLLOUTS)
+    signals = teacher.scorer(ScoreRequest("dense", tokens_per_micro_batch=micro_batch)).score(ROLLOUTS)
     order = [4, 0, 3, 2, 5, 1]
     joined = cat_signals([signals[i] for i in order])
     assert isinstance(joined, Dense)
@@ -111,15 +111,15 @@ def test_a_dense_mixture_is_the_sum_of_probabilities_however_it_is_cut_and_joine
 
 
 def test_a_single_voice_has_its_own_logits(teacher, loaded):
-    signal = teacher.scorer(Ask()).score(ROLLOUTS[:1])[0]
-    alone = local_teacher(loaded[0]).scorer(Ask()).score(ROLLOUTS[:1])[0]
+    signal = teacher.scorer(ScoreRequest()).score(ROLLOUTS[:1])[0]
+    alone = local_teacher(loaded[0]).scorer(ScoreRequest()).score(ROLLOUTS[:1])[0]
     assert torch.equal(signal.head(signal.hidden_TD), alone.head(alone.hidden_TD))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_top_k_and_sampled_signals_are_those_of_the_mixture(teacher, loaded, temperature):
-    top = teacher.scorer(Ask("top_k", 5, temperature)).score(ROLLOUTS)
-    written = teacher.scorer(Ask("sampled", temperature=temperature)).score(ROLLOUTS)
+    top = teacher.scorer(ScoreRequest("top_k", 5, temperature)).score(ROLLOUTS)
+    written = teacher.scorer(ScoreRequest("sampled", temperature=temperature)).score(ROLLOUTS)
     for i, r in enumerate(ROLLOUTS):
         want_TV = (mixed(loaded, i) / temperature).log_softmax(-1)
         assert isinstance(top[i], TopK) and isinstance(written[i], Sampled)
@@ -134,11 +134,11 @@ def test_teachers_that_tell_the_sampled_token_only_are_mixed_exactly(teacher, lo
     quiet = [replace(local_teacher(model), kinds=("top_k", "sampled")) for model in loaded]
     both = several(quiet, CONFIGS)
     assert both.kinds == ("top_k", "sampled")
-    exact = teacher.scorer(Ask("sampled")).score(ROLLOUTS)
-    for a, b in zip(both.scorer(Ask("sampled")).score(ROLLOUTS), exact, strict=True):
+    exact = teacher.scorer(ScoreRequest("sampled")).score(ROLLOUTS)
+    for a, b in zip(both.scorer(ScoreRequest("sampled")).score(ROLLOUTS), exact, strict=True):
         torch.testing.assert_close(a.logp_T, b.logp_T, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="write method.support=sampled, or give each task one teacher"):
-        both.scorer(Ask("top_k")).score(ROLLOUTS)
+        both.scorer(ScoreRequest("top_k")).score(ROLLOUTS)
 
 
 def test_disagreement_is_zero_for_one_opinion_and_at_most_the_entropy_of_the_weights(teacher, loaded):
@@ -156,7 +156,7 @@ def test_disagreement_is_zero_for_one_opinion_and_at_most_the_entropy_of_the_wei
 
 
 def test_disagreement_is_logged_of_the_tokens_that_have_several_teachers(teacher, loaded):
-    teacher.scorer(Ask("sampled")).score(ROLLOUTS)
+    teacher.scorer(ScoreRequest("sampled")).score(ROLLOUTS)
     nats, same = [], []
     for i in (1, 4):
         logp = torch.stack([full_logp(m, ROLLOUTS[i]) for m in loaded[:2]])
@@ -165,7 +165,7 @@ def test_disagreement_is_logged_of_the_tokens_that_have_several_teachers(teacher
     numbers = teacher.metrics()
     assert numbers["teachers_disagreement"] == pytest.approx(sum(nats) / len(nats), abs=1e-5)
     assert numbers["teachers_agree"] == pytest.approx(sum(same) / len(same))
-    teacher.scorer(Ask("sampled")).score(ROLLOUTS[:1])
+    teacher.scorer(ScoreRequest("sampled")).score(ROLLOUTS[:1])
     assert teacher.metrics() == {}
 
 

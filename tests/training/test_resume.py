@@ -17,7 +17,7 @@ from support.runs import recipe, timeless
 
 import kibitz
 from kibitz.training import checkpoint
-from kibitz.training.trainer import Silence
+from kibitz.training.trainer import NullProgress
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are forked and killed the POSIX way")
 
@@ -183,7 +183,7 @@ def test_a_signal_ends_the_step_saves_and_gives_the_usual_exit_code(launcher, mo
 # ------------------------------------------------------------------ what lies in the folder
 
 
-class Notes(Silence):
+class Notes(NullProgress):
     def __init__(self):
         self.texts = []
 
@@ -280,7 +280,7 @@ def test_resume_starts_a_run_that_is_not_there_yet_and_says_so(models, tmp_path)
 def test_going_on_between_two_evaluations_adds_none(models, tmp_path):
     """An evaluation more would be a point more on the curve, and one more thing that guards have seen."""
 
-    class StopAt3(Silence):
+    class StopAt3(NullProgress):
         def step(self, row):
             if row["step"] == 3:
                 os.kill(os.getpid(), signal.SIGINT)

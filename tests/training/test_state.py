@@ -16,7 +16,7 @@ import kibitz
 from kibitz import methods
 from kibitz.config import METHOD_CONFIGS, MethodConfig, OPDConfig
 from kibitz.methods import opd
-from kibitz.training.trainer import Silence
+from kibitz.training.trainer import NullProgress
 from kibitz.types import Stateful
 
 
@@ -63,8 +63,8 @@ class Count:
 
 def build(parts):
     inner = parts.recipe.model_copy(update={"method": OPDConfig()})
-    parts.keeps["count"] = Count()
-    return Drift(opd.build(dataclasses.replace(parts, recipe=inner)), parts.keeps["count"], parts.notes)
+    parts.stateful["count"] = Count()
+    return Drift(opd.build(dataclasses.replace(parts, recipe=inner)), parts.stateful["count"], parts.notes)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def models(tmp_path_factory) -> tuple[Path, Path]:
     return make_model(folder / "student", seed=1), make_model(folder / "teacher", seed=2)
 
 
-class Crash(Silence):
+class Crash(NullProgress):
     def step(self, row):
         if row["step"] == 3:
             raise RuntimeError("power cut")
@@ -116,7 +116,7 @@ def test_a_checkpoint_without_a_state_that_is_kept_is_refused(models, tmp_path, 
 
     def forgetful(parts):
         method = build(parts)
-        del parts.keeps["count"]
+        del parts.stateful["count"]
         return method
 
     tree = recipe(*models, tmp_path / "run", method={"type": "drift"}, steps=2)

@@ -13,7 +13,7 @@ import kibitz
 from kibitz import config
 from kibitz.config import RecipeError, TrackConfig
 from kibitz.training import trackers
-from kibitz.training.trainer import Silence
+from kibitz.training.trainer import NullProgress
 
 SECRET = "k" * 8 + "5ec7e7" + "0" * 26  # 40 signs, as a real key has
 
@@ -68,7 +68,7 @@ def test_steps_behind_the_checkpoint_are_not_there_twice(small_models, tmp_path,
     pytest.importorskip("tensorboard")
     from kibitz.training.trainer import Trainer
 
-    class Dies(Silence):
+    class Dies(NullProgress):
         def step(self, row):
             if row["step"] == 3:
                 raise RuntimeError("power cut")
@@ -134,7 +134,7 @@ def test_trackio_goes_on_under_one_name(small_models, tmp_path):
 def test_a_tracker_that_fails_costs_nothing_but_itself(small_models, tmp_path, monkeypatch):
     notes = []
 
-    class Listens(Silence):
+    class Listens(NullProgress):
         def note(self, text):
             notes.append(text)
 

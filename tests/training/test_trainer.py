@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kibitz
 from kibitz.training import checkpoint
-from kibitz.training.trainer import Silence
+from kibitz.training.trainer import NullProgress
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_the_checkpoint_is_a_plain_folder_that_writes_the_same_text(models, tmp_
 def test_resume_goes_on_bit_for_bit(models, tmp_path):
     whole = kibitz.train(recipe(*models, tmp_path / "whole", steps=6, save={"every": 2}))
 
-    class StopAt3(Silence):
+    class StopAt3(NullProgress):
         def step(self, row):
             if row["step"] == 3:
                 os.kill(os.getpid(), signal.SIGINT)
@@ -170,7 +170,7 @@ def test_resume_goes_on_bit_for_bit(models, tmp_path):
 
 
 def test_resume_after_a_crash_forgets_what_came_after_the_checkpoint(models, tmp_path):
-    class Crash(Silence):
+    class Crash(NullProgress):
         def step(self, row):
             if row["step"] == 5:
                 raise RuntimeError("power cut")
@@ -227,7 +227,7 @@ def test_an_output_folder_is_not_overwritten_by_chance(models, tmp_path):
 def test_a_gradient_that_is_not_finite_changes_nothing(models, tmp_path):
     notes = []
 
-    class Notes(Silence):
+    class Notes(NullProgress):
         def note(self, text):
             notes.append(text)
 
@@ -259,7 +259,7 @@ def test_a_guard_that_stops_says_why_and_the_run_can_go_on(models, tmp_path):
     """The loss is not finite at step 1; the guard was told to stop there."""
     notes = []
 
-    class Notes(Silence):
+    class Notes(NullProgress):
         def note(self, text):
             notes.append(text)
 

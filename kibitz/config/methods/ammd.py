@@ -28,7 +28,7 @@ class AMMDConfig(MethodConfig):
     )
     q_width: int = Field(128, ge=1, description="Of their one hidden layer, on both models' probabilities. 128: ours.")
 
-    def trains_an_opponent(self) -> bool:
+    def trains_adversary(self) -> bool:
         return True
 
     def needs_teacher(self) -> bool:

@@ -41,7 +41,7 @@ class MethodConfig(ExtrasConfig):
         """Whether there must be a grader."""
         return False
 
-    def trains_an_opponent(self) -> bool:
+    def trains_adversary(self) -> bool:
         """Whether more than the student learns, and from all rollouts of a step: it then needs them in one process."""
         return False
 

@@ -39,7 +39,7 @@ class GADConfig(PolicyGradientConfig):
     )
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
 
-    def trains_an_opponent(self) -> bool:
+    def trains_adversary(self) -> bool:
         return True
 
     def needs_teacher(self) -> bool:
