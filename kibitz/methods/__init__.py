@@ -15,6 +15,7 @@
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from kibitz.config import MethodConfig, register_method
 from kibitz.methods import ammd, distillm2, gad, gkd, grpo, kdrl, minillm, opd, sft, skd
@@ -26,7 +27,8 @@ from kibitz.types import Stateful
 
 __all__ = ["METHODS", "Method", "Parts", "build", "policy_loss", "register", "scorer", "teacher_engine", "token_loss"]
 
-METHODS: dict[str, Callable[[Parts], Method]] = {
+# Each takes the section that `METHOD_CONFIGS` has under the same name.
+METHODS: dict[str, Callable[[Any, Parts], Method]] = {
     "sft": sft.build,
     "opd": opd.build,
     "gkd": gkd.build,
@@ -42,13 +44,15 @@ METHODS: dict[str, Callable[[Parts], Method]] = {
 
 def build(parts: Parts) -> Method:
     """The method that a recipe names, with the recipe's token weights, its reference and its gold responses."""
-    method = METHODS[parts.recipe.method.type](parts)
+    config = parts.recipe.method
+    method = METHODS[config.type](config, parts)
     if isinstance(method, Stateful):
         parts.stateful["method"] = method
     return replayed(anchored(weighted(method, parts), parts), parts)
 
 
-def register(name: str, config: type[MethodConfig], build: Callable[[Parts], Method]) -> None:
-    """Add a method from outside the package: its name, its section of the recipe, and how to make it."""
+def register(name: str, config: type[MethodConfig], build: Callable[[Any, Parts], Method]) -> None:
+    """Add a method from outside the package: its name, its section of the recipe, and `build(config, parts)`, which makes it
+    from that section."""
     register_method(name, config)
     METHODS[name] = build

@@ -52,7 +52,7 @@ class AMMD:
     def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
         return self.source.rollout(prompts, step)
 
-    def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+    def signal(self, rollouts: Sequence[Rollout], step: Step) -> list[Scored]:
         """Here the action values take their steps, so that all micro-batches of the student's meet the same ones."""
         scored: list[Scored] = []
         for name, values in self.values.items():
@@ -110,8 +110,7 @@ class AMMD:
         return num_tokens * (self.config.q_steps * (3 * forward + heads) + forward)
 
 
-def build(parts: Parts) -> AMMD:
-    config = cast(AMMDConfig, parts.recipe.method)
+def build(config: AMMDConfig, parts: Parts) -> AMMD:
     assert parts.teacher is not None
     if config.source == "dataset":
         others: Source = Demonstrations(parts.encode_response)

@@ -11,7 +11,6 @@ inside the mixture of SRKL has a gradient, as the formula says; the released cod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -30,33 +29,30 @@ from kibitz.types import Batch, Prompt, Rollout, Scored, Signal, Step, Writer
 DIVERGENCE: dict[str, Callable[..., Tensor]] = {"teacher_text": skew_kl, "student_text": skew_reverse_kl}
 
 
-@dataclass
+@dataclass(frozen=True)
 class DistiLLM2:
-    """`coefficient`, b, is that of the step whose rollouts were written last."""
-
     config: DistiLLM2Config
     theirs: Source
     own: Source
     teacher: Scorer
     student: Scorer
     chunk_tokens: int | None
-    coefficient: float
     ranks: Ranks = ALONE
 
     def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
-        start, end = self.config.student_coef, self.config.student_coef_end
-        self.coefficient = start + (end - start) * min(1.0, 2 * step.progress)
         return [*self.theirs.rollout(prompts, step), *self.own.rollout(prompts, step)]
 
-    def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+    def signal(self, rollouts: Sequence[Rollout], step: Step) -> list[Scored]:
+        start, end = self.config.student_coef, self.config.student_coef_end
+        coefficient = start + (end - start) * min(1.0, 2 * step.progress)
         theirs = [r for r in rollouts if r.has_tokens_of(Writer.TEACHER)]
         own = [r for r in rollouts if not r.has_tokens_of(Writer.TEACHER)]
         return [
-            *self._told(theirs, "teacher_text", 2 - self.coefficient),
-            *self._told(own, "student_text", self.coefficient),
+            *self._scored(theirs, "teacher_text", 2 - coefficient),
+            *self._scored(own, "student_text", coefficient),
         ]
 
-    def _told(self, rollouts: list[Rollout], objective: str, coefficient: float) -> list[Scored]:
+    def _scored(self, rollouts: list[Rollout], objective: str, coefficient: float) -> list[Scored]:
         signals = self.teacher.score(rollouts)
         numbers = [
             {"alpha": alpha.expand(r.num_tokens)}
@@ -90,11 +86,9 @@ class DistiLLM2:
         return token_loss(student, batch, criterion, self.chunk_tokens)
 
 
-def build(parts: Parts) -> DistiLLM2:
-    config, optim = cast(DistiLLM2Config, parts.recipe.method), parts.recipe.optim
+def build(config: DistiLLM2Config, parts: Parts) -> DistiLLM2:
+    optim = parts.recipe.optim
     theirs = Generated(teacher_engine(parts), parts.sampling, Writer.TEACHER)
     own = Generated(parts.engine, parts.sampling)
     student = LocalScorer(parts.student, ScoreRequest("sampled", tokens_per_micro_batch=optim.tokens_per_micro_batch))
-    return DistiLLM2(
-        config, theirs, own, scorer(parts, config), student, optim.chunk_tokens, config.student_coef, parts.ranks
-    )
+    return DistiLLM2(config, theirs, own, scorer(parts, config), student, optim.chunk_tokens, parts.ranks)

@@ -4,7 +4,6 @@ student's answers to the same prompts, and its score of an answer is the reward 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -48,22 +47,20 @@ class GAD:
     judge: Adversary
     model: LanguageModel  # what the judge stands on
     comparisons: list[Comparison] = field(default_factory=list)  # of this step
-    warming_up: bool = False
 
     def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
         """What is learnt from in this step. The other side's answers are for the judge alone."""
-        self.warming_up = step.number < round(self.config.warmup * step.total)
         own = self.student.rollout(prompts, step)
         theirs = self.teacher.rollout(prompts, replace(step, seed=~step.seed))  # not the student's random numbers
         size = len(own) // len(prompts)
         self.comparisons = [[answer, *own[i * size : (i + 1) * size]] for i, answer in enumerate(theirs)]
-        self._count_writing(theirs, own)
-        return theirs if self.warming_up else own
+        self._count_writing(theirs, own, step)
+        return theirs if self._warming_up(step) else own
 
-    def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+    def signal(self, rollouts: Sequence[Rollout], step: Step) -> list[Scored]:
         """Scores are those of the judge before it learns from them; a duel is one group of GRPO."""
         rewards_GN = self._judge()
-        if self.warming_up:
+        if self._warming_up(step):
             return [Scored(rollout, rollout.weight_T()) for rollout in rollouts]
         advantages = group_advantages(rewards_GN, self.config.normalize_std).flatten()
         return [
@@ -75,6 +72,9 @@ class GAD:
         policy = PolicyGradient(policy_loss(self.config), temperature=self.parts.sampling.temperature)
         criterion = CrossEntropy() if batch.tokens.advantage_T is None else policy
         return token_loss(student, batch, criterion, self.parts.recipe.optim.chunk_tokens)
+
+    def _warming_up(self, step: Step) -> bool:
+        return step.number < round(self.config.warmup * step.total)
 
     def _judge(self) -> Tensor:
         """One step of the judge on all duels; its scores `[G, N]` of the student's answers, from before that step."""
@@ -101,9 +101,9 @@ class GAD:
         ids_BL = pack([Scored(rollout, rollout.weight_T()) for rollout in rollouts], self.model.device).ids_BL
         return self.judge.module(ids_BL, torch.tensor([_length(r) - 1 for r in rollouts], device=ids_BL.device))
 
-    def _count_writing(self, theirs: Sequence[Rollout], own: Sequence[Rollout]) -> None:
+    def _count_writing(self, theirs: Sequence[Rollout], own: Sequence[Rollout], step: Step) -> None:
         """Of the side that is not learnt from: the trainer sees the other."""
-        if self.warming_up:
+        if self._warming_up(step):
             self.parts.notes.spend("student_sampling", self.parts.student.pass_flops(own))
         elif self.config.source == "teacher":
             assert self.parts.teacher is not None
@@ -114,8 +114,7 @@ def _length(rollout: Rollout) -> int:
     return len(rollout.prompt.ids) + rollout.num_tokens
 
 
-def build(parts: Parts) -> GAD:
-    config = cast(GADConfig, parts.recipe.method)
+def build(config: GADConfig, parts: Parts) -> GAD:
     if config.source == "dataset":
         teacher: Source = Demonstrations(parts.encode_response)
     else:

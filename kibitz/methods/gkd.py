@@ -2,8 +2,6 @@
 the data or the teacher; the same divergence on both, and no gradient through the writing.
 """
 
-from typing import cast
-
 from kibitz.config import GKDConfig
 from kibitz.methods.distillation import Distillation, distil
 from kibitz.methods.parts import Parts, teacher_engine
@@ -11,8 +9,7 @@ from kibitz.methods.sources import Demonstrations, Generated, Linear, Mix
 from kibitz.types import Writer
 
 
-def build(parts: Parts) -> Distillation:
-    config = cast(GKDConfig, parts.recipe.method)
+def build(config: GKDConfig, parts: Parts) -> Distillation:
     if config.source == "dataset":
         others = Demonstrations(parts.encode_response)
     else:

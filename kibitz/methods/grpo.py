@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ class GRPO:
     def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
         return Generated(self.parts.engine, self.parts.sampling).rollout(prompts, step)
 
-    def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+    def signal(self, rollouts: Sequence[Rollout], step: Step) -> list[Scored]:
         """Every token of a rollout has the rollout's advantage; a group in which all did alike teaches nothing."""
         rewards_GN = torch.tensor([r.reward for r in rollouts]).view(-1, self.parts.sampling.num_samples)
         advantages = group_advantages(rewards_GN, self.config.normalize_std).flatten()
@@ -38,5 +37,5 @@ class GRPO:
         return token_loss(student, batch, criterion, self.parts.recipe.optim.chunk_tokens)
 
 
-def build(parts: Parts) -> GRPO:
-    return GRPO(cast(GroupConfig, parts.recipe.method), parts)
+def build(config: GroupConfig, parts: Parts) -> GRPO:
+    return GRPO(config, parts)

@@ -14,7 +14,6 @@ and clipping of rewards are left out, and the loss on other text is `method.repl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 from torch import Tensor
 
@@ -48,7 +47,7 @@ class MiniLLM:
             self.parts.notes.spend("teacher_sampling", self.parts.teacher.flops(rollouts, ()))
         return rollouts
 
-    def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+    def signal(self, rollouts: Sequence[Rollout], step: Step) -> list[Scored]:
         signals = self.teacher.score(rollouts)
         own = (
             [r.logp_T for r in rollouts]
@@ -76,8 +75,7 @@ class MiniLLM:
         return token_loss(student, batch, criterion, self.parts.recipe.optim.chunk_tokens)
 
 
-def build(parts: Parts) -> MiniLLM:
-    config = cast(MiniLLMConfig, parts.recipe.method)
+def build(config: MiniLLMConfig, parts: Parts) -> MiniLLM:
     teacher = scorer(parts, config)
     if not config.teacher_mixed_alpha:
         return MiniLLM(config, parts, Generated(parts.engine, parts.sampling), teacher, None)

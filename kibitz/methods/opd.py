@@ -6,7 +6,6 @@ published form, which rewards, a discount and a baseline can join.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ class SampledTokenOPD:
     def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
         return self.source.rollout(prompts, step)
 
-    def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+    def signal(self, rollouts: Sequence[Rollout], step: Step) -> list[Scored]:
         """A token's own credit is the criterion's to give; what needs whole rollouts, rewards or a discount, is given here."""
         scored = [Scored.from_signal(r, s) for r, s in zip(rollouts, self.teacher.score(rollouts), strict=True)]
         if self.reference is not None:
@@ -71,8 +70,7 @@ class SampledTokenOPD:
         return token_loss(student, batch, criterion, self.chunk_tokens)
 
 
-def build(parts: Parts) -> Method:
-    config = cast(OPDConfig, parts.recipe.method)
+def build(config: OPDConfig, parts: Parts) -> Method:
     source = _source(parts, config)
     if config.alignment != "spans":
         return distil_spans(parts, config, source)

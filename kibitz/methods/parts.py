@@ -33,8 +33,8 @@ class Method(Protocol):
         """What is learnt from in one step, in the same order for the same seed; schedules follow `step.progress`."""
         ...
 
-    def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
-        """What each token is told; one entry per rollout, in order."""
+    def signal(self, rollouts: Sequence[Rollout], step: Step) -> list[Scored]:
+        """What each token is told; one entry per rollout, in order. `step` is the one whose rollouts these are."""
         ...
 
     def loss(self, student: LanguageModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -41,9 +41,9 @@ class Anchored:
     def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
         return self.method.rollout(prompts, step)
 
-    def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+    def signal(self, rollouts: Sequence[Rollout], step: Step) -> list[Scored]:
         signals = self.reference.score(rollouts)
-        pairs = zip(self.method.signal(rollouts), signals, strict=True)
+        pairs = zip(self.method.signal(rollouts, step), signals, strict=True)
         return [replace(one, anchor=Anchor(signal, self.coefficient)) for one, signal in pairs]
 
     def loss(self, student: LanguageModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -32,10 +32,10 @@ class Replayed:
         gold = self.gold.rollout([prompts[place] for place in chosen], step)
         return [*self.method.rollout(prompts, step), *(replace(r, replayed=True) for r in gold)]
 
-    def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
-        gold = self.gold.signal([r for r in rollouts if r.replayed])
+    def signal(self, rollouts: Sequence[Rollout], step: Step) -> list[Scored]:
+        gold = self.gold.signal([r for r in rollouts if r.replayed], step)
         return [
-            *self.method.signal([r for r in rollouts if not r.replayed]),
+            *self.method.signal([r for r in rollouts if not r.replayed], step),
             *(replace(s, objective=REPLAY, weight_T=self.coefficient * s.weight_T) for s in gold),
         ]
 

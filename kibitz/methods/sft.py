@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from torch import Tensor
 
@@ -22,15 +21,15 @@ class SFT:
     def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
         return self.source.rollout(prompts, step)
 
-    def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+    def signal(self, rollouts: Sequence[Rollout], step: Step) -> list[Scored]:
         return [Scored(rollout, rollout.weight_T()) for rollout in rollouts]
 
     def loss(self, student: LanguageModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return token_loss(student, batch, CrossEntropy(), self.chunk_tokens)
 
 
-def build(parts: Parts) -> SFT:
-    config, chunk_tokens = cast(SFTConfig, parts.recipe.method), parts.recipe.optim.chunk_tokens
+def build(config: SFTConfig, parts: Parts) -> SFT:
+    chunk_tokens = parts.recipe.optim.chunk_tokens
     if parts.stored is not None:
         return SFT(Stored(parts.stored, parts.sampling.num_samples), chunk_tokens)
     if config.source == "student":

@@ -3,7 +3,6 @@ unlikely (Xu et al., ICLR 2025, 2410.11325). The loss covers all of that text, t
 """
 
 from functools import partial
-from typing import cast
 
 from kibitz.config import SKDConfig
 from kibitz.engines.speculative import SpeculativeEngine
@@ -12,8 +11,7 @@ from kibitz.methods.parts import Parts, teacher_engine
 from kibitz.methods.sources import Generated
 
 
-def build(parts: Parts) -> Distillation:
-    config = cast(SKDConfig, parts.recipe.method)
+def build(config: SKDConfig, parts: Parts) -> Distillation:
     if parts.recipe.rollout.engine != "torch":
         raise ValueError("skd drafts with a student in this process: write rollout.engine: torch")
     make = partial(

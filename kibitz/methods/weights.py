@@ -31,9 +31,9 @@ class Weighted:
     def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
         return self.method.rollout(prompts, step)
 
-    def signal(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+    def signal(self, rollouts: Sequence[Rollout], step: Step) -> list[Scored]:
         recipe = self.parts.recipe
-        scored = [replace(s, weight_T=self._allowed_T(s)) for s in self.method.signal(rollouts)]
+        scored = [replace(s, weight_T=self._allowed_T(s)) for s in self.method.signal(rollouts, step)]
         if self.selection is not None:
             scored = self.selection(self.method, scored)
         if recipe.method.normalize == "token":

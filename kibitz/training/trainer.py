@@ -154,14 +154,13 @@ class Trainer:
     def step(self) -> None:
         """One update of the student: write, score, learn."""
         recipe, ledger = self.recipe, self.ledger
+        step = Step(self.done, recipe.steps, recipe.seed * 1_000_003 + self.done)
         factor = lr_factor(self.done, recipe.steps, recipe.optim)
         prompts = self.setup.stream.take(recipe.rollout.prompts_per_step)
         self.progress.phase("rollouts")
         with ledger.timed("sampling"):
             with self.setup.overheard():
-                rollouts = self.method.rollout(
-                    prompts, Step(self.done, recipe.steps, recipe.seed * 1_000_003 + self.done)
-                )
+                rollouts = self.method.rollout(prompts, step)
             self.ranks.once(self.setup.parts.notes.flops)
             # The beginning of a response has no reward, and the responses that ended before it are not typical.
             if not any(r.shortened for r in rollouts):
@@ -170,7 +169,7 @@ class Trainer:
         rollouts = self.guards.mask(rollouts)
         self.progress.phase("teacher")
         with ledger.timed("scoring"):
-            scored = self.method.signal(self.ranks.share(rollouts))
+            scored = self.method.signal(self.ranks.share(rollouts), step)
         self.progress.phase("student")
         with ledger.timed("training"):
             means, num_tokens = self._accumulate(scored)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from support.runs import recipe, teacher_model
+from support.runs import STEP, recipe, teacher_model
 
 import kibitz
 from kibitz import methods
@@ -38,7 +38,7 @@ class Lab:
             rollout.reward = float(i % 3)
 
     def scored(self) -> list[Scored]:
-        return self.method.signal(self.rollouts)
+        return self.method.signal(self.rollouts, STEP)
 
     def weights(self) -> list[torch.Tensor]:
         return [one.weight_T for one in self.scored()]
@@ -103,7 +103,7 @@ def test_the_mean_of_means_for_every_kind_of_loss(lab, method):
     one = lab(method | {"normalize": "sequence"})
     plain = methods.build(replace(one.setup.parts, recipe=lab(method, "plain").setup.recipe))
     means = []
-    for scored in plain.signal(one.rollouts):
+    for scored in plain.signal(one.rollouts, STEP):
         total, _ = plain.loss(one.setup.student, pack([scored], one.setup.student.device))
         means.append(total.item() / scored.rollout.num_tokens)
     assert one.objective() == pytest.approx(sum(means) / len(means), rel=1e-4, abs=1e-6)

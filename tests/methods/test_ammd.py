@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.models import make_model
-from support.runs import recipe, timeless
+from support.runs import STEP, recipe, timeless
 
 import kibitz
 from kibitz import methods
@@ -128,7 +128,7 @@ def test_the_action_values_climb_to_the_bound(models, tmp_path):
     setup = prepare(tree)
     method = methods.build(setup.parts)
     rollouts = method.rollout(setup.stream.take(8), Step(0, 1, seed=7))
-    scored = method.signal(rollouts)
+    scored = method.signal(rollouts, STEP)
     assert {s.objective: sum(t.objective == s.objective for t in scored) for s in scored} == {
         "on_policy": 8,
         "off_policy": 8,

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from support.lab import Lab, model_of, odd
 from support.models import make_model
-from support.runs import TIMES, recipe, timeless
+from support.runs import STEP, TIMES, recipe, timeless
 
 import kibitz.models.load
 from kibitz import methods
@@ -43,7 +43,7 @@ def test_the_hold_adds_the_kl_to_the_reference_at_every_token(lab, small_models,
     other = {"reference": {"model": str(small_models / "teacher")}}
     held = lab(METHODS[name] | other | {"reference_kl": 0.3})
     plain_method = methods.build(replace(held.parts, recipe=lab(METHODS[name], "plain").setup.recipe))
-    plain_loss, plain_gradient = held.values(plain_method.signal(held.rollouts), plain_method)
+    plain_loss, plain_gradient = held.values(plain_method.signal(held.rollouts, STEP), plain_method)
     loss, gradient = held.values()
     held.student.zero_grad()
     total, count = torch.zeros((), dtype=torch.float64), 0
@@ -180,7 +180,7 @@ def test_replay_adds_the_mean_cross_entropy_of_gold_responses(lab, name, normali
     ]
     each = torch.stack([x.mean() for x in losses]) if normalize == "sequence" else torch.cat(losses)
     method = methods.build(replace(mixed.parts, recipe=plain.setup.recipe))
-    plain_loss, _ = mixed.values(method.signal(own), method)
+    plain_loss, _ = mixed.values(method.signal(own, STEP), method)
     assert mixed.values()[0] == pytest.approx(plain_loss + 0.7 * each.mean().item(), rel=1e-4)
 
 
@@ -254,10 +254,10 @@ def test_a_factor_of_one_is_opd_in_loss_and_gradient(lab, small_models):
     assert isinstance(inner, SampledTokenOPD)
     exopd = replace(inner, reference=reference_scorer(far.parts, "sampled"))
     loss, gradient = plain.values()
-    same_loss, same_gradient = plain.values(exopd.signal(plain.rollouts), exopd)
+    same_loss, same_gradient = plain.values(exopd.signal(plain.rollouts, STEP), exopd)
     assert same_loss == loss
     assert torch.equal(same_gradient, gradient)
-    _, further = far.values(far.method.signal(plain.rollouts))
+    _, further = far.values(far.method.signal(plain.rollouts, STEP))
     assert (further - gradient).norm() > 0.05 * gradient.norm()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.models import make_model
-from support.runs import recipe, timeless
+from support.runs import STEP, recipe, timeless
 
 import kibitz
 from kibitz import methods
@@ -126,7 +126,7 @@ def test_scores_are_given_before_the_judge_learns_from_them(models, tmp_path):
     rollouts = method.rollout(setup.stream.take(4), Step(0, 9, seed=7))
     with torch.no_grad():
         scores_GN = method._scores(rollouts).view(4, 2)
-    scored = method.signal(rollouts)
+    scored = method.signal(rollouts, STEP)
     for one, advantage in zip(scored, group_advantages(scores_GN, True).flatten(), strict=True):
         torch.testing.assert_close(one.advantage_T, advantage.expand(one.rollout.num_tokens), rtol=1e-4, atol=1e-4)
     assert [comparison[0].text for comparison in method.comparisons] == [r.prompt.response for r in rollouts[::2]]

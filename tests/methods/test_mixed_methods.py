@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.lab import Lab, model_of
-from support.runs import recipe
+from support.runs import STEP, recipe
 
 import kibitz
 from kibitz import methods
@@ -175,7 +175,7 @@ def test_with_nothing_to_come_minillm_is_the_exact_reverse_kl(lab):
     """discount 0 and the single-step term: the advantage is zero, and GKD's reverse KL is left."""
     one = lab({"type": "minillm", "teacher_mixed_alpha": 0.0, "discount": 0.0, "whiten": False})
     plain = methods.build(replace(one.parts, recipe=lab({"type": "opd"}, "opd").setup.recipe))
-    loss, gradient = one.values(plain.signal(one.rollouts), plain)
+    loss, gradient = one.values(plain.signal(one.rollouts, STEP), plain)
     same_loss, same_gradient = one.values()
     assert same_loss == pytest.approx(loss, rel=1e-6)
     torch.testing.assert_close(same_gradient, gradient, rtol=1e-5, atol=1e-7)
@@ -220,7 +220,7 @@ def test_a_skew_for_each_position():
 def test_distillm2_is_its_equation(lab, adaptive, number):
     """Loss and gradient of steps 0, 1 and 4 of 5, from the plain models in float64."""
     one = lab({"type": "distillm2", "adaptive": adaptive})
-    rollouts = one.method.rollout(one.setup.stream.take(8), Step(number, 5, 11))
+    rollouts = one.method.rollout(one.setup.stream.take(8), step := Step(number, 5, 11))
     theirs = [r for r in rollouts if r.has_tokens_of(Writer.TEACHER)]
     own = [r for r in rollouts if not r.has_tokens_of(Writer.TEACHER)]
     assert len(theirs) == len(own) == 16
@@ -245,7 +245,7 @@ def test_distillm2_is_its_equation(lab, adaptive, number):
         loss = loss + coefficient * total / sum(r.num_tokens for r in texts)
     loss.backward()
     want = torch.cat([p.grad.flatten() for p in one.student.parameters()])
-    value, gradient = one.values(one.method.signal(rollouts))
+    value, gradient = one.values(one.method.signal(rollouts, step))
     assert value == pytest.approx(loss.item(), rel=1e-4)
     torch.testing.assert_close(gradient, want.float(), rtol=1e-2, atol=1e-3 * want.abs().max().item())
 
@@ -266,12 +266,12 @@ def test_distillm2_learns_and_pays_for_both_texts(small_models, tmp_path):
 def test_kdrl_is_grpo_and_k2_which_fades(lab, number, skip):
     """Loss and gradient, against grpo and the sum of k2 on the plain models in float64."""
     one = lab({"type": "kdrl", "kl_coef": 0.6, "kl_coef_end": 0.3, "skip_correct": skip})
-    rollouts = one.method.rollout(one.setup.stream.take(8), Step(number, 4, 11))
+    rollouts = one.method.rollout(one.setup.stream.take(8), step := Step(number, 4, 11))
     for i, rollout in enumerate(rollouts):
         rollout.reward = float(i % 3) / 2
     grpo = methods.build(replace(one.parts, recipe=lab({"type": "grpo"}, "grpo").setup.recipe))
-    plain_loss, plain_gradient = one.values(grpo.signal(rollouts), grpo)
-    loss, gradient = one.values(one.method.signal(rollouts))
+    plain_loss, plain_gradient = one.values(grpo.signal(rollouts, step), grpo)
+    loss, gradient = one.values(one.method.signal(rollouts, step))
     one.student.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
     for rollout in rollouts:

@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import torch
-from support.runs import recipe
+from support.runs import STEP, recipe
 
 from kibitz import methods
 from kibitz.batching import micro_batches, pack
 from kibitz.training import setup
-from kibitz.types import Step
 
 
 def odd(prompt, text) -> float:
@@ -23,10 +22,10 @@ class Lab:
         self.setup = setup.prepare(tree, grader=odd)
         self.parts, self.student = self.setup.parts, self.setup.student
         self.method = methods.build(self.parts)
-        self.rollouts = self.method.rollout(self.setup.stream.take(8), Step(0, 4, 0))
+        self.rollouts = self.method.rollout(self.setup.stream.take(8), STEP)
         for i, rollout in enumerate(self.rollouts):
             rollout.reward = float(i % 3)
-        self.scored = self.method.signal(self.rollouts)
+        self.scored = self.method.signal(self.rollouts, STEP)
 
     def log_probs(self, model, rollout) -> torch.Tensor:
         """[T, V] in float64, from the plain model, one sequence at a time."""

@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from kibitz.types import Step
+
+STEP = Step(0, 4, 0)
 TIMES = {"seconds", "tokens_per_second", "peak_bytes", "host_peak_bytes"}
 
 

@@ -34,7 +34,7 @@ class Drift:
         self.inner, self.count, self.notes, self.mean = inner, count, notes, torch.tensor(1.0)
         self.rollout, self.loss = inner.rollout, inner.loss
 
-    def signal(self, rollouts):
+    def signal(self, rollouts, step):
         length = fmean(r.num_tokens for r in rollouts)
         self.mean = 0.7 * self.mean + 0.3 * length
         self.count.number += 1
@@ -42,7 +42,7 @@ class Drift:
         self.notes.spend("counting", 2.0)
         self.notes.metrics["mean_length"] = self.mean.item() * self.count.number
         scale = self.mean * self.count.number
-        return [dataclasses.replace(s, weight_T=s.weight_T * scale) for s in self.inner.signal(rollouts)]
+        return [dataclasses.replace(s, weight_T=s.weight_T * scale) for s in self.inner.signal(rollouts, step)]
 
     def state(self):
         return {"mean": self.mean}
@@ -61,10 +61,9 @@ class Count:
         self.number = int(state["number"])
 
 
-def build(parts):
-    inner = parts.recipe.model_copy(update={"method": OPDConfig()})
+def build(config, parts):
     parts.stateful["count"] = Count()
-    return Drift(opd.build(dataclasses.replace(parts, recipe=inner)), parts.stateful["count"], parts.notes)
+    return Drift(opd.build(OPDConfig(), parts), parts.stateful["count"], parts.notes)
 
 
 @pytest.fixture
@@ -114,8 +113,8 @@ def test_notes_stand_in_the_row_of_their_step(models, tmp_path, drift):
 def test_a_checkpoint_without_a_state_that_is_kept_is_refused(models, tmp_path, drift, monkeypatch):
     """As an older version of the method leaves it, that did not count yet."""
 
-    def forgetful(parts):
-        method = build(parts)
+    def forgetful(config, parts):
+        method = build(config, parts)
         del parts.stateful["count"]
         return method
 

@@ -305,11 +305,9 @@ def test_a_method_from_outside_the_package(models, tmp_path, monkeypatch):
         def needs_teacher(self) -> bool:
             return True
 
-    def build(parts):
-        share = parts.recipe.method.share
-        inner = parts.recipe.model_copy(update={"method": OPDConfig()})
-        changes = {"recipe": inner, "divergence": lambda s, t: share * (s.exp() * (s - t)).sum(-1)}
-        return opd.build(dataclasses.replace(parts, **changes))
+    def build(config, parts):
+        divergence = lambda s, t: config.share * (s.exp() * (s - t)).sum(-1)  # noqa: E731
+        return opd.build(OPDConfig(), dataclasses.replace(parts, divergence=divergence))
 
     monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
     before = dict(METHOD_CONFIGS)
