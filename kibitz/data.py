@@ -217,6 +217,10 @@ class PromptStream:
     def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool = True, position: int = 0):
         self.prompts, self.seed, self.shuffle, self.position = prompts, seed, shuffle, position
 
+    def go_to(self, position: int) -> None:
+        """Go on behind the first `position` prompts of the run, as a checkpoint says."""
+        self.position = position
+
     def take(self, num: int) -> list[Prompt]:
         taken = []
         while len(taken) < num:

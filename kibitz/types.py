@@ -91,10 +91,11 @@ class Rollout:
 
     `logp_T` is the log-probability under the distribution that was really sampled from (temperature and truncation
     applied). `finished` means that the last id is a stop token; a rollout cut off at the limit has none, and none is
-    invented for it. `shortened`: it was stopped on purpose before that limit, and says nothing about how long the
-    student would have gone on. The teacher wrote the first `num_seeded` tokens, and read no further to write them.
-    `replayed`: a gold response of the data that joins what a method learns from. `masked`: a guard took it out, and
-    nobody learns from it.
+    invented for it. `shortened` means that it was stopped on purpose before that limit, and says nothing about how long
+    the student would have gone on. `learn_T` is the weight of each token in the loss, as its source or a guard set it;
+    None gives 1 to every token that the environment did not write. `objective` names what is learnt from a rollout that
+    joins the method's own, such as a gold response beside them. The teacher wrote the first `num_seeded` tokens, and read
+    no further to write them.
     """
 
     prompt: Prompt
@@ -104,10 +105,9 @@ class Rollout:
     sample: int = 0
     writer_T: Tensor | None = None  # uint8 of Writer; None: the student wrote all of it
     shortened: bool = False
-    replayed: bool = False
-    masked: bool = False
+    learn_T: Tensor | None = None
+    objective: str = ""
     num_seeded: int = 0
-    learn_seed: bool = False
     text: str = ""
     reward: float | None = None
 
@@ -126,16 +126,9 @@ class Rollout:
         return bool((self.writer_T == writer).any())
 
     def weight_T(self) -> Tensor:
-        """1 for each token to learn from, 0 for those of the environment, of a seed that is context only, and of a masked
-        rollout."""
-        if self.masked:
-            return torch.zeros(self.num_tokens)
-        if self.writer_T is None:
-            return torch.ones(self.num_tokens)
-        weight_T = (self.writer_T != Writer.ENVIRONMENT).float()
-        if not self.learn_seed:
-            weight_T[: self.num_seeded] = 0.0
-        return weight_T
+        """The weight of each token in the loss, [T]: `learn_T`, and 0 for every token that the environment wrote."""
+        weight_T = torch.ones(self.num_tokens) if self.learn_T is None else self.learn_T
+        return weight_T if self.writer_T is None else weight_T * (self.writer_T != Writer.ENVIRONMENT)
 
 
 def share_of_teacher(rollouts: Sequence[Rollout]) -> float:

@@ -45,12 +45,11 @@ class Evaluator:
     def run(self) -> tuple[dict[str, Any], list[Rollout]]:
         """A row for `evals.jsonl`, and the rollouts at temperature 1 that it describes."""
         sampling = replace(self.sampling, temperature=1.0, top_p=1.0, top_k=0, epsilon=0.0)
-        sampled = self.engine.generate(self.prompts, sampling)
+        sampled = grade(self.grader, self.student, self.engine.generate(self.prompts, sampling), self.ranks)
         row: dict[str, Any] = {"split": self.split, "num_prompts": len(self.prompts)}
-        grade(self.grader, self.student, sampled, self.ranks)
         if self.grader is not None:
             greedy = self.engine.generate(self.prompts, replace(sampling, temperature=0.0, num_samples=1))
-            grade(self.grader, self.student, greedy, self.ranks)
+            greedy = grade(self.grader, self.student, greedy, self.ranks)
             row |= {"sampled": accuracy(sampled), "greedy": accuracy(greedy), "pass_at_k": _pass_at_k(sampled)}
         if self.teacher is not None:
             row |= distance(self.student, self.teacher, sampled, ranks=self.ranks)
@@ -59,14 +58,17 @@ class Evaluator:
         return row, sampled
 
 
-def grade(grader: Grader | None, student: LanguageModel, rollouts: Sequence[Rollout], ranks: Ranks = ALONE) -> None:
-    """Write text and reward into the rollouts. A grader that raises names the prompt and stops the run."""
-    for rollout in rollouts:
-        rollout.text = student.tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
-    if grader is not None:
-        rewards = ranks.in_shares(lambda part: [_reward(grader, rollout) for rollout in part], rollouts)
-        for rollout, reward in zip(rollouts, rewards, strict=True):
-            rollout.reward = reward
+def grade(
+    grader: Grader | None, student: LanguageModel, rollouts: Sequence[Rollout], ranks: Ranks = ALONE
+) -> list[Rollout]:
+    """The rollouts with their text and, where there is a grader, their reward. A grader that raises names the prompt and
+    stops the run."""
+    decode = student.tokenizer.decode
+    graded = [replace(r, text=decode(r.response_ids, skip_special_tokens=True)) for r in rollouts]
+    if grader is None:
+        return graded
+    rewards = ranks.in_shares(lambda part: [_reward(grader, rollout) for rollout in part], graded)
+    return [replace(rollout, reward=reward) for rollout, reward in zip(graded, rewards, strict=True)]
 
 
 def _reward(grader: Grader, rollout: Rollout) -> float:

@@ -5,7 +5,7 @@ published form, which rewards, a discount and a baseline can join.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,17 +38,23 @@ class SampledTokenOPD:
         """A token's own credit is the criterion's to give; what needs whole rollouts, rewards or a discount, is given here."""
         scored = [Scored.from_signal(r, s) for r, s in zip(rollouts, self.teacher.score(rollouts), strict=True)]
         if self.reference is not None:
-            for one, signal in zip(scored, self.reference.score(rollouts), strict=True):
-                one.advantage_T = self._credited(one.rollout, one.signal, signal)
+            references = self.reference.score(rollouts)
+            scored = [
+                replace(one, advantage_T=self._credited(one.rollout, one.signal, reference))
+                for one, reference in zip(scored, references, strict=True)
+            ]
         elif self.config.discount:
-            for one in scored:
-                one.advantage_T = self._credited(one.rollout, one.signal)
-        if self.config.reward_coef:
-            rewards_GN = torch.tensor([r.reward for r in rollouts]).view(-1, self.group_size)
-            for one, advantage in zip(scored, group_advantages(rewards_GN).flatten(), strict=True):
-                reward_T = self.config.reward_coef * advantage.expand(one.rollout.num_tokens)
-                one.advantage_T = reward_T if one.advantage_T is None else one.advantage_T + reward_T
-        return scored
+            scored = [replace(one, advantage_T=self._credited(one.rollout, one.signal)) for one in scored]
+        return self._rewarded(scored) if self.config.reward_coef else scored
+
+    def _rewarded(self, scored: list[Scored]) -> list[Scored]:
+        """With each response's reward, minus the mean of its prompt's group, added to the advantage of its tokens."""
+        rewards_GN = torch.tensor([one.rollout.reward for one in scored]).view(-1, self.group_size)
+        added = []
+        for one, advantage in zip(scored, group_advantages(rewards_GN).flatten(), strict=True):
+            reward_T = self.config.reward_coef * advantage.expand(one.rollout.num_tokens)
+            added.append(replace(one, advantage_T=reward_T if one.advantage_T is None else one.advantage_T + reward_T))
+        return added
 
     def _credited(self, rollout: Rollout, signal: Signal | None, reference: Signal | None = None) -> Tensor:
         """A token's whole advantage: extrapolated beyond the teacher, clipped, with credit for what follows."""

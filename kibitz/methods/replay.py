@@ -30,12 +30,12 @@ class Replayed:
         places = range(len(prompts))
         chosen = sorted(random.Random(f"replay|{step.seed}").sample(places, math.ceil(self.share * len(prompts))))
         gold = self.gold.rollout([prompts[place] for place in chosen], step)
-        return [*self.method.rollout(prompts, step), *(replace(r, replayed=True) for r in gold)]
+        return [*self.method.rollout(prompts, step), *(replace(r, objective=REPLAY) for r in gold)]
 
     def signal(self, rollouts: Sequence[Rollout], step: Step) -> list[Scored]:
-        gold = self.gold.signal([r for r in rollouts if r.replayed], step)
+        gold = self.gold.signal([r for r in rollouts if r.objective == REPLAY], step)
         return [
-            *self.method.signal([r for r in rollouts if not r.replayed], step),
+            *self.method.signal([r for r in rollouts if r.objective != REPLAY], step),
             *(replace(s, objective=REPLAY, weight_T=self.coefficient * s.weight_T) for s in gold),
         ]
 

@@ -89,7 +89,8 @@ class Seeded:
 
     def _marked(self, rollout: Rollout, num_seeded: int, shortened: bool) -> Rollout:
         shortened = shortened and not rollout.finished
-        return replace(rollout, num_seeded=num_seeded, learn_seed=self.learn, shortened=shortened)
+        learn_T = None if self.learn else (torch.arange(rollout.num_tokens) >= num_seeded).float()
+        return replace(rollout, num_seeded=num_seeded, learn_T=learn_T, shortened=shortened)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Stored:
     num_samples: int
 
     def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
-        return [replace(rollout) for prompt in prompts for rollout in self._of(prompt.key, step)]
+        return [rollout for prompt in prompts for rollout in self._of(prompt.key, step)]
 
     def _of(self, key: str, step: Step) -> list[Rollout]:
         held = self.rollouts[key]

@@ -2,7 +2,8 @@
 
     {"prompt_key", "prompt_ids", "sample", "response_ids", "logp", "finished"}
 
-and, where they say something, `writers` (numbers of `Writer`), `shortened`, `num_seeded` and `learn_seed`. A run with
+and, where they say something, `writers` (numbers of `Writer`), `shortened`, `num_seeded` and `learn` (the weight of each
+token in the loss). A run with
 `rollout.store` writes it as `stored.jsonl`; `save_rollouts` writes whatever a source gave.
 """
 
@@ -29,10 +30,13 @@ def as_row(rollout: Rollout) -> dict[str, Any]:
     }
     if rollout.writer_T is not None:
         row["writers"] = rollout.writer_T.tolist()
+    if rollout.learn_T is not None and not bool((rollout.learn_T == 1).all()):
+        row["learn"] = rollout.learn_T.tolist()
     return row | {name: getattr(rollout, name) for name in _MARKS if getattr(rollout, name)}
 
 
-_MARKS = {"shortened": bool, "num_seeded": int, "learn_seed": bool}
+_MARKS = {"shortened": bool, "num_seeded": int}
+_LISTS = {"writers": list, "learn": list}
 _NEEDED = {"prompt_key": str, "prompt_ids": list, "response_ids": list, "logp": list, "finished": bool}
 
 
@@ -115,8 +119,17 @@ def _read(place: str, line: str, prompts: Mapping[str, Prompt], vocab_size: int)
     writer_T = torch.tensor(row.get("writers") or [Writer.DATASET] * count, dtype=torch.uint8)
     writer_T[writer_T != Writer.ENVIRONMENT] = Writer.DATASET
     marks = {name: row[name] for name in _MARKS if name in row}
+    learn_T = torch.tensor(row["learn"], dtype=torch.float32) if "learn" in row else _learnt_before(row)
     logp_T, sample = torch.tensor(row["logp"], dtype=torch.float32), row.get("sample", 0)
-    return Rollout(prompt, row["response_ids"], logp_T, row["finished"], sample, writer_T, **marks)
+    return Rollout(prompt, row["response_ids"], logp_T, row["finished"], sample, writer_T, learn_T=learn_T, **marks)
+
+
+def _learnt_before(row: Mapping[str, Any]) -> torch.Tensor | None:
+    """The weights of a line that says `num_seeded` and `learn_seed` in place of `learn`, as kibitz wrote it until 0.1."""
+    num_seeded = row.get("num_seeded", 0)
+    if num_seeded == 0 or row.get("learn_seed") is True:
+        return None
+    return (torch.arange(len(row["response_ids"])) >= num_seeded).float()
 
 
 def _check_fields(place: str, row: Any) -> None:
@@ -124,16 +137,22 @@ def _check_fields(place: str, row: Any) -> None:
     if not isinstance(row, dict) or not row.keys() >= _NEEDED.keys():
         missing = ", ".join(_NEEDED) if not isinstance(row, dict) else ", ".join(k for k in _NEEDED if k not in row)
         raise ValueError(f"{place} is no rollout, it lacks {missing}: a run with rollout.store=true writes such a file")
-    for name, kind in (_NEEDED | _MARKS).items():
+    for name, kind in (_NEEDED | _MARKS | _LISTS).items():
         if name in row and not isinstance(row[name], kind):
             raise ValueError(f"{place}: {name} must be a {kind.__name__}, and is {row[name]!r:.80}")
     count = len(row["response_ids"])
     if count == 0:
         raise ValueError(f"{place} has no tokens: leave it out")
-    for name in ("logp", "writers"):
+    for name in ("logp", "writers", "learn"):
         if len(row.get(name, row["logp"])) != count:
             raise ValueError(
                 f"{place} has {count} response_ids and {len(row[name])} {name}: there must be one for each"
             )
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in row["logp"]):
+    if not all(map(_is_number, row["logp"])):
         raise ValueError(f"{place}: logp must hold finite numbers, the natural logarithms of probabilities")
+    if not all(_is_number(weight) and weight >= 0 for weight in row.get("learn", [])):
+        raise ValueError(f"{place}: learn must hold the weight of each token in the loss, a number of 0 or more")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

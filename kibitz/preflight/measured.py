@@ -48,8 +48,7 @@ def write_with(setup: Setup, engine: Engine, num_prompts: int) -> list[Rollout]:
     """The same with an engine of the teacher's."""
     sampling = replace(setup.parts.sampling, num_samples=1, seed=setup.recipe.seed)
     rollouts = engine.generate(setup.stream.prompts[:num_prompts], sampling)
-    grade(setup.grader, setup.student, rollouts)
-    return rollouts
+    return grade(setup.grader, setup.student, rollouts)
 
 
 def itself(setup: Setup, rollouts: Sequence[Rollout], model: LanguageModel | None = None) -> Finding:

@@ -113,7 +113,8 @@ class Trainer:
         self.guards = Guards(self.recipe.guards)
         if self.setup.resumed_from is not None:
             state = checkpoint.load_state(self.setup.resumed_from, self.stateful)
-            self.done, self.setup.stream.position = state["step"], state["position"]
+            self.done = state["step"]
+            self.setup.stream.go_to(state["position"])
             self.ledger, self.guards = Ledger(state["ledger"], gauge), Guards(self.recipe.guards, state["guards"])
         self.ledger.note_peaks("loading")
         self.saved = self.done
@@ -162,11 +163,8 @@ class Trainer:
             with self.setup.overheard():
                 rollouts = self.method.rollout(prompts, step)
             self.ranks.once(self.setup.parts.notes.flops)
-            # The beginning of a response has no reward, and the responses that ended before it are not typical.
-            if not any(r.shortened for r in rollouts):
-                graded = [r for r in rollouts if r.has_tokens_of(Writer.STUDENT)]
-                grade(self.setup.grader, self.student, graded, self.ranks)
-        rollouts = self.guards.mask(rollouts)
+            rollouts = self._graded(rollouts)
+        rollouts, share_masked = self.guards.mask(rollouts)
         self.progress.phase("teacher")
         with ledger.timed("scoring"):
             scored = self.method.signal(self.ranks.share(rollouts), step)
@@ -181,10 +179,25 @@ class Trainer:
                 self.setup.teacher.sync(self.student)
         self.done += 1
         if recipe.rollout.store:
-            self.folder.store(self.done, [r for r in rollouts if not r.replayed])
+            self.folder.store(self.done, [r for r in rollouts if not r.objective])
         waited = self.ranks.gather(sum(map(signal_bytes, scored)))
-        more = {"grad_norm": norm, "lr": recipe.optim.lr * factor, "signal_bytes": float(sum(waited))}
+        more = {
+            "grad_norm": norm,
+            "lr": recipe.optim.lr * factor,
+            "signal_bytes": float(sum(waited)),
+            "masked": share_masked,
+        }
         self._write_metrics(rollouts, means, num_tokens, more)
+
+    def _graded(self, rollouts: list[Rollout]) -> list[Rollout]:
+        """With the reward of each that the student wrote in. The beginning of a response has none, and where responses were
+        shortened those that ended before are not typical."""
+        if any(r.shortened for r in rollouts):
+            return rollouts
+        places = [place for place, r in enumerate(rollouts) if r.has_tokens_of(Writer.STUDENT)]
+        graded = grade(self.setup.grader, self.student, [rollouts[place] for place in places], self.ranks)
+        found = dict(zip(places, graded, strict=True))
+        return [found.get(place, r) for place, r in enumerate(rollouts)]
 
     def _accumulate(self, scored: list[Scored]) -> tuple[dict[str, float], int]:
         """Gradients of the mean over all tokens of the step, whatever the micro-batches; and the mean of each value. Where
@@ -210,7 +223,7 @@ class Trainer:
         self, rollouts: list[Rollout], means: dict[str, float], num_tokens: int, more: dict[str, float]
     ) -> None:
         self._count_flops(rollouts)
-        rollouts = [r for r in rollouts if not r.replayed]
+        rollouts = [r for r in rollouts if not r.objective]
         costs = self.ledger.close_step()
         rewards = [r.reward for r in rollouts if r.reward is not None]
         notes = self.setup.parts.notes
@@ -221,7 +234,6 @@ class Trainer:
             "response_tokens": fmean(r.num_tokens for r in rollouts),
             "longest_response": max(r.num_tokens for r in rollouts),
             "cut_off": fmean(r.cut_off for r in rollouts),
-            "masked": fmean(r.masked for r in rollouts),
             "shortened": fmean(r.shortened for r in rollouts),
             "teacher_written": share_of_teacher(rollouts),
             **rollout_metrics(rollouts, self.recipe.guards),
@@ -246,7 +258,7 @@ class Trainer:
     def _count_flops(self, rollouts: list[Rollout]) -> None:
         """What each model did for these rollouts. Whoever wrote a token of one read all of it, but for a teacher that
         wrote its beginning only."""
-        own = [r for r in rollouts if not r.replayed]
+        own = [r for r in rollouts if not r.objective]
         # Forward; backward to the activations, and to the weights that learn.
         learns, teacher = self.student.num_trainable / self.student.num_parameters, self.setup.teacher
         training = (2 + learns) * self.student.pass_flops(rollouts)

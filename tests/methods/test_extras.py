@@ -169,8 +169,8 @@ def test_references_that_cannot_be_are_refused(small_models, tmp_path):
 @pytest.mark.parametrize("name", ["opd", "gkd", "grpo"])
 def test_replay_adds_the_mean_cross_entropy_of_gold_responses(lab, name, normalize):
     mixed = lab(METHODS[name] | {"replay": 0.3, "replay_coef": 0.7, "normalize": normalize})
-    gold = [r for r in mixed.rollouts if r.replayed]
-    own = [r for r in mixed.rollouts if not r.replayed]
+    gold = [r for r in mixed.rollouts if r.objective == "replay"]
+    own = [r for r in mixed.rollouts if not r.objective]
     assert len(gold) == 3  # 0.3 of 8, rounded up
     assert all(r.text == r.prompt.response for r in gold)
     plain = lab(METHODS[name] | {"normalize": normalize}, "plain")

@@ -450,9 +450,10 @@ def test_rollouts_that_show_a_symptom_can_be_masked():
     def masked(rows, **actions) -> list[str]:
         guards = Guards(GuardConfig(**actions))
         alarms_of(rows, guards)
-        marked = guards.mask(rollouts)
-        assert [r.masked for r in marked] == [not r.weight_T().any() for r in marked]
-        return [r.prompt.key for r in marked if r.masked]
+        marked, share = guards.mask(rollouts)
+        out = [r.prompt.key for r in marked if not r.weight_T().any()]
+        assert share == len(out) / len(rollouts)
+        return out
 
     assert masked(rows) == masked(rows, cut_off="stop") == []
     assert masked([], cut_off="mask") == ["b"]
@@ -461,7 +462,7 @@ def test_rollouts_that_show_a_symptom_can_be_masked():
     assert masked(rows[:-1], length_inflation="mask") == []  # nobody knows yet what is long
     assert masked(rows, length_inflation="mask", length_ratio=1.4) == []
     assert masked(rows, cut_off="mask", repetition="mask", length_inflation="mask") == ["b", "c", "d"]
-    rollouts = [replace(r, replayed=True) for r in rollouts]
+    rollouts = [replace(r, objective="replay") for r in rollouts]
     assert masked(rows, cut_off="mask", repetition="mask", length_inflation="mask") == []
 
 

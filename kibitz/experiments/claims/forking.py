@@ -54,7 +54,7 @@ def wrong_solutions(study: Any, seed: int) -> list[Record]:
     prompts = load_prompts(data, tokenizer, seed)
     sampling = Sampling(max_tokens=recipe.rollout.max_tokens, stop_ids=stop_ids(ours, []), seed=seed)
     rollouts = TorchEngine(ours, recipe.rollout.max_rows).generate(prompts, sampling)
-    grade(load_grader(data, prompts), ours, rollouts)
+    rollouts = grade(load_grader(data, prompts), ours, rollouts)
     wrong = [rollout for rollout in rollouts if rollout.reward is None or rollout.reward < 1]
     return [row | {"at": _answer_at(r)} for row, r in
             zip(annotate(ours, reader_of(theirs, tokenizer, data.template), wrong, top=2), wrong, strict=True)]  # fmt: skip

@@ -89,8 +89,7 @@ def _greedy(model: str, prompts: Sequence[Prompt], grader: Grader, max_tokens: i
     loaded = load_model(config, "student", pick_device(), load_tokenizer(config, "student"))
     sampling = Sampling(max_tokens=max_tokens, temperature=0.0, stop_ids=stop_ids(loaded, []))
     rollouts = TorchEngine(loaded).generate(prompts, sampling)
-    grade(grader, loaded, rollouts)
-    return rollouts
+    return grade(grader, loaded, rollouts)
 
 
 def as_answer(mistake: Rollout) -> Prompt:

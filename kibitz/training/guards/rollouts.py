@@ -38,8 +38,9 @@ def rollout_metrics(rollouts: Sequence[Rollout], config: GuardConfig) -> dict[st
 
 def shows_symptom(rollout: Rollout, config: GuardConfig, longest: float | None) -> bool:
     """Whether a guard whose action is `mask` takes this rollout out. `longest` is the longest response of the first steps,
-    None while these go on. One that was shortened on purpose is not cut off; gold responses are never left out."""
-    if rollout.replayed:
+    None while these go on. A rollout that was shortened on purpose is not cut off; one that joins the method's own, as gold
+    responses do, is never left out."""
+    if rollout.objective:
         return False
     return (
         (config.cut_off == "mask" and rollout.cut_off)

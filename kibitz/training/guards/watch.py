@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
+
 from kibitz.config import GuardConfig
 from kibitz.training.guards import symptoms
 from kibitz.training.guards.rollouts import shows_symptom
@@ -124,11 +126,17 @@ class Guards:
             **counts,
         }
 
-    def mask(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """The rollouts, marked where a guard whose action is `mask` takes one out of this step."""
+    def mask(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], float]:
+        """The rollouts, with weight 0 at every token of one that a guard whose action is `mask` takes out of this step, and
+        the share of those taken out among the method's own."""
         series = self.series.get("longest_response")
         longest = series.start if series is not None and series.ready else None
-        return [replace(r, masked=True) if shows_symptom(r, self.config, longest) else r for r in rollouts]
+        wrong = [shows_symptom(rollout, self.config, longest) for rollout in rollouts]
+        masked = [
+            replace(r, learn_T=torch.zeros(r.num_tokens)) if is_wrong else r
+            for r, is_wrong in zip(rollouts, wrong, strict=True)
+        ]
+        return masked, sum(wrong) / max(1, sum(not r.objective for r in rollouts))
 
     def watch_step(self, row: dict[str, Any]) -> list[Alarm]:
         """The alarms that this row of `metrics.jsonl` sets off. NaN, or the null that JSON has for it, in `loss` or
