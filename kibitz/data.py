@@ -40,7 +40,7 @@ def load_prompts(
 
 
 def load_grader(config: DataConfig, prompts: Sequence[Prompt]) -> Grader | None:
-    """What `data.grader` names; a world brings its own."""
+    """Return the grader that `data.grader` names; a world brings its own."""
     if config.world is None:
         return graders.pick(config.grader, prompts)
     world = worlds.get(config.world)
@@ -200,7 +200,7 @@ def _is_message(message: Any) -> bool:
 
 
 def encode_prompt(tokenizer: Any, messages: list[dict[str, str]], template: dict[str, Any]) -> list[int]:
-    """By the chat template, which writes its own BOS; a tokenizer without one reads the plain text."""
+    """Render messages by the chat template, which writes its own BOS; a tokenizer without a template reads the plain text."""
     if tokenizer.chat_template is None:
         return tokenizer("\n\n".join(m["content"] for m in messages))["input_ids"]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **template)

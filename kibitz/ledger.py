@@ -17,7 +17,7 @@ PEAKS = ("peak_bytes", "host_peak_bytes")
 
 
 class Watch(Protocol):
-    """What measures memory: see `kibitz.training.memory`."""
+    """Measures memory; `kibitz.training.memory.Gauge` is one."""
 
     def reset(self) -> None: ...
     def peaks(self) -> dict[str, float]: ...

@@ -12,7 +12,7 @@ from kibitz.parallel.ranks import plain, shared_like, to_save
 
 
 def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
-    """What the learning rate of step 0, 1, ... `steps`-1 is multiplied by. The decay ends just above 0, so that the
+    """Return the factor on the learning rate at step 0, 1, ... `steps`-1. The decay ends just above 0, so that the
     last step still moves the weights."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
@@ -85,7 +85,7 @@ class Optimizer:
         return moments | {f"{self.names[master]}|master": to_save(master) for master in kept}
 
     def room(self, name: str) -> Tensor:
-        """For an entry of the state of AdamW: sharded as its parameter is."""
+        """Return an empty tensor for an entry of AdamW's state, sharded as its parameter is."""
         parameter, _, key = name.rpartition("|")
         if key == "step":
             return torch.zeros(())
@@ -144,6 +144,6 @@ def _master(parameter: Tensor) -> Tensor:
 
 
 def _inner_matrices(model: nn.Module) -> list[Tensor]:
-    """What Muon takes: the matrices of a language model but for its embedding and its output head."""
+    """Return the parameters that Muon updates: the matrices of a language model but for its embedding and its output head."""
     outer = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in outer]

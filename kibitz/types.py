@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 class Writer(IntEnum):
-    """Who wrote a response token. Nobody learns from what the environment wrote."""
+    """The writer of a response token. What the environment wrote is never learnt."""
 
     STUDENT = 0
     TEACHER = 1
@@ -53,7 +53,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to write responses. `seed` and the prompt's key decide every token; `num_samples` rollouts per prompt.
+    """Sampling parameters. `seed` and the prompt's key decide every token; there are `num_samples` rollouts per prompt.
 
     `epsilon` is the share of tokens drawn uniformly from the vocabulary; the log-probabilities are the mixture's."""
 
@@ -73,7 +73,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Step:
-    """Where a run stands when a method writes: `number` steps of `total` are done; `seed` decides all sampling of this one."""
+    """The step of a run: `number` steps of `total` are done; `seed` decides all sampling of this one."""
 
     number: int
     total: int
@@ -117,7 +117,7 @@ class Rollout:
 
     @property
     def cut_off(self) -> bool:
-        """Whether it reached the limit before it ended."""
+        """Return whether the response reached the limit before it ended."""
         return not self.finished and not self.shortened
 
     def has_tokens_of(self, writer: Writer) -> bool:

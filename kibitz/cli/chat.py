@@ -57,7 +57,7 @@ def chat(
 
 
 def _lines(out: Output, at_terminal: bool) -> Iterator[str]:
-    """What the person says: asked for at a terminal, else read from stdin, where empty lines are passed over."""
+    """Yield the person's lines: asked for at a terminal, else read from stdin, where empty lines are passed over."""
     if not at_terminal:
         yield from (line.strip() for line in sys.stdin if line.strip())
         return

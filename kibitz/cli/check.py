@@ -26,7 +26,9 @@ def check(
         bool, typer.Option("--files-only", help="Load no weights: text, memory and cost only.")
     ] = False,
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts both models answer.")] = 32,
-    price: Annotated[float | None, typer.Option(min=0, help="Of one device for one hour, in your money.")] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="The price of one device for one hour, in any currency.")
+    ] = None,
     devices: Annotated[int, typer.Option(min=1, help="Over how many the run is divided.")] = 1,
     memory: Annotated[
         float | None, typer.Option(min=0, help="Of one device, in GiB; without it, that of this one.")

@@ -40,7 +40,7 @@ def _model(name: str, folder: str | None) -> str:
 
 
 def introduce(console: Console, recipe: Recipe) -> None:
-    """What is about to happen, for someone who sees it first."""
+    """Print what is about to happen, for someone who sees it first."""
     console.print(
         "[bold]On-policy distillation of a small model[/]\n"
         "The student solves sums such as 5+(2*3)-4, step by step and modulo 10, and has a misconception: it reads 5+2*3 "
@@ -63,7 +63,7 @@ def show_mistake(console: Console, folder: Path) -> None:
 
 
 def _conviction(row: dict[str, Any]) -> float:
-    """How much surer of its mistake the student was than the teacher: a misconception, not a slip of the dice."""
+    """The student's probability of its wrong token minus the teacher's: large for a misconception, small for bad luck."""
     token = row["tokens"][row["fork"]]
     return exp(token["student_logp"]) - exp(token["teacher_logp"])
 

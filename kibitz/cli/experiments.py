@@ -28,7 +28,9 @@ def reproduce(
         list[str] | None,
         typer.Option(metavar="[SOURCE=]FILE", help="JSONL in the toy world's place; is cut by a hash."),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="How many; the experiment knows how many by itself.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="The number of seeds; each experiment has a default.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="In seconds, to see that it runs; says nothing.")] = False,
     only: Annotated[str, typer.Option(help="Some of its arms: opd,grpo.")] = "",
     output: Annotated[Path | None, typer.Option(help="Folder of the results; default results, or runs/quick.")] = None,

@@ -63,7 +63,7 @@ def evaluate(
 
 
 def _benchmarks(ctx: typer.Context, model: str, tasks: list[str], overrides: list[str], **options: Any) -> None:
-    """Of the overrides, two have a meaning here: how many rows of each task, and how long a response may be."""
+    """Read the two overrides that lm-eval knows: the number of rows of each task, and the limit of a response in tokens."""
     from kibitz import config
 
     settings = ("eval.num_prompts", "rollout.max_tokens")

@@ -1,4 +1,4 @@
-"""Where the command line writes: results on stdout, progress and mistakes on stderr.
+"""The command line writes results to stdout, progress and errors to stderr.
 
 What models, files and people wrote is shown as `Text` without control characters, never as rich markup: it can
 neither colour the screen nor send escape sequences to the terminal.
@@ -23,7 +23,7 @@ def harmless(text: str) -> str:
 
 
 def sentence(error: Exception) -> str:
-    """What a mistake says on one line. If it was not kibitz that raised it, also how to see who did."""
+    """Return an error as one line. If kibitz did not raise it, the line also says how to see the traceback."""
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     else:

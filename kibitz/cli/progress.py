@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: a bar with the time left and one line of figures."""
+"""The progress of a run on a terminal: a bar with the time left, and one line of numbers."""
 
 from typing import Any
 

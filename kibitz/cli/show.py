@@ -58,7 +58,7 @@ def costs(console: Console, folder: Path) -> None:
 
 
 def files(console: Console, paths: dict[str, Path | None]) -> None:
-    """Where things are, one a line."""
+    """Print paths, one a line."""
     for name, path in paths.items():
         if path is not None and path.exists():
             console.print(Text(f"{name:<11}{harmless(str(path))}"), soft_wrap=True)

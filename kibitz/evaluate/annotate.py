@@ -1,4 +1,4 @@
-"""What both models thought at every token of a response: the rows that the heat-map shows."""
+"""The rows of the heat-map: both models' log-probabilities and likeliest tokens at every token of a response."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -57,7 +57,7 @@ def annotate(
 def _voices(
     student: LanguageModel, teacher: Teacher, rollout: Rollout, tokens: Tokens, shown: list[dict[str, Any]], top: int
 ) -> list[dict[str, Any]]:
-    """What each of several teachers says of the tokens, entered as `teachers` of each; and their names and weights."""
+    """Add to each token, as `teachers`, what each of several teachers says of it, and return their names and weights."""
     mix, who = teacher.mix(rollout.prompt), []
     for token in shown:
         token["teachers"] = []
@@ -87,7 +87,7 @@ def _against(signal: Signal, tokens: Tokens) -> tuple[Tensor, Tensor]:
 
 
 def _tokens(student: LanguageModel, batch: Batch, top: int) -> list[dict[str, Any]]:
-    """What there is to say of each response token of a batch: by the student, and by the teacher's signal."""
+    """Describe each response token of a batch, by the student's distribution and by the teacher's signal."""
     ids = batch.tokens.token_T.tolist()
     tokens: list[dict[str, Any]] = [{"text": _decoded(student, token), "id": token} for token in ids]
 

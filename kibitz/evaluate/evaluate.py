@@ -1,4 +1,4 @@
-"""How good the student is: accuracy at temperature 1 and greedy with 95% intervals, pass@k, reverse KL to the teacher.
+"""An evaluation gives accuracy at temperature 1 and greedy with 95% intervals, pass@k, and the reverse KL to the teacher.
 
 The evaluation has its own seed, so two evaluations of one run differ by the weights only.
 """

@@ -1,4 +1,4 @@
-"""What the student learns from: divergences, policy gradients, token weights, and the chunked loss that runs them.
+"""Losses: divergences, policy gradients, token weights, and the chunked output head that runs them.
 
 Losses give one number per token and never reduce; `over_chunks` weighs and sums; the trainer divides by the global
 count of tokens.

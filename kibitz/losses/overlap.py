@@ -1,4 +1,4 @@
-"""How far student and teacher have the same tokens in mind: the overlap of their most likely ones.
+"""The overlap of the student's and the teacher's K likeliest tokens.
 
 A run that works shows it growing: 72% to 91% of the top 16 in the source, while the shared tokens hold 97-99% of the
 probability; a run that fails shows it standing still, one that collapses late shows it falling (Rethinking OPD,

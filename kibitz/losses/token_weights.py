@@ -1,4 +1,4 @@
-"""Which tokens count, and how much: functions over `[T]` that give weights for `over_chunks`.
+"""Token weights: functions over `[T]` that say which tokens of a step count, and how much, in `over_chunks`.
 
 Weights are set before the loss runs. Those that need the student's entropy or divergence need a pass under
 `torch.no_grad` first; `over_chunks` gives both per token. A token of weight 0 keeps weight 0 everywhere.

@@ -121,7 +121,7 @@ def load_weights(config: ModelConfig, role: str, device: torch.device, **options
 
 def _unreadable(name: str, role: str, error: Exception) -> str:
     if not os.path.isdir(name):
-        return f"{role}.model: {name} is neither a folder here nor a model that can be had from the hub"
+        return f"{role}.model: {name} is neither a folder here nor a model on the hub"
     return f"{role}.model: {name} is not a model that transformers can load: {' '.join(str(error).split())[:300]}"
 
 

@@ -220,7 +220,7 @@ def cost(
 
 
 def cost_finding(estimate: Cost, flops_per_second: float) -> Finding:
-    money = "" if estimate.money is None else f", {estimate.money:,.2f} in money"
+    money = "" if estimate.money is None else f", {estimate.money:,.2f} at that price"
     time = f"{estimate.hours:.3g} hours" if estimate.hours >= 0.1 else f"{estimate.hours * 60:.2g} minutes"
     text = (
         f"at most {estimate.tokens:.3g} response tokens, {sum(estimate.flops.values()):.3g} FLOPs, about {time}{money}, at "

@@ -124,7 +124,7 @@ def _criterion(signals: Sequence[Signal]) -> Criterion:
 def _distance(means: dict[str, float]) -> Finding:
     kl, teacher_logp, student_logp = means["reverse_kl"], means["teacher_logp"], means["student_logp"]
     text = (
-        f"reverse KL {kl:.3g} nats a token; the student gives its tokens {student_logp:.3g} nats on average, the teacher "
+        f"reverse KL {kl:.3g} nats a token; the mean log-probability of the student's tokens is {student_logp:.3g} nats to itself, to the teacher "
         f"{teacher_logp:.3g}"
     )
     numbers = {"reverse_kl": kl, "student_logp": student_logp, "teacher_logp": teacher_logp}

@@ -1,4 +1,4 @@
-"""What a run cost: floating-point operations, seconds and memory, by phase."""
+"""The cost of a run by phase: floating-point operations, seconds and memory."""
 
 import html
 from collections.abc import Callable

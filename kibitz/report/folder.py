@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Run:
-    """What one run folder says. `metrics` has one row a step, `evals` one row a step and split, both in order."""
+    """The contents of one run folder. `metrics` has one row a step, `evals` one row a step and split, both in order."""
 
     name: str
     recipe: Row = field(default_factory=dict)

@@ -11,7 +11,7 @@ LEVELS = tuple(math.log(ratio) for ratio in (1.25, 2, 5, 10, 30, 100))
 
 
 def level(nats: float | None) -> int:
-    """Which of the heat-map's colours a penalty or a divergence has: 0 is pale, `len(LEVELS)` the strongest."""
+    """Return the heat-map's colour of a penalty or a divergence: 0 is pale, `len(LEVELS)` the strongest."""
     return 0 if nats is None else sum(nats >= bound for bound in LEVELS)
 
 

@@ -37,7 +37,7 @@ def tokens(row: Row) -> list[Row]:
 
 
 def teachers(row: Row) -> list[Row]:
-    """Of several teachers, each one's own: of a rollout their names and weights, of a token what they said of it."""
+    """The rows of several teachers: for a rollout their names and weights, for a token what each said of it."""
     listed = row.get("teachers")
     return [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
 
@@ -98,7 +98,8 @@ def shown(found: list[Pair], max_tokens: int = MAX_TOKENS) -> list[Pair]:
 
 
 def fork_facts(found: list[Pair]) -> dict[str, float] | None:
-    """What a fork costs, against the other tokens, in the wrong rollouts of before (or all, where none is graded)."""
+    """Compare the penalty of forks with that of other tokens, in the wrong rollouts from before training
+    (in all, if none is graded)."""
     wrong = [pair.sides[0] for pair in found if is_right(pair.sides[0]) is not True]
     forked = [(tokens(row), index) for row in wrong if (index := fork(row)) is not None]
     if not forked:

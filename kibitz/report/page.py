@@ -59,7 +59,7 @@ def _report(runs: list[Run]) -> str:
 
 
 def _run(run: Run) -> dict[str, Any]:
-    """What the templates say about one run."""
+    """Return what the templates need of one run."""
     return {
         "name": formats.safe_lines(run.name),
         "method": summary.title(run),
@@ -77,13 +77,13 @@ def _run(run: Run) -> dict[str, Any]:
 
 
 def _alarm(alarm: Row) -> str:
-    """What a collapse guard said, in one line."""
+    """Return the alarm of a collapse guard as one line."""
     words = [str(alarm.get(key) or "") for key in ("step", "name", "symptom", "remedy")]
     return formats.safe_lines("Step {}, {}: {}. {}".format(*words))
 
 
 def _heatmap(runs: list[Run]) -> dict[str, Any] | None:
-    """What the heat-map's template says, and the island its script reads; None without any rollout."""
+    """Return the values of the heat-map's template and the JSON that its script reads; None without any rollout."""
     found = [pair for run in runs for pair in heatmap.pairs(run.rollouts)]
     if not found:
         return None

@@ -1,4 +1,4 @@
-"""What was done, in two sentences made from the recipe, and what came of it: before against after."""
+"""The head of the report: two sentences made from the recipe, and the measures before and after training."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +38,7 @@ def title(run: Run) -> str:
 
 
 def sentences(run: Run) -> list[Markup]:
-    """What was done and how much of it; for an unreadable recipe one sentence that says so."""
+    """Return the sentences that say what was done and how much of it; one sentence for an unreadable recipe."""
     if not run.recipe:
         return [Markup("The recipe of this run cannot be read, so the report cannot say what was done.")]
     return [_what(run), *_how_much(run)]
@@ -249,7 +249,7 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
 
 
 def side_by_side(runs: list[Run]) -> list[tuple[str, list[tuple[str, list[Measure | None]]]]]:
-    """For several runs: for each split its measures, and of each measure one entry a run."""
+    """Return a table of several runs: for each split its measures, and for each measure one entry a run."""
     per_run = [{comparison.split: comparison for comparison in comparisons(run)} for run in runs]
     splits = dict.fromkeys(split for found in per_run for split in found)
     tables = []

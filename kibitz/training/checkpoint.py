@@ -55,7 +55,7 @@ def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint; None if every one is as it was written."""
+    """Return what is wrong with the files of a checkpoint; None if every one is as it was written."""
     try:
         wanted = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["sha256"]
         if not isinstance(wanted, dict) or not wanted:

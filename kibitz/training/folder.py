@@ -134,7 +134,7 @@ def _how_to_begin(recipe: Recipe, resume: bool, overwrite: bool) -> tuple[Path |
         return _to_resume(path, recipe, held)
     if held and not overwrite:
         raise RecipeError(
-            f"output: {path} already holds a run: go on with it by --resume, replace it by --overwrite, or write output=ANOTHER"
+            f"output: {path} already holds a run: write --resume to continue it, --overwrite to replace it, or output=ANOTHER"
         )
     return None, []
 

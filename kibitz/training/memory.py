@@ -17,7 +17,7 @@ MARK, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class Gauge:
-    """Of one device and this process; where the device is the CPU, the two are one."""
+    """Measures the peak memory of one device and of this process; on a CPU the two are one."""
 
     device: torch.device
 
@@ -38,7 +38,7 @@ class Gauge:
 
 
 def _reset_host() -> bool:
-    """Whether it could be done."""
+    """Return whether the kernel allowed it."""
     try:
         MARK.write_text("5")
     except OSError:

@@ -1,4 +1,4 @@
-"""From a recipe to everything that a run needs, cheapest first: what can be refused is refused before weights load."""
+"""Setup turns a recipe into everything that a run needs, cheapest first: what can be refused is refused before weights load."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -213,7 +213,7 @@ def _meet(recipe: Recipe, prompts: Sequence[Prompt]) -> tuple[Ranks, torch.devic
 
 
 def _check_parts(recipe: Recipe) -> None:
-    """What a student that nobody holds whole cannot be used for."""
+    """Refuse what needs a whole student where each process holds a part of it."""
     fsdp.check_parts(recipe.student, "student")
     if recipe.method.reference is not None and not _kept_small(recipe.method.reference):
         fsdp.check_parts(recipe.method.reference, "method.reference")

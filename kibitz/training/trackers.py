@@ -1,7 +1,7 @@
 """Metrics for TensorBoard, Weights & Biases or Trackio: the rows of metrics.jsonl and evals.jsonl, as numbers by name.
 
 A tracker is a watcher of the run like any other. What it needs to log in stands in the environment and nowhere else, and
-a tracker that fails is said to have failed and left out from there on: the files of the run hold everything anyway.
+a tracker that fails is named in a note and dropped: the files of the run hold everything anyway.
 """
 
 import contextlib
@@ -147,7 +147,7 @@ class Tracked:
 
     @contextlib.contextmanager
     def _surviving(self) -> Iterator[None]:
-        """What a tracker prints goes to stderr: stdout is for results. What it raises becomes a note, without its words:
+        """Send what a tracker prints to stderr, because stdout is for results. What it raises becomes a note, without its words:
         they may hold what it logs in with."""
         try:
             with contextlib.redirect_stdout(sys.stderr):

@@ -33,7 +33,7 @@ from kibitz.types import Rollout, Scored, Stateful, Step, Writer, share_of_teach
 
 
 class Progress(Protocol):
-    """Who watches a run."""
+    """Watches a run: a progress bar, a tracker, or nothing."""
 
     def start(self, recipe: Recipe, first_step: int) -> None: ...
     def phase(self, name: str) -> None: ...
@@ -43,7 +43,7 @@ class Progress(Protocol):
 
 
 class NullProgress:
-    """Nobody watches; or, with some methods written anew, somebody who cares for those only."""
+    """Watches nothing. A subclass writes anew the methods that it cares for."""
 
     def start(self, recipe: Recipe, first_step: int) -> None: ...
     def phase(self, name: str) -> None: ...
@@ -147,7 +147,7 @@ class Trainer:
             raise KeyboardInterrupt(self.interrupted)
 
     def _stopping(self) -> bool:
-        """Whether all stop now: a signal may have reached one process only."""
+        """Return whether all processes stop now: a signal may have reached one of them only."""
         said = self.ranks.gather((self.interrupted, self.stopped_by is not None))
         self.interrupted = max(number for number, _ in said)
         return bool(self.interrupted) or any(alarmed for _, alarmed in said)
@@ -190,8 +190,8 @@ class Trainer:
         self._write_metrics(rollouts, means, num_tokens, more)
 
     def _graded(self, rollouts: list[Rollout]) -> list[Rollout]:
-        """With the reward of each that the student wrote in. The beginning of a response has none, and where responses were
-        shortened those that ended before are not typical."""
+        """Return the rollouts with the reward of each that the student wrote in. Where responses were shortened there are
+        none: a beginning has no reward, and the responses that ended earlier are not typical."""
         if any(r.shortened for r in rollouts):
             return rollouts
         places = [place for place, r in enumerate(rollouts) if r.has_tokens_of(Writer.STUDENT)]

@@ -19,7 +19,7 @@ __all__ = ["WORLDS", "World", "get"]
 
 
 class World(Protocol):
-    """What a recipe's `data: {world: name}` stands for. Rows have the columns `prompt`, `answer` and `task`."""
+    """A world is what a recipe's `data: {world: name}` stands for. Rows have the columns `prompt`, `answer` and `task`."""
 
     @property
     def name(self) -> str: ...
@@ -29,7 +29,7 @@ class World(Protocol):
 
     @property
     def longest_response(self) -> int:
-        """Where `kibitz eval` cuts a response off, in tokens."""
+        """The limit of a response in `kibitz eval`, in tokens."""
         ...
 
     def rows(self, split: str, count: int, seed: int) -> list[dict]:

@@ -59,7 +59,7 @@ def _pairs(text: str) -> Iterator[tuple[int, str, str, str]]:
 
 
 def reducible(text: str) -> list[int]:
-    """Where a pair may be reduced now: `*` binds tighter than `+ -`, and equals are taken from the left."""
+    """Return the places where a pair may be reduced now: `*` binds tighter than `+ -`, and equals are taken from the left."""
     return [
         at
         for at, before, operator, after in _pairs(text)
@@ -68,12 +68,12 @@ def reducible(text: str) -> list[int]:
 
 
 def misreadable(text: str) -> list[int]:
-    """Where `a+b*...` or `a-b*...` invites to reduce the left pair first. Doing so is the misconception."""
+    """Return the places where `a+b*...` or `a-b*...` invites reducing the left pair first, which is the misconception."""
     return [at for at, before, operator, after in _pairs(text) if operator != "*" and before != "*" and after == "*"]
 
 
 def reversible(text: str) -> list[int]:
-    """Where `a-b-...` or `a-b+...` invites to reduce the right pair first: another misconception."""
+    """Return the places where `a-b-...` or `a-b+...` invites reducing the right pair first: another misconception."""
     return [at for at, before, operator, after in _pairs(text) if operator != "*" and before == "-" and after != "*"]
 
 

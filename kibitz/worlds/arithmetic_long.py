@@ -51,7 +51,7 @@ def _expression(rng: random.Random, split: str, inviting: bool) -> str:
 
 
 def right(answer: str, text: str) -> list[bool]:
-    """Which of the expressions a response answers rightly: a digit of `answer` each. As in `arithmetic`, steps are not looked
+    """Return which expressions a response answers rightly: a digit of `answer` each. As in `arithmetic`, steps are not looked
     at. A letter that is missing, or stands twice, is answered wrongly."""
     found = parts(text)
     letters = [letter for letter, _ in found]
@@ -115,14 +115,14 @@ class ArithmeticLong:
         return rows
 
     def grade(self, row: dict, text: str) -> float:
-        """What the row's `reward` asks for, of a decoded response without special tokens."""
+        """Return the reward that the row's `reward` asks for, of a decoded response without special tokens."""
         if row.get("reward") == "share":
             answered = right(row["answer"], text)
             return sum(answered) / len(answered)
         return grade(row["answer"], text)
 
     def tokenizer(self) -> "PreTrainedTokenizerFast":
-        """That of `arithmetic`, and the letters behind it."""
+        """Return the tokenizer of `arithmetic` with the letters behind it."""
         return characters.tokenizer(CHARACTERS + LETTERS, room=ROOM)
 
     def checkpoint(self, name: str) -> Path:

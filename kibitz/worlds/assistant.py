@@ -77,7 +77,7 @@ def instruction(rng: random.Random, split: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Fact:
-    """What a name stands for."""
+    """Return the fact that a name stands for."""
 
     name: str
     value: str

@@ -1,4 +1,4 @@
-"""What worlds of single characters share: a tokenizer, and where their shipped models are."""
+"""Worlds of single characters share a tokenizer, and the place of their shipped models."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -37,7 +37,7 @@ def problems() -> list[str]:
 
 
 def missing(prompt: str, walk: str = "") -> tuple[int, int]:
-    """How far east and north of the walker the goal still is, after the steps of the prompt and of a walk.
+    """Return how far east and north of the walker the goal still is, after the steps of the prompt and of a walk.
 
     The plane has no edge: a step out of the grid is a step like any other."""
     problem, _, made = prompt.partition(":")

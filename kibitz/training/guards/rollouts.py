@@ -1,4 +1,4 @@
-"""What the guards need to know of a step's rollouts, and which of these may be left out."""
+"""Measures of a step's rollouts that guards watch, and the choice of those that are masked."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], config: GuardConfig) -> dict[st
 
 
 def shows_symptom(rollout: Rollout, config: GuardConfig, longest: float | None) -> bool:
-    """Whether a guard whose action is `mask` takes this rollout out. `longest` is the longest response of the first steps,
+    """Return whether a guard whose action is `mask` takes this rollout out. `longest` is the longest response of the first steps,
     None while these go on. A rollout that was shortened on purpose is not cut off; one that joins the method's own, as gold
     responses do, is never left out."""
     if rollout.objective:

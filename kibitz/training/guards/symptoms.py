@@ -21,7 +21,7 @@ CLEAR = 2.0
 
 @dataclass
 class Series:
-    """What is kept of one number: its first values, its last two windows, the lowest and the highest window's median."""
+    """The history of one number: its first values, its last two windows, the lowest and the highest window's median."""
 
     window: int
     num_early: int
@@ -53,7 +53,7 @@ class Series:
 
     @property
     def stands_still(self) -> bool:
-        """Whether the last two windows are there and do not differ."""
+        """Return whether the last two windows are full and do not differ."""
         before = self.recent[: -self.window]
         return len(before) == self.window and abs(self.sigmas(self.now - median(before))) <= CLEAR
 
@@ -86,7 +86,7 @@ Numbers = Mapping[str, Series]
 
 
 class Reading(NamedTuple):
-    """How bad it is, 1 being the threshold, and in words."""
+    """The severity of a symptom, 1 being the threshold, and the symptom in words."""
 
     severity: float
     symptom: str = ""
@@ -105,7 +105,7 @@ def _reading(
 
 
 def _better(series: Series | None, sign: int) -> bool:
-    """Whether a number, if the run has it, is clearly better than at the start."""
+    """Return whether a number, if the run has it, is clearly better than at the start."""
     return series is not None and series.sigmas(sign * (series.now - series.start)) > CLEAR
 
 

@@ -16,7 +16,7 @@ from kibitz.types import Rollout
 
 @dataclass(frozen=True)
 class Alarm:
-    """What went wrong, by which sign, and what to do. `action` is `warn`, `mask` or `stop`, as the recipe has it."""
+    """Says what went wrong, by which sign, and what to do. `action` is `warn`, `mask` or `stop`, as the recipe has it."""
 
     name: str
     symptom: str
@@ -30,7 +30,7 @@ class Alarm:
 
 
 class Guard(NamedTuple):
-    """Which number it needs, how it reads it (None: not a series of steps), and what helps."""
+    """A guard names the number it needs, how to read it (None: not a series of steps), and the remedy."""
 
     needs: str
     read: Callable[[Numbers, GuardConfig], Reading] | None
