@@ -124,8 +124,8 @@ def _criterion(signals: Sequence[Signal]) -> Criterion:
 def _distance(means: dict[str, float]) -> Finding:
     kl, teacher_logp, student_logp = means["reverse_kl"], means["teacher_logp"], means["student_logp"]
     text = (
-        f"reverse KL {kl:.3g} nats a token; the mean log-probability of the student's tokens is {student_logp:.3g} nats to itself, to the teacher "
-        f"{teacher_logp:.3g}"
+        f"reverse KL {kl:.3g} nats a token; a token of the student's has a mean log-probability of {student_logp:.3g} nats "
+        f"under the student and {teacher_logp:.3g} under the teacher"
     )
     numbers = {"reverse_kl": kl, "student_logp": student_logp, "teacher_logp": teacher_logp}
     if kl > 5:
