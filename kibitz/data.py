@@ -3,7 +3,9 @@
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from kibitz import graders, worlds
 from kibitz.config import DataConfig
 from kibitz.graders import Grader
-from kibitz.types import Prompt
+from kibitz.types import Prompt, Rollout
 
 WORLD_ROWS = 20_000
 
@@ -209,6 +211,24 @@ def encode_prompt(tokenizer: Any, messages: list[dict[str, str]], template: dict
 def encode_response(tokenizer: Any, text: str) -> list[int]:
     """A demonstration as the student should write it, with the EOS that it has to learn."""
     return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def apart(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts, with keys of their own for those that stand here more than once: a key decides every token, and a second
+    copy would bring the same responses again."""
+    seen: Counter[str] = Counter()
+    found = []
+    for prompt in prompts:
+        found.append(replace(prompt, key=f"{prompt.key}+{seen[prompt.key]}") if seen[prompt.key] else prompt)
+        seen[prompt.key] += 1
+    return found
+
+
+def joined(prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Rollouts of `apart(prompts)`, equally many of each, with the prompts as they were."""
+    num_samples = len(rollouts) // max(1, len(prompts))
+    asked = (prompt for prompt in prompts for _ in range(num_samples))
+    return [replace(rollout, prompt=prompt) for rollout, prompt in zip(rollouts, asked, strict=True)]
 
 
 class PromptStream:

@@ -5,17 +5,17 @@ The evaluation has its own seed, so two evaluations of one run differ by the wei
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from kibitz.batching import group, pack
 from kibitz.config import DataConfig, EvalConfig, ModelConfig, RolloutConfig
-from kibitz.data import load_grader, load_prompts
+from kibitz.data import apart, joined, load_grader, load_prompts
 from kibitz.engines import Engine
 from kibitz.engines.torch import TorchEngine
-from kibitz.evaluate.statistics import pass_at_k, wilson
+from kibitz.evaluate.statistics import interval, pass_at_k
 from kibitz.graders import Grader
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import ReverseKL
@@ -45,10 +45,10 @@ class Evaluator:
     def run(self) -> tuple[dict[str, Any], list[Rollout]]:
         """A row for `evals.jsonl`, and the rollouts at temperature 1 that it describes."""
         sampling = replace(self.sampling, temperature=1.0, top_p=1.0, top_k=0, epsilon=0.0)
-        sampled = grade(self.grader, self.student, self.engine.generate(self.prompts, sampling), self.ranks)
+        sampled = grade(self.grader, self.student, self._written(sampling), self.ranks)
         row: dict[str, Any] = {"split": self.split, "num_prompts": len(self.prompts)}
         if self.grader is not None:
-            greedy = self.engine.generate(self.prompts, replace(sampling, temperature=0.0, num_samples=1))
+            greedy = self._written(replace(sampling, temperature=0.0, num_samples=1))
             greedy = grade(self.grader, self.student, greedy, self.ranks)
             row |= {"sampled": accuracy(sampled), "greedy": accuracy(greedy), "pass_at_k": _pass_at_k(sampled)}
         if self.teacher is not None:
@@ -56,6 +56,10 @@ class Evaluator:
         row["response_tokens"] = fmean(r.num_tokens for r in sampled)
         row["cut_off"] = fmean(not r.finished for r in sampled)
         return row, sampled
+
+    def _written(self, sampling: Sampling) -> list[Rollout]:
+        """The rollouts; rows that ask the same have samples of their own."""
+        return joined(self.prompts, self.engine.generate(apart(self.prompts), sampling))
 
 
 def grade(
@@ -81,38 +85,26 @@ def _reward(grader: Grader, rollout: Rollout) -> float:
 
 
 def accuracy(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Mean reward with its 95% interval: Wilson's for a share; the normal one where a grader's rewards leave [0, 1].
-
-    Several samples of one prompt count as one observation."""
-    means = [fmean(rewards) for rewards in _by_prompt(rollouts)]
-    mean, num = fmean(means), len(means)
-    if all(0.0 <= value <= 1.0 for value in means):
-        low, high = wilson(mean * num, num)
-    else:
-        half = 1.96 * stdev(means) / num**0.5 if num > 1 else float("inf")
-        low, high = mean - half, mean + half
-    return {"accuracy": mean, "low": low, "high": high, "num": num}
+    """The mean reward with its 95% interval, and the number of different prompts: see `statistics.interval`."""
+    groups = _by_prompt(rollouts)
+    mean, low, high = interval(groups)
+    return {"accuracy": mean, "low": low, "high": high, "num": len(groups)}
 
 
 def _pass_at_k(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    groups = _by_prompt(rollouts)
-    num = len(groups[0])
-    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= num]
-    return {
-        str(k): fmean(pass_at_k(num, sum(reward >= 1.0 for reward in rewards), k) for rewards in groups) for k in ks
-    }
+    counts = [(len(rewards), sum(reward >= 1.0 for reward in rewards)) for rewards in _by_prompt(rollouts)]
+    least = min(num for num, _ in counts)
+    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= least]
+    return {str(k): fmean(pass_at_k(num, correct, k) for num, correct in counts) for k in ks}
 
 
 def _by_prompt(rollouts: Sequence[Rollout]) -> list[list[float]]:
-    """Rewards of the samples of one prompt after another, as engines order them. A prompt that stands in the file twice
-    is two prompts: its rows may have different answers."""
-    groups: list[list[float]] = []
+    """The rewards of all samples of each prompt. Rows that ask the same and have the same answer are one prompt."""
+    groups: dict[tuple[str, str | None], list[float]] = {}
     for rollout in rollouts:
         assert rollout.reward is not None
-        if rollout.sample == 0:
-            groups.append([])
-        groups[-1].append(rollout.reward)
-    return groups
+        groups.setdefault((rollout.prompt.key, rollout.prompt.answer), []).append(rollout.reward)
+    return list(groups.values())
 
 
 @torch.no_grad()

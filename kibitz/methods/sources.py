@@ -1,13 +1,13 @@
 """Who writes the tokens: each source turns the prompts of a step into rollouts, the same ones for the same step."""
 
 import random
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
+from kibitz.data import apart, joined
 from kibitz.engines import Engine
 from kibitz.types import Prompt, Rollout, Sampling, Step, Writer
 
@@ -49,9 +49,7 @@ class Generated:
     def within(self, max_tokens: int, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
         epsilon = self.sampling.epsilon if self.writer == Writer.STUDENT else 0.0  # nobody else explores
         sampling = replace(self.sampling, seed=step.seed, max_tokens=max_tokens, epsilon=epsilon)
-        written = self.engine.generate(_apart(prompts), sampling)
-        asked = (prompt for prompt in prompts for _ in range(sampling.num_samples))
-        rollouts = [replace(r, prompt=prompt) for r, prompt in zip(written, asked, strict=True)]
+        rollouts = joined(prompts, self.engine.generate(apart(prompts), sampling))
         if max_tokens < self.sampling.max_tokens:
             rollouts = [replace(r, shortened=not r.finished) for r in rollouts]
         return rollouts if self.writer == Writer.STUDENT else [_written_by(self.writer, r) for r in rollouts]
@@ -163,17 +161,6 @@ class Filled:
         gaps = [prompt for prompt in prompts if prompt.response is None]
         told = [prompt for prompt in prompts if prompt.response is not None]
         return [*self.data.rollout(told, step), *self.other.rollout(gaps, step)]
-
-
-def _apart(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts, with keys of their own for those that stand here more than once (there are fewer prompts than a step
-    takes): a key decides every token, and a second copy would bring the same responses again."""
-    seen: Counter[str] = Counter()
-    apart = []
-    for prompt in prompts:
-        apart.append(replace(prompt, key=f"{prompt.key}+{seen[prompt.key]}") if seen[prompt.key] else prompt)
-        seen[prompt.key] += 1
-    return apart
 
 
 def _written_by(writer: Writer, rollout: Rollout) -> Rollout:

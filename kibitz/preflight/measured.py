@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kibitz.batching import group, pack
+from kibitz.data import apart, joined
 from kibitz.engines import Engine
 from kibitz.evaluate.evaluate import accuracy, grade
 from kibitz.losses.chunked import Criterion
@@ -47,7 +48,8 @@ def write(setup: Setup, num_prompts: int) -> list[Rollout]:
 def write_with(setup: Setup, engine: Engine, num_prompts: int) -> list[Rollout]:
     """The same with an engine of the teacher's."""
     sampling = replace(setup.parts.sampling, num_samples=1, seed=setup.recipe.seed)
-    rollouts = engine.generate(setup.stream.prompts[:num_prompts], sampling)
+    prompts = setup.stream.prompts[:num_prompts]
+    rollouts = joined(prompts, engine.generate(apart(prompts), sampling))
     return grade(setup.grader, setup.student, rollouts)
 
 

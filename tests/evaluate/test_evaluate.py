@@ -1,8 +1,11 @@
 """Evaluation and annotation against brute force, and the whole path on tokenizers and architectures of real models."""
 
 import json
+import math
+import random
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 import torch
@@ -16,8 +19,10 @@ from kibitz import worlds
 from kibitz.config import DataConfig, EvalConfig, ModelConfig, RolloutConfig
 from kibitz.evaluate.annotate import FORK_NATS, annotate, score_texts
 from kibitz.evaluate.evaluate import accuracy, evaluate_model, mean_reverse_kl
+from kibitz.evaluate.statistics import interval, t_quantile
 from kibitz.models.load import load_model
 from kibitz.teachers.local import local_teacher
+from kibitz.training.setup import prepare
 from kibitz.types import Prompt, Rollout
 
 CPU = torch.device("cpu")
@@ -89,14 +94,65 @@ def test_annotation_without_a_teacher_has_no_fork(pair):
 
 def test_samples_of_one_prompt_are_one_observation():
     """Eight samples of each of two prompts are not sixteen independent trials."""
-    rollouts = [replace(rollout([1], [2], "a", reward), sample=i) for reward in (1.0, 0.0) for i in range(8)]
-    row = accuracy(rollouts)  # of one key: the same prompt stands in the file twice, and is two observations
+    rollouts = [
+        replace(rollout([1], [2], key, reward), sample=i) for key, reward in (("a", 1.0), ("b", 0.0)) for i in range(8)
+    ]
+    row = accuracy(rollouts)
     assert row["accuracy"] == 0.5
     assert row["num"] == 2
     assert row["high"] - row["low"] > 0.8
-    wide = accuracy([rollout([1], [2], str(i), 3.0 * i) for i in range(4)])
-    assert wide["accuracy"] == 4.5
-    assert wide["low"] < 4.5 < wide["high"]
+    same = [replace(r, prompt=rollouts[0].prompt) for r in rollouts]
+    assert accuracy(same)["num"] == 1  # rows that ask the same and have one answer
+    other = [replace(r, prompt=replace(rollouts[0].prompt, answer=str(r.reward))) for r in rollouts]
+    assert accuracy(other)["num"] == 2
+
+
+def test_rewards_that_are_no_share_have_the_interval_of_t():
+    row = accuracy([rollout([1], [2], str(i), 3.0 * i) for i in range(4)])
+    half = 3.182 * stdev([0.0, 3.0, 6.0, 9.0]) / 2
+    assert (row["accuracy"], row["low"], row["high"]) == pytest.approx((4.5, 4.5 - half, 4.5 + half), abs=1e-3)
+
+
+@pytest.mark.parametrize("spread", [(0.5, 0.5), (5.0, 5.0), (9.0, 1.0)])
+@pytest.mark.parametrize("num_samples", [1, 4, 32])
+def test_intervals_hold_the_truth_in_95_of_100_evaluations(num_samples, spread):
+    """400 made-up evaluations of 32 prompts whose difficulty varies: by chance below 91.5% once in a thousand, for a true
+    coverage of 95%."""
+    draw, held, widths = random.Random(f"{num_samples}{spread}"), 0, []
+    for _ in range(400):
+        shares = [draw.betavariate(*spread) for _ in range(32)]
+        groups = [[float(draw.random() < share) for _ in range(num_samples)] for share in shares]
+        _, low, high = interval(groups)
+        held += low <= spread[0] / sum(spread) <= high
+        widths.append(high - low)
+    assert held >= 366
+    if num_samples == 32 and spread == (5.0, 5.0):
+        assert fmean(widths) < 0.15  # Wilson's for 32 prompts is 0.33 wide
+
+
+def test_quantiles_of_t():
+    """The distribution function of t for 2 degrees of freedom is known: t / sqrt(2 + t^2) = 0.95."""
+    assert t_quantile(2) / math.sqrt(2 + t_quantile(2) ** 2) == pytest.approx(0.95, abs=1e-4)
+    assert t_quantile(30) == pytest.approx(2.042) and t_quantile(31) == pytest.approx(2.0395, abs=1e-3)
+    assert t_quantile(10**6) == pytest.approx(1.96, abs=1e-4) and t_quantile(0) == math.inf
+
+
+def test_rows_that_ask_the_same_are_sampled_apart(small_models, tmp_path):
+    """A file that holds a problem 32 times, as published ones do for avg@32, is like one row with 32 samples."""
+    (tmp_path / "many.jsonl").write_text('{"prompt": "1+2", "answer": "3"}\n' * 32)
+    (tmp_path / "once.jsonl").write_text('{"prompt": "1+2", "answer": "3"}\n')
+    tree = recipe(small_models / "student", small_models / "teacher", tmp_path / "run")
+    found = []
+    for name, samples in (("many", 1), ("once", 32)):
+        tree["eval"] |= {"prompts": str(tmp_path / f"{name}.jsonl"), "samples": samples, "num_prompts": 64}
+        setup = prepare(tree, grader=lambda prompt, text: float(len(text) % 2), overwrite=True)
+        found.append(setup.evaluator.run())
+    for row, rollouts in found:
+        assert len({tuple(r.response_ids) for r in rollouts}) > 16
+        assert row["sampled"]["num"] == row["greedy"]["num"] == 1
+        assert row["pass_at_k"].keys() == {"1", "2", "4", "8", "16", "32"}
+    many, once = (row["sampled"] for row, _ in found)
+    assert 0 < many["accuracy"] < 1 and 0 < once["accuracy"] < 1
 
 
 def test_evaluating_a_folder(pair, tmp_path):
