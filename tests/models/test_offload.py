@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.models import make_model, tokenizer
+from support.models import CPU, make_model, tokenizer
 from support.runs import recipe, timeless
 from transformers import AutoModelForCausalLM
 
@@ -27,8 +27,6 @@ from kibitz.models.load import load_model
 from kibitz.teachers import ScoreRequest
 from kibitz.teachers.local import LocalScorer, reduced
 from kibitz.types import Dense, Prompt, Rollout, Sampling, Scored
-
-CPU = torch.device("cpu")
 
 
 def rollouts(num: int = 6) -> list[Rollout]:
