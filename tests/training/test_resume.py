@@ -24,7 +24,8 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are forked
 LAUNCHER = """
 import json, os, sys
 import torch, transformers
-from kibitz import cli, trainer
+from kibitz import cli
+from kibitz.training import trainer
 from transformers import Qwen3ForCausalLM
 torch.set_num_threads(1)
 for line in sys.stdin:
