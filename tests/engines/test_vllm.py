@@ -1,6 +1,6 @@
 """vLLM's own server, its CPU build, started here: what it writes and scores is what this process would.
 
-It lives in a virtual environment of its own (`make .venv-vllm/.installed`, which `make test` calls); without one these tests
+It lives in a virtual environment of its own (`make .venv-vllm/.installed`, which `make test-all` calls); without one these tests
 skip. The LoRA server is another than the scoring one: vLLM 0.32 was seen to die of prompt_logprobs with --enable-lora.
 """
 
