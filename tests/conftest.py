@@ -5,10 +5,15 @@ import os
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "100", "NO_COLOR": "1"}
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import functools
+import ssl
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+# Each of the many clients that tests open would read all certificates of the machine: 20 ms, and none needs them.
+ssl.create_default_context = functools.cache(ssl.create_default_context)
 
 # The same examples every time, and no clock: a shared machine is slow when it likes.
 hypothesis.settings.register_profile("kibitz", derandomize=True, deadline=None)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from support.models import language_model
-from support.runs import recipe as small_recipe
+from support.runs import recipe
 from support.vllm_stub import Stub
 
 import kibitz
@@ -111,7 +111,7 @@ def test_no_file_of_a_run_holds_the_key(two_models, tmp_path, monkeypatch):
     monkeypatch.setenv("KIBITZ_API_KEY", "sk-very-secret")
     with Stub(two_models[0]) as stub:
         rollout = {"engine": "vllm", "urls": [stub.url]}
-        kibitz.train(small_recipe(two_models[0], two_models[1], tmp_path / "run", rollout=rollout, steps=1))
+        kibitz.train(recipe(two_models[0], two_models[1], tmp_path / "run", rollout=rollout, steps=1))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 5 and not any(b"sk-very-secret" in path.read_bytes() for path in files)
 
@@ -246,7 +246,7 @@ def test_rollouts_that_cannot_be_are_refused(engine, two_models, tmp_path, bend,
 
 
 def test_what_vllm_cannot_do_is_refused_in_the_recipe(two_models, tmp_path):
-    base = small_recipe(two_models[0], two_models[1], tmp_path)
+    base = recipe(two_models[0], two_models[1], tmp_path)
     for rollout, sentence in (
         ({"engine": "vllm"}, "needs its servers: write rollout.urls"),
         ({"urls": ["http://127.0.0.1:1"]}, "urls belong to engine: vllm"),
@@ -329,9 +329,7 @@ def test_training_on_a_servers_rollouts(two_models, tmp_path):
     runs = {}
     with Stub(two_models[0]) as stub:
         for name, rollout in {"torch": {}, "vllm": {"engine": "vllm", "urls": [stub.url]}}.items():
-            tree = small_recipe(
-                two_models[0], two_models[1], tmp_path / name, rollout=rollout, optim={"lr": 0.01}, steps=12
-            )
+            tree = recipe(two_models[0], two_models[1], tmp_path / name, rollout=rollout, optim={"lr": 0.02}, steps=6)
             runs[name] = kibitz.train(tree)
     for run in runs.values():
         losses = [row["loss"] for row in run.metrics]
