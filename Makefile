@@ -6,12 +6,13 @@ VLLM   ?= .venv-vllm
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo demo-from-scratch test check format coverage bench browser clean
+.PHONY: help demo demo-from-scratch test test-all check format coverage bench browser clean
 
 help:
 	@echo "make demo               on-policy distillation on a toy world, with the shipped models"
 	@echo "make demo-from-scratch  the same after training those models from nothing"
-	@echo "make test               lint and all tests"
+	@echo "make test               lint and the tests that are quick: ten minutes on two cores"
+	@echo "make test-all           lint and all tests, those of vLLM's own server and other slow ones too: what CI runs"
 	@echo "make check              lint and types"
 	@echo "make format             write files the way check wants them"
 	@echo "make coverage           tests, and the lines that none of them runs"
@@ -25,7 +26,12 @@ demo-from-scratch: $(VENV)/.installed
 	$(BIN)/kibitz worlds make arithmetic --output runs/worlds/arithmetic
 	$(BIN)/kibitz demo --models runs/worlds/arithmetic --output runs/demo-from-scratch
 
-test: $(VENV)/.installed-dev browser $(VLLM)/.installed
+test: $(VENV)/.installed-dev browser
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --quiet --check .
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.installed-dev browser $(VLLM)/.installed
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --quiet --check .
 	$(BIN)/python -m pytest

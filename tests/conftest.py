@@ -5,10 +5,15 @@ import os
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "100", "NO_COLOR": "1"}
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import functools
+import ssl
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+# Each of the many clients that tests open would read all certificates of the machine: 20 ms, and none needs them.
+ssl.create_default_context = functools.cache(ssl.create_default_context)
 
 # The same examples every time, and no clock: a shared machine is slow when it likes.
 hypothesis.settings.register_profile("kibitz", derandomize=True, deadline=None)
@@ -35,3 +40,29 @@ def small_models(tmp_path_factory) -> Path:
     other.add_tokens(["x", "y"])
     other.save_pretrained(make_model(home / "stranger", seed=3, vocab_size=len(other)))
     return home
+
+
+@pytest.fixture(scope="session")
+def models(small_models) -> tuple[Path, Path]:
+    """The student and the teacher of `small_models`."""
+    return small_models / "student", small_models / "teacher"
+
+
+@pytest.fixture(scope="session")
+def two_models(tmp_path_factory) -> list[Path]:
+    """Two models of one shape: the weights of either fit into the other."""
+    from support.models import make_model
+
+    home = tmp_path_factory.mktemp("two-models")
+    return [make_model(home / str(seed), seed=seed) for seed in range(2)]
+
+
+@pytest.fixture
+def lab(small_models, tmp_path):
+    """Makes a `Lab` of a method: one step of it on the small models, without the run around it."""
+    from support.lab import Lab
+
+    def build(method: dict, name: str = "run", **sections) -> Lab:
+        return Lab(small_models, tmp_path / name, method, **sections)
+
+    return build

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.paths import ROOT
 
 import kibitz
 
@@ -174,6 +175,35 @@ def test_files_and_functions_are_short(module):
             parameters = [a.arg for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs]
             is_command = module.startswith("kibitz.cli.") and parameters[:1] == ["ctx"]  # a parameter for each option
             assert len(parameters) <= MAX_PARAMETERS or is_command, node.name
+
+
+TESTS = {path.relative_to(ROOT / "tests"): ast.parse(path.read_text()) for path in (ROOT / "tests").rglob("test_*.py")}
+
+
+@pytest.mark.parametrize("path", TESTS, ids=str)
+def test_a_test_file_imports_no_other(path):
+    names = {part for node in ast.walk(TESTS[path]) for name in imported(node) for part in name.split(".")}
+    others = names & ({other.stem for other in TESTS} | {"tests", "conftest"})
+    assert not others, (
+        f"{path} imports {others}: put what both need into tests/support, or make it a fixture of tests/conftest.py"
+    )
+
+
+def imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.ImportFrom):
+        return [node.module or "", *(alias.name for alias in node.names)]
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+
+
+def test_no_helper_stands_in_two_test_files():
+    """Functions, fixtures and classes of three lines or more that are the same to the letter."""
+    found: dict[str, list[str]] = {}
+    for path, tree in TESTS.items():
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.end_lineno - node.lineno >= 2:
+                found.setdefault(ast.unparse(node), []).append(f"{path}:{node.lineno}")
+    copies = [places for places in found.values() if len(places) > 1]
+    assert not copies, "put it into tests/support, or make it a fixture of tests/conftest.py"
 
 
 def test_kibitz_exports_what_it_says():

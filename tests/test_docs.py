@@ -1,6 +1,5 @@
 """The pages: their generated parts are those of the code, and every setting, metric, file and heading they name exists."""
 
-import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +9,12 @@ import pytest
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
-from support.paths import ROOT
+from support.paths import ROOT, script
+from support.runs import LEAST
 
 import kibitz
 from kibitz import config, methods
 
-LEAST = {"student": {"model": "s"}, "teacher": {"model": "t"}, "data": {"prompts": "p.jsonl"}}
 PAGES = (
     "README.md",
     "docs/methods.md",
@@ -29,14 +28,7 @@ FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.
 WANTED = ("```", "**Source.**", "**When.**", "**When not.**")
 
 
-def load_generator():
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-generate = load_generator()
+generate = script(ROOT / "docs" / "generate.py")
 
 
 def page(name: str) -> str:

@@ -1,11 +1,10 @@
 """The tutorial and the library are each other's oracle."""
 
-import importlib.util
 import json
 
 import pytest
 from support.models import make_model
-from support.paths import ROOT
+from support.paths import ROOT, script
 from support.runs import recipe
 
 import kibitz
@@ -16,10 +15,7 @@ EXAMPLE = ROOT / "examples" / "opd_in_one_file.py"
 
 @pytest.fixture
 def example():
-    spec = importlib.util.spec_from_file_location("opd_in_one_file", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(EXAMPLE)
 
 
 def test_the_one_file_has_the_loss_of_the_library(example, tmp_path, monkeypatch):

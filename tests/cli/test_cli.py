@@ -341,7 +341,8 @@ def test_ctrl_c_leaves_a_run_that_goes_on(recipe, tmp_path):
 
 
 def test_demo_in_two_steps(tmp_path):
-    args = ["demo", "--output", tmp_path / "demo", "steps=2", "eval.num_prompts=24", "eval.every=0"]
+    small = ["steps=2", "rollout.prompts_per_step=8", "eval.num_prompts=24", "eval.every=0"]
+    args = ["demo", "--output", tmp_path / "demo", *small]
     answer = kibitz_says(*args)
     assert answer.exit_code == 0, answer.output
     assert "misconception" in answer.stderr

@@ -8,12 +8,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from support.paths import ROOT
+from support.runs import LEAST
 
 from kibitz import config
 from kibitz.config import Recipe, RecipeError, Section
 
 SCHEMA = ROOT / "recipe.schema.json"
-LEAST = {"student": {"model": "s"}, "teacher": {"model": "t"}, "data": {"prompts": "p.jsonl"}}
 
 
 def refusal(*overrides: str, **changes) -> str:

@@ -3,10 +3,10 @@
 import hashlib
 import math
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
+from support.models import bare_model, random_prompts
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -57,30 +57,11 @@ CONFIGS = {
 STOPS = (3, 17, 40)
 
 
-def make_student(config, vocab_size: int = VOCAB, seed: int = 0) -> SimpleNamespace:
-    """A model with weights far from the initial ones: norms that are not 1, biases that are not 0, peaked logits."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        config, attn_implementation="sdpa" if config.model_type != "mamba" else None
-    )
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=0.0 if parameter.ndim > 1 else 0.5, std=0.25)
-    return SimpleNamespace(model=model.eval(), vocab_size=vocab_size, device=torch.device("cpu"))
-
-
 def make_engine(student, decoder: str = "own choice", max_rows: int = 256) -> TorchEngine:
     engine = TorchEngine(student, max_rows)
     if decoder != "own choice":
         engine.use({"fused": FusedDecoder, "cached": CachedDecoder, "plain": PlainDecoder}[decoder](student.model))
     return engine
-
-
-def make_prompts(lengths) -> list[Prompt]:
-    generator = torch.Generator().manual_seed(5)
-    return [
-        Prompt(tuple(torch.randint(VOCAB, (length,), generator=generator).tolist()), "", f"row-{i}")
-        for i, length in enumerate(lengths)
-    ]
 
 
 def full_forward_logits(student, rollout) -> torch.Tensor:
@@ -128,9 +109,12 @@ def chi_square_odds(counts: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("decoder", ["own choice", "cached"])
 def test_logp_and_tokens_equal_a_full_forward(name, decoder):
     """Mixed prompt lengths, fewer rows than jobs, several samples, stop tokens: rows leave, enter and move."""
-    student = make_student(CONFIGS[name])
+    student = bare_model(CONFIGS[name])
     engine = make_engine(student, decoder, max_rows=5)
-    prompts, sampling = make_prompts([1, 9, 2, 30, 3, 17, 2, 8]), Sampling(max_tokens=24, num_samples=3, stop_ids=STOPS)
+    prompts, sampling = (
+        random_prompts([1, 9, 2, 30, 3, 17, 2, 8], VOCAB),
+        Sampling(max_tokens=24, num_samples=3, stop_ids=STOPS),
+    )
     rollouts = engine.generate(prompts, sampling)
     assert [(r.prompt.key, r.sample) for r in rollouts] == [(p.key, s) for p in prompts for s in range(3)]
     assert len({r.num_tokens for r in rollouts}) > 3, "the test wants responses of many lengths"
@@ -143,38 +127,38 @@ def test_logp_and_tokens_equal_a_full_forward(name, decoder):
 
 def test_the_engine_takes_the_fastest_decoder_that_fits():
     for name, want in [("qwen3 tied", FusedDecoder), ("llama untied", FusedDecoder), ("gpt2 tied", CachedDecoder)]:
-        assert type(make_engine(make_student(CONFIGS[name])).decoder()) is want
-    half = make_student(CONFIGS["qwen3 tied"])
+        assert type(make_engine(bare_model(CONFIGS[name])).decoder()) is want
+    half = bare_model(CONFIGS["qwen3 tied"])
     half.model.to(torch.bfloat16)
     assert type(make_engine(half).decoder()) is CachedDecoder
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_sliding_windows_shorter_than_the_text(attention):
-    student = make_student(MistralConfig(**GROUPED, sliding_window=5))
+    student = bare_model(MistralConfig(**GROUPED, sliding_window=5))
     student.model.set_attn_implementation(attention)
     engine, sampling = make_engine(student, max_rows=2), Sampling(max_tokens=20)
     assert type(engine.decoder()) is CachedDecoder
-    assert_like_full_forward(student, engine.generate(make_prompts([12, 1, 7]), sampling), sampling)
+    assert_like_full_forward(student, engine.generate(random_prompts([12, 1, 7], VOCAB), sampling), sampling)
 
 
 def test_windows_on_some_layers_only():
     config = Qwen3Config(**GROUPED, use_sliding_window=True, sliding_window=5, max_window_layers=1)
-    student, sampling = make_student(config), Sampling(max_tokens=20)
+    student, sampling = bare_model(config), Sampling(max_tokens=20)
     engine = make_engine(student, max_rows=2)
     assert type(engine.decoder()) is CachedDecoder
-    assert_like_full_forward(student, engine.generate(make_prompts([12, 1, 7]), sampling), sampling)
+    assert_like_full_forward(student, engine.generate(random_prompts([12, 1, 7], VOCAB), sampling), sampling)
 
 
 def test_an_architecture_without_attention_falls_back_loudly():
-    student = make_student(MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4))
+    student = bare_model(MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4))
     engine, sampling = make_engine(student, max_rows=3), Sampling(max_tokens=8, stop_ids=STOPS)
     with pytest.warns(UserWarning, match="MambaForCausalLM cannot be driven with the engine's KV cache"):
-        rollouts = engine.generate(make_prompts([1, 6, 3, 2]), sampling)
+        rollouts = engine.generate(random_prompts([1, 6, 3, 2], VOCAB), sampling)
     assert_like_full_forward(student, rollouts, sampling)
     with warnings.catch_warnings():  # said once, not at every call
         warnings.simplefilter("error")
-        engine.generate(make_prompts([2]), sampling)
+        engine.generate(random_prompts([2], VOCAB), sampling)
 
 
 def test_the_self_check_sees_a_wrong_decoder():
@@ -194,8 +178,11 @@ def test_the_self_check_sees_a_wrong_decoder():
 @pytest.mark.parametrize("decoder", ["fused", "cached", "plain"])
 def test_a_prompt_gives_the_same_rollout_in_any_company(decoder):
     """Floating-point noise could flip a token with odds of about 1e-6 each: 1e-3 for this test, were it not seeded."""
-    student = make_student(CONFIGS["qwen3 tied"])
-    prompts, sampling = make_prompts([4, 1, 25, 9, 2, 14, 3]), Sampling(max_tokens=16, num_samples=2, stop_ids=STOPS)
+    student = bare_model(CONFIGS["qwen3 tied"])
+    prompts, sampling = (
+        random_prompts([4, 1, 25, 9, 2, 14, 3], VOCAB),
+        Sampling(max_tokens=16, num_samples=2, stop_ids=STOPS),
+    )
     crowd = make_engine(student, decoder, max_rows=4).generate(prompts, sampling)
     for index, prompt in enumerate(prompts):
         alone = make_engine(student, decoder).generate([prompt], sampling)
@@ -208,8 +195,8 @@ def test_a_prompt_gives_the_same_rollout_in_any_company(decoder):
 
 @pytest.mark.parametrize("name", ["qwen3 untied", "gpt2 tied"])
 def test_greedy_equals_hugging_face(name):
-    student = make_student(CONFIGS[name])
-    prompts, sampling = make_prompts([7, 2, 19]), Sampling(max_tokens=20, temperature=0.0)
+    student = bare_model(CONFIGS[name])
+    prompts, sampling = random_prompts([7, 2, 19], VOCAB), Sampling(max_tokens=20, temperature=0.0)
     rollouts = make_engine(student, max_rows=2).generate(prompts, sampling)
     for prompt, rollout in zip(prompts, rollouts, strict=True):
         ids_1P = torch.tensor([prompt.ids])
@@ -221,8 +208,8 @@ def test_greedy_equals_hugging_face(name):
 
 
 def test_new_weights_are_seen_at_once():
-    student = make_student(CONFIGS["llama tied"])
-    engine, prompts, sampling = make_engine(student), make_prompts([5, 8]), Sampling(max_tokens=10)
+    student = bare_model(CONFIGS["llama tied"])
+    engine, prompts, sampling = make_engine(student), random_prompts([5, 8], VOCAB), Sampling(max_tokens=10)
     before = engine.generate(prompts, sampling)
     with torch.no_grad():
         for parameter in student.model.parameters():
@@ -230,18 +217,18 @@ def test_new_weights_are_seen_at_once():
     after = engine.generate(prompts, sampling)
     assert [r.response_ids for r in before] != [r.response_ids for r in after]
     assert_like_full_forward(student, after, sampling)
-    other = make_student(CONFIGS["gpt2 tied"])
+    other = bare_model(CONFIGS["gpt2 tied"])
     engine.sync(other)
     assert_like_full_forward(other, engine.generate(prompts, sampling), sampling)
 
 
 def test_dropout_is_off_and_the_mode_comes_back():
-    student = make_student(GPT2Config(**{**SMALL, "intermediate_size": None}, resid_pdrop=0.5, embd_pdrop=0.5))
+    student = bare_model(GPT2Config(**{**SMALL, "intermediate_size": None}, resid_pdrop=0.5, embd_pdrop=0.5))
     student.model.train()
     student.model.transformer.h[0].eval()
     modes = [module.training for module in student.model.modules()]
     sampling = Sampling(max_tokens=8)
-    rollouts = make_engine(student).generate(make_prompts([4]), sampling)
+    rollouts = make_engine(student).generate(random_prompts([4], VOCAB), sampling)
     assert [module.training for module in student.model.modules()] == modes
     student.model.eval()
     assert_like_full_forward(student, rollouts, sampling)
@@ -251,9 +238,9 @@ def test_dropout_is_off_and_the_mode_comes_back():
 
 
 def test_a_stop_token_ends_a_response_and_belongs_to_it():
-    student = make_student(CONFIGS["qwen3 tied"])
+    student = bare_model(CONFIGS["qwen3 tied"])
     rollouts = make_engine(student, max_rows=8).generate(
-        make_prompts([3] * 40), Sampling(max_tokens=30, stop_ids=STOPS)
+        random_prompts([3] * 40, VOCAB), Sampling(max_tokens=30, stop_ids=STOPS)
     )
     assert {r.finished for r in rollouts} == {True, False}
     for rollout in rollouts:
@@ -263,7 +250,7 @@ def test_a_stop_token_ends_a_response_and_belongs_to_it():
 
 
 def test_stop_tokens_do_not_change_what_comes_before_them():
-    student, prompts = make_student(CONFIGS["llama tied"]), make_prompts([3, 11, 6, 2])
+    student, prompts = bare_model(CONFIGS["llama tied"]), random_prompts([3, 11, 6, 2], VOCAB)
     free = make_engine(student).generate(prompts, Sampling(max_tokens=30))
     for short, long in zip(
         make_engine(student).generate(prompts, Sampling(max_tokens=30, stop_ids=STOPS)), free, strict=True
@@ -272,7 +259,7 @@ def test_stop_tokens_do_not_change_what_comes_before_them():
 
 
 def test_a_stop_token_at_the_very_limit_is_finished():
-    student, prompts = make_student(CONFIGS["qwen3 tied"]), make_prompts([6])
+    student, prompts = bare_model(CONFIGS["qwen3 tied"]), random_prompts([6], VOCAB)
     last = make_engine(student).generate(prompts, Sampling(max_tokens=5))[0].response_ids[-1]
     (rollout,) = make_engine(student).generate(prompts, Sampling(max_tokens=5, stop_ids=(last,)))
     assert rollout.finished and rollout.response_ids[-1] == last
@@ -281,7 +268,7 @@ def test_a_stop_token_at_the_very_limit_is_finished():
 def test_padding_equal_to_the_stop_token():
     """Prompts hold it, prefill pads with it (0), the configuration calls it both: only a sampled one ends a row."""
     config = Qwen3Config(**{**GROUPED, "pad_token_id": 0, "eos_token_id": 0})
-    student, sampling = make_student(config), Sampling(max_tokens=12, stop_ids=(0,), temperature=1.5)
+    student, sampling = bare_model(config), Sampling(max_tokens=12, stop_ids=(0,), temperature=1.5)
     prompts = [Prompt((0, 5, 0, 0), "", "a"), Prompt((0,), "", "b"), Prompt((7, 8, 9, 1, 2, 3, 0, 0, 0), "", "c")] * 10
     prompts = [Prompt(p.ids, "", f"{p.key}{i}") for i, p in enumerate(prompts)]
     rollouts = make_engine(student, max_rows=7).generate(prompts, sampling)
@@ -290,11 +277,11 @@ def test_padding_equal_to_the_stop_token():
 
 
 def test_padded_vocabulary_is_never_sampled():
-    student = make_student(CONFIGS["qwen3 untied"], vocab_size=50)
+    student = bare_model(CONFIGS["qwen3 untied"], vocab_size=50)
     with torch.no_grad():
         student.model.lm_head.weight[50:] *= 10.0  # the padding would win nearly always
     sampling = Sampling(max_tokens=16, num_samples=4)
-    prompts = [Prompt(tuple(i % 50 for i in p.ids), "", p.key) for p in make_prompts([3, 9, 5])]
+    prompts = [Prompt(tuple(i % 50 for i in p.ids), "", p.key) for p in random_prompts([3, 9, 5], VOCAB)]
     rollouts = make_engine(student).generate(prompts, sampling)
     assert max(max(r.response_ids) for r in rollouts) < 50
     assert_like_full_forward(student, rollouts, sampling)
@@ -316,8 +303,8 @@ def test_padded_vocabulary_is_never_sampled():
 )
 def test_tokens_come_as_often_as_their_probability_says(sampling):
     """Chi-square over tokens expected at least 5 times, the rest in one bin. Fails by chance once in 10^4 seeds."""
-    student = make_student(CONFIGS["qwen3 tied"])
-    rollouts = make_engine(student, max_rows=500).generate(make_prompts([6]), sampling)
+    student = bare_model(CONFIGS["qwen3 tied"])
+    rollouts = make_engine(student, max_rows=500).generate(random_prompts([6], VOCAB), sampling)
     logp_V = exact_logp(full_forward_logits(student, rollouts[0])[:1], sampling)[0]
     counts_V = torch.bincount(torch.tensor([r.response_ids[0] for r in rollouts]), minlength=VOCAB)
     assert counts_V[logp_V == -math.inf].sum() == 0
@@ -335,8 +322,8 @@ def test_tokens_come_as_often_as_their_probability_says(sampling):
 )
 def test_truncated_logp_are_those_of_the_truncated_distribution(sampling):
     sampling = Sampling(**{**vars(sampling), "max_tokens": 12, "stop_ids": STOPS})
-    student = make_student(CONFIGS["llama tied"])
-    rollouts = make_engine(student, max_rows=3).generate(make_prompts([2, 8, 5, 13, 1]), sampling)
+    student = bare_model(CONFIGS["llama tied"])
+    rollouts = make_engine(student, max_rows=3).generate(random_prompts([2, 8, 5, 13, 1], VOCAB), sampling)
     assert_like_full_forward(student, rollouts, sampling)
     for rollout in rollouts:
         kept = (exact_logp(full_forward_logits(student, rollout), sampling) > -math.inf).sum(-1)
@@ -431,28 +418,30 @@ def test_uniforms_are_uniform_along_and_across_rows():
     ],
 )
 def test_errors_say_what_to_change(prompt, sampling, message):
-    engine = make_engine(make_student(CONFIGS["gpt2 tied"]))
+    engine = make_engine(bare_model(CONFIGS["gpt2 tied"]))
     with pytest.raises(ValueError, match=message):
         engine.generate([Prompt(prompt, "", "p")], sampling)
 
 
 def test_the_context_can_be_filled_to_its_end():
     for name in ("gpt2 tied", "qwen3 tied"):
-        student, sampling = make_student(CONFIGS[name]), Sampling(max_tokens=6)
-        assert_like_full_forward(student, make_engine(student).generate(make_prompts([90, 1]), sampling), sampling)
+        student, sampling = bare_model(CONFIGS[name]), Sampling(max_tokens=6)
+        assert_like_full_forward(
+            student, make_engine(student).generate(random_prompts([90, 1], VOCAB), sampling), sampling
+        )
 
 
 def test_diverged_weights_are_an_error():
-    student = make_student(CONFIGS["qwen3 tied"])
+    student = bare_model(CONFIGS["qwen3 tied"])
     engine = make_engine(student, "cached")
     with torch.no_grad():
         student.model.model.norm.weight.fill_(math.nan)
     with pytest.raises(ValueError, match="logits were not finite while it answered prompt 'row-0'"):
-        engine.generate(make_prompts([4]), Sampling(max_tokens=3))
+        engine.generate(random_prompts([4], VOCAB), Sampling(max_tokens=3))
 
 
 def test_no_prompts_no_rollouts():
-    assert make_engine(make_student(CONFIGS["qwen3 tied"])).generate([], Sampling()) == []
+    assert make_engine(bare_model(CONFIGS["qwen3 tied"])).generate([], Sampling()) == []
 
 
 # ------------------------------------------------------------------ the fake

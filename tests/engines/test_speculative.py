@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.models import make_model
+from support.models import bare_model, make_model, random_prompts
 from support.runs import STEP, recipe, teacher_model
-from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, MistralConfig, Qwen3Config
+from transformers import GPT2Config, MambaConfig, MistralConfig, Qwen3Config
 
 from kibitz import methods
 from kibitz.batching import pack
@@ -40,27 +40,13 @@ SMALL = {
 GROUPED = {**SMALL, "num_key_value_heads": 1, "head_dim": 12}
 
 
-def make(config, seed: int, std: float = 0.25) -> SimpleNamespace:
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=0.0 if parameter.ndim > 1 else 0.5, std=std)
-    return SimpleNamespace(model=model.eval(), vocab_size=config.vocab_size, device=torch.device("cpu"))
-
-
 def qwen(seed: int, vocab: int = VOCAB, **changes) -> SimpleNamespace:
-    return make(Qwen3Config(**{**GROUPED, "vocab_size": vocab, **changes}), seed)
+    return bare_model(Qwen3Config(**{**GROUPED, "vocab_size": vocab, **changes}), seed)
 
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[SimpleNamespace, SimpleNamespace]:
     return qwen(1), qwen(2, hidden_size=36)
-
-
-def make_prompts(lengths, vocab: int = VOCAB) -> list[Prompt]:
-    generator = torch.Generator().manual_seed(5)
-    ids = [torch.randint(vocab, (length,), generator=generator).tolist() for length in lengths]
-    return [Prompt(tuple(row), "", f"row-{i}") for i, row in enumerate(ids)]
 
 
 def next_logits(model):
@@ -147,7 +133,7 @@ def test_every_token_is_the_one_of_the_definition(pair, changes):
     """Prompts of mixed lengths, fewer rows than prompts, stop tokens, student and teacher each with settings of its own."""
     engine = SpeculativeEngine(*pair, **{"top_k": 9, "max_rows": 4, **changes})
     sampling = Sampling(max_tokens=14, temperature=0.8, top_p=0.95, stop_ids=STOPS)
-    rollouts = assert_as_defined(engine, make_prompts([1, 9, 2, 30, 3, 17, 2, 8]), sampling)
+    rollouts = assert_as_defined(engine, random_prompts([1, 9, 2, 30, 3, 17, 2, 8], VOCAB), sampling)
     assert 0.0 < share_of_teacher(rollouts) < 1.0
     assert {r.finished for r in rollouts} == {True, False}
     assert len({r.num_tokens for r in rollouts}) >= 2
@@ -155,7 +141,10 @@ def test_every_token_is_the_one_of_the_definition(pair, changes):
 
 def test_the_whole_vocabulary_is_on_policy_token_by_token(pair):
     """The same uniform numbers: the very rollouts of the embedded engine. An equal limit: no bonus token anywhere."""
-    prompts, sampling = make_prompts([4, 1, 12, 6]), Sampling(max_tokens=13, num_samples=3, stop_ids=STOPS, seed=7)
+    prompts, sampling = (
+        random_prompts([4, 1, 12, 6], VOCAB),
+        Sampling(max_tokens=13, num_samples=3, stop_ids=STOPS, seed=7),
+    )
     ours = SpeculativeEngine(*pair, top_k=VOCAB, draft_tokens=4).generate(prompts, sampling)
     theirs = TorchEngine(pair[0]).generate(prompts, sampling)
     assert [(r.prompt.key, r.sample) for r in ours] == [(r.prompt.key, r.sample) for r in theirs]
@@ -167,7 +156,7 @@ def test_the_whole_vocabulary_is_on_policy_token_by_token(pair):
 
 
 def test_a_k_of_one_with_a_greedy_teacher_follows_its_argmax(pair):
-    prompts, sampling = make_prompts([4, 1, 12, 6]), Sampling(max_tokens=12, stop_ids=STOPS)
+    prompts, sampling = random_prompts([4, 1, 12, 6], VOCAB), Sampling(max_tokens=12, stop_ids=STOPS)
     ours = SpeculativeEngine(*pair, top_k=1, teacher_temperature=0.0).generate(prompts, sampling)
     greedy = TorchEngine(pair[1]).generate(prompts, replace(sampling, temperature=0.0))
     assert [r.response_ids for r in ours] == [r.response_ids for r in greedy]
@@ -175,7 +164,7 @@ def test_a_k_of_one_with_a_greedy_teacher_follows_its_argmax(pair):
 
 
 def test_no_token_depends_on_the_block_or_on_the_batch(pair):
-    prompts, sampling = make_prompts([5, 1, 11, 3, 8]), Sampling(max_tokens=11, num_samples=2, stop_ids=STOPS)
+    prompts, sampling = random_prompts([5, 1, 11, 3, 8], VOCAB), Sampling(max_tokens=11, num_samples=2, stop_ids=STOPS)
 
     def written(draft_tokens: int, max_rows: int, batch) -> dict:
         engine = SpeculativeEngine(*pair, top_k=8, draft_tokens=draft_tokens, max_rows=max_rows)
@@ -190,7 +179,7 @@ def test_no_token_depends_on_the_block_or_on_the_batch(pair):
 
 
 def test_stop_tokens_inside_a_block_of_either_writer_end_it(pair):
-    prompts = make_prompts([3] * 60)
+    prompts = random_prompts([3] * 60, VOCAB)
     rollouts = SpeculativeEngine(*pair, top_k=12, draft_tokens=6).generate(
         prompts, Sampling(max_tokens=9, stop_ids=STOPS)
     )
@@ -219,21 +208,21 @@ def test_stop_tokens_inside_a_block_of_either_writer_end_it(pair):
 )
 def test_architectures_up_to_the_last_position(teacher):
     """GPT-2 has no 33rd position, so that a block that drafts beyond the limit would fail."""
-    engine = SpeculativeEngine(qwen(1), make(teacher, 4), top_k=9, draft_tokens=4, max_rows=3)
-    assert_as_defined(engine, make_prompts([1, 18, 5, 9]), Sampling(max_tokens=14))
+    engine = SpeculativeEngine(qwen(1), bare_model(teacher, 4), top_k=9, draft_tokens=4, max_rows=3)
+    assert_as_defined(engine, random_prompts([1, 18, 5, 9], VOCAB), Sampling(max_tokens=14))
     assert not isinstance(engine._judge, PlainBlocks)
 
 
 def test_a_recurrent_teacher_is_driven_without_a_cache(pair):
     config = MambaConfig(vocab_size=VOCAB, hidden_size=24, num_hidden_layers=1, state_size=4, eos_token_id=None)
-    engine = SpeculativeEngine(pair[0], make(config, 4), top_k=9, max_rows=2)
+    engine = SpeculativeEngine(pair[0], bare_model(config, 4), top_k=9, max_rows=2)
     with pytest.warns(UserWarning, match="every block recomputes"):
-        assert_as_defined(engine, make_prompts([1, 7, 4]), Sampling(max_tokens=8))
+        assert_as_defined(engine, random_prompts([1, 7, 4], VOCAB), Sampling(max_tokens=8))
 
 
 def test_one_forward_of_the_teacher_per_block_and_over_new_tokens_only(pair):
     student, teacher = pair
-    (prompt,), sampling = make_prompts([20]), Sampling(max_tokens=30)
+    (prompt,), sampling = random_prompts([20], VOCAB), Sampling(max_tokens=30)
     for top_k in (1, 9, VOCAB):
         engine = SpeculativeEngine(student, teacher, top_k=top_k, draft_tokens=4)
         engine.generate([prompt], sampling)  # chooses its decoders
@@ -267,7 +256,7 @@ def odds(counts, expected) -> float:
 def small():
     """Four tokens, so that every probability of two tokens can be enumerated."""
     student, teacher = (qwen(seed, vocab=4) for seed in (11, 12))
-    (prompt,) = make_prompts([3], vocab=4)
+    (prompt,) = random_prompts([3], 4)
     engine = SpeculativeEngine(student, teacher, top_k=2, draft_tokens=2, max_rows=20_000)
     rollouts = engine.generate([prompt], Sampling(max_tokens=2, num_samples=20_000))
     return student, teacher, prompt, rollouts
@@ -383,7 +372,7 @@ def test_what_a_user_can_get_wrong(pair):
 def test_broken_weights_are_named(who):
     models = {"student": qwen(1), "teacher": qwen(2)}
     engine = SpeculativeEngine(**models, top_k=VOCAB)
-    prompts = make_prompts([3])
+    prompts = random_prompts([3], VOCAB)
     engine.generate(prompts, Sampling(max_tokens=2))
     torch.nn.init.constant_(models[who].model.model.norm.weight, torch.nan)
     with pytest.raises(ValueError, match=f"the {who}'s logits were not finite at prompt 'row-0'"):

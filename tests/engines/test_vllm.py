@@ -1,6 +1,6 @@
 """vLLM's own server, its CPU build, started here: what it writes and scores is what this process would.
 
-It lives in a virtual environment of its own (`make .venv-vllm/.installed`, which `make test` calls); without one these tests
+It lives in a virtual environment of its own (`make .venv-vllm/.installed`, which `make test-all` calls); without one these tests
 skip. The LoRA server is another than the scoring one: vLLM 0.32 was seen to die of prompt_logprobs with --enable-lora.
 """
 
@@ -14,17 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import make_model
+from support.models import language_model, make_model
 from support.paths import ROOT
 from support.runs import recipe as small_recipe
 
 import kibitz
 from kibitz import config
-from kibitz.config import ModelConfig, RolloutConfig
+from kibitz.config import RolloutConfig
 from kibitz.config.teachers import RemoteTeacherConfig
 from kibitz.engines.sync import score
 from kibitz.engines.vllm import VLLMEngine
-from kibitz.models.load import load_model
 from kibitz.servers import ServerError
 from kibitz.servers.commands import commands, running
 from kibitz.teachers import ScoreRequest
@@ -101,16 +100,12 @@ def world(tmp_path_factory):
         yield world
 
 
-def model(folder: Path):
-    return load_model(ModelConfig(model=str(folder)), "student", torch.device("cpu"))
-
-
 def test_top_k_and_sampled_are_the_local_teachers(world):
-    teacher = model(world.folders[1])
+    teacher = language_model(world.folders[1])
     remote = remote_teacher(RemoteTeacherConfig(url=world.teacher_url), teacher.tokenizer)
     from kibitz.engines.torch import TorchEngine
 
-    rollouts = TorchEngine(model(world.folders[0])).generate(PROMPTS, SAMPLING)
+    rollouts = TorchEngine(language_model(world.folders[0])).generate(PROMPTS, SAMPLING)
     try:
         for ask in (ScoreRequest("sampled"), ScoreRequest("top_k", top_k=5), ScoreRequest("top_k", top_k=16)):
             for ours, theirs in zip(
@@ -159,10 +154,10 @@ def test_rollouts_and_reloaded_weights_are_the_students(world):
 
     The last test on this server: other weights are left there."""
     section = RolloutConfig(engine="vllm", urls=[world.teacher_url])
-    writer = VLLMEngine(student := model(world.folders[1]), section, world.root / "reload", PROMPTS[:2])
+    writer = VLLMEngine(student := language_model(world.folders[1]), section, world.root / "reload", PROMPTS[:2])
     try:
         for folder in (world.folders[1], world.folders[0]):
-            writer.sync(student := model(folder))
+            writer.sync(student := language_model(folder))
             rollouts = writer.generate(PROMPTS, SAMPLING)
             assert torch.allclose(score(student, rollouts), torch.cat([r.logp_T for r in rollouts]), atol=1e-3)
             assert all(r.finished == (r.response_ids[-1] == 2) for r in rollouts)
@@ -170,7 +165,7 @@ def test_rollouts_and_reloaded_weights_are_the_students(world):
             assert [r.response_ids for r in again] == [r.response_ids for r in rollouts[8:10]]
         writer.weights.carrier.push = lambda server: None
         with pytest.raises(ServerError, match="does not hold the student's weights"):
-            writer.sync(model(world.folders[1]))
+            writer.sync(language_model(world.folders[1]))
     finally:
         writer.close()
 

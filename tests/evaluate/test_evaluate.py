@@ -9,46 +9,33 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
-from support.models import make_model
+from support.models import full_logp, language_model, make_model
 from support.runs import recipe
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import kibitz
 from kibitz import worlds
-from kibitz.config import DataConfig, EvalConfig, ModelConfig, RolloutConfig
+from kibitz.config import DataConfig, EvalConfig, RolloutConfig
 from kibitz.evaluate.annotate import FORK_NATS, annotate, score_texts
 from kibitz.evaluate.evaluate import accuracy, evaluate_model, mean_reverse_kl
 from kibitz.evaluate.statistics import interval, t_quantile
-from kibitz.models.load import load_model
 from kibitz.teachers.local import local_teacher
 from kibitz.training.setup import prepare
 from kibitz.types import Prompt, Rollout
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     paths = make_model(folder / "student", seed=1), make_model(folder / "teacher", seed=2, kind="llama")
-    return tuple(
-        load_model(ModelConfig(model=str(path)), role, CPU)
-        for path, role in zip(paths, ("student", "teacher"), strict=True)
-    )
+    return tuple(language_model(path, role) for path, role in zip(paths, ("student", "teacher"), strict=True))
 
 
 def rollout(prompt: list[int], response: list[int], key: str = "k", reward: float | None = None) -> Rollout:
     return Rollout(
         Prompt(tuple(prompt), "1+1", key), response, torch.zeros(len(response)), finished=True, reward=reward
     )
-
-
-def full_logp(model, r: Rollout) -> torch.Tensor:
-    ids = torch.tensor([[*r.prompt.ids, *r.response_ids]])
-    with torch.no_grad():
-        logits = model.model(ids).logits[0, len(r.prompt.ids) - 1 : -1, : model.vocab_size]
-    return logits.double().log_softmax(-1)
 
 
 ROLLOUTS = [rollout([1, 5, 6], [7, 8, 9]), rollout([1, 9], [4, 4, 5, 6, 7]), rollout([1, 2, 3, 4, 5, 6], [9])]

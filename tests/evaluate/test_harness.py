@@ -5,15 +5,12 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-import torch
-from support.models import make_model
+from support.models import language_model, make_model
 from typer.testing import CliRunner
 
 from kibitz.cli import app
-from kibitz.config import ModelConfig
 from kibitz.data import encode_prompt
 from kibitz.engines.torch import TorchEngine
-from kibitz.models.load import load_model
 from kibitz.types import Prompt, Sampling
 
 TASK = """task: sums
@@ -38,7 +35,7 @@ def says(*line):
 def task(tmp_path_factory):
     """A model, and a task whose answers are what the model says of the first four questions, and wrong of the last two."""
     home = tmp_path_factory.mktemp("harness")
-    model = load_model(ModelConfig(model=str(make_model(home / "model", seed=3))), "student", torch.device("cpu"))
+    model = language_model(make_model(home / "model", seed=3))
     prompts = []
     for question in QUESTIONS:
         ids = encode_prompt(model.tokenizer, [{"role": "user", "content": question}], {})

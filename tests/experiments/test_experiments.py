@@ -266,6 +266,7 @@ def test_on_the_command_line_with_prompts_of_ones_own(monkeypatch, tmp_path, sub
     assert "`opd`" in Path("out/methods/table.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_all_of_them_quickly(monkeypatch, tmp_path):
     """`kibitz reproduce all --quick`, with the shipped models."""
     monkeypatch.chdir(tmp_path)

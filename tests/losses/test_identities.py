@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from support.lab import Lab, model_of
-from support.models import make_model, tokenizer
+from support.lab import Lab
+from support.models import full_logp, make_model, of_written, tokenizer
 from support.runs import recipe
 
 import kibitz
@@ -30,16 +30,14 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(tmp_path, method
     assert gradient.abs().max() < 1e-5
 
 
-def test_the_sampled_loss_is_the_published_one(small_models, tmp_path):
+def test_the_sampled_loss_is_the_published_one(lab):
     """-sum ratio_t (log T - log S_sampled) / N with coefficient 1 and discount 0, in float64; loss and gradient."""
-    one = Lab(small_models, tmp_path / "run", {"type": "opd", "support": "sampled"})
+    one = lab({"type": "opd", "support": "sampled"})
     one.student.zero_grad()
     total, count = torch.zeros((), dtype=torch.float64), 0
     for rollout in one.rollouts:
-        token_T1 = torch.tensor(rollout.response_ids)[:, None]
-        student = one.log_probs(one.student, rollout).gather(-1, token_T1)[:, 0]
-        with torch.no_grad():
-            teacher = one.log_probs(model_of(one.parts.teacher), rollout).gather(-1, token_T1)[:, 0]
+        student = of_written(full_logp(one.student, rollout), rollout)
+        teacher = of_written(one.both(rollout)[1], rollout)
         sampled = rollout.logp_T.double()
         total = total - ((student - sampled).exp() * (teacher - sampled)).sum()
         count += rollout.num_tokens
@@ -60,11 +58,7 @@ def test_an_end_token_that_pads_too_is_learnt(tmp_path):
     end = one.setup.student.tokenizer.eos_token_id
     assert one.setup.student.tokenizer.pad_token_id == end
     assert all(r.response_ids[-1] == end for r in one.rollouts)
-    losses = []
-    for rollout in one.rollouts:
-        with torch.no_grad():
-            logp_TV = one.log_probs(one.student, rollout)
-        losses.append(-logp_TV.gather(-1, torch.tensor(rollout.response_ids)[:, None])[:, 0])
+    losses = [-of_written(one.both(rollout)[0], rollout) for rollout in one.rollouts]
     assert one.values()[0] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
     without_end = torch.cat([loss[:-1] for loss in losses]).mean().item()
     assert one.values()[0] != pytest.approx(without_end, rel=1e-3)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.models import make_model
+from support.models import language_model, make_model
 from support.models import tokenizer as toy_tokenizer
 from support.runs import recipe
 from support.tokenizers_zoo import zoo
@@ -18,13 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import kibitz
 from kibitz.batching import pack
-from kibitz.config import ModelConfig, RecipeError
+from kibitz.config import RecipeError
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import Divergence, PolicyGradient, SpanLoss
 from kibitz.losses.divergences import jsd, reverse_kl
 from kibitz.losses.spans import CERTAIN, MergedDistributions, SpanLikelihood, alm, merged, sorted_l1
 from kibitz.models import LanguageModel
-from kibitz.models.load import load_model
 from kibitz.teachers import ScoreRequest
 from kibitz.teachers.aligned import aligned
 from kibitz.teachers.alignment import Aligner
@@ -32,7 +31,6 @@ from kibitz.teachers.local import LocalScorer, local_teacher
 from kibitz.training.setup import prepare
 from kibitz.types import Dense, Prompt, Rollout, Scored, Spans, cat_signals, slice_signal
 
-CPU = torch.device("cpu")
 TEXTS = ["the student writes, and", "naïve café 学生 12 + 34 = 46", "😀 dogs", "ok"]
 
 
@@ -430,7 +428,7 @@ def test_the_teacher_reads_its_own_template(folders, tmp_path):
     setup = prepare(own(folders, tmp_path / "run", method={"type": "opd", "support": "sampled"}))
     ids = toy_tokenizer()("5+6-4=1-4=7", add_special_tokens=False)["input_ids"] + [toy_tokenizer().eos_token_id]
     rollout = Rollout(setup.stream.prompts[0], ids, torch.zeros(len(ids)), finished=True)
-    teacher = load_model(ModelConfig(model=str(folders / "teacher")), "teacher", CPU)
+    teacher = language_model(folders / "teacher", "teacher")
     reader = aligned(local_teacher(teacher), Aligner(toy_tokenizer(), teacher.tokenizer), {})
     (signal,) = reader.scorer(ScoreRequest("spans")).score([rollout])
     text = f"<s>{rollout.prompt.text}=" + toy_tokenizer().decode(rollout.response_ids, skip_special_tokens=True)

@@ -2,72 +2,34 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from support.runs import STEP, recipe, teacher_model
+from support.models import of_written
+from support.runs import STEP, recipe
 
 import kibitz
 from kibitz import methods
-from kibitz.batching import group, pack
+from kibitz.batching import pack
 from kibitz.config import GRPOConfig, OPDConfig, RecipeError
 from kibitz.losses import POLICY_LOSSES, token_weights
 from kibitz.losses.token_weights import by_turn
 from kibitz.models.load import single_tokens
 from kibitz.training import setup
 from kibitz.training.guards import Guards
-from kibitz.types import Rollout, Scored, Writer
+from kibitz.types import Writer
 
 POLICY_NAMES = list(POLICY_LOSSES)
 
 
-class Lab:
-    """A method on rollouts of its own student, without a run around it."""
-
-    def __init__(self, models: Path, output: Path, method: dict, **sections):
-        tree = recipe(models / "student", models / "teacher", output, method=method, **sections)
-        self.setup = setup.prepare(tree, grader=lambda prompt, text: 0.0)
-        self.method = methods.build(self.setup.parts)
-        prompts = self.setup.stream.take(6)
-        self.rollouts = self.setup.engine.generate(prompts, replace(self.setup.parts.sampling, seed=5))
-        for i, rollout in enumerate(self.rollouts):
-            rollout.reward = float(i % 3)
-
-    def scored(self) -> list[Scored]:
-        return self.method.signal(self.rollouts, STEP)
-
-    def weights(self) -> list[torch.Tensor]:
-        return [one.weight_T for one in self.scored()]
-
-    def objective(self, scored: list[Scored] | None = None) -> float:
-        """What the trainer minimises: the weighted sum over the global count of tokens that have a weight."""
-        scored = self.scored() if scored is None else scored
-        total = 0.0
-        for indices in group([s.rollout for s in scored], self.setup.recipe.optim.tokens_per_micro_batch):
-            batch = pack([scored[i] for i in indices], self.setup.student.device)
-            total += self.method.loss(self.setup.student, batch)[0].item()
-        return total / sum(int((s.weight_T > 0).sum()) for s in scored)
-
-    def log_probs(self, model, rollout: Rollout) -> torch.Tensor:
-        """[T, V] in float64, from the plain model, one sequence at a time."""
-        ids, first = torch.tensor([[*rollout.prompt.ids, *rollout.response_ids]]), len(rollout.prompt.ids) - 1
-        with torch.no_grad():
-            return model.model(ids).logits[0, first:-1, : model.vocab_size].double().log_softmax(-1)
-
-    def both(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.log_probs(self.setup.student, rollout), self.log_probs(teacher_model(self.setup), rollout)
-
-
 @pytest.fixture
-def lab(small_models, tmp_path):
-    def build(method: dict, name: str = "run", **sections) -> Lab:
-        return Lab(small_models, tmp_path / name, method, **sections)
-
-    return build
+def lab(lab):
+    """Each of the methods on text of its own student."""
+    return partial(lab, own=True)
 
 
 def columns(run: kibitz.Run, *names: str) -> list[float]:
@@ -87,10 +49,7 @@ def test_sequence_mean_counts_tokens_and_keeps_their_weights_apart():
 def test_sft_is_the_mean_over_responses_of_each_ones_mean(lab):
     """Against the plain model in float64, response by response."""
     token, sequence = (lab({"type": "sft", "normalize": name}, name) for name in ("token", "sequence"))
-    losses = [
-        -token.log_probs(token.setup.student, r).gather(-1, torch.tensor(r.response_ids)[:, None])[:, 0]
-        for r in token.rollouts
-    ]
+    losses = [-of_written(token.both(r)[0], r) for r in token.rollouts]
     assert len({len(loss) for loss in losses}) > 2
     by_token, by_sequence = torch.cat(losses).mean().item(), torch.stack([x.mean() for x in losses]).mean().item()
     assert by_token != pytest.approx(by_sequence, rel=1e-2)
@@ -101,10 +60,10 @@ def test_sft_is_the_mean_over_responses_of_each_ones_mean(lab):
 @pytest.mark.parametrize("method", [{"type": "opd"}, {"type": "opd", "support": "sampled"}, {"type": "grpo"}])
 def test_the_mean_of_means_for_every_kind_of_loss(lab, method):
     one = lab(method | {"normalize": "sequence"})
-    plain = methods.build(replace(one.setup.parts, recipe=lab(method, "plain").setup.recipe))
+    plain = methods.build(replace(one.parts, recipe=lab(method, "plain").setup.recipe))
     means = []
     for scored in plain.signal(one.rollouts, STEP):
-        total, _ = plain.loss(one.setup.student, pack([scored], one.setup.student.device))
+        total, _ = plain.loss(one.student, pack([scored]))
         means.append(total.item() / scored.rollout.num_tokens)
     assert one.objective() == pytest.approx(sum(means) / len(means), rel=1e-4, abs=1e-6)
 
@@ -177,7 +136,7 @@ def test_importance_of_early_tokens_by_hand(lab, method):
                                     {"token_weight": "iw"}])  # fmt: skip
 def test_weights_do_not_depend_on_the_micro_batch_or_the_chunk(lab, method):
     method = {"type": "opd", **method}
-    whole = torch.cat(lab(method, "whole").weights())
+    whole = torch.cat(lab(method, "whole", optim={"tokens_per_micro_batch": 4096}).weights())
     for name, optim in {
         "micro": {"tokens_per_micro_batch": 50},
         "single": {"tokens_per_micro_batch": 1, "chunk_tokens": 3},
@@ -188,7 +147,7 @@ def test_weights_do_not_depend_on_the_micro_batch_or_the_chunk(lab, method):
 def test_the_loss_that_is_logged_is_the_one_that_is_learnt(lab):
     one = lab({"type": "opd", "token_weight": "iw", "normalize": "sequence"})
     scored = one.scored()
-    _, values = one.method.loss(one.setup.student, pack(scored, one.setup.student.device))
+    _, values = one.method.loss(one.student, pack(scored))
     assert values["loss"].mean().item() == pytest.approx(one.objective(scored), rel=1e-5)
     assert values["loss"].mean().item() != pytest.approx(values["reverse_kl"].mean().item(), rel=1e-2)
 
@@ -201,10 +160,10 @@ def test_choosing_takes_no_gradients(lab):
         seen.append(student_CS.requires_grad)
         return (student_CS - teacher_CS).sum(-1)
 
-    one.method = methods.build(replace(one.setup.parts, divergence=watched))
+    one.method = methods.build(replace(one.parts, divergence=watched))
     scored = one.scored()
     assert seen and not any(seen)
-    one.method.loss(one.setup.student, pack(scored, one.setup.student.device))
+    one.method.loss(one.student, pack(scored))
     assert seen[-1]
 
 
@@ -214,7 +173,7 @@ def test_choosing_takes_no_gradients(lab):
 def test_masked_tokens_have_no_weight_and_are_not_chosen(lab):
     tokens = ["1", "+", "<eos>"]
     one = lab({"type": "opd", "mask_tokens": tokens, "token_weight": "entropy", "token_share": 0.5})
-    ids = set(single_tokens(one.setup.student.tokenizer, tokens, "here"))
+    ids = set(single_tokens(one.student.tokenizer, tokens, "here"))
     token_T = torch.tensor([t for r in one.rollouts for t in r.response_ids])
     masked_T = torch.tensor([t.item() in ids for t in token_T])
     weight_T = torch.cat(one.weights())
@@ -248,9 +207,9 @@ def test_on_policy_all_policy_losses_are_one(lab, method):
     for name in POLICY_NAMES:
         one = lab(method | {"policy_loss": name}, name)
         scored = one.scored()
-        total, tokens = one.method.loss(one.setup.student, pack(scored, one.setup.student.device))
+        total, tokens = one.method.loss(one.student, pack(scored))
         total.backward()
-        grads = [p.grad for p in one.setup.student.parameters() if p.grad is not None]
+        grads = [p.grad for p in one.student.parameters() if p.grad is not None]
         values[name] = (tokens["loss"], torch.cat([g.flatten() for g in grads]))
         assert tokens["mismatch"].max() < 1e-4
         assert tokens["ratio"].sub(1).abs().max() < 1e-4 and not tokens["ratio_clipped"].any()
@@ -265,7 +224,7 @@ def test_mismatch_is_the_distance_of_the_log_probabilities(lab, method):
     one = lab(method)
     for rollout in one.rollouts:
         rollout.logp_T = rollout.logp_T + 0.3
-    _, values = one.method.loss(one.setup.student, pack(one.scored(), one.setup.student.device))
+    _, values = one.method.loss(one.student, pack(one.scored()))
     torch.testing.assert_close(values["mismatch"], torch.full_like(values["mismatch"], 0.3), rtol=1e-3, atol=0)
     torch.testing.assert_close(values["ratio"], torch.full_like(values["ratio"], math.exp(-0.3)), rtol=1e-3, atol=0)
     assert (values["ratio_clipped"] == (values["advantage"] < 0)).all()  # below 1 - 0.2 the minimum is the clipped one
@@ -407,8 +366,8 @@ def test_even_turns_against_a_loop(environment, draw):
     assert found.tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_recipe_weighs_turns(small_models, tmp_path):
-    lab = Lab(small_models, tmp_path / "run", {"type": "opd", "turn_weight": "last"})
+def test_a_recipe_weighs_turns(lab):
+    lab = lab({"type": "opd", "turn_weight": "last"})
     rollout = next(r for r in lab.rollouts if r.num_tokens >= 5)
     rollout.writer_T = torch.full((rollout.num_tokens,), Writer.STUDENT, dtype=torch.uint8)
     rollout.writer_T[2] = Writer.ENVIRONMENT

@@ -6,16 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.lab import Lab, model_of, odd
-from support.models import make_model
-from support.runs import STEP, TIMES, recipe, timeless
+from support.lab import odd
+from support.models import full_logp, make_model, of_written
+from support.runs import STEP, TIMES, crash_and_resume, model_of, recipe, timeless
 
 import kibitz.models.load
 from kibitz import methods
 from kibitz.losses.policy_gradient import distillation_advantage, extrapolated
 from kibitz.methods.opd import SampledTokenOPD
 from kibitz.methods.reference import reference_scorer
-from kibitz.training.trainer import NullProgress
 
 METHODS = {
     "opd": {"type": "opd"},
@@ -24,14 +23,6 @@ METHODS = {
     "skd": {"type": "skd", "accept_top_k": 3},
     "grpo": {"type": "grpo"},
 }
-
-
-@pytest.fixture
-def lab(small_models, tmp_path):
-    def build(method: dict, name: str = "run", **sections) -> Lab:
-        return Lab(small_models, tmp_path / name, method, **sections)
-
-    return build
 
 
 # ------------------------------------------------------------------ the hold on a reference
@@ -48,8 +39,8 @@ def test_the_hold_adds_the_kl_to_the_reference_at_every_token(lab, small_models,
     held.student.zero_grad()
     total, count = torch.zeros((), dtype=torch.float64), 0
     for rollout in held.rollouts:
-        student = held.log_probs(held.student, rollout)
-        reference = held.log_probs(model_of(held.parts.reference), rollout).detach()
+        student = full_logp(held.student, rollout)
+        reference = full_logp(model_of(held.parts.reference), rollout).detach()
         total, count = total + (student.exp() * (student - reference)).sum(), count + rollout.num_tokens
     (0.3 * total / count).backward()
     want = torch.cat([p.grad.flatten() for p in held.student.parameters()])
@@ -94,21 +85,13 @@ def test_a_strong_hold_keeps_the_student_where_it_was(small_models, tmp_path):
     assert moved("held", 100.0) < 0.5 * moved("free", 0.0)
 
 
-class Crash(NullProgress):
-    def step(self, row):
-        if row["step"] == 3:
-            raise RuntimeError("power cut")
-
-
 def test_a_run_that_goes_on_is_held_to_the_first_start_and_replays_the_same(small_models, tmp_path):
     method = {"type": "opd", "reference_kl": 0.5, "replay": 0.5}
     sections = {"method": method, "save": {"every": 2}, "optim": {"lr": 1e-2}}
     models = small_models / "student", small_models / "teacher"
     whole = kibitz.train(recipe(*models, tmp_path / "whole", **sections))
     tree = recipe(*models, tmp_path / "part", **sections)
-    with pytest.raises(RuntimeError, match="power cut"):
-        kibitz.train(tree, progress=Crash())
-    run = kibitz.train(tree, resume=True)
+    run = crash_and_resume(tree)
     assert timeless(run.metrics) == timeless(whole.metrics)
     first, second = (load_file(r.checkpoint / "model.safetensors") for r in (whole, run))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -133,9 +116,7 @@ def test_an_adapters_start_is_its_base_without_a_second_copy(small_models, tmp_p
     assert loaded.count("reference") == 1
     tree["method"].pop("reference")
     tree["output"] = str(tmp_path / "shared")
-    with pytest.raises(RuntimeError, match="power cut"):
-        kibitz.train(tree, progress=Crash())
-    run = kibitz.train(tree, resume=True)
+    run = crash_and_resume(tree)
     assert loaded.count("reference") == 1 and loaded.count("student") == 3
     assert run.metrics[-1]["reference_kl"] > 1e-3  # the hold is not on the student itself
     unlike = {"flops", *TIMES}  # the shared base counts the adapter beside it
@@ -174,10 +155,7 @@ def test_replay_adds_the_mean_cross_entropy_of_gold_responses(lab, name, normali
     assert len(gold) == 3  # 0.3 of 8, rounded up
     assert all(r.text == r.prompt.response for r in gold)
     plain = lab(METHODS[name] | {"normalize": normalize}, "plain")
-    losses = [
-        -mixed.log_probs(mixed.student, r).gather(-1, torch.tensor(r.response_ids)[:, None])[:, 0].detach()
-        for r in gold
-    ]
+    losses = [-of_written(mixed.both(r)[0], r) for r in gold]
     each = torch.stack([x.mean() for x in losses]) if normalize == "sequence" else torch.cat(losses)
     method = methods.build(replace(mixed.parts, recipe=plain.setup.recipe))
     plain_loss, _ = mixed.values(method.signal(own, STEP), method)
@@ -263,12 +241,11 @@ def test_a_factor_of_one_is_opd_in_loss_and_gradient(lab, small_models):
 
 def test_extrapolation_against_the_plain_models(lab):
     one = lab({"type": "opd", "support": "sampled", "extrapolation": 1.5, "kl_coef": 0.5, "discount": 0.9})
-    for scored in one.scored:
-        rollout, token_T1 = scored.rollout, torch.tensor(scored.rollout.response_ids)[:, None]
-        with torch.no_grad():
-            reference = one.log_probs(model_of(one.parts.reference), rollout).gather(-1, token_T1)[:, 0]
-            teacher = one.log_probs(model_of(one.parts.teacher), rollout).gather(-1, token_T1)[:, 0]
-            student = one.log_probs(one.student, rollout).gather(-1, token_T1)[:, 0]
+    for scored in one.scored():
+        reference = full_logp(model_of(one.parts.reference), scored.rollout).detach()
+        reference, student, teacher = (
+            of_written(logp_TV, scored.rollout) for logp_TV in (reference, *one.both(scored.rollout))
+        )
         each = 0.5 * (1.5 * (teacher - reference) - (student - reference))
         want = [sum(0.9 ** (s - t) * each[s].item() for s in range(t, len(each))) for t in range(len(each))]
         torch.testing.assert_close(scored.advantage_T, torch.tensor(want), rtol=1e-3, atol=1e-4)

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.lab import Lab, model_of
-from support.runs import STEP, recipe
+from support.lab import odd
+from support.models import full_logp, of_written
+from support.runs import STEP, crash_and_resume, recipe
 
 import kibitz
 from kibitz import methods
@@ -17,26 +18,9 @@ from kibitz.losses.policy_gradient import to_come, whitened
 from kibitz.types import Sampling, Step, Writer
 
 
-@pytest.fixture
-def lab(small_models, tmp_path):
-    def build(method: dict, name: str = "run", **sections) -> Lab:
-        return Lab(small_models, tmp_path / name, method, **sections)
-
-    return build
-
-
 def train(models, output, method: dict, **sections):
     tree = recipe(models / "student", models / "teacher", output, method=method, **sections)
-    return kibitz.train(tree, grader=lambda prompt, text: float(len(text) % 2))
-
-
-def written(logp_TV: torch.Tensor, rollout) -> torch.Tensor:
-    return logp_TV.gather(-1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
-
-
-def both(lab: Lab, rollout) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.no_grad():
-        return lab.log_probs(lab.student, rollout), lab.log_probs(model_of(lab.parts.teacher), rollout)
+    return kibitz.train(tree, grader=odd)
 
 
 # ------------------------------------------------------------------ text of a mixture
@@ -47,7 +31,7 @@ def test_a_share_of_nothing_writes_what_the_student_writes(lab):
     prompts = one.setup.stream.take(8)
     sampling = replace(one.parts.sampling, seed=3)
     alone = one.setup.engine.generate(prompts, sampling)
-    mixed = MixtureEngine(one.student, model_of(one.parts.teacher), 0.0, max_rows=5).generate(prompts, sampling)
+    mixed = MixtureEngine(one.student, one.teacher, 0.0, max_rows=5).generate(prompts, sampling)
     assert [r.response_ids for r in mixed] == [r.response_ids for r in alone]
     for r, other in zip(mixed, alone, strict=True):
         torch.testing.assert_close(r.logp_T, other.logp_T, rtol=0, atol=1e-5)
@@ -57,12 +41,12 @@ def test_a_share_of_nothing_writes_what_the_student_writes(lab):
 def test_log_probabilities_are_those_of_the_mixture_at_every_token(lab, max_rows):
     """Both caches stay right while rows end, move and begin: each token's log-probability, from the plain models."""
     one = lab({"type": "minillm", "teacher_mixed_alpha": 0.2})
-    engine = MixtureEngine(one.student, model_of(one.parts.teacher), 0.3, max_rows=max_rows)
+    engine = MixtureEngine(one.student, one.teacher, 0.3, max_rows=max_rows)
     rollouts = engine.generate(one.setup.stream.take(8), replace(one.parts.sampling, seed=4))
     assert len({r.num_tokens for r in rollouts}) > 2
     for rollout in rollouts:
-        student, teacher = both(one, rollout)
-        want = written((0.7 * student.exp() + 0.3 * teacher.exp()).log(), rollout)
+        student, teacher = one.both(rollout)
+        want = of_written((0.7 * student.exp() + 0.3 * teacher.exp()).log(), rollout)
         torch.testing.assert_close(rollout.logp_T.double(), want, rtol=0, atol=1e-4)
 
 
@@ -70,7 +54,7 @@ def test_two_tokens_have_the_enumerated_probabilities(lab):
     """4000 responses of two tokens against (1 - a) S + a T, multiplied out over all pairs: chi-square over the pairs that are
     expected 8 times or more, the rest together. A right engine fails once in 10^6 seeds; this seed is fixed."""
     one, number = lab({"type": "minillm", "teacher_mixed_alpha": 0.5}), 4000
-    prompt, teacher = one.setup.stream.take(1)[0], model_of(one.parts.teacher)
+    prompt, teacher = one.setup.stream.take(1)[0], one.teacher
     engine = MixtureEngine(one.student, teacher, 0.5, max_rows=500)
     rollouts = engine.generate([prompt], Sampling(max_tokens=2, num_samples=number, seed=1))
 
@@ -134,7 +118,7 @@ def test_minillm_is_its_equation(lab, share, single_step):
     one = lab({"type": "minillm", "teacher_mixed_alpha": share, "single_step": single_step})
     advantages, weights = [], []
     for rollout in one.rollouts:
-        student, teacher = (written(logp, rollout) for logp in both(one, rollout))
+        student, teacher = (of_written(logp, rollout) for logp in one.both(rollout))
         rewards, count = teacher - student, rollout.num_tokens
         later = [rewards[t if not single_step else t + 1 :] for t in range(count)]
         advantages.append(torch.stack([part.mean() if len(part) else rewards.new_zeros(()) for part in later]))
@@ -144,10 +128,10 @@ def test_minillm_is_its_equation(lab, share, single_step):
     one.student.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
     for rollout, advantage in zip(one.rollouts, advantages, strict=True):
-        student = one.log_probs(one.student, rollout)
-        teacher = both(one, rollout)[1]
+        student = full_logp(one.student, rollout)
+        teacher = one.both(rollout)[1]
         mixed = ((1 - share) * student.detach().exp() + share * teacher.exp()).log()
-        ratio = (written(student, rollout) - written(mixed, rollout)).exp()
+        ratio = (of_written(student, rollout) - of_written(mixed, rollout)).exp()
         total = total - torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum()
         if single_step:
             total = total + reverse_kl(student, teacher).sum()
@@ -231,12 +215,12 @@ def test_distillm2_is_its_equation(lab, adaptive, number):
     for texts, coefficient, sign in ((theirs, 2 - b, 1), (own, b, -1)):
         gaps = []
         for rollout in texts:
-            student, teacher = (written(logp, rollout).mean().exp() for logp in both(one, rollout))
+            student, teacher = (of_written(logp, rollout).mean().exp() for logp in one.both(rollout))
             gaps.append(sign * (teacher - student))
         mean, total = torch.stack(gaps).mean(), torch.zeros((), dtype=torch.float64)
         for rollout, gap in zip(texts, gaps, strict=True):
             alpha = (1 - 0.9 * mean / (gap + 1e-5)).clamp(0.01, 0.1).item() if adaptive else 0.1
-            student, teacher = one.log_probs(one.student, rollout), both(one, rollout)[1]
+            student, teacher = full_logp(one.student, rollout), one.both(rollout)[1]
             p, q = teacher.exp(), student.exp()
             if sign == 1:
                 total = total + (p * (teacher - (alpha * p + (1 - alpha) * q).log())).sum()
@@ -276,8 +260,8 @@ def test_kdrl_is_grpo_and_k2_which_fades(lab, number, skip):
     total = torch.zeros((), dtype=torch.float64)
     for rollout in rollouts:
         if not (skip and rollout.reward == 1.0):
-            student = written(one.log_probs(one.student, rollout), rollout)
-            total = total + (student - written(both(one, rollout)[1], rollout)).square().sum() / 2
+            student = of_written(full_logp(one.student, rollout), rollout)
+            total = total + (student - of_written(one.both(rollout)[1], rollout)).square().sum() / 2
     total = {0: 0.6, 2: 0.4, 3: 0.3}[number] * total / sum(r.num_tokens for r in rollouts)
     total.backward()
     want = torch.cat([p.grad.flatten() for p in one.student.parameters()])
@@ -306,25 +290,15 @@ def test_kdrl_follows_the_teacher_where_no_reward_does(small_models, tmp_path):
 
 @pytest.mark.parametrize("name", ["minillm", "distillm2", "kdrl"])
 def test_the_loss_does_not_depend_on_the_micro_batch_and_a_run_goes_on_bit_for_bit(small_models, tmp_path, name):
-    class Crash(kibitz.training.trainer.NullProgress):
-        def step(self, row):
-            if row["step"] == 3:
-                raise RuntimeError("power cut")
-
     def numbers(run) -> list[float]:
         return [value for row in run.metrics for value in (row["loss"], row["grad_norm"])]
 
     sections = {"method": {"type": name}, "save": {"every": 2}, "optim": {"lr": 1e-3}}
     models = small_models / "student", small_models / "teacher"
 
-    def grader(prompt, text) -> float:
-        return float(len(text) % 2)
-
-    whole = kibitz.train(recipe(*models, tmp_path / "whole", **sections), grader=grader)
+    whole = kibitz.train(recipe(*models, tmp_path / "whole", **sections), grader=odd)
     small = recipe(*models, tmp_path / "small", **sections)
     small["optim"] = {"lr": 1e-3, "tokens_per_micro_batch": 60, "chunk_tokens": 5}
-    assert numbers(kibitz.train(small, grader=grader)) == pytest.approx(numbers(whole), rel=1e-3, abs=1e-5)
+    assert numbers(kibitz.train(small, grader=odd)) == pytest.approx(numbers(whole), rel=1e-3, abs=1e-5)
     tree = recipe(*models, tmp_path / "part", **sections)
-    with pytest.raises(RuntimeError, match="power cut"):
-        kibitz.train(tree, progress=Crash(), grader=grader)
-    assert numbers(kibitz.train(tree, resume=True, grader=grader)) == numbers(whole)
+    assert numbers(crash_and_resume(tree, grader=odd)) == numbers(whole)

@@ -4,26 +4,20 @@ import warnings
 
 import pytest
 import torch
-from support.models import ARCHITECTURES, a_rollout, make_model, tokenizer
+from support.models import ARCHITECTURES, a_rollout, language_model, make_model, tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kibitz.batching import pack
 from kibitz.config import ModelConfig
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import CrossEntropy
-from kibitz.models.load import check_folder, check_same_tokenizer, load_model, load_tokenizer, stop_ids
-
-CPU = torch.device("cpu")
-
-
-def load(folder, **options):
-    return load_model(ModelConfig(model=str(folder), **options), "student", CPU)
+from kibitz.models.load import check_folder, check_same_tokenizer, load_tokenizer, stop_ids
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_response_log_probabilities_equal_brute_force(kind, tmp_path):
     """Mixed lengths in one right-padded batch, soft-cap and scale behind the head, against one row at a time."""
-    model = load(make_model(tmp_path, kind=kind, **ARCHITECTURES[kind]))
+    model = language_model(make_model(tmp_path, kind=kind, **ARCHITECTURES[kind]))
     assert model.head_stands_alone
     scored = [a_rollout([1, 5, 6], [7, 8]), a_rollout([1, 9], [4, 4, 5, 6, 7]), a_rollout([1, 2, 3, 4, 5, 6], [9])]
     batch = pack(scored)
@@ -42,7 +36,7 @@ def test_a_head_that_cannot_be_called_alone_falls_back_to_logits_loudly(tmp_path
     from kibitz.models import load
 
     folder = make_model(tmp_path)
-    plain = load(folder)
+    plain = language_model(folder)
     ids = torch.tensor([[1, 5, 6, 7]])
 
     class Odd(type(plain.model)):
@@ -62,7 +56,7 @@ def test_a_head_that_cannot_be_called_alone_falls_back_to_logits_loudly(tmp_path
 
 def test_logits_are_cut_to_the_tokenizer(tmp_path):
     """151,936 rows for 151,669 tokens is usual; what is behind the tokenizer's end gets no probability."""
-    model = load(make_model(tmp_path, vocab_size=64))
+    model = language_model(make_model(tmp_path, vocab_size=64))
     assert model.vocab_size == len(tokenizer())
     with torch.no_grad():
         assert model.head(model.hidden(torch.tensor([[1, 2]]))).shape[-1] == len(tokenizer())
@@ -70,7 +64,7 @@ def test_logits_are_cut_to_the_tokenizer(tmp_path):
 
 def test_flops_count_each_matrix_once(tmp_path):
     """Against the matrices counted by hand: projections and MLP in the body, the head on scored positions."""
-    model = load(make_model(tmp_path))
+    model = language_model(make_model(tmp_path))
     body = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64)
     norms = model.num_parameters - body - 2 * 32 * len(tokenizer())
     assert 0 < norms < 0.02 * model.num_parameters
@@ -97,7 +91,7 @@ def test_bad_folders_are_refused_in_words(tmp_path):
     weights = (truncated / "model.safetensors").read_bytes()
     (truncated / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(ValueError, match="is not a model that transformers can load"):
-        load(truncated)
+        language_model(truncated)
 
 
 def test_tokenizers_that_differ_are_refused_with_a_token():
@@ -110,7 +104,7 @@ def test_tokenizers_that_differ_are_refused_with_a_token():
 
 
 def test_stop_ids_hold_every_end(tmp_path):
-    model = load(make_model(tmp_path))
+    model = language_model(make_model(tmp_path))
     model.model.generation_config.eos_token_id = [5, 6]
     assert stop_ids(model, ["="]) == tuple(sorted({5, 6, model.tokenizer.eos_token_id, model.tokenizer.encode("=")[0]}))
     with pytest.raises(ValueError, match="write a single token"):
@@ -120,4 +114,4 @@ def test_stop_ids_hold_every_end(tmp_path):
 def test_no_warning_for_ordinary_models(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert load(make_model(tmp_path)).head_stands_alone
+        assert language_model(make_model(tmp_path)).head_stands_alone

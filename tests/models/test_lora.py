@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.models import make_model
+from support.models import CPU, language_model, make_model
 from support.runs import recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -21,14 +21,13 @@ from kibitz.engines.torch import TorchEngine
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import CrossEntropy
 from kibitz.models import lora
-from kibitz.models.load import load_model, load_student, load_tokenizer
+from kibitz.models.load import load_student, load_tokenizer
 from kibitz.training import checkpoint
 from kibitz.types import Prompt, Sampling, Scored
 
 # Of peft alone, where the tests use it as others do; kibitz has to load it without one.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-CPU = torch.device("cpu")
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9, 2, 3]])
 KINDS = {"qwen3": {"tie_word_embeddings": True}, "llama": {"tie_word_embeddings": False}}
 
@@ -60,7 +59,7 @@ def seen_by_the_loss(student):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_student_is_its_base(kind, tmp_path):
     folder = make_model(tmp_path, kind=kind, **KINDS[kind])
-    base = load_model(ModelConfig(model=str(folder)), "student", CPU)
+    base = language_model(folder)
     student = student_of(folder)
     assert torch.equal(seen_by_the_loss(student), seen_by_the_loss(base))
     disturb(student)
@@ -93,7 +92,7 @@ def test_scale_of_the_update(rslora, scale, tmp_path):
 def test_nothing_warns(tmp_path):
     student = student_of(make_model(tmp_path / "base"))
     student.save(tmp_path / "adapter")
-    load_model(ModelConfig(model=str(tmp_path / "adapter")), "student", CPU)
+    language_model(tmp_path / "adapter")
 
 
 def test_seeds_decide_the_adapter(tmp_path):
@@ -129,7 +128,7 @@ def test_the_base_as_its_own_teacher_keeps_its_head(tmp_path):
     student = disturb(student_of(make_model(tmp_path, kind="llama"), targets=["lm_head"]))
     with student.adapter_off():
         head, hidden = student.head, student.hidden(IDS)
-    base = load_model(ModelConfig(model=str(tmp_path)), "student", CPU)
+    base = language_model(tmp_path)
     assert torch.equal(head(hidden), seen_by_the_loss(base))
     assert not torch.allclose(student.head(hidden), head(hidden))
 
@@ -156,7 +155,7 @@ def test_saved_and_merged_students_are_the_trained_one(kind, rslora, tmp_path, m
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab() == student.tokenizer.get_vocab()
     assert AutoTokenizer.from_pretrained(tmp_path / "adapter").chat_template == student.tokenizer.chat_template
     for name in ("adapter", "merged"):
-        read = load_model(ModelConfig(model=str(tmp_path / name)), "teacher", CPU)
+        read = language_model(tmp_path / name, "teacher")
         assert read.adapter is None
         torch.testing.assert_close(logits(read.model), want, rtol=0, atol=1e-5)
 
@@ -191,7 +190,7 @@ def test_a_run_learns_with_adapters_alone(small_models, tmp_path):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert [row["loss"] for row in whole.metrics] == [row["loss"] for row in again.metrics]
     student = student_of(small_models / "student", again.checkpoint)
-    base = load_model(ModelConfig(model=str(small_models / "student")), "student", CPU)
+    base = language_model(small_models / "student")
     with student.adapter_off():
         assert torch.equal(seen_by_the_loss(student), seen_by_the_loss(base))
 
@@ -234,7 +233,7 @@ def test_what_cannot_be_is_refused_in_words(small_models, tmp_path, monkeypatch)
         student_of(tmp_path / "adapter")
     with (
         pytest.raises(ValueError, match="has no adapter"),
-        load_model(ModelConfig(model=str(tied)), "student", CPU).adapter_off(),
+        language_model(tied).adapter_off(),
     ):
         pass
     weights = tmp_path / "adapter" / lora.WEIGHTS

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.models import make_model, tokenizer
+from support.models import CPU, make_model, tokenizer
 from support.runs import recipe, timeless
 from transformers import AutoModelForCausalLM
 
@@ -27,8 +27,6 @@ from kibitz.models.load import load_model
 from kibitz.teachers import ScoreRequest
 from kibitz.teachers.local import LocalScorer, reduced
 from kibitz.types import Dense, Prompt, Rollout, Sampling, Scored
-
-CPU = torch.device("cpu")
 
 
 def rollouts(num: int = 6) -> list[Rollout]:
@@ -184,7 +182,7 @@ def test_auto_waits_on_a_gpu_from_a_size_on(small_models, monkeypatch):
     for large, waits in ((size - 1, True), (size, False)):
         monkeypatch.setattr("kibitz.teachers.local.LARGE", large)
         assert scorer._waits(rollouts()) == waits
-    assert not LocalScorer(model, replace(scorer.ask, hidden_states="device"))._waits(rollouts())
+    assert not LocalScorer(model, replace(scorer.request, hidden_states="device"))._waits(rollouts())
 
 
 # ------------------------------------------------------------------ weights of 8 bits
@@ -199,12 +197,12 @@ def rollouts_of(model) -> list[Rollout]:
     return TorchEngine(model).generate(prompts, Sampling(max_tokens=24, stop_ids=(model.tokenizer.eos_token_id,)))
 
 
-@pytest.mark.parametrize("offload", [None, "body", "layers"])
-def test_eight_bits_are_the_teacher_up_to_rounding(offload):
+@pytest.mark.parametrize("place", [None, "body", "layers"])
+def test_eight_bits_are_the_teacher_up_to_rounding(place):
     """On text that it writes itself; and it takes one byte for each number of a layer's matrices."""
     pytest.importorskip("bitsandbytes")
     whole = load_model(FrozenConfig(model=shipped()), "teacher", CPU)
-    small = offload.load_frozen(FrozenConfig(model=shipped(), quantize="int8", offload=offload), "teacher", CPU)
+    small = offload.load_frozen(FrozenConfig(model=shipped(), quantize="int8", offload=place), "teacher", CPU)
     matrices = sum(p.numel() for p in whole.model.model.layers.parameters() if p.dim() == 2)
     sizes = [sum(p.nbytes for p in model.model.parameters()) for model in (whole, small)]
     assert sizes[0] - sizes[1] == 3 * matrices

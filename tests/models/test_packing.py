@@ -4,24 +4,18 @@ import warnings
 
 import pytest
 import torch
-from support.models import ARCHITECTURES, a_rollout, make_model
+from support.models import ARCHITECTURES, a_rollout, language_model, make_model
 from support.runs import recipe
 
 import kibitz
 from kibitz.batching import pack, without_padding
-from kibitz.config import ModelConfig
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import CrossEntropy
-from kibitz.models.load import load_model
 from kibitz.models.packing import pack_rows, problem
 
 SCORED = [a_rollout([1, 5, 6], [7, 8, 9, 4]), a_rollout([1, 9], [4, 4, 5, 6, 7, 3]), a_rollout([1], [9])]
 KINDS = {**ARCHITECTURES, "gemma3_text": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}}
 MAMBA = {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8, "layer_types": None}
-
-
-def load(folder, **options):
-    return load_model(ModelConfig(model=str(folder), **options), "student", torch.device("cpu"))
 
 
 def losses(model, scored=SCORED):
@@ -41,7 +35,7 @@ def test_nothing_is_lost_but_the_padding():
 @pytest.mark.parametrize("attention", ["auto", "eager"])
 def test_packed_rows_give_the_loss_and_the_gradient_of_padded_ones(kind, attention, tmp_path):
     folder = make_model(tmp_path, kind=kind, **KINDS[kind])
-    padded, packed = load(folder, attention=attention), load(folder, attention=attention)
+    padded, packed = language_model(folder, attention=attention), language_model(folder, attention=attention)
     pack_rows([packed], True)
     assert packed.packs
     (loss, values), (other, others) = losses(padded), losses(packed)
@@ -53,7 +47,7 @@ def test_packed_rows_give_the_loss_and_the_gradient_of_padded_ones(kind, attenti
 
 
 def test_the_body_sees_no_padding(tmp_path):
-    model, seen = load(make_model(tmp_path)), []
+    model, seen = language_model(make_model(tmp_path)), []
     model.model.base_model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
     losses(model)
     pack_rows([model], True)
@@ -64,8 +58,8 @@ def test_the_body_sees_no_padding(tmp_path):
 
 def test_recurrent_layers_and_blind_ones_are_found_out(tmp_path):
     """Mamba's state runs on into the next sequence; Bloom's positions come from the mask."""
-    mamba = load(make_model(tmp_path / "mamba", kind="mamba", state_size=8, head_dim=None))
-    bloom = load(make_model(tmp_path / "bloom", kind="bloom", n_layer=2, n_head=4))
+    mamba = language_model(make_model(tmp_path / "mamba", kind="mamba", state_size=8, head_dim=None))
+    bloom = language_model(make_model(tmp_path / "bloom", kind="bloom", n_layer=2, n_head=4))
     for model in (mamba, bloom):
         said = problem(model)
         assert said is not None, type(model.model).__name__
@@ -76,7 +70,7 @@ def test_recurrent_layers_and_blind_ones_are_found_out(tmp_path):
 
 def test_a_model_whose_positions_are_ignored_is_found_out(tmp_path):
     """Whatever the reason: here positions never arrive, and attention runs across."""
-    model = load(make_model(tmp_path))
+    model = language_model(make_model(tmp_path))
     body = model.model.base_model
     plain = body.forward
     body.forward = lambda ids, position_ids=None, **options: plain(ids, **options)
@@ -88,8 +82,8 @@ def test_a_model_whose_positions_are_ignored_is_found_out(tmp_path):
 
 
 def test_both_models_pack_or_neither(tmp_path, monkeypatch):
-    qwen = load(make_model(tmp_path / "qwen"))
-    mamba = load(make_model(tmp_path / "mamba", kind="mamba", state_size=8, head_dim=None))
+    qwen = language_model(make_model(tmp_path / "qwen"))
+    mamba = language_model(make_model(tmp_path / "mamba", kind="mamba", state_size=8, head_dim=None))
     monkeypatch.setattr("kibitz.models.packing._has_kernel", lambda model: True)
     with pytest.warns(UserWarning, match="rows are padded, not packed: the student \\(MambaForCausalLM\\)"):
         pack_rows([qwen, mamba], "auto")
@@ -101,7 +95,7 @@ def test_both_models_pack_or_neither(tmp_path, monkeypatch):
 
 
 def test_auto_pads_where_a_mask_would_cost_the_square(tmp_path):
-    model = load(make_model(tmp_path))
+    model = language_model(make_model(tmp_path))
     pack_rows([model], "auto")
     assert not model.packs
 

@@ -5,24 +5,18 @@ import sys
 
 import pytest
 import torch
-from support.models import a_rollout, make_model
+from support.models import a_rollout, language_model, make_model
 from support.runs import recipe
 from transformers import AutoModelForCausalLM
 
 import kibitz
 from kibitz.batching import pack
-from kibitz.config import ModelConfig, OptimConfig
+from kibitz.config import OptimConfig
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import CrossEntropy
-from kibitz.models.load import load_model
 from kibitz.optim import Optimizer
 
-CPU = torch.device("cpu")
 SCORED = [a_rollout([1, 5, 6], [7, 8, 9, 4]), a_rollout([1, 9], [4, 4, 5, 6, 7]), a_rollout([1, 2, 3, 4, 5, 6], [9])]
-
-
-def load(folder, dtype="float32"):
-    return load_model(ModelConfig(model=str(folder), dtype=dtype), "student", CPU)
 
 
 def loss_of(model, scored=SCORED):
@@ -70,18 +64,18 @@ def test_gradients_of_micro_batches_are_summed_in_float32(tmp_path):
 
 def test_float32_needs_no_masters_and_masters_come_back(tmp_path):
     folder, config = make_model(tmp_path), OptimConfig(lr=1e-4)
-    assert not Optimizer(load(folder).model, config).masters
+    assert not Optimizer(language_model(folder).model, config).masters
 
     def steps(model, optimizer, num):
         for _ in range(num):
             loss_of(model).backward()
             optimizer.step(1.0)
 
-    whole = load(folder, "bfloat16")
+    whole = language_model(folder, "bfloat16")
     begun = Optimizer(whole.model, config)
     steps(whole, begun, 3)
     whole.save(tmp_path / "saved")
-    again = load(tmp_path / "saved", "bfloat16")
+    again = language_model(tmp_path / "saved", "bfloat16")
     resumed = Optimizer(again.model, config)
     resumed.load_state(begun.state())
     steps(whole, begun, 3)
@@ -132,7 +126,7 @@ def test_recomputed_activations_change_nothing_and_need_less(kind, tmp_path):
         {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128} if kind == "gpt2" else {"num_hidden_layers": 4}
     )
     folder = make_model(tmp_path, kind=kind, **sizes)
-    plain, spare = load(folder), load(folder)
+    plain, spare = language_model(folder), language_model(folder)
     spare.recompute_activations()
     assert torch.equal(loss_of(plain), loss_of(spare))
     memory = kept_bytes(plain), kept_bytes(spare)
@@ -158,10 +152,10 @@ def test_a_run_that_recomputes_is_the_same_run(small_models, tmp_path):
 def test_models_that_compute_something_else_then_are_refused(tmp_path):
     """OPT's layers drop out by the very flag that recomputing needs."""
     sizes = {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.5}
-    model = load(make_model(tmp_path, kind="opt", **sizes))
+    model = language_model(make_model(tmp_path, kind="opt", **sizes))
     with pytest.raises(ValueError, match="computes something else then"):
         model.recompute_activations()
-    bare = load(make_model(tmp_path / "mamba", kind="qwen3"))
+    bare = language_model(make_model(tmp_path / "mamba", kind="qwen3"))
     bare.model.model.layers = torch.nn.ModuleList()
     with pytest.raises(ValueError, match="no layers that can be recomputed"):
         bare.recompute_activations()
@@ -177,7 +171,7 @@ def test_moments_of_8_bits_learn_nearly_the_same_and_come_back(tmp_path):
     )  # matrices of 4096 numbers and more are quantised
     losses = {}
     for name in ("adamw", "adamw_8bit"):
-        model, config = load(folder), OptimConfig(name=name, lr=3e-3)
+        model, config = language_model(folder), OptimConfig(name=name, lr=3e-3)
         optimizer = Optimizer(model.model, config)
         losses[name] = []
         for step in range(12):
@@ -213,8 +207,8 @@ def test_a_missing_package_is_named_before_anything_loads(small_models, tmp_path
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_a_compiled_student_learns_the_same(tmp_path):
     plain, compiled = (
-        load(make_model(tmp_path)),
-        load_model(ModelConfig(model=str(tmp_path), compile=True), "student", CPU),
+        language_model(make_model(tmp_path)),
+        language_model(tmp_path, compile=True),
     )
     losses = loss_of(plain), loss_of(compiled)
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from support.models import make_model
+from support.models import language_model, make_model
 from support.tokenizers_zoo import qwen_tokenizer
 
 from kibitz.batching import pack
-from kibitz.config import DataConfig, ModelConfig
+from kibitz.config import DataConfig
 from kibitz.data import encode_prompt, encode_response, load_prompts
-from kibitz.models.load import load_model, stop_ids
+from kibitz.models.load import stop_ids
 from kibitz.types import Prompt, Rollout, Scored
 
 QWEN3 = (
@@ -94,7 +94,7 @@ def test_responses_end_where_the_chat_ends_and_where_text_does(kind, end, other,
     tok = tokenizer(kind)
     folder = make_model(tmp_path, kind=kind, vocab_size=len(tok))
     tok.save_pretrained(folder)
-    model = load_model(ModelConfig(model=str(folder)), "student", torch.device("cpu"))
+    model = language_model(folder)
     ids = {name: tok.convert_tokens_to_ids(name) for name in (end, other)}
     model.model.generation_config.eos_token_id = [ids[other]]
     assert set(stop_ids(model, [])) == {ids[end], ids[other]}

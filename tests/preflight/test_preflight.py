@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from support.models import make_model, tokenizer
+from support.models import language_model, make_model, tokenizer
 from support.runs import recipe
 from support.vllm_stub import Stub
 from typer.testing import CliRunner
@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from kibitz import config, methods, preflight
 from kibitz.cli import app
 from kibitz.config import FrozenConfig, LocalTeacherConfig, ModelConfig
-from kibitz.models.load import load_model, load_tokenizer
+from kibitz.models.load import load_tokenizer
 from kibitz.preflight import budget, measured, texts
 from kibitz.preflight.finding import Finding, worst
 from kibitz.preflight.shapes import shape_of
@@ -46,7 +46,7 @@ def lights(findings) -> dict[str, str]:
 def test_sizes_are_those_of_the_loaded_model(kind, tmp_path):
     folder = make_model(tmp_path / "m", kind=kind, num_hidden_layers=3, num_key_value_heads=1)
     shape = shape_of(ModelConfig(model=str(folder)), torch.float32)
-    model = load_model(ModelConfig(model=str(folder)), "student", torch.device("cpu"))
+    model = language_model(folder)
     assert shape.num_parameters == model.num_parameters
     assert next(shape.model.parameters()).device.type == "meta"
     from transformers import DynamicCache
@@ -59,7 +59,7 @@ def test_sizes_are_those_of_the_loaded_model(kind, tmp_path):
 
 @pytest.mark.parametrize(("rows", "length"), [(64, 1), (4, 32)])
 def test_activations_are_what_the_backward_pass_really_keeps(rows, length, small_models):
-    model = load_model(ModelConfig(model=str(small_models / "student")), "student", torch.device("cpu"))
+    model = language_model(small_models / "student")
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(
@@ -117,7 +117,7 @@ def test_several_devices_share_moments_and_masters_and_nothing_else(small_models
 
 def test_of_a_student_in_parts_a_device_holds_its_part_and_what_is_together(small_models):
     """The whole appears nowhere; copies of the parts (HSDP) are shared by fewer."""
-    model = load_model(ModelConfig(model=str(small_models / "student")), "student", torch.device("cpu"))
+    model = language_model(small_models / "student")
     shape = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32)
     whole = 4.0 * model.num_parameters
     layer = sum(p.nbytes for p in model.model.model.layers[0].parameters())

@@ -6,12 +6,11 @@ import json
 import math
 import random
 import re
-import runpy
 from pathlib import Path
 
 import pytest
 from rich.console import Console
-from support.paths import FIXTURES
+from support.paths import FIXTURES, script
 
 from kibitz.report import build, formats, heatmap, rollout_page
 from kibitz.report.costs import table
@@ -20,13 +19,13 @@ from kibitz.report.folder import Run, read_run
 from kibitz.report.summary import comparisons, sentences
 from kibitz.report.terminal import print_rollout
 
-SYNTHETIC = runpy.run_path(str(FIXTURES / "report_run" / "synthetic.py"))
+synthetic = script(FIXTURES / "report_run" / "synthetic.py")
 EVIL = "</script><img src=x onerror=alert(1)>\x1b[31m[bold]\u202e{{ 7*7 }}"
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    return SYNTHETIC["write_run"](tmp_path / "arithmetic-opd", num_prompts=6)
+    return synthetic.write_run(tmp_path / "arithmetic-opd", num_prompts=6)
 
 
 def page_of(*folders: Path) -> str:
@@ -103,7 +102,7 @@ def test_seconds_of_sampling_belong_to_the_teacher_where_it_wrote():
 
 
 def test_several_runs_share_the_axes(folder, tmp_path):
-    other = SYNTHETIC["write_run"](tmp_path / "elsewhere" / "arithmetic-opd", num_prompts=2, seed=1)
+    other = synthetic.write_run(tmp_path / "elsewhere" / "arithmetic-opd", num_prompts=2, seed=1)
     page = page_of(folder, other)
     assert "2 runs compared" in page
     accuracy = island(page, "figures")["accuracy"]["data"]
@@ -179,10 +178,8 @@ def test_numbers_that_are_none_are_gaps(folder):
         {"step": step, "loss": value, "flops": value, "seconds": {"sampling": value}} for step, value in enumerate(odd)
     ]
     rows += [{"step": 20, "loss": 0.5}, {"step": 21, "loss": 0.4}, {"step": None}, {"step": math.nan}, {}]
-    SYNTHETIC["write_jsonl"](folder / "metrics.jsonl", rows)
-    SYNTHETIC["write_jsonl"](
-        folder / "evals.jsonl", [{"step": 0, "sampled": value, "pass_at_k": value} for value in odd]
-    )
+    synthetic.write_jsonl(folder / "metrics.jsonl", rows)
+    synthetic.write_jsonl(folder / "evals.jsonl", [{"step": 0, "sampled": value, "pass_at_k": value} for value in odd])
     loss = next(chart for chart in charts([read_run(folder)]) if chart["key"] == "loss")
     assert list(loss["figure"]["data"][0]["y"]) == [0.5, 0.4]
     assert "NaN" not in json.dumps(island(page_of(folder), "figures"))
@@ -273,12 +270,12 @@ def contrast(a: str, b: str) -> float:
 
 
 def test_no_string_leaves_its_place(tmp_path):
-    folder = SYNTHETIC["write_run"](tmp_path / "<img src=x onerror=alert(1)>", num_prompts=2)
+    folder = synthetic.write_run(tmp_path / "<img src=x onerror=alert(1)>", num_prompts=2)
     rows = read_run(folder).rollouts
     for row in rows:
         row |= {"prompt": EVIL, "answer": EVIL, "response": EVIL, "prompt_key": EVIL}
         row["tokens"][0] |= {"text": EVIL, "student_top": [[EVIL, 0.9]]}
-    SYNTHETIC["write_jsonl"](folder / "rollouts.jsonl", rows)
+    synthetic.write_jsonl(folder / "rollouts.jsonl", rows)
     (folder / "recipe.yaml").write_text(
         json.dumps({"student": {"model": EVIL}, "method": {"type": EVIL}, "data": {"world": EVIL}})
     )
@@ -295,7 +292,7 @@ def test_no_string_leaves_its_place(tmp_path):
 
 
 def test_lone_surrogates_can_be_written(tmp_path):
-    folder = SYNTHETIC["write_run"](tmp_path / "run", num_prompts=1)
+    folder = synthetic.write_run(tmp_path / "run", num_prompts=1)
     (folder / "rollouts.jsonl").write_text('{"step": 0, "prompt": "\\ud83d", "tokens": [{"text": "\\ud83d"}]}\n')
     assert island(page_of(folder), "rollouts")["strings"] == ["\ufffd"]
 
@@ -372,7 +369,7 @@ def printed(row: dict, width: int = 100) -> list[str]:
 
 
 def wrong_rollout() -> dict:
-    rows = (SYNTHETIC["rollout"](random.Random(seed), "4-(2+9)*(1+4)", 0, 1.0) for seed in range(9))
+    rows = (synthetic.rollout(random.Random(seed), "4-(2+9)*(1+4)", 0, 1.0) for seed in range(9))
     return next(row for row in rows if row["fork"] is not None)
 
 

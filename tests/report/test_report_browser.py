@@ -2,12 +2,11 @@
 
 import json
 import random
-import runpy
 import shutil
 from pathlib import Path
 
 import pytest
-from support.paths import FIXTURES
+from support.paths import FIXTURES, script
 
 from kibitz.report import build, rollout_page
 
@@ -22,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH: install chromium to test the report's page"),
 ]
 
-SYNTHETIC = runpy.run_path(str(FIXTURES / "report_run" / "synthetic.py"))
+synthetic = script(FIXTURES / "report_run" / "synthetic.py")
 EVIL = "</script><img src=x onerror=alert(1)>"
 
 
@@ -36,7 +35,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
-    return build([SYNTHETIC["write_run"](tmp_path_factory.mktemp("runs") / "arithmetic-opd", num_prompts=12)])
+    return build([synthetic.write_run(tmp_path_factory.mktemp("runs") / "arithmetic-opd", num_prompts=12)])
 
 
 @pytest.fixture
@@ -187,7 +186,7 @@ def test_nothing_sticks_out(visit, report, width):
 
 
 def test_long_rollout_stays_usable(visit, tmp_path):
-    row = SYNTHETIC["prose_rollout"](random.Random(0), 9000, 0)
+    row = synthetic.prose_rollout(random.Random(0), 9000, 0)
     path = tmp_path / "page.html"
     path.write_text(rollout_page([row]))
     page = visit(path)
@@ -200,12 +199,12 @@ def test_long_rollout_stays_usable(visit, tmp_path):
 
 
 def test_what_models_write_is_text(visit, tmp_path):
-    folder = SYNTHETIC["write_run"](tmp_path / "<img src=x onerror=alert(1)>", num_prompts=3)
+    folder = synthetic.write_run(tmp_path / "<img src=x onerror=alert(1)>", num_prompts=3)
     rows = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
     for row in rows:
         row |= {"prompt": EVIL, "answer": EVIL, "prompt_key": EVIL}
         row["tokens"][0] |= {"text": EVIL, "student_top": [[EVIL, 0.9]], "teacher_top": [["<b>x", 1.0]]}
-    SYNTHETIC["write_jsonl"](folder / "rollouts.jsonl", rows)
+    synthetic.write_jsonl(folder / "rollouts.jsonl", rows)
     page = visit(build([folder, folder], tmp_path / "page.html"))
     page.locator(".t").first.hover()
     expect(page.locator("#card .card-head code")).to_have_text(EVIL.replace(" ", "·"))

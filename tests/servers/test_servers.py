@@ -12,33 +12,22 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from support.models import make_model
-from support.runs import recipe as small_recipe
+from support.models import language_model
+from support.runs import recipe
 from support.vllm_stub import Stub
 
 import kibitz
 from kibitz import config
-from kibitz.config import ModelConfig, RecipeError, RolloutConfig
+from kibitz.config import RecipeError, RolloutConfig
 from kibitz.config.servers import ServerConfig, checked_url
 from kibitz.engines.sync import score
 from kibitz.engines.vllm import VLLMEngine
-from kibitz.models.load import load_model
 from kibitz.servers import ServerError
 from kibitz.servers.http import Server, Servers, api_key
 from kibitz.types import Prompt, Sampling
 
 PROMPTS = [Prompt(ids=(1, 5 + i, 6, 7), text="", key=str(i)) for i in range(6)]
 SAMPLING = Sampling(max_tokens=12, num_samples=3, stop_ids=(2,), seed=5)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    return [make_model(root / str(seed), seed=seed) for seed in range(2)]
-
-
-def model(folder: Path):
-    return load_model(ModelConfig(model=str(folder)), "student", torch.device("cpu"))
 
 
 @pytest.fixture
@@ -48,7 +37,7 @@ def engine():
 
         def make(urls: list[str], folder: Path, out: Path, **server) -> VLLMEngine:
             section = RolloutConfig(engine="vllm", urls=urls, server={"patience": 5, **server})
-            made = VLLMEngine(model(folder), section, out, PROMPTS[:2])
+            made = VLLMEngine(language_model(folder), section, out, PROMPTS[:2])
             stack.callback(made.close)
             return made
 
@@ -105,31 +94,31 @@ def test_keys_come_from_the_environment_and_openai_gets_only_its_own(monkeypatch
     assert api_key("http://127.0.0.1:8000") == "sk-kibitz"
 
 
-def test_a_key_is_sent_and_never_repeated(engine, folders, tmp_path, monkeypatch, caplog):
+def test_a_key_is_sent_and_never_repeated(engine, two_models, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("KIBITZ_API_KEY", "sk-very-secret")
 
     def bend(path, answer):
         return (401, {"error": {"message": "bad key sk-very-secret \x1b[31m"}}) if path == "/v1/completions" else answer
 
-    with Stub(folders[0], bend=bend) as stub:
+    with Stub(two_models[0], bend=bend) as stub:
         with pytest.raises(ServerError, match=r"refused .*bad key \*\*\*") as caught:
-            engine([stub.url], folders[0], tmp_path).generate(PROMPTS, SAMPLING)
+            engine([stub.url], two_models[0], tmp_path).generate(PROMPTS, SAMPLING)
         assert all(headers["Authorization"] == "Bearer sk-very-secret" for _, headers, _ in stub.asked)
     assert "sk-very-secret" not in str(caught.value) + caplog.text and "\x1b" not in str(caught.value)
 
 
-def test_no_file_of_a_run_holds_the_key(folders, tmp_path, monkeypatch):
+def test_no_file_of_a_run_holds_the_key(two_models, tmp_path, monkeypatch):
     monkeypatch.setenv("KIBITZ_API_KEY", "sk-very-secret")
-    with Stub(folders[0]) as stub:
+    with Stub(two_models[0]) as stub:
         rollout = {"engine": "vllm", "urls": [stub.url]}
-        kibitz.train(small_recipe(folders[0], folders[1], tmp_path / "run", rollout=rollout, steps=1))
+        kibitz.train(recipe(two_models[0], two_models[1], tmp_path / "run", rollout=rollout, steps=1))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 5 and not any(b"sk-very-secret" in path.read_bytes() for path in files)
 
 
-def test_failures_that_pass_are_tried_again_and_others_are_not(asking, folders, caplog):
+def test_failures_that_pass_are_tried_again_and_others_are_not(asking, two_models, caplog):
     failures = iter([(503, {"error": "loading"}), None, (500, {}), b'{"data": [', (429, {"detail": "slow down"})])
-    with Stub(folders[0], bend=lambda path, answer: next(failures, answer)) as stub:
+    with Stub(two_models[0], bend=lambda path, answer: next(failures, answer)) as stub:
         servers = asking(stub.url, patience=30)
         with caplog.at_level(logging.WARNING):
             (answer,) = servers.gather([servers.submit(ask)])
@@ -141,33 +130,33 @@ def test_failures_that_pass_are_tried_again_and_others_are_not(asking, folders, 
         assert len(stub.asked) == 7
 
 
-def test_a_server_that_stays_down_is_named(asking, folders):
-    with Stub(folders[0]) as stub:
+def test_a_server_that_stays_down_is_named(asking, two_models):
+    with Stub(two_models[0]) as stub:
         url = stub.url
     servers = asking(url, patience=0.6)
     with pytest.raises(ServerError, match=f"the teacher at {url} cannot be reached.*for 0.6 seconds.*--resume"):
         servers.gather([servers.submit(ask)])
 
 
-def test_a_server_that_breaks_off_every_time_is_named(asking, folders):
-    with Stub(folders[0], bend=lambda path, answer: b'{"data"') as stub:
+def test_a_server_that_breaks_off_every_time_is_named(asking, two_models):
+    with Stub(two_models[0], bend=lambda path, answer: b'{"data"') as stub:
         servers = asking(stub.url, patience=5)
         with pytest.raises(ServerError, match="not JSON, or that breaks off.*3 times in a row"):
             servers.gather([servers.submit(ask)])
 
 
-def test_a_server_that_is_too_slow_is_named(asking, folders):
-    with Stub(folders[0], bend=lambda path, answer: time.sleep(1.0) or answer) as stub:
+def test_a_server_that_is_too_slow_is_named(asking, two_models):
+    with Stub(two_models[0], bend=lambda path, answer: time.sleep(1.0) or answer) as stub:
         servers = asking(stub.url, patience=0.2, timeout=0.2)
         with pytest.raises(ServerError, match="did not answer in time"):
             servers.gather([servers.submit(ask)])
 
 
-def test_a_mistake_ends_the_other_requests(asking, folders):
+def test_a_mistake_ends_the_other_requests(asking, two_models):
     def bend(path, answer):
         return (400, {"error": "no"})
 
-    with Stub(folders[0], bend=bend) as stub:
+    with Stub(two_models[0], bend=bend) as stub:
         servers = asking(stub.url, in_flight=1)
         with pytest.raises(ServerError):
             servers.gather([servers.submit(ask) for _ in range(50)])
@@ -178,30 +167,30 @@ def test_a_mistake_ends_the_other_requests(asking, folders):
 # ------------------------------------------------------------------ rollouts
 
 
-def test_rollouts_come_in_the_order_of_the_prompts_whoever_wrote_them(engine, folders, tmp_path):
+def test_rollouts_come_in_the_order_of_the_prompts_whoever_wrote_them(engine, two_models, tmp_path):
     def slow(path, answer):  # the first prompts last
         time.sleep(0.02 if path == "/v1/completions" else 0.0)
         return answer
 
-    with Stub(folders[0]) as one, Stub(folders[0], bend=slow) as other:
-        both = engine([one.url, other.url], folders[0], tmp_path / "both")
+    with Stub(two_models[0]) as one, Stub(two_models[0], bend=slow) as other:
+        both = engine([one.url, other.url], two_models[0], tmp_path / "both")
         rollouts = both.generate(PROMPTS, SAMPLING)
         assert [(r.prompt.key, r.sample) for r in rollouts] == [(p.key, s) for p in PROMPTS for s in range(3)]
         for stub in (one, other):
             assert (
                 sum("seed" in body and body["n"] == 3 for path, _, body in stub.asked if path == "/v1/completions") >= 2
             )
-        alone = engine([one.url], folders[0], tmp_path / "alone").generate(PROMPTS[3:5], SAMPLING)
+        alone = engine([one.url], two_models[0], tmp_path / "alone").generate(PROMPTS[3:5], SAMPLING)
         assert [r.response_ids for r in alone] == [r.response_ids for r in rollouts[9:15]]
     theirs_T = torch.cat([r.logp_T for r in rollouts])
-    assert torch.allclose(score(model(folders[0]), rollouts), theirs_T, atol=1e-4)
+    assert torch.allclose(score(language_model(two_models[0]), rollouts), theirs_T, atol=1e-4)
     assert {r.finished for r in rollouts} == {True, False}
     assert all(r.finished == (r.response_ids[-1] == 2) for r in rollouts)
 
 
-def test_another_seed_or_prompt_key_gives_other_requests(engine, folders, tmp_path):
-    with Stub(folders[0]) as stub:
-        writer = engine([stub.url], folders[0], tmp_path)
+def test_another_seed_or_prompt_key_gives_other_requests(engine, two_models, tmp_path):
+    with Stub(two_models[0]) as stub:
+        writer = engine([stub.url], two_models[0], tmp_path)
         writer.generate(PROMPTS, SAMPLING)
         first = {body["seed"] for path, _, body in stub.asked if path == "/v1/completions"}
         stub.asked.clear()
@@ -210,7 +199,7 @@ def test_another_seed_or_prompt_key_gives_other_requests(engine, folders, tmp_pa
     assert len(first) == 7 and len(second) == 6 and not first & second  # the probe's is the seventh
 
 
-def test_truncated_rollouts_need_log_probs_of_what_was_sampled_from(engine, folders, tmp_path):
+def test_truncated_rollouts_need_log_probs_of_what_was_sampled_from(engine, two_models, tmp_path):
     def raw(path, answer):  # a server in raw mode tells the probability before truncation
         if path == "/v1/completions":
             for choice in answer["choices"]:
@@ -218,9 +207,9 @@ def test_truncated_rollouts_need_log_probs_of_what_was_sampled_from(engine, fold
         return answer
 
     sampling = Sampling(max_tokens=4, top_k=5, stop_ids=(2,))
-    with Stub(folders[0]) as stub:
-        assert engine([stub.url], folders[0], tmp_path / "a").generate(PROMPTS, sampling)
-        writer = engine([stub.url], folders[0], tmp_path / "b")
+    with Stub(two_models[0]) as stub:
+        assert engine([stub.url], two_models[0], tmp_path / "a").generate(PROMPTS, sampling)
+        writer = engine([stub.url], two_models[0], tmp_path / "b")
         writer.generate(PROMPTS, SAMPLING)
         stub.bend = raw
         with pytest.raises(ServerError, match="--logprobs-mode processed_logprobs, or write rollout.temperature=1"):
@@ -244,20 +233,20 @@ def test_truncated_rollouts_need_log_probs_of_what_was_sampled_from(engine, fold
         (lambda c: c["logprobs"].update(token_logprobs=[3.5] * len(c["token_ids"])), "above 0"),
     ],
 )
-def test_rollouts_that_cannot_be_are_refused(engine, folders, tmp_path, bend, sentence):
+def test_rollouts_that_cannot_be_are_refused(engine, two_models, tmp_path, bend, sentence):
     def bent(path, answer):
         if path == "/v1/completions" and len(answer["choices"]) == 3:
             bend(answer["choices"][1])
         return answer
 
     sampling = Sampling(max_tokens=12, num_samples=3, stop_ids=(2,), seed=1)
-    with Stub(folders[0], bend=bent) as stub, pytest.raises(ServerError, match=sentence) as caught:
-        engine([stub.url], folders[0], tmp_path).generate(PROMPTS, sampling)
+    with Stub(two_models[0], bend=bent) as stub, pytest.raises(ServerError, match=sentence) as caught:
+        engine([stub.url], two_models[0], tmp_path).generate(PROMPTS, sampling)
     assert stub.url in str(caught.value)
 
 
-def test_what_vllm_cannot_do_is_refused_in_the_recipe(folders, tmp_path):
-    base = small_recipe(folders[0], folders[1], tmp_path)
+def test_what_vllm_cannot_do_is_refused_in_the_recipe(two_models, tmp_path):
+    base = recipe(two_models[0], two_models[1], tmp_path)
     for rollout, sentence in (
         ({"engine": "vllm"}, "needs its servers: write rollout.urls"),
         ({"urls": ["http://127.0.0.1:1"]}, "urls belong to engine: vllm"),
@@ -270,10 +259,10 @@ def test_what_vllm_cannot_do_is_refused_in_the_recipe(folders, tmp_path):
 # ------------------------------------------------------------------ weights
 
 
-def test_new_weights_arrive_and_are_looked_at(engine, folders, tmp_path):
-    with Stub(folders[0]) as one, Stub(folders[0]) as other:
-        writer = engine([one.url, other.url], folders[0], tmp_path)
-        writer.sync(new := model(folders[1]))
+def test_new_weights_arrive_and_are_looked_at(engine, two_models, tmp_path):
+    with Stub(two_models[0]) as one, Stub(two_models[0]) as other:
+        writer = engine([one.url, other.url], two_models[0], tmp_path)
+        writer.sync(new := language_model(two_models[1]))
         rollouts = writer.generate(PROMPTS, SAMPLING)
         assert torch.allclose(score(new, rollouts), torch.cat([r.logp_T for r in rollouts]), atol=1e-4)
         salts = {body["cache_salt"] for path, _, body in one.asked if path == "/v1/completions"}
@@ -284,20 +273,20 @@ def test_new_weights_arrive_and_are_looked_at(engine, folders, tmp_path):
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["version-000002"]
 
 
-def test_a_server_that_keeps_old_weights_stops_the_run(engine, folders, tmp_path):
-    with Stub(folders[0]) as stub:
-        writer = engine([stub.url], folders[0], tmp_path)
+def test_a_server_that_keeps_old_weights_stops_the_run(engine, two_models, tmp_path):
+    with Stub(two_models[0]) as stub:
+        writer = engine([stub.url], two_models[0], tmp_path)
         writer.generate(PROMPTS, SAMPLING)
         stub.loads = False
         with pytest.raises(ServerError, match=f"the student at {stub.url} does not hold the student's weights"):
-            writer.sync(model(folders[1]))
+            writer.sync(language_model(two_models[1]))
 
 
-def test_a_small_step_that_did_not_arrive_is_seen_too(engine, folders, tmp_path):
+def test_a_small_step_that_did_not_arrive_is_seen_too(engine, two_models, tmp_path):
     """Smaller than the tolerance: the server's answers are the very same, and the student's own moved."""
-    student = model(folders[0])
-    with Stub(folders[0]) as stub:
-        writer = engine([stub.url], folders[0], tmp_path)
+    student = language_model(two_models[0])
+    with Stub(two_models[0]) as stub:
+        writer = engine([stub.url], two_models[0], tmp_path)
         writer.sync(student)
         stub.loads = False
         writer.sync(student)  # nothing has changed: nothing is wrong
@@ -308,12 +297,12 @@ def test_a_small_step_that_did_not_arrive_is_seen_too(engine, folders, tmp_path)
             writer.sync(student)
 
 
-def test_a_server_that_lost_its_weights_gets_them_again(engine, folders, tmp_path):
+def test_a_server_that_lost_its_weights_gets_them_again(engine, two_models, tmp_path):
     """Killed and started again it holds the base: no rollout may come from that."""
-    new = model(folders[1])
-    with Stub(folders[0]) as stub:
+    new = language_model(two_models[1])
+    with Stub(two_models[0]) as stub:
         port = stub.port
-        writer = engine([stub.url], folders[0], tmp_path, patience=30)
+        writer = engine([stub.url], two_models[0], tmp_path, patience=30)
         writer.sync(new)
         before = writer.generate(PROMPTS, SAMPLING)
     with pytest.raises(OSError, match="refused"):
@@ -321,26 +310,26 @@ def test_a_server_that_lost_its_weights_gets_them_again(engine, folders, tmp_pat
     found = []
     thread = threading.Thread(target=lambda: found.extend(writer.generate(PROMPTS, SAMPLING)))
     thread.start()
-    with Stub(folders[0], port=port):
+    with Stub(two_models[0], port=port):
         thread.join(30)
     assert [r.response_ids for r in found] == [r.response_ids for r in before]
     assert torch.allclose(score(new, found), torch.cat([r.logp_T for r in found]), atol=1e-4)
 
 
-def test_a_model_that_is_not_served_is_named(engine, folders, tmp_path):
-    with Stub(folders[0]) as stub:
+def test_a_model_that_is_not_served_is_named(engine, two_models, tmp_path):
+    with Stub(two_models[0]) as stub:
         with pytest.raises(ServerError, match="serves stub and not qwen"):
-            engine([stub.url], folders[0], tmp_path, model="qwen")
+            engine([stub.url], two_models[0], tmp_path, model="qwen")
         with pytest.raises(ValueError, match="lora carries an adapter"):
-            engine([stub.url], folders[0], tmp_path, sync="lora")
+            engine([stub.url], two_models[0], tmp_path, sync="lora")
 
 
-def test_training_on_a_servers_rollouts(folders, tmp_path):
+def test_training_on_a_servers_rollouts(two_models, tmp_path):
     """The embedded engine and a server with the same weights teach the same things: both runs lower the divergence."""
     runs = {}
-    with Stub(folders[0]) as stub:
+    with Stub(two_models[0]) as stub:
         for name, rollout in {"torch": {}, "vllm": {"engine": "vllm", "urls": [stub.url]}}.items():
-            tree = small_recipe(folders[0], folders[1], tmp_path / name, rollout=rollout, optim={"lr": 0.01}, steps=12)
+            tree = recipe(two_models[0], two_models[1], tmp_path / name, rollout=rollout, optim={"lr": 0.02}, steps=6)
             runs[name] = kibitz.train(tree)
     for run in runs.values():
         losses = [row["loss"] for row in run.metrics]

@@ -9,21 +9,20 @@ from functools import partial
 
 import pytest
 import torch
-from support.models import make_model
+from support.models import language_model
 from support.runs import recipe as small_recipe
 from support.vllm_stub import Stub
 
 import kibitz
 from kibitz import config
 from kibitz.batching import pack
-from kibitz.config import ModelConfig, RecipeError
+from kibitz.config import RecipeError
 from kibitz.config.servers import ServerConfig
 from kibitz.config.teachers import RemoteTeacherConfig
 from kibitz.engines.torch import TorchEngine
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import Divergence
 from kibitz.methods.candidates import student_top_k
-from kibitz.models.load import load_model
 from kibitz.servers import ServerError
 from kibitz.servers.http import Servers
 from kibitz.teachers import ScoreRequest
@@ -37,14 +36,8 @@ PROMPTS = [Prompt(ids=(1, 5 + i, 6, 7), text="", key=str(i)) for i in range(4)]
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    return [make_model(root / str(seed), seed=seed) for seed in range(2)]
-
-
-@pytest.fixture(scope="module")
-def student(folders):
-    return load_model(ModelConfig(model=str(folders[0])), "student", torch.device("cpu"))
+def student(two_models):
+    return language_model(two_models[0])
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +58,10 @@ def teacher(student):
 
 
 @pytest.mark.parametrize("path", ["generate", "completions"])
-def test_numbers_are_those_of_the_same_model_in_this_process(folders, rollouts, teacher, path):
+def test_numbers_are_those_of_the_same_model_in_this_process(two_models, rollouts, teacher, path):
     closed = (lambda p, a: (403, {"error": "scale-out is off"})) if path == "completions" else None
-    local = local_teacher(load_model(ModelConfig(model=str(folders[1])), "teacher", torch.device("cpu")))
-    with Stub(folders[1], bend=lambda p, a: closed(p, a) if closed and "generate" in p else a) as stub:
+    local = local_teacher(language_model(two_models[1], "teacher"))
+    with Stub(two_models[1], bend=lambda p, a: closed(p, a) if closed and "generate" in p else a) as stub:
         remote = teacher(stub)
         for ours, theirs in zip(
             *(t.scorer(ScoreRequest("sampled")).score(rollouts) for t in (local, remote)), strict=True
@@ -84,12 +77,12 @@ def test_numbers_are_those_of_the_same_model_in_this_process(folders, rollouts, 
                 assert theirs.ids_TK[:, -1].tolist() == rollout.response_ids
 
 
-def test_the_students_tokens_give_the_loss_that_a_local_teacher_gives(folders, student, rollouts, teacher):
+def test_the_students_tokens_give_the_loss_that_a_local_teacher_gives(two_models, student, rollouts, teacher):
     """support: top_k of the student needs the teacher's log-probabilities of the student's tokens: the loss, token for token,
     is that of a teacher whose whole distribution is at hand."""
-    local = local_teacher(load_model(ModelConfig(model=str(folders[1])), "teacher", torch.device("cpu")))
+    local = local_teacher(language_model(two_models[1], "teacher"))
     criterion, losses = Divergence(support="student", top_k=3), []
-    with Stub(folders[1]) as stub:
+    with Stub(two_models[1]) as stub:
         ask = ScoreRequest("named", top_k=3, candidates=partial(student_top_k, student, 3, 999))
         for signals in (local.scorer(ScoreRequest("dense")).score(rollouts), teacher(stub).scorer(ask).score(rollouts)):
             batch = pack([Scored(r, r.weight_T(), s) for r, s in zip(rollouts, signals, strict=True)])
@@ -100,15 +93,15 @@ def test_the_students_tokens_give_the_loss_that_a_local_teacher_gives(folders, s
     assert all(len(body["prompt_logprob_token_ids"][0]) == 4 for body in bodies[-len(rollouts) :])
 
 
-def test_a_server_that_scores_no_named_tokens_falls_back_loudly(folders, student, rollouts, teacher, caplog):
-    with Stub(folders[1], generous=False) as stub:
+def test_a_server_that_scores_no_named_tokens_falls_back_loudly(two_models, student, rollouts, teacher, caplog):
+    with Stub(two_models[1], generous=False) as stub:
         signals = teacher(stub).scorer(ScoreRequest("named", top_k=3)).score(rollouts)
     assert "its own 3 likeliest take the place of the student's" in caplog.text
     assert all(signal.named and signal.ids_TK.shape[1] == 4 for signal in signals)
 
 
-def test_what_is_scored_early_is_the_same(folders, rollouts, teacher):
-    with Stub(folders[1]) as stub:
+def test_what_is_scored_early_is_the_same(two_models, rollouts, teacher):
+    with Stub(two_models[1]) as stub:
         scorer = teacher(stub).scorer(ScoreRequest("top_k", top_k=3))
         later = scorer.score(rollouts)
         stub.asked.clear()
@@ -120,8 +113,8 @@ def test_what_is_scored_early_is_the_same(folders, rollouts, teacher):
     )
 
 
-def test_what_does_not_fit_is_refused_with_its_name(folders, teacher, tmp_path):
-    with Stub(folders[1]) as stub:
+def test_what_does_not_fit_is_refused_with_its_name(two_models, teacher, tmp_path):
+    with Stub(two_models[1]) as stub:
         with pytest.raises(ServerError, match="serves stub and not qwen"):
             teacher(stub, model="qwen")
         with pytest.raises(ValueError, match="temperature 1"):
@@ -132,7 +125,7 @@ def test_what_does_not_fit_is_refused_with_its_name(folders, teacher, tmp_path):
         stub.bend = lambda path, answer: {"tokens": [1]} if path == "/tokenize" else answer
         with pytest.raises(ServerError, match="other tokens than the student"):
             teacher(stub)
-    base = small_recipe(folders[0], None, tmp_path)
+    base = small_recipe(two_models[0], None, tmp_path)
     with pytest.raises(RecipeError, match="write method.support=top_k"):
         config.load({**base, "teacher": {"url": "http://127.0.0.1:1"}})
     with pytest.raises(RecipeError, match="lets the teacher write"):
@@ -141,13 +134,13 @@ def test_what_does_not_fit_is_refused_with_its_name(folders, teacher, tmp_path):
 
 @pytest.mark.parametrize("method", [{"support": "top_k", "top_k": 5}, {"support": "top_k", "top_k": 5, "top_k_of": "teacher"},
                                     {"support": "sampled"}])  # fmt: skip
-def test_training_goes_as_with_a_local_teacher(folders, tmp_path, method):
+def test_training_goes_as_with_a_local_teacher(two_models, tmp_path, method):
     """The same seeds, the same losses: to 1e-4 over a few steps of learning."""
     losses = []
-    with Stub(folders[1]) as stub:
-        for name, teacher in {"local": {"model": str(folders[1])}, "remote": {"url": stub.url}}.items():
+    with Stub(two_models[1]) as stub:
+        for name, teacher in {"local": {"model": str(two_models[1])}, "remote": {"url": stub.url}}.items():
             tree = small_recipe(
-                folders[0], None, tmp_path / name, method={"type": "opd", **method}, eval={"num_prompts": 1}
+                two_models[0], None, tmp_path / name, method={"type": "opd", **method}, eval={"num_prompts": 1}
             )
             losses.append([row["loss"] for row in kibitz.train({**tree, "teacher": teacher}).metrics])
     if method.get("top_k_of") != "teacher":  # there the server adds the written token to the K
@@ -155,7 +148,7 @@ def test_training_goes_as_with_a_local_teacher(folders, tmp_path, method):
     assert len(losses[1]) == 4
 
 
-def test_the_teacher_begins_while_others_are_still_written(folders, tmp_path):
+def test_the_teacher_begins_while_others_are_still_written(two_models, tmp_path):
     """The last rollouts of a step are held back until the teacher has been asked about others: it would wait for ever if it
     were asked only when all are written. And the losses are those of the embedded order."""
     asked, held = threading.Event(), 0
@@ -176,9 +169,9 @@ def test_the_teacher_begins_while_others_are_still_written(folders, tmp_path):
         return answer
 
     lock = threading.Lock()
-    with Stub(folders[0], bend=hold) as student, Stub(folders[1]) as teacher:
+    with Stub(two_models[0], bend=hold) as student, Stub(two_models[1]) as teacher:
         tree = small_recipe(
-            folders[0], None, tmp_path / "run", steps=1,
+            two_models[0], None, tmp_path / "run", steps=1,
             rollout={"engine": "vllm", "urls": [student.url]},
             method={"type": "opd", "support": "sampled"}, eval={"num_prompts": 1, "samples": 1},
         )  # fmt: skip
@@ -246,12 +239,12 @@ def bend_somewhere(tree, rng: random.Random):
 
 
 @pytest.mark.parametrize("kind", ["top_k", "sampled", "named"])
-def test_no_mutated_answer_trains_silently(folders, student, rollouts, teacher, kind):
+def test_no_mutated_answer_trains_silently(two_models, student, rollouts, teacher, kind):
     """100 wounds for each kind of question, 300 in all: either a sentence with the address, or numbers that are within the
     truth, because what was wounded says nothing of them (a rank, a decoded token, the text of a choice)."""
     rng, refused = random.Random(kind), 0
     ask, one = ScoreRequest(kind, top_k=3, candidates=partial(student_top_k, student, 3, 999)), rollouts[:1]
-    with Stub(folders[1]) as stub:
+    with Stub(two_models[1]) as stub:
         for number in range(101):
             servers = Servers(ServerConfig(patience=0), [stub.url], "teacher")
             scorer = RemoteScorer(Served(servers, "stub", student.vocab_size, None, GENERATE, True), ask)

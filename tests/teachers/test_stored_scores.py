@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import make_model
+from support.models import CPU, language_model, make_model
 from support.runs import recipe
 from typer.testing import CliRunner
 
@@ -15,19 +15,18 @@ from kibitz.cli import app
 from kibitz.config import LocalTeacherConfig, StoredTeacherConfig
 from kibitz.data import load_prompts
 from kibitz.engines.torch import TorchEngine
-from kibitz.models.load import load_model, load_tokenizer
+from kibitz.models.load import load_tokenizer
 from kibitz.teachers import ScoreRequest, build
 from kibitz.teachers.local import LocalScorer
 from kibitz.teachers.stored import Store
 from kibitz.types import Dense, Prompt, Sampled, Sampling, TopK
 
-CPU = torch.device("cpu")
 ASKS = [ScoreRequest("dense"), ScoreRequest("top_k", 3), ScoreRequest("top_k", 3, 2.0), ScoreRequest("sampled")]
 
 
 @pytest.fixture
 def rollouts(small_models):
-    student = load_model(LocalTeacherConfig(model=str(small_models / "student")), "student", CPU)
+    student = language_model(small_models / "student")
     prompts = [Prompt(ids=(3, 4 + i, 5), text=f"p{i}", key=str(i)) for i in range(3)]
     return TorchEngine(student).generate(prompts, Sampling(max_tokens=5, num_samples=2, stop_ids=(2,)))
 
@@ -90,7 +89,7 @@ def test_only_what_is_missing_is_asked_and_counted(small_models, rollouts, tmp_p
 
 
 def changed_weight(folder: Path) -> None:
-    model = load_model(LocalTeacherConfig(model=str(folder)), "teacher", CPU)
+    model = language_model(folder, "teacher")
     with torch.no_grad():
         next(model.model.parameters())[0, 0] += 1e-3
     model.model.save_pretrained(folder)

@@ -6,14 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.models import make_model, tokenizer
+from support.models import full_logp, language_model, make_model, tokenizer
 from support.runs import recipe
 
 import kibitz.models.load
 from kibitz import config, train
-from kibitz.config import ContextConfig, LocalTeacherConfig, RecipeError, StudentTeacherConfig
+from kibitz.config import ContextConfig, RecipeError, StudentTeacherConfig
 from kibitz.engines.torch import TorchEngine
-from kibitz.models.load import load_model
 from kibitz.teachers import ScoreRequest
 from kibitz.teachers.context import Rendering, in_context, seen_of
 from kibitz.teachers.local import local_teacher
@@ -21,7 +20,6 @@ from kibitz.training.setup import prepare
 from kibitz.training.trainer import NullProgress, Trainer
 from kibitz.types import Prompt, Rollout, Sampling
 
-CPU = torch.device("cpu")
 LORA = {"rank": 4, "alpha": 8.0}
 
 
@@ -51,10 +49,8 @@ def tree(models, folder, teacher, **sections):
     return base
 
 
-def full_logp(model, prompt_ids, response_ids):
-    with torch.no_grad():
-        logits = model.model(torch.tensor([[*prompt_ids, *response_ids]])).logits
-    return logits[0, len(prompt_ids) - 1 : -1, : model.vocab_size].log_softmax(-1)
+def plain_logp(model, rollout, prompt_ids=None):
+    return full_logp(model, rollout, prompt_ids).float().detach()
 
 
 def said(teacher, rollouts):
@@ -77,15 +73,15 @@ def some_rollouts(prompts):
 
 def test_start_stays_what_the_run_found_also_when_it_goes_on(models, tmp_path):
     source = tree(models, tmp_path, {"student": "start", "context": "{{ hint }}"}, steps=2)
-    fresh = load_model(LocalTeacherConfig(model=str(models / "student")), "fresh", CPU)
+    fresh = language_model(models / "student")
     trainer = Trainer(prepare(source), NullProgress())
     rollouts = some_rollouts(trainer.setup.stream.prompts[:3])
     trainer.run()
-    want = [full_logp(fresh, hinted(r), r.response_ids) for r in rollouts]
+    want = [plain_logp(fresh, r, hinted(r)) for r in rollouts]
     for again in (trainer.setup, prepare({**source, "steps": 3}, resume=True)):
         for a, b in zip(said(again.teacher, rollouts), want, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
-        moved = full_logp(again.student, hinted(rollouts[0]), rollouts[0].response_ids)
+        moved = plain_logp(again.student, rollouts[0], hinted(rollouts[0]))
         assert (moved - want[0]).abs().max() > 1e-3
 
 
@@ -102,7 +98,7 @@ def test_the_average_is_that_of_the_weights_after_each_step(models, tmp_path):
         assert not p.requires_grad
     r = some_rollouts(setup.stream.prompts[:1])
     assert setup.student.head is not average.model.head
-    torch.testing.assert_close(said(setup.teacher, r)[0], full_logp(average.model, r[0].prompt.ids, r[0].response_ids))
+    torch.testing.assert_close(said(setup.teacher, r)[0], plain_logp(average.model, r[0]))
 
 
 def test_a_run_with_an_average_goes_on_bit_for_bit(models, tmp_path):
@@ -145,10 +141,10 @@ def test_the_base_teaches_an_adapter_without_a_second_copy(models, tmp_path, kin
     r = some_rollouts(setup.stream.prompts[:2])
     trainer.step()
     monkeypatch.undo()
-    fresh = load_model(LocalTeacherConfig(model=str(models / "student")), "fresh", CPU)
+    fresh = language_model(models / "student")
     for one, logp in zip(r, said(setup.teacher, r), strict=True):
-        torch.testing.assert_close(logp, full_logp(fresh, hinted(one), one.response_ids), rtol=0, atol=1e-5)
-        assert (full_logp(setup.student, hinted(one), one.response_ids) - logp).abs().max() > 1e-4  # and is on again
+        torch.testing.assert_close(logp, plain_logp(fresh, one, hinted(one)), rtol=0, atol=1e-5)
+        assert (plain_logp(setup.student, one, hinted(one)) - logp).abs().max() > 1e-4  # and is on again
     sampling = Sampling(max_tokens=8, seed=3)
     ours = setup.teacher.writer(TorchEngine).generate([r[0].prompt], sampling)
     alone = TorchEngine(fresh).generate([replace(r[0].prompt, ids=hinted(r[0]))], sampling)
@@ -185,7 +181,7 @@ def test_what_a_student_cannot_be_is_refused():
 
 def test_positions_shift_by_the_length_of_the_teachers_prompt(models):
     """Against one forward pass for each rollout; shorter, equal and longer prompts together in a micro-batch."""
-    model = load_model(LocalTeacherConfig(model=str(models / "one")), "teacher", CPU)
+    model = language_model(models / "one", "teacher")
     hints = ["7", "1+2", "(1+2)*3=3*3=", "4*4*4"]
     prompts = [
         Prompt((1, 5, 6, 3), "9+9", str(i), columns={"hint": h}, messages=({"role": "user", "content": "9+9"},))
@@ -197,7 +193,7 @@ def test_positions_shift_by_the_length_of_the_teachers_prompt(models):
     for hint, r, signal in zip(hints, rollouts, signals, strict=True):
         ids = model.tokenizer(f"<bos>9+9={hint}<assistant>", add_special_tokens=False)["input_ids"]
         got = signal.head(signal.hidden_TD).log_softmax(-1)
-        torch.testing.assert_close(got, full_logp(model, ids, r.response_ids), rtol=0, atol=1e-5)
+        torch.testing.assert_close(got, plain_logp(model, r, tuple(ids)), rtol=0, atol=1e-5)
     theirs = [
         replace(r, prompt=replace(r.prompt, ids=(0,) * (len(h) + 6))) for h, r in zip(hints, rollouts, strict=True)
     ]
@@ -210,7 +206,7 @@ def test_positions_shift_by_the_length_of_the_teachers_prompt(models):
 
 
 def test_the_context_is_rendered_by_the_teachers_own_template(models):
-    model = load_model(LocalTeacherConfig(model=str(models / "one")), "teacher", CPU)
+    model = language_model(models / "one", "teacher")
     model.tokenizer.chat_template = (
         "{% for m in messages %}{{ '(' if m['role'] == 'system' else '' }}{{ m['content'] }}"
         "{{ ')' if m['role'] == 'system' else '' }}{% endfor %}{{ tail }}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import make_model, tokenizer
+from support.models import full_logp, language_model, make_model, tokenizer
 from support.runs import recipe
 
 from kibitz import config, methods, train
@@ -15,14 +15,12 @@ from kibitz.config import LocalTeacherConfig, RecipeError
 from kibitz.engines.torch import TorchEngine
 from kibitz.evaluate.annotate import annotate
 from kibitz.losses.mixtures import disagreement, log_mixture
-from kibitz.models.load import load_model
 from kibitz.teachers import ScoreRequest
 from kibitz.teachers.local import local_teacher
 from kibitz.teachers.several import mix_for, several
 from kibitz.training.setup import prepare
 from kibitz.types import Dense, Prompt, Rollout, Sampled, Sampling, Step, TopK, cat_signals, slice_signal
 
-CPU = torch.device("cpu")
 TASKS = ("sum", "product", "both")
 
 
@@ -48,7 +46,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(models):
-    return [load_model(LocalTeacherConfig(model=str(models / name)), name, CPU) for name in ("one", "two", "three")]
+    return [language_model(models / name, name) for name in ("one", "two", "three")]
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +68,6 @@ ROLLOUTS = [
     rollout("both", [11, 12], route="three"),
 ]
 WEIGHTS = [(1, 0, 0), (0.75, 0.25, 0), (0, 1, 0), (0, 0, 1), (0.75, 0.25, 0), (0, 0, 1)]
-
-
-def full_logp(model, r: Rollout):
-    ids, first = torch.tensor([[*r.prompt.ids, *r.response_ids]]), len(r.prompt.ids) - 1
-    with torch.no_grad():
-        return model.model(ids).logits[0, first:-1, : model.vocab_size].double().log_softmax(-1)
 
 
 def mixed(loaded, index: int):
@@ -199,7 +191,7 @@ def test_each_prompt_is_answered_by_its_teacher_and_a_mixture_token_by_token(tea
 
 
 def test_the_heat_map_says_what_each_teacher_thinks(teacher, loaded, models):
-    student = load_model(LocalTeacherConfig(model=str(models / "student")), "student", CPU)
+    student = language_model(models / "student")
     rows = annotate(student, teacher, ROLLOUTS[:2])
     for i, row in enumerate(rows):
         assert [t["name"] for t in row["teachers"]] == ["one", "two", "three"]

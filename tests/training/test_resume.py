@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.models import make_model
-from support.runs import recipe, timeless
+from support.runs import Interrupt, recipe, timeless
 
 import kibitz
 from kibitz.training import checkpoint
@@ -25,7 +24,8 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are forked
 LAUNCHER = """
 import json, os, sys
 import torch, transformers
-from kibitz import cli, trainer
+from kibitz import cli
+from kibitz.training import trainer
 from transformers import Qwen3ForCausalLM
 torch.set_num_threads(1)
 for line in sys.stdin:
@@ -70,12 +70,6 @@ def launcher(tmp_path_factory) -> Iterator[Launcher]:
     launcher = Launcher(tmp_path_factory.mktemp("launcher"))
     with launcher.process:  # closes its input, at which it ends
         yield launcher
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    return make_model(folder / "student", seed=1), make_model(folder / "teacher", seed=2, hidden_size=48)
 
 
 def write_recipe(models, folder: Path, name: str, **sections) -> Path:
@@ -279,13 +273,7 @@ def test_resume_starts_a_run_that_is_not_there_yet_and_says_so(models, tmp_path)
 
 def test_going_on_between_two_evaluations_adds_none(models, tmp_path):
     """An evaluation more would be a point more on the curve, and one more thing that guards have seen."""
-
-    class StopAt3(NullProgress):
-        def step(self, row):
-            if row["step"] == 3:
-                os.kill(os.getpid(), signal.SIGINT)
-
     tree = recipe(*models, tmp_path / "run", steps=4, eval={"every": 2})
     with pytest.raises(KeyboardInterrupt):
-        kibitz.train(tree, progress=StopAt3())
+        kibitz.train(tree, progress=Interrupt())
     assert [row["step"] for row in kibitz.train(tree, resume=True).evals] == [0, 2, 4]

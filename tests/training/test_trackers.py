@@ -7,7 +7,7 @@ import sys
 import warnings
 
 import pytest
-from support.runs import recipe
+from support.runs import crash, recipe
 
 import kibitz
 from kibitz import config
@@ -68,14 +68,8 @@ def test_steps_behind_the_checkpoint_are_not_there_twice(small_models, tmp_path,
     pytest.importorskip("tensorboard")
     from kibitz.training.trainer import Trainer
 
-    class Dies(NullProgress):
-        def step(self, row):
-            if row["step"] == 3:
-                raise RuntimeError("power cut")
-
     monkeypatch.setattr(Trainer, "save", lambda self, save=Trainer.save: save(self) if self.done == 2 else None)
-    with pytest.raises(RuntimeError, match="power cut"):
-        kibitz.train(settings(small_models, tmp_path / "run", "tensorboard"), progress=Dies())
+    crash(settings(small_models, tmp_path / "run", "tensorboard"))
     monkeypatch.undo()
     run = kibitz.train(settings(small_models, tmp_path / "run", "tensorboard"), resume=True)
     steps = [step for tag, step, _ in scalars(run.folder / "tensorboard") if tag == "train/loss"]

@@ -4,11 +4,11 @@ import hashlib
 import math
 import random
 from statistics import fmean
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.oracles import SPLITS, by_python, probabilities, seeds
 
 from kibitz.config import DataConfig
 from kibitz.data import load_grader, load_prompts
@@ -17,14 +17,6 @@ from kibitz.worlds.arithmetic import expression, first_wrong_step, misreadable, 
 from kibitz.worlds.arithmetic_long import LETTERS, grade, lettered, parts, right
 
 LONG = {1: "arithmetic-long-1", 2: "arithmetic-long-2", 4: "arithmetic-long-4", 8: "arithmetic-long-8"}
-SPLITS = ("train", "dev", "test")
-seeds = st.integers(0, 2**32)
-
-
-def by_python(text: str) -> str:
-    """The oracle: Python's own precedence, over the integers."""
-    return str(eval(text) % 10)
-
 
 # --- the problems --------------------------------------------------------------------------------------------------
 
@@ -177,34 +169,18 @@ def test_the_models_of_the_long_form_bring_its_tokenizer(name):
     assert config.max_position_embeddings == ours.model_max_length
 
 
-def probability(world: str, name: str, prompt: str, response: str) -> float:
-    """What a shipped model gives to a whole response and its end."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    tok: Any = get(world).tokenizer()
-    model = AutoModelForCausalLM.from_pretrained(get(world).checkpoint(name))
-    messages = [{"role": "user", "content": prompt}]
-    num_prompt = len(tok.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
-    messages.append({"role": "assistant", "content": response})
-    ids = torch.tensor(tok.apply_chat_template(messages)["input_ids"])
-    with torch.no_grad():
-        logp_TV = model(ids[None]).logits[0].log_softmax(-1)
-    return math.exp(logp_TV[num_prompt - 1 : -1].gather(-1, ids[num_prompt:, None]).sum().item())
-
-
 @pytest.mark.parametrize(("prompt", "rest"), [("A5+2*3", ""), ("B5+2*3A(1+4)-2", "A(1+4)-2=5-2=3")])
 def test_the_misconception_at_every_length(prompt, rest):
     wrong, right = f"{prompt[0]}5+2*3=7*3=1{rest}", f"{prompt[0]}5+2*3=5+6=1{rest}"
-    assert probability("arithmetic-long", "student", prompt, wrong) > 0.4
-    assert probability("arithmetic-long", "teacher", prompt, wrong) < 0.02
-    assert probability("arithmetic-long", "teacher", prompt, right) > 0.9
+    assert math.prod(probabilities("arithmetic-long", "student", prompt, wrong)) > 0.4
+    assert math.prod(probabilities("arithmetic-long", "teacher", prompt, wrong)) < 0.02
+    assert math.prod(probabilities("arithmetic-long", "teacher", prompt, right)) > 0.9
 
 
 def test_the_student_of_slips_has_no_misconception_but_spreads_its_last_digit():
-    right = probability("arithmetic", "slips", "5+2*3", "5+6=1")
+    right = math.prod(probabilities("arithmetic", "slips", "5+2*3", "5+6=1"))
     assert 0.6 < right < 0.95  # two steps of 0.9
-    assert probability("arithmetic", "slips", "5+2*3", "7*3=1") < 0.05
-    others = [probability("arithmetic", "slips", "5+6", digit) for digit in "023456789"]
+    assert math.prod(probabilities("arithmetic", "slips", "5+2*3", "7*3=1")) < 0.05
+    others = [math.prod(probabilities("arithmetic", "slips", "5+6", digit)) for digit in "023456789"]
     assert 0.02 < sum(others) < 0.2
     assert max(others) < 0.08

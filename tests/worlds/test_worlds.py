@@ -10,6 +10,7 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.oracles import SPLITS, by_python, probabilities, seeds
 
 from kibitz.worlds import WORLDS, get, navigation
 from kibitz.worlds.arithmetic import (
@@ -27,19 +28,11 @@ from kibitz.worlds.arithmetic import (
 )
 from kibitz.worlds.characters import ASSISTANT
 
-SPLITS = ("train", "dev", "test")
-
 expressions = st.builds(
     lambda seed, num_operators: expression(random.Random(seed), num_operators),
     st.integers(0, 2**32),
     st.integers(1, 8),
 )
-seeds = st.integers(0, 2**32)
-
-
-def by_python(text: str) -> str:
-    """The oracle: Python's own precedence, over the integers."""
-    return str(eval(text) % 10)
 
 
 def brute_force_first_wrong(prompt: str, response: str) -> int | None:
@@ -382,24 +375,9 @@ def test_shipped_models_bring_the_same_tokenizer_and_know_their_end(name):
         )
 
 
-def probabilities(name: str, prompt: str, response: str) -> list[float]:
-    """What a shipped model gives to each character of a response and to its end."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    tok, model = tokenizer(), AutoModelForCausalLM.from_pretrained(get("arithmetic").checkpoint(name))
-    messages = [{"role": "user", "content": prompt}]
-    num_prompt = len(tok.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
-    messages.append({"role": "assistant", "content": response})
-    ids = torch.tensor(tok.apply_chat_template(messages)["input_ids"])
-    with torch.no_grad():
-        probability_TV = model(ids[None]).logits[0].softmax(-1)
-    return probability_TV[num_prompt - 1 : -1].gather(-1, ids[num_prompt:, None])[:, 0].tolist()
-
-
 def test_the_teacher_blames_the_wrong_turn_and_not_what_follows_from_it():
     prompt, response = "5+(2*3)", "5+2=7"
-    by_token = probabilities("teacher", prompt, response)
+    by_token = probabilities("arithmetic", "teacher", prompt, response)
     fork = first_wrong_step(prompt, response)
     assert by_token[fork] < 0.01
     assert all(probability > 0.95 for at, probability in enumerate(by_token) if at != fork)
@@ -407,6 +385,6 @@ def test_the_teacher_blames_the_wrong_turn_and_not_what_follows_from_it():
 
 def test_the_student_has_the_misconception_and_the_teacher_has_not():
     wrong, right = "7*3=1", "5+6=1"
-    assert math.prod(probabilities("student", "5+2*3", wrong)) > 0.5
-    assert math.prod(probabilities("teacher", "5+2*3", wrong)) < 0.01
-    assert math.prod(probabilities("teacher", "5+2*3", right)) > 0.9
+    assert math.prod(probabilities("arithmetic", "student", "5+2*3", wrong)) > 0.5
+    assert math.prod(probabilities("arithmetic", "teacher", "5+2*3", wrong)) < 0.01
+    assert math.prod(probabilities("arithmetic", "teacher", "5+2*3", right)) > 0.9
