@@ -31,7 +31,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("name", ["tied", "apart"])
 def test_a_model_without_weights_is_the_same_but_for_them(folders, name):
     real = AutoModelForCausalLM.from_pretrained(folders[name])
-    bare = fsdp._without_weights(ModelConfig(model=str(folders[name])), torch.float32)
+    bare = fsdp._on_meta(ModelConfig(model=str(folders[name])), torch.float32)
     assert {p.device.type for p in bare.parameters()} == {"meta"}
     shapes = [{n: (p.shape, p.dtype) for n, p in model.named_parameters()} for model in (real, bare)]
     assert shapes[0] == shapes[1]
@@ -44,7 +44,7 @@ def test_a_model_without_weights_is_the_same_but_for_them(folders, name):
 @pytest.mark.parametrize("name", ["tied", "apart"])
 def test_files_fill_what_had_no_weights(folders, name):
     """All of it, shared matrices too, and nothing else: what was not filled is NaN."""
-    bare = fsdp._without_weights(ModelConfig(model=str(folders[name])), torch.float32)
+    bare = fsdp._on_meta(ModelConfig(model=str(folders[name])), torch.float32)
     stored = fsdp._match(bare, fsdp._weight_files(str(folders[name])), name)
     bare._apply(lambda t: torch.full_like(t, float("nan"), device="cpu") if t.device.type == "meta" else t)
     bare.tie_weights()
@@ -58,8 +58,8 @@ def test_an_adapter_on_a_base_without_weights_begins_as_any_other(folders):
     whole = load_student(
         StudentConfig(model=str(folders["apart"]), lora=options), torch.device("cpu"), tokenizer(), seed=5
     )
-    bare = fsdp._without_weights(ModelConfig(model=str(folders["apart"])), torch.float32)
-    with fsdp._weights_of_no_size(bare):
+    bare = fsdp._on_meta(ModelConfig(model=str(folders["apart"])), torch.float32)
+    with fsdp._zero_stride_weights(bare):
         lora.attach(bare, options, seed=5)
     adapted = {n: p for n, p in whole.model.named_parameters() if p.requires_grad}
     assert adapted
@@ -72,13 +72,13 @@ def test_an_adapter_on_a_base_without_weights_begins_as_any_other(folders):
 def test_files_with_other_names_than_the_model_are_refused(folders, tmp_path):
     weights = load_file(folders["apart"] / "model.safetensors")
     save_file({n.replace("q_proj", "query"): t for n, t in weights.items()}, tmp_path / "model.safetensors")
-    bare = fsdp._without_weights(ModelConfig(model=str(folders["apart"])), torch.float32)
+    bare = fsdp._on_meta(ModelConfig(model=str(folders["apart"])), torch.float32)
     with pytest.raises(ValueError, match=r"does not store model\.layers\.0\.self_attn\.q_proj.*whole_copy=true"):
         fsdp._match(bare, [tmp_path / "model.safetensors"], "x")
 
 
 def test_files_with_other_shapes_than_the_model_are_refused(folders):
-    bare = fsdp._without_weights(ModelConfig(model=str(folders["apart"])), torch.float32)
+    bare = fsdp._on_meta(ModelConfig(model=str(folders["apart"])), torch.float32)
     stored = fsdp._match(bare, fsdp._weight_files(str(folders["apart"])), "x")
     bare._apply(lambda t: t.new_empty(*t.shape[:-1], t.shape[-1] + 1, device="cpu"))
     with pytest.raises(ValueError, match="is stored where"):
@@ -166,10 +166,10 @@ def test_adapters_and_quantized_weights_are_refused(folders, tmp_path):
     )
     student.save(tmp_path / "adapter")
     with pytest.raises(config.RecipeError, match="--merge"):
-        fsdp.check_parts(StudentConfig(model=str(tmp_path / "adapter")), "student")
+        fsdp.check_shardable(StudentConfig(model=str(tmp_path / "adapter")), "student")
     real = AutoModelForCausalLM.from_pretrained(folders["apart"])
     real.config.quantization_config = {"quant_method": "fp8"}
     real.config.save_pretrained(tmp_path / "small")
     with pytest.raises(config.RecipeError, match="quantized"):
-        fsdp.check_parts(StudentConfig(model=str(tmp_path / "small")), "teacher")
-    fsdp.check_parts(StudentConfig(model=str(folders["apart"])), "student")
+        fsdp.check_shardable(StudentConfig(model=str(tmp_path / "small")), "teacher")
+    fsdp.check_shardable(StudentConfig(model=str(folders["apart"])), "student")
