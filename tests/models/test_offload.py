@@ -201,12 +201,12 @@ def rollouts_of(model) -> list[Rollout]:
     return TorchEngine(model).generate(prompts, Sampling(max_tokens=24, stop_ids=(model.tokenizer.eos_token_id,)))
 
 
-@pytest.mark.parametrize("offload", [None, "body", "layers"])
-def test_eight_bits_are_the_teacher_up_to_rounding(offload):
+@pytest.mark.parametrize("how", [None, "body", "layers"])
+def test_eight_bits_are_the_teacher_up_to_rounding(how):
     """On text that it writes itself; and it takes one byte for each number of a layer's matrices."""
     pytest.importorskip("bitsandbytes")
     whole = load_model(FrozenConfig(model=shipped()), "teacher", CPU)
-    small = offload.load_frozen(FrozenConfig(model=shipped(), quantize="int8", offload=offload), "teacher", CPU)
+    small = offload.load_frozen(FrozenConfig(model=shipped(), quantize="int8", offload=how), "teacher", CPU)
     matrices = sum(p.numel() for p in whole.model.model.layers.parameters() if p.dim() == 2)
     sizes = [sum(p.nbytes for p in model.model.parameters()) for model in (whole, small)]
     assert sizes[0] - sizes[1] == 3 * matrices

@@ -93,7 +93,7 @@ def test_both_models_pack_or_neither(tmp_path, monkeypatch):
     monkeypatch.setattr("kibitz.models.packing._has_kernel", lambda model: True)
     with pytest.warns(UserWarning, match="rows are padded, not packed: the student \\(MambaForCausalLM\\)"):
         pack_rows([qwen, mamba], "auto")
-    assert not qwen.packed and not mamba.packs
+    assert not qwen.packed and not mamba.packed
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pack_rows([qwen], "auto")
