@@ -8,8 +8,8 @@ from transformers.utils import logging
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """A context inside which transformers and huggingface_hub draw no progress bars. The switch is the process's, so
-    it is put back on leaving for whoever else loads models there."""
+    """A context inside which transformers and huggingface_hub draw no progress bars. The switch is global to
+    the process, so its former state is restored on leaving."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

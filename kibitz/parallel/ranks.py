@@ -40,7 +40,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is rank 0, which alone writes files and prints."""
+        """True on rank 0, the only process that writes files and prints."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:

@@ -27,7 +27,7 @@ FILE_BYTES = 2**30
 
 
 def are_in(tensors: Iterable[Any]) -> bool:
-    """Whether at least one of the tensors is sharded."""
+    """True if at least one of the tensors is sharded."""
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
