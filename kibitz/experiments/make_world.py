@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import kibitz
+from kibitz.models.progress import no_progress_bars
 from kibitz.training.trainer import Progress
 from kibitz.worlds import arithmetic_long, get
 
@@ -35,6 +36,7 @@ GUIDE_SHAPE = {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 1
 WALKER_SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 44}
 
 
+@no_progress_bars()
 def blank(folder: Path, shape: dict[str, Any], seed: int, world: str = "arithmetic", tokenizer: Any = None) -> Path:
     """A Qwen3 of that shape with random weights, saved with the world's tokenizer, or with another."""
     tokenizer = tokenizer or get(world).tokenizer()
@@ -57,6 +59,7 @@ def blank(folder: Path, shape: dict[str, Any], seed: int, world: str = "arithmet
     return folder
 
 
+@no_progress_bars()
 def grown(folder: Path, name: str, seed: int) -> Path:
     """A shipped model of arithmetic with the letters of the long form, whose rows are drawn as a new model's are."""
     world = get("arithmetic-long")

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from dataclasses import dataclass
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,50 +17,74 @@ from kibitz.batching import without_padding
 from kibitz.config import RecipeError
 from kibitz.models import lora
 from kibitz.models.head import build_head
+from kibitz.models.progress import no_progress_bars
 from kibitz.types import Batch, Prompt, Rollout
 
 T = TypeVar("T")
 
 
 CHUNK_NUMBERS = 2**25
-
 """Logits that exist at one time: 128 MiB in float32, of which an exact divergence needs about ten such tensors."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The device that a model computes on, and the context inside which its weights are resident there: weights that are
+    offloaded lie in host memory otherwise."""
+
+    device: torch.device
+    resident: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 class LanguageModel(nn.Module):
     """A causal language model and its tokenizer, in eval mode always: dropout would make the student disagree with
-    the log-probabilities that it sampled with. `adapter`: what of `model` is LoRA, if that alone is to learn."""
+    the log-probabilities that it sampled with.
+
+    `adapter` is the LoRA part of `model`, if that alone is trained; `placement` is None where the weights stay on
+    `model.device`; `writer` writes the weights of `save` into a folder; a `packed` model reads rows without padding
+    (`kibitz.models.packing`); a `compiled` one compiles its forward pass and the backward pass, not the engine's steps.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Any, name: str = "model", adapter: lora.Adapter | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        name: str = "model",
+        adapter: lora.Adapter | None = None,
+        *,
+        placement: Placement | None = None,
+        writer: Callable[[Path], object] | None = None,
+        packed: bool = False,
+        compiled: bool = False,
     ):
         super().__init__()
         self.model = model.eval()
         self.tokenizer: Any = tokenizer  # a PreTrainedTokenizerBase, whose methods return unions of everything
-        self.name = name
-        self.adapter = adapter
+        self.name, self.adapter, self.packed = name, adapter, packed
+        self.placement, self._writer = placement, writer
         self.vocab_size: int = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
-        self.head, self.head_stands_alone = build_head(model, self.vocab_size, name)
-        self.packs = False  # see `kibitz.models.packing`
-        self.compute_device: torch.device | None = (
-            None  # where it computes, if its weights wait elsewhere: see `kibitz.models.offload`
-        )
-        self.loaded: Callable[[], AbstractContextManager[None]] = nullcontext  # while which they have come
-        self.write: Callable[[Path], object] = self.model.save_pretrained if adapter is None else adapter.save
-        self._compiled: tuple[Any, ...] = ()  # in a tuple, so that it is no second child
+        with self.loaded():
+            self.head, self.head_stands_alone = build_head(model, self.vocab_size, name)
+        # in a tuple, so that it is no second child
+        self._compiled = (torch.compile(self._body(), dynamic=True),) if compiled else ()
 
     @property
     def device(self) -> torch.device:
-        return self.compute_device or self.model.device
+        """The device that the model computes on."""
+        return self.model.device if self.placement is None else self.placement.device
+
+    def loaded(self) -> AbstractContextManager[None]:
+        """A context inside which the weights are on `device`; contexts may be nested."""
+        return nullcontext() if self.placement is None else self.placement.resident()
 
     @property
     def max_positions(self) -> int | None:
-        """The longest sequence that the model was made for, if it says so."""
+        """The longest sequence, in tokens, that the configuration allows; None where it sets no limit."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def chunk_tokens(self) -> int:
-        """How many tokens to take through the head at one time."""
+        """The number of tokens whose logits are computed at one time."""
         return max(16, CHUNK_NUMBERS // self.vocab_size)
 
     @property
@@ -72,7 +97,7 @@ class LanguageModel(nn.Module):
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
-        """The base that the adapter stands on, without a second copy of its weights; the head too, for later use."""
+        """A context inside which the model and its head are the base model: the same weights without the LoRA update."""
         if self.adapter is None:
             raise ValueError(f"the {self.name} has no adapter that could be switched off: write student.lora")
         adapted = self.head
@@ -84,13 +109,15 @@ class LanguageModel(nn.Module):
             self.head = adapted
 
     def save(self, folder: Path) -> None:
-        """A Hugging Face folder: the whole model, or of LoRA the adapter in peft's format; and the tokenizer."""
-        self.write(folder)
+        """Write a Hugging Face folder: the model (with LoRA only the adapter, in peft's format) and the tokenizer."""
+        write = self._writer or (self.model.save_pretrained if self.adapter is None else self.adapter.save)
+        with no_progress_bars():
+            write(folder)
         self.tokenizer.save_pretrained(folder)
 
     def hidden(self, ids_BL: Tensor, position_BL: Tensor | None = None) -> Tensor:
-        """The last hidden states `[B, L, D]` of right-padded rows. No attention mask: padding stands on the right. Positions
-        that begin anew inside a row begin another sequence there, for models that pack."""
+        """The last hidden states `[B, L, D]` of right-padded rows, which need no attention mask in a causal model. Where
+        positions restart at 0 inside a row, another sequence begins there (packed models only)."""
         positions = {} if position_BL is None else {"position_ids": position_BL}
         body = self._compiled[0] if self._compiled else self._body()
         with self.loaded():
@@ -100,12 +127,44 @@ class LanguageModel(nn.Module):
     def _body(self) -> Any:
         return self.model.base_model if self.head_stands_alone else self.model
 
-    def compile_body(self) -> None:
-        """Let the forward pass of the loss, and its backward pass, be compiled; the engine goes on as before."""
-        self._compiled = (torch.compile(self._body(), dynamic=True),)
+    def pack_rows(self, packed: bool) -> None:
+        """Read rows without padding from now on, or with it. `kibitz.models.packing` says whether a model can."""
+        self.packed = packed
+
+    def materialize(self, fill: Callable[[nn.Module], None], device: torch.device) -> None:
+        """Finish a model whose parameters are on the meta device: allocate them on `device`, let `fill` write the
+        weights, and check on them whether the head can be called alone."""
+        self._apply(lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t.to(device))
+        self.model.tie_weights()
+        fill(self.model)
+        with torch.no_grad():
+            self.head, self.head_stands_alone = self.within(lambda: build_head(self.model, self.vocab_size, self.name))
+
+    def enclose_passes(self, before: Callable[[], None]) -> None:
+        """Make every forward pass one of this module and call `before` ahead of each. Engines call the bare model, and
+        FSDP gathers the parameters around its layers (embedding, norm, head) only in this module's forward pass."""
+        bare: Callable[..., Any] = self.model.forward
+        inside = False
+
+        def begin(*_: Any) -> None:
+            nonlocal inside
+            before()
+            inside = True
+
+        def end(*_: Any) -> None:
+            nonlocal inside
+            inside = False
+
+        @wraps(bare)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return bare(*args, **kwargs) if inside else self.within(lambda: bare(*args, **kwargs))
+
+        self.register_forward_pre_hook(begin, prepend=True)
+        self.register_forward_hook(end, always_call=True)
+        self.model.forward = forward
 
     def recompute_activations(self) -> None:
-        """Keep only the input of each layer for the backward pass, and compute its inside again there."""
+        """Activation checkpointing: keep only the input of each layer and recompute the rest in the backward pass."""
         layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
         if not layers:
             raise ValueError(
@@ -125,32 +184,32 @@ class LanguageModel(nn.Module):
             )
 
     def within(self, work: Callable[[], T]) -> T:
-        """`work` inside a forward pass, where a sharded model has its weights."""
+        """The result of `work`, called inside a forward pass, where FSDP has gathered the weights around the layers."""
         return self(None, lambda *_: work())
 
     def forward(self, batch: Batch | None, use: Callable[..., T]) -> T:
-        """`use(hidden_TD, head)` on the positions that score response tokens. The loss runs in here, where a sharded
-        model has its output head whole."""
+        """The result of `use(hidden_TD, head)` on the positions that score response tokens. The loss runs in here,
+        where FSDP has gathered the output head."""
         if batch is None:
             return use(None, self.head)
-        if not self.packs:
+        if not self.packed:
             return use(self.hidden(batch.ids_BL).flatten(0, 1)[batch.position_T], self.head)
         ids_1N, position_1N, place = without_padding(batch.ids_BL, batch.length_B)
         return use(self.hidden(ids_1N, position_1N)[0, place[batch.position_T]], self.head)
 
     def pass_flops(self, rollouts: Sequence[Rollout], num_tokens: Sequence[int] = ()) -> float:
-        """Of one forward pass over the prompts and so many response tokens of each, all if none are said."""
+        """FLOPs of one forward pass over each prompt and its first `num_tokens` response tokens, by default all."""
         num_tokens = num_tokens or [r.num_tokens for r in rollouts]
         lengths = [len(r.prompt.ids) + num for r, num in zip(rollouts, num_tokens, strict=True)]
         return self.forward_flops(sum(lengths), sum(n * n for n in lengths), sum(num_tokens))
 
     def forward_flops(self, num_positions: int, num_squared: int, num_scored: int) -> float:
-        """Multiply-adds x 2 of one forward pass: body on all positions, causal attention (`num_squared` = the sum of
-        squared lengths), head on the scored positions. Backward costs twice this again."""
+        """FLOPs (multiply-adds x 2) of one forward pass: body on all positions, causal attention (`num_squared` = the sum of
+        squared lengths), head on the scored positions. A backward pass costs twice as many."""
         return forward_flops(self.model, num_positions, num_squared, num_scored)
 
     def check_lengths(self, prompts: Sequence[Prompt], max_tokens: int) -> None:
-        """Raise ValueError where a prompt with `max_tokens` more has no room."""
+        """Raise ValueError if a prompt and a response of `max_tokens` exceed `max_positions`."""
         longest, room = max(len(prompt.ids) for prompt in prompts), self.max_positions
         if room is None or longest + max_tokens <= room:
             return
@@ -161,7 +220,7 @@ class LanguageModel(nn.Module):
 
 
 def forward_flops(model: Any, num_positions: float, num_squared: float, num_scored: float) -> float:
-    """As `LanguageModel.forward_flops`, of a model with or without weights."""
+    """The FLOPs of `LanguageModel.forward_flops` for a bare model, which may be on the meta device."""
     config = model.config.get_text_config()
     head = model.get_output_embeddings().weight.numel()
     embedding = model.get_input_embeddings().weight

@@ -1,8 +1,4 @@
-"""Hugging Face models as students and teachers: one body, one output head, one vocabulary.
-
-The body gives hidden states, the head turns some of them into logits; the loss multiplies the head chunk by chunk.
-Logits are cut to the tokenizer's size, because models of one family pad their vocabularies differently.
-"""
+"""Loading of Hugging Face models and tokenizers: folders are checked first, adapters are merged, stop tokens collected."""
 
 import os
 import re
@@ -11,14 +7,11 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from kibitz.config import ModelConfig, StudentConfig
 from kibitz.models import lora
 from kibitz.models.language_model import LanguageModel
-
-transformers_logging.disable_progress_bar()  # kibitz draws its own
-
+from kibitz.models.progress import no_progress_bars
 
 # ------------------------------------------------------------------ loading
 
@@ -36,7 +29,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def check_folder(name: str, role: str) -> None:
-    """That `name` can be a model, or an adapter whose base can be one, before anything is loaded from it."""
+    """Raise ValueError, before anything loads, if `name` is no folder of a model or of an adapter with a base, and no
+    name on the hub."""
     path = Path(name)
     if lora.is_adapter(path):
         lora.require_peft()
@@ -52,6 +46,7 @@ def check_folder(name: str, role: str) -> None:
         raise ValueError(f"{role}.model: there is no model folder at {name}")
 
 
+@no_progress_bars()
 def load_tokenizer(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
     check_folder(config.model, role)
     try:
@@ -69,9 +64,9 @@ def load_tokenizer(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
 def load_model(
     config: ModelConfig, role: str, device: torch.device, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> LanguageModel:
-    """The model of a recipe's `student` or `teacher` section, on a device; of an adapter's folder, base and adapter as one."""
+    """The model of a recipe's `student` or `teacher` section, on `device`; an adapter is merged into its base."""
     tokenizer = tokenizer or load_tokenizer(config, role)
-    return _compiled(config, LanguageModel(load_weights(config, role, device).to(device), tokenizer, name=role))
+    return LanguageModel(load_weights(config, role, device).to(device), tokenizer, role, compiled=config.compile)
 
 
 def load_student(
@@ -81,10 +76,11 @@ def load_student(
     seed: int = 0,
     resumed_from: Path | None = None,
 ) -> LanguageModel:
-    """The model to train, as the recipe's `student` begins or as a checkpoint left it. `seed` draws a new adapter."""
+    """The model to train, from the recipe's `student` section or from the checkpoint `resumed_from`. `seed` initializes
+    a new adapter."""
     if config.lora is None:
-        began = config if resumed_from is None else config.model_copy(update={"model": str(resumed_from)})
-        return load_model(began, "student", device, tokenizer)
+        source = config if resumed_from is None else config.model_copy(update={"model": str(resumed_from)})
+        return load_model(source, "student", device, tokenizer)
     if lora.is_adapter(config.model):
         raise ValueError(
             f"student.model: {config.model} is an adapter itself: write a whole folder of it by "
@@ -92,17 +88,13 @@ def load_student(
         )
     model = load_weights(config, "student", device)
     adapter = lora.attach(model, config.lora, seed) if resumed_from is None else lora.load(model, resumed_from)
-    return _compiled(config, LanguageModel(model.to(device), tokenizer, "student", adapter))
+    return LanguageModel(model.to(device), tokenizer, "student", adapter, compiled=config.compile)
 
 
-def _compiled(config: ModelConfig, model: LanguageModel) -> LanguageModel:
-    if config.compile:
-        model.compile_body()
-    return model
-
-
+@no_progress_bars()
 def load_weights(config: ModelConfig, role: str, device: torch.device, **options: Any) -> Any:
-    """The bare model, still on the CPU, in the dtype that `device` wants. `options` are transformers' own."""
+    """The bare transformers model, on the CPU unless `options` place it, in the dtype of the section, whose default
+    depends on `device`. `options` go to `from_pretrained`."""
     is_adapter = lora.is_adapter(config.model)
     attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     try:
@@ -128,7 +120,8 @@ def _unreadable(name: str, role: str, error: Exception) -> str:
 def check_same_tokenizer(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, other: str = "teacher"
 ) -> None:
-    """The teacher (or the `other` model) reads the student's token ids, so both must mean the same text by them."""
+    """Raise ValueError unless both tokenizers have the same vocabulary: the teacher (or the `other` model) reads the
+    student's token ids."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours == theirs:
         return
@@ -149,11 +142,12 @@ def check_same_tokenizer(
 
 
 def stop_ids(model: LanguageModel, stop: list[str]) -> tuple[int, ...]:
+    """The ids of all tokens that end a response of `model`; `stop` are those of the recipe."""
     return end_ids(model.tokenizer, model.model.generation_config, stop)
 
 
 def end_ids(tokenizer: Any, settings: Any, stop: list[str]) -> tuple[int, ...]:
-    """All tokens that end a response: the tokenizer's EOS, those of the generation settings, and the recipe's."""
+    """The ids of all tokens that end a response: the tokenizer's EOS, those of the generation config, and `stop`."""
     ids: set[Any] = {tokenizer.eos_token_id}
     configured = getattr(settings, "eos_token_id", None)
     ids.update(configured if isinstance(configured, list) else [] if configured is None else [configured])
@@ -162,7 +156,8 @@ def end_ids(tokenizer: Any, settings: Any, stop: list[str]) -> tuple[int, ...]:
 
 
 def single_tokens(tokenizer: Any, texts: list[str], where: str) -> tuple[int, ...]:
-    """The token that each text is; refused where it is several, none or unknown. `where` is the recipe's key."""
+    """The id of each text's token. Raise ValueError if a text is several tokens, none or unknown; `where` is the
+    recipe's key."""
     ids: list[int] = []
     for text in texts:
         encoded = tokenizer.encode(text, add_special_tokens=False)

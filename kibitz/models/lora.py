@@ -1,8 +1,8 @@
-"""LoRA: the student learns a low-rank update of its linear layers, W' = W + s B A, and its base stays as it is.
+"""LoRA: training changes a low-rank update of the linear layers, W' = W + s B A, and the base W stays frozen.
 
-peft does the arithmetic, with A and B in float32 whatever the base's dtype. The adapter is put into the model's own
-modules, so bodies, heads and engines see the model that they know. A folder with an adapter names its base; wherever a
-model is only read, that folder stands for the base with the adapter merged into it.
+peft does the arithmetic, with A and B in float32 whatever the base's dtype. The adapter is injected into the model's own
+modules, so that the class of the model stays the same. A folder with an adapter names its base; where a model is only
+read, such a folder is loaded as the base with the adapter merged into it.
 """
 
 import json
@@ -22,23 +22,23 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Adapter:
-    """What peft keeps about the adapter inside a model. Not a module, so that no parameter is found twice."""
+    """peft's handle on the adapter inside a model. It is no module, so that no parameter is registered twice."""
 
     peft: Any
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """The same weights without the update."""
+        """A context inside which the model computes with the base weights alone."""
         with self.peft.disable_adapter():
             yield
 
     def save(self, folder: Path, weights: dict[str, Any] | None = None) -> None:
-        """In peft's own format; `weights` by their names in peft, if those in the model are not whole."""
+        """Write the adapter in peft's format. `weights`, by their names in peft, replace those of a sharded model."""
         self.peft.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
 
 
 def require_peft() -> None:
-    """Raise ValueError with what to install, before anything loads."""
+    """Raise ValueError, with the package to install, if peft is missing."""
     _peft()
 
 
@@ -52,7 +52,7 @@ def _peft() -> Any:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """peft asks transformers by an old name whether it checkpoints activations."""
+    """Hide a warning that is not the user's: peft reads an attribute of transformers by its deprecated name."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         yield
@@ -63,7 +63,7 @@ def is_adapter(name: str | Path) -> bool:
 
 
 def base_of(folder: str | Path) -> str:
-    """The model that an adapter was trained on: a folder or a name on the hub."""
+    """The base model of an adapter's folder: another folder, or a name on the hub."""
     try:
         config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -81,12 +81,12 @@ def base_of(folder: str | Path) -> str:
 
 
 def base_or_self(name: str) -> str:
-    """Where the architecture of a model is written: in its base, of an adapter."""
+    """The folder or name whose config.json gives the architecture: of an adapter its base, else `name` itself."""
     return base_of(name) if is_adapter(name) else name
 
 
 def attach(model: Any, config: LoraConfig, seed: int) -> Adapter:
-    """Put a new adapter into `model`, in place; what is not adapter is frozen. The same seed gives the same A."""
+    """Inject a new adapter into `model`, in place, and freeze the rest. The same seed gives the same A."""
     _refuse_tied_head(model, config.targets)
     peft = _peft()
     options = peft.LoraConfig(
@@ -111,18 +111,19 @@ def attach(model: Any, config: LoraConfig, seed: int) -> Adapter:
 
 
 def load(model: Any, folder: Path, trainable: bool = True) -> Adapter:
-    """Put a saved adapter into `model`, in place."""
+    """Inject a saved adapter into `model`, in place."""
     with _quietly():
         return Adapter(_peft().PeftModel.from_pretrained(model, str(folder), is_trainable=trainable))
 
 
 def merged(model: Any, folder: Path) -> Any:
-    """`model` with the update added to its weights; nothing of the adapter is left."""
+    """`model` with the update of a saved adapter added to its weights."""
     return load(model, folder, trainable=False).peft.merge_and_unload(safe_merge=True)
 
 
 def _refuse_tied_head(model: Any, targets: str | list[str]) -> None:
-    """An update of a shared matrix would change the head and not the embedding, and no merged model could hold that."""
+    """Raise ValueError if `targets` name the head and it is tied to the embedding: the update would change the head
+    alone, and no merged model could hold that."""
     outer = (model.get_input_embeddings(), model.get_output_embeddings())
     if isinstance(targets, str) or outer[0].weight is not outer[1].weight:
         return

@@ -1,7 +1,7 @@
-"""Models that are only read, kept small: weights of 8 bits, and weights that are on the device only while they are needed.
+"""Frozen models that take little device memory: 8-bit weights, and weights that are offloaded to host memory.
 
-Nothing that is read changes, so that weights which travel are never carried back: what came is dropped, and the module holds
-the copy at home again. At home means in the CPU's memory, page-locked where the device is a GPU.
+Offloaded weights are on the device only while a forward pass needs them. They are frozen, so an eviction copies nothing
+back: the device copy is dropped and the module holds the host tensor again. Host memory is pinned where the device is a GPU.
 """
 
 import importlib.util
@@ -18,14 +18,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kibitz.config import FrozenConfig
 from kibitz.models import lora
-from kibitz.models.language_model import LanguageModel
+from kibitz.models.language_model import LanguageModel, Placement
 from kibitz.models.load import load_model, load_tokenizer, load_weights
 
 Fetch = Callable[[Tensor], Tensor]
+"""Copies a host tensor to the device."""
 
 
 def require(config: FrozenConfig, role: str) -> None:
-    """Raise ValueError, with what to do, before any weights load."""
+    """Raise ValueError, before any weights load, if `config` asks for a quantization that cannot be done here."""
     if config.quantize is None:
         return
     if missing := [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]:
@@ -34,7 +35,7 @@ def require(config: FrozenConfig, role: str) -> None:
         )
     if lora.is_adapter(config.model):
         raise ValueError(
-            f"{role}.quantize: {config.model} is an adapter, and a base of 8 bits takes no update: write a whole folder by "
+            f"{role}.quantize: {config.model} is an adapter, and an 8-bit base takes no update: write a whole folder by "
             "`kibitz export FOLDER --merge --output NEW` and name that"
         )
 
@@ -42,29 +43,27 @@ def require(config: FrozenConfig, role: str) -> None:
 def load_frozen(
     config: FrozenConfig, role: str, device: torch.device, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> LanguageModel:
-    """As `load_model`, as small as the recipe wants it."""
+    """The model of a section that is only read, quantized and offloaded as the section says."""
     if config.offload is None and config.quantize is None:
         return load_model(config, role, device, tokenizer)
     require(config, role)
-    home = device if config.offload is None else torch.device("cpu")
+    storage = device if config.offload is None else torch.device("cpu")
     options: dict[str, Any] = {}
     if config.quantize == "int8":
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for each product
-        options = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": home}}
+        options = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": storage}}
     model = load_weights(config, role, device, **options).eval()
-    if config.quantize is not None and home.type == "cpu":
-        for tensor in [
-            *model.parameters(),
-            *model.buffers(),
-        ]:  # what was not rounded is still a part of the mapped file
-            tensor.data = tensor.data if tensor.dtype == torch.int8 else tensor.data.clone()
+    if config.quantize is not None and storage.type == "cpu":
+        for holder, name in _holders(model):  # what is not quantized is still mapped from the file
+            if (tensor := getattr(holder, name)).dtype != torch.int8:
+                setattr(holder, name, tensor.clone())
     tokenizer = tokenizer or load_tokenizer(config, role)
     if config.offload is not None:
         return offloaded(model, tokenizer, role, config.offload, device)
     return LanguageModel(model if options else model.to(device), tokenizer, role)
 
 
-# ------------------------------------------------------------------ weights that travel
+# ------------------------------------------------------------------ offloaded weights
 
 
 def offloaded(
@@ -75,85 +74,84 @@ def offloaded(
     device: torch.device,
     fetch: Fetch | None = None,
 ) -> LanguageModel:
-    """A model whose weights come to `device` for as long as they are needed: all but the output head together, or of each
-    decoder layer apart. What does not travel is there for good; `fetch` brings what does."""
+    """A model on `device` whose weights lie in host memory. `body`: everything but the output head is fetched together,
+    for as long as the model is used; `layers`: each decoder layer for its own forward pass. The rest is always resident."""
     head = model.get_output_embeddings()
-    stays = set() if head is None else {id(tensor) for tensor in head.parameters()}
+    resident = set() if head is None else {id(tensor) for tensor in head.parameters()}
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if how == "layers" and not layers:
         raise ValueError(
-            f"{role}.offload: {type(model).__name__} has no layers that could be taken one by one: write offload=body"
+            f"{role}.offload: {type(model).__name__} has no layers that could be fetched one by one: write offload=body"
         )
     fetch = fetch or partial(Tensor.to, device=device, non_blocking=True)
     modules = [model] if how == "body" else layers
-    residencies = [Residency(module, stays, fetch, pinned=device.type == "cuda") for module in modules]
-    travelling = {id(holder) for residency in residencies for holder, _, _ in residency.homes}
+    residencies = [Residency(module, resident, fetch, pinned=device.type == "cuda") for module in modules]
+    moved = {id(holder) for residency in residencies for holder, _, _ in residency.host}
     for holder, name in _holders(model):
-        if id(holder) not in travelling:
+        if id(holder) not in moved:
             setattr(holder, name, getattr(holder, name).to(device))
-    if how == "layers":
-        for residency, layer in zip(residencies, layers, strict=True):
-            layer.register_forward_pre_hook(lambda *_, residency=residency: residency.fetch())
-            layer.register_forward_hook(lambda *_, residency=residency: residency.evict(), always_call=True)
-        return LanguageModel(model, tokenizer, role)
-    with residencies[0].loaded():
-        made = LanguageModel(model, tokenizer, role)  # tries its head, for which all must be in one place
-    made.compute_device, made.loaded = device, residencies[0].loaded
-    return made
+    if how == "body":
+        return LanguageModel(model, tokenizer, role, placement=Placement(device, residencies[0].resident))
+    for residency, layer in zip(residencies, layers, strict=True):
+        layer.register_forward_pre_hook(lambda *_, residency=residency: residency.fetch())
+        layer.register_forward_hook(lambda *_, residency=residency: residency.evict(), always_call=True)
+    return LanguageModel(model, tokenizer, role)
 
 
 class Residency:
-    """The tensors of a module on their way to a device and back."""
+    """The tensors of a module, in host memory or on the device. Names that share a tensor share each copy of it."""
 
-    def __init__(self, module: nn.Module, stays: set[int], fetch: Fetch, pinned: bool):
-        self.copy, self.num_visits = fetch, 0
-        homes: dict[tuple, Tensor] = {}
-        self.homes: list[tuple[Any, str, Tensor]] = []
+    def __init__(self, module: nn.Module, resident: set[int], fetch: Fetch, pinned: bool):
+        self.copy, self.num_users = fetch, 0
+        shared: dict[tuple, Tensor] = {}
+        self.host: list[tuple[Any, str, Tensor]] = []
         for holder, name in _holders(module):
             tensor = getattr(holder, name)
-            if id(holder) not in stays:
-                home = homes.setdefault(_place(tensor), tensor)
-                self.homes.append((holder, name, home))
+            if id(holder) not in resident:
+                self.host.append((holder, name, shared.setdefault(_place(tensor), tensor)))
         if pinned:
-            locked = {place: home.pin_memory() for place, home in homes.items()}
-            self.homes = [(holder, name, locked[_place(home)]) for holder, name, home in self.homes]
+            locked = {place: tensor.pin_memory() for place, tensor in shared.items()}
+            self.host = [(holder, name, locked[_place(tensor)]) for holder, name, tensor in self.host]
         self.evict()
 
     @contextmanager
-    def loaded(self) -> Iterator[None]:
-        """Visits may be nested: a scorer holds the model for all micro-batches, each of which asks for it again."""
-        self.num_visits += 1
-        if self.num_visits == 1:
+    def resident(self) -> Iterator[None]:
+        """A context inside which the tensors are on the device. Contexts nest: a scorer opens one around all
+        micro-batches, each of which opens its own."""
+        self.num_users += 1
+        if self.num_users == 1:
             self.fetch()
         try:
             yield
         finally:
-            self.num_visits -= 1
-            if self.num_visits == 0:
+            self.num_users -= 1
+            if self.num_users == 0:
                 self.evict()
 
     def fetch(self) -> None:
+        """Copy every tensor to the device, once."""
         fetched: dict[tuple, Tensor] = {}
-        for holder, name, home in self.homes:
-            if _place(home) not in fetched:
-                fetched[_place(home)] = self.copy(home)
-            setattr(holder, name, fetched[_place(home)])
+        for holder, name, tensor in self.host:
+            if _place(tensor) not in fetched:
+                fetched[_place(tensor)] = self.copy(tensor)
+            setattr(holder, name, fetched[_place(tensor)])
 
     def evict(self) -> None:
-        for holder, name, home in self.homes:
-            setattr(holder, name, home)
+        """Drop the device copies: the module holds the host tensors again."""
+        for holder, name, tensor in self.host:
+            setattr(holder, name, tensor)
 
 
 def _place(tensor: Tensor) -> tuple:
-    """Where a tensor lies: the same for two names of one."""
+    """The memory that a tensor occupies and how it reads it: equal for two names of one tensor."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _holders(module: nn.Module) -> Iterator[tuple[Any, str]]:
-    """Who holds the numbers of a module, and by which attribute."""
+    """Each object that holds a tensor of the module, and the attribute that holds it."""
     for part in module.modules():
         tensors: Sequence[Tensor | None] = [*part._parameters.values(), *part._buffers.values()]
         yield from ((tensor, "data") for tensor in tensors if tensor is not None)
-        state = getattr(part, "state", None)  # of bitsandbytes: the weights once more, and their scales
+        state = getattr(part, "state", None)  # bitsandbytes keeps the weights here too, and their scales
         if hasattr(state, "SCB"):
             yield from ((state, name) for name in ("CB", "SCB") if getattr(state, name) is not None)

@@ -1,1 +1,1 @@
-"""Several processes: what they are, how a model is sharded over them, and files that each writes in part."""
+"""Distributed training: the process group, FSDP, collectives of waiting processes, and files of sharded tensors."""

@@ -1,7 +1,7 @@
-"""What processes do together though only one of them needs it: where a model is in parts, nobody reads it alone.
+"""Collectives that only one process needs: it calls for one by number, and the others, which wait, join it.
 
-Each such duty has a number. Who needs one says so and does it; the others, who wait for something, do it as well and wait on.
-So every process may do as many as it takes, at any moment, and nobody has to count.
+Processes that wait for each other take part in every collective that is called for meanwhile, as often as it is, so that
+no process has to know how many the others need.
 """
 
 from collections.abc import Callable
@@ -11,27 +11,31 @@ import torch.distributed as dist
 
 
 class Lockstep:
+    """The registered collectives of a process, numbered from 1 in the order in which all processes register them."""
+
     def __init__(self) -> None:
         self.collectives: list[Callable[[], object]] = []
 
     def register(self, collective: Callable[[], object]) -> Callable[[], None]:
-        """Enter what others do while one process does its own. To be called before that; all enter the same in one order."""
+        """Register this process's part of a collective. The function that is returned calls for it: call that, then do
+        the caller's own part. All processes register the same collectives in the same order."""
         self.collectives.append(collective)
         number = len(self.collectives)
-        return lambda: self._together(number)
+        return lambda: self._join_until(number)
 
     def wait(self) -> None:
-        """Until nobody needs anything any more."""
+        """Join the collectives of the other processes until all of them wait."""
         if self.collectives:
-            self._together(0)
+            self._join_until(0)
 
-    def _together(self, number: int) -> None:
-        """Help with all that comes before `number`; of several that are needed, the highest comes first."""
-        while (needed := _highest(number)) != number:
-            self.collectives[needed - 1]()
+    def _join_until(self, number: int) -> None:
+        """Join collectives until `number` is the one that is called for; of several at a time the highest is first."""
+        while (called := _highest(number)) != number:
+            self.collectives[called - 1]()
 
 
 def _highest(number: int) -> int:
-    said = torch.tensor(number)
-    dist.all_reduce(said, op=dist.ReduceOp.MAX)
-    return int(said)
+    """The highest number that any process passes."""
+    highest = torch.tensor(number)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    return int(highest)

@@ -1,8 +1,7 @@
-"""Several processes that train one student, started by torchrun; of a single one, everything here is trivial.
+"""The processes that train one student together, started by torchrun. With a single process every method is trivial.
 
-All processes run one and the same loop. Each writes, grades, scores and learns its share of a step's prompts, and all know
-every rollout of the step, so that what is counted is counted alike everywhere. How they hold the student between them,
-`kibitz.parallel.fsdp` says.
+All processes run the same loop. Each generates, grades, scores and trains on its share of a step's prompts, and all gather
+every rollout of the step, so that all count the same numbers. `kibitz.parallel.fsdp` shards the student over them.
 """
 
 import atexit
@@ -27,12 +26,12 @@ from kibitz.types import Prompt, Rollout, Sampling, Scored
 T = TypeVar("T")
 U = TypeVar("U")
 PATIENCE = timedelta(hours=1)
-"""How long a process waits for the others: as long as the slowest save takes."""
+"""The timeout of a collective, which must exceed the time of the slowest save."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that train together, as one of them sees it."""
+    """The group of processes, seen from one: its rank, their number, and the device mesh that FSDP shards over."""
 
     rank: int = 0
     size: int = 1
@@ -41,11 +40,11 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes files and speaks."""
+        """True on rank 0, the only process that writes files and prints."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, in order, known to all. Until the last has come, nobody goes on."""
+        """The values of all processes, in order of rank (all-gather), once every process has called this."""
         if self.size == 1:
             return [value]
         self.lockstep.wait()
@@ -54,8 +53,8 @@ class Ranks:
         return values
 
     def first(self, make: Callable[[], T]) -> T:
-        """What the first process makes, on all of them, in whose company it is meanwhile. What goes wrong there is raised by
-        all, so that nobody waits."""
+        """The result of `make`, called on rank 0 and broadcast; the others join its collectives meanwhile. An exception there
+        is raised in all processes, so that none hangs."""
         if self.size == 1:
             return make()
         made: list[Any] = [None, None]
@@ -71,12 +70,12 @@ class Ranks:
         return made[0]
 
     def part(self, items: Sequence[T]) -> list[T]:
-        """This process's share of a list, which the processes hold one after another."""
+        """This process's share of a list: consecutive items, in order of rank."""
         start, stop = (len(items) * place // self.size for place in (self.rank, self.rank + 1))
         return list(items[start:stop])
 
     def share(self, rollouts: list[Rollout]) -> list[Rollout]:
-        """The rollouts of this process's prompts: all of one prompt are together, because rewards are compared there."""
+        """This process's share of the rollouts. Those of one prompt stay together, because advantages compare them."""
         if self.size == 1:
             return rollouts
         keys = list(dict.fromkeys(rollout.prompt.key for rollout in rollouts))
@@ -89,19 +88,20 @@ class Ranks:
         return [rollout for rollout in rollouts if rollout.prompt.key in mine]
 
     def in_shares(self, work: Callable[[list[T]], list[U]], items: Sequence[T]) -> list[U]:
-        """`work` on all items, each process on its part; the results of all, in order."""
+        """The results of `work` on all items, in order; each process works on its share, and all gather the results."""
         if self.size == 1:
             return work(list(items))
         return [result for part in self.gather(work(self.part(items))) for result in part]
 
     def with_all(self, work: Callable[[list[T]], list[U]], mine: list[T]) -> list[U]:
-        """`work` on the lists of all processes as one, one result for each entry; those of `mine`."""
+        """The results of `work` for the entries of `mine`, where `work` sees the lists of all processes concatenated and
+        returns one result for each entry."""
         parts = self.gather(mine)
         start = sum(map(len, parts[: self.rank]))
         return work([item for part in parts for item in part])[start : start + len(mine)]
 
     def add(self, sums: Mapping[str, Counter[str]]) -> dict[str, Counter[str]]:
-        """Sums by two names, of all processes together."""
+        """The sums by two names, added up over all processes (all-reduce)."""
         total: dict[str, Counter[str]] = {}
         for part in self.gather(dict(sums)):
             for name, counter in part.items():
@@ -109,13 +109,13 @@ class Ranks:
         return total
 
     def once(self, sums: dict[str, float]) -> None:
-        """What all processes have counted alike stays with the first, for `add` to count it once."""
+        """Clear `sums` on all ranks but 0, for `add` to count once what every process has counted."""
         if not self.is_main:
             sums.clear()
 
     def in_step(self, batches: list[list[Scored]]) -> Iterator[tuple[list[Scored], bool]]:
-        """The micro-batches, and whether one is the last. A forward pass of the learner is one of all processes, so who
-        has fewer learns nothing from some more."""
+        """The micro-batches, each with whether it is the last. A forward pass of the learner is a collective, so a process
+        with fewer micro-batches than another repeats its last one with zero weights."""
         num = max(self.gather(len(batches)))
         together = batches + batches[-1:] * (num - len(batches))
         idle = [replace(one, weight_T=torch.zeros_like(one.weight_T)) for one in together[-1]] if together else []
@@ -123,11 +123,11 @@ class Ranks:
             yield batch if number <= len(batches) else idle, number == len(together)
 
     def spread(self, engine: Engine) -> Engine:
-        """The same engine, for which each process writes its share."""
+        """An engine that generates in each process its share of the prompts and gathers the rollouts."""
         return engine if self.size == 1 else _Spread(engine, self)
 
     def of_first(self, make: Callable[[], Engine]) -> Engine:
-        """An engine that the first process alone has, and which writes for all: one that speaks to servers."""
+        """An engine that exists on rank 0 alone and generates for all processes: a client of servers."""
         if self.size == 1:
             return make()
         made: list[Engine] = []
@@ -155,7 +155,7 @@ class _Spread:
 
 @dataclass(frozen=True)
 class _OfFirst:
-    engines: Sequence[Engine]  # one, or none
+    engines: Sequence[Engine]  # one on rank 0, none on the others
     ranks: Ranks
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
@@ -170,7 +170,7 @@ class _OfFirst:
 
 
 def join(config: ParallelConfig, device: torch.device) -> tuple[Ranks, torch.device]:
-    """Meet the other processes that torchrun started, if it did; and the device that is this one's."""
+    """The ranks that torchrun started (one without torchrun), in an initialized process group, and this rank's device."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if (config.shard is not None and config.shard * config.replicate != size) or size % config.replicate:
         raise ValueError(
@@ -192,21 +192,22 @@ def join(config: ParallelConfig, device: torch.device) -> tuple[Ranks, torch.dev
     return Ranks(dist.get_rank(), size, mesh), device
 
 
-# ------------------------------------------------------------------ tensors in parts
+# ------------------------------------------------------------------ sharded tensors
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, in every process."""
+    """The full tensor of a sharded one, gathered in every process (a collective); others as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def to_save(tensor: Tensor) -> Tensor:
-    """A tensor as it goes into a file: whole and on the CPU, or this process's part of it."""
+    """A tensor detached for writing: sharded as it is, or else contiguous and on the CPU."""
     return tensor.detach() if isinstance(tensor, DTensor) else tensor.detach().cpu().contiguous()
 
 
 def shared_like(whole: Tensor, other: Tensor) -> Tensor:
-    """A tensor that all processes have, or hold in parts already, on the device of another one and sharded as it is."""
+    """`whole`, equal in all processes, on the device of `other` and sharded like it. A sharded `whole` is returned as it
+    is."""
     if isinstance(whole, DTensor):
         return whole
     if isinstance(other, DTensor):

@@ -1,7 +1,7 @@
-"""Tensors that several processes hold in parts, in files: each writes and reads its own parts and nobody the whole.
+"""Files of sharded tensors: each process writes and reads its own shards, and none gathers a tensor.
 
-By `torch.distributed.checkpoint` in its safetensors format: a folder of files, one of each process, which say where in the
-whole tensor their parts belong, so that any number of processes can read them. No pickle is written or read.
+`torch.distributed.checkpoint` writes them in its safetensors format: a folder with one file for each process, which records
+the offset of each shard, so that any number of processes can read it. No pickle is written or read.
 """
 
 import json
@@ -27,27 +27,28 @@ FILE_BYTES = 2**30
 
 
 def are_in(tensors: Iterable[Any]) -> bool:
-    """Whether one of them is sharded."""
+    """True if at least one of the tensors is sharded."""
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
 def write(tensors: dict[str, Tensor], folder: Path) -> None:
-    """All processes at one time. What is not sharded is equal in all, and one of them writes it."""
-    _whatever_fails(lambda: save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True)))
+    """Write tensors into a folder, as a collective. One process writes those that are not sharded, which are equal in
+    all."""
+    _as_oserror(lambda: save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True)))
 
 
 def read(path: Path, room: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """A folder that several processes wrote, or a file of whole tensors: each tensor into the `room` made for it, of which
-    a sharded one takes this process's part. All processes that hold parts read at one time."""
+    """The tensors of a folder that `write` wrote (a collective) or of a safetensors file, each read into the tensor that
+    `room` allocates for its name; a sharded one takes this process's shard."""
     if path.is_dir():
         reader = HuggingFaceStorageReader(str(path))
         tensors = {name: room(name) for name in sorted(reader.read_metadata().state_dict_metadata)}
-        with warnings.catch_warnings():  # a single process is told that it is one
+        with warnings.catch_warnings():  # torch warns when it loads in a single process
             warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-            _whatever_fails(lambda: load(tensors, storage_reader=reader, no_dist=not dist.is_initialized()))
+            _as_oserror(lambda: load(tensors, storage_reader=reader, no_dist=not dist.is_initialized()))
         return tensors
     with safe_open(path, framework="pt") as file:
-        tensors = {name: room(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        tensors = {name: room(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         for name, tensor in tensors.items():
             fill(tensor, file.get_slice(name))
     return tensors
@@ -55,7 +56,7 @@ def read(path: Path, room: Callable[[str], Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fill(tensor: Tensor, stored: Any) -> None:
-    """From a slice of a safetensors file, of which no more is read than belongs here."""
+    """Copy `stored`, a slice of a safetensors file, into `tensor`; of a sharded one only this process's shard is read."""
     if tuple(stored.get_shape()) != tuple(tensor.shape):
         raise ValueError(
             f"a tensor of shape {tuple(stored.get_shape())} is stored where {tuple(tensor.shape)} is wanted"
@@ -70,7 +71,8 @@ def fill(tensor: Tensor, stored: Any) -> None:
 
 
 def write_whole(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
-    """The weights of a Hugging Face folder, in files of at most FILE_BYTES, or of one tensor: as much is in memory."""
+    """Write the weights of a Hugging Face folder, in files of at most FILE_BYTES or one tensor, one file in memory at a
+    time."""
     files: list[list[str]] = []
     held: dict[str, Tensor] = {}
 
@@ -98,8 +100,8 @@ def write_whole(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _whatever_fails(work: Callable[[], Any]) -> None:
-    """What fails in any process is raised in all, but by a class of its own, which is no Exception."""
+def _as_oserror(work: Callable[[], Any]) -> None:
+    """Raise OSError in all processes if `work` fails in any: torch's CheckpointException is no Exception."""
     try:
         work()
     except CheckpointException as error:

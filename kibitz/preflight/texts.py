@@ -10,6 +10,7 @@ from kibitz.config import ModelConfig, Recipe
 from kibitz.data import encode_prompt
 from kibitz.models import lora
 from kibitz.models.load import end_ids
+from kibitz.models.progress import no_progress_bars
 from kibitz.preflight.finding import Finding
 from kibitz.teachers.alignment import Aligner
 from kibitz.types import Prompt
@@ -61,6 +62,7 @@ def ends(student: Any, teacher: Any, student_stop: set[int], teacher_stop: set[i
     return Finding("end of a response", "amber" if teacher_stop & student_stop else "red", text, numbers)
 
 
+@no_progress_bars()
 def stop_tokens(config: ModelConfig, tokenizer: Any, stop: list[str]) -> set[int]:
     """All tokens that end a response of a model, from its files alone."""
     folder = lora.base_or_self(config.model)

@@ -30,6 +30,7 @@ from transformers import AutoConfig
 from kibitz.config import ModelConfig
 from kibitz.models import LanguageModel, lora
 from kibitz.models.load import load_tokenizer, load_weights
+from kibitz.models.progress import no_progress_bars
 from kibitz.optim import Optimizer
 from kibitz.parallel import sharded_files
 from kibitz.parallel.ranks import ALONE, Ranks
@@ -160,7 +161,9 @@ def export(source: str, output: Path, merge: bool) -> None:
     def write(temporary: Path) -> None:
         if merge:
             dtype = AutoConfig.from_pretrained(lora.base_of(source)).dtype or torch.float32
-            load_weights(config, "model", torch.device("cpu")).to(dtype).save_pretrained(temporary)
+            weights = load_weights(config, "model", torch.device("cpu")).to(dtype)
+            with no_progress_bars():
+                weights.save_pretrained(temporary)
         else:
             shutil.copytree(source, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns("training"))
         tokenizer.save_pretrained(temporary)

@@ -150,7 +150,7 @@ def _student(
 ) -> LanguageModel:
     if ranks.size == 1 or recipe.parallel.whole_copy:
         return load_student(recipe.student, device, tokenizer, recipe.seed, resumed_from)
-    return fsdp.load_in_parts(recipe.student, device, tokenizer, recipe.seed, resumed_from, ranks)
+    return fsdp.load_sharded(recipe.student, device, tokenizer, recipe.seed, resumed_from, ranks)
 
 
 def _teacher_loader(recipe: Recipe, ranks: Ranks) -> Callable[..., LanguageModel]:
@@ -198,7 +198,7 @@ def _meet(recipe: Recipe, prompts: Sequence[Prompt]) -> tuple[Ranks, torch.devic
             "parallel.shard_teacher: its layers are split where they are: leave out teacher.offload and quantize"
         )
     if recipe.parallel.shard_teacher:
-        fsdp.check_parts(cast(LocalTeacherConfig, recipe.teacher), "teacher", fsdp.WHOLE_TEACHER)
+        fsdp.check_shardable(cast(LocalTeacherConfig, recipe.teacher), "teacher", fsdp.WHOLE_TEACHER)
     if recipe.method.trains_adversary():
         raise RecipeError(f"method {recipe.method.type} trains an opponent of the student in one process: start one")
     if not recipe.parallel.whole_copy:
@@ -214,9 +214,9 @@ def _meet(recipe: Recipe, prompts: Sequence[Prompt]) -> tuple[Ranks, torch.devic
 
 def _check_parts(recipe: Recipe) -> None:
     """Refuse what needs a whole student where each process holds a part of it."""
-    fsdp.check_parts(recipe.student, "student")
+    fsdp.check_shardable(recipe.student, "student")
     if recipe.method.reference is not None and not _kept_small(recipe.method.reference):
-        fsdp.check_parts(recipe.method.reference, "method.reference")
+        fsdp.check_shardable(recipe.method.reference, "method.reference")
     if any(isinstance(teacher, StudentTeacherConfig) for teacher in recipe.teachers):
         raise RecipeError(
             "teacher.student: such a teacher would be whole in each process, and the student never is: write teacher.model, "

@@ -6,11 +6,13 @@ import pytest
 import torch
 from support.models import ARCHITECTURES, a_rollout, language_model, make_model, tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from kibitz.batching import pack
 from kibitz.config import ModelConfig
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import CrossEntropy
+from kibitz.models import LanguageModel
 from kibitz.models.load import check_folder, check_same_tokenizer, load_tokenizer, stop_ids
 
 
@@ -33,8 +35,6 @@ def test_response_log_probabilities_equal_brute_force(kind, tmp_path):
 
 
 def test_a_head_that_cannot_be_called_alone_falls_back_to_logits_loudly(tmp_path):
-    from kibitz.models import load
-
     folder = make_model(tmp_path)
     plain = language_model(folder)
     ids = torch.tensor([[1, 5, 6, 7]])
@@ -48,7 +48,7 @@ def test_a_head_that_cannot_be_called_alone_falls_back_to_logits_loudly(tmp_path
             return output
 
     with pytest.warns(UserWarning, match="cannot be called alone"):
-        odd = load.LanguageModel(Odd.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+        odd = LanguageModel(Odd.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
     assert not odd.head_stands_alone
     with torch.no_grad():
         torch.testing.assert_close(odd.head(odd.hidden(ids)), plain.head(plain.hidden(ids)) * 1.7)
@@ -109,6 +109,23 @@ def test_stop_ids_hold_every_end(tmp_path):
     assert stop_ids(model, ["="]) == tuple(sorted({5, 6, model.tokenizer.eos_token_id, model.tokenizer.encode("=")[0]}))
     with pytest.raises(ValueError, match="write a single token"):
         stop_ids(model, ["1+1"])
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_bars_are_put_back_after_loading(tmp_path, capfd, shown):
+    folder = make_model(tmp_path)
+    before = logging.is_progress_bar_enabled()
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+    capfd.readouterr()
+    try:
+        language_model(folder).save(tmp_path / "again")
+        (folder / "config.json").write_text("{}")
+        with pytest.raises(ValueError, match="is not a model that transformers can load"):
+            language_model(folder)
+        assert capfd.readouterr().err == ""
+        assert logging.is_progress_bar_enabled() == shown
+    finally:
+        (logging.enable_progress_bar if before else logging.disable_progress_bar)()
 
 
 def test_no_warning_for_ordinary_models(tmp_path):

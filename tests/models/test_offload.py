@@ -1,6 +1,6 @@
-"""What keeps models that are only read small: weights that come and go, weights of 8 bits, hidden states that wait elsewhere.
+"""Frozen models in little memory: offloaded weights, 8-bit weights, hidden states kept in host memory.
 
-There is one device here, so that coming is watched, not felt: what a visit fetches is made recognisable."""
+There is one device here, so that a fetch changes no address: the host tensors are spoilt and what is fetched is right."""
 
 import json
 from dataclasses import replace
@@ -21,8 +21,9 @@ from kibitz.data import load_prompts
 from kibitz.engines.torch import TorchEngine
 from kibitz.losses.criteria import Divergence
 from kibitz.methods import token_loss
-from kibitz.models import offload
+from kibitz.models import LanguageModel, offload
 from kibitz.models.head import Head
+from kibitz.models.language_model import Placement
 from kibitz.models.load import load_model
 from kibitz.teachers import ScoreRequest
 from kibitz.teachers.local import LocalScorer, reduced
@@ -42,23 +43,23 @@ def hidden_of(model, ask: ScoreRequest = ScoreRequest(tokens_per_micro_batch=32)
     return torch.cat([signal.hidden_TD for signal in LocalScorer(model, ask).score(rollouts())])
 
 
-# ------------------------------------------------------------------ weights that travel
+# ------------------------------------------------------------------ offloaded weights
 
 
 class Carrier:
-    """Fetches the right numbers while those at home are spoilt: what is computed right was computed with what came."""
+    """Fetches the right numbers while the host tensors are spoilt: a right result was computed with what was fetched."""
 
     def __init__(self, model):
         self.right = {tensor.data_ptr(): tensor.clone() for tensor in [*model.parameters(), *model.buffers()]}
         self.num_fetched = 0
 
-    def __call__(self, home: torch.Tensor) -> torch.Tensor:
+    def __call__(self, host: torch.Tensor) -> torch.Tensor:
         self.num_fetched += 1
-        return self.right[home.data_ptr()].clone()
+        return self.right[host.data_ptr()].clone()
 
     @staticmethod
     def spoil(model, num_good: int) -> None:
-        """All but the parameters that stay where they are."""
+        """Overwrite all host tensors but the head, which is always resident."""
         spoilt = [p for p in [*model.parameters(), *model.buffers()] if p.is_floating_point()]
         spoilt = [p for p in spoilt if p is not model.lm_head.weight]
         assert len(spoilt) > num_good
@@ -67,25 +68,25 @@ class Carrier:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_body_comes_once_for_all_micro_batches(tmp_path, tied):
+def test_a_body_is_fetched_once_for_all_micro_batches(tmp_path, tied):
     folder = make_model(tmp_path, seed=2, tie_word_embeddings=tied)
     plain = load_model(FrozenConfig(model=str(folder)), "teacher", CPU)
     model = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
     carrier = Carrier(model)
     made = offload.offloaded(model, tokenizer(), "teacher", "body", CPU, carrier)
     tensors = {t.data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    per_visit = len(tensors) - 1  # the head stays; where it is the embedding, that too
-    assert carrier.num_fetched == per_visit
+    per_fetch = len(tensors) - 1  # the head is resident; where it is the embedding, that too
+    assert carrier.num_fetched == per_fetch
     Carrier.spoil(model, num_good=1)
     assert hidden_of(made).equal(hidden_of(plain))
-    assert carrier.num_fetched == 2 * per_visit  # six rollouts of up to 14 tokens are several micro-batches of 32
-    assert not any(p.isfinite().any() for p in model.model.layers.parameters())  # and at home again
+    assert carrier.num_fetched == 2 * per_fetch  # six rollouts of up to 14 tokens are several micro-batches of 32
+    assert not any(p.isfinite().any() for p in model.model.layers.parameters())  # and evicted again
     with pytest.raises(IndexError), made.loaded():
         made.hidden(torch.tensor([[1000]]))
     assert not model.model.norm.weight.isfinite().any()
 
 
-def test_layers_come_one_after_another(tmp_path):
+def test_layers_are_fetched_one_after_another(tmp_path):
     folder = make_model(tmp_path, seed=2, num_hidden_layers=3)
     plain = load_model(FrozenConfig(model=str(folder)), "teacher", CPU)
     model = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
@@ -108,7 +109,7 @@ def test_layers_come_one_after_another(tmp_path):
     assert not any(p.isfinite().any() for p in model.model.layers.parameters())
 
 
-def test_a_layer_that_fails_goes_home(tmp_path):
+def test_a_layer_that_fails_is_evicted(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path)).requires_grad_(False)
     made = offload.offloaded(model, tokenizer(), "teacher", "layers", CPU, Carrier(model))
     layer = model.model.layers[1]
@@ -139,7 +140,7 @@ def test_a_run_is_the_same_bit_for_bit(small_models, tmp_path, section, optim):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-# ------------------------------------------------------------------ hidden states that wait
+# ------------------------------------------------------------------ hidden states in host memory
 
 
 def test_waiting_states_are_copies_with_the_same_loss_and_gradient(small_models):
@@ -177,12 +178,13 @@ def test_auto_waits_on_a_gpu_from_a_size_on(small_models, monkeypatch):
     model = load_model(FrozenConfig(model=str(small_models / "teacher")), "teacher", CPU)
     scorer = LocalScorer(model, ScoreRequest(hidden_states="auto"))
     assert not scorer._waits(rollouts())
-    model.compute_device = torch.device("cuda")
+    on_gpu = LanguageModel(model.model, model.tokenizer, placement=Placement(torch.device("cuda")))
+    scorer = LocalScorer(on_gpu, scorer.request)
     size = 4 * 48 * sum(r.num_tokens for r in rollouts())
     for large, waits in ((size - 1, True), (size, False)):
         monkeypatch.setattr("kibitz.teachers.local.LARGE", large)
         assert scorer._waits(rollouts()) == waits
-    assert not LocalScorer(model, replace(scorer.request, hidden_states="device"))._waits(rollouts())
+    assert not LocalScorer(on_gpu, replace(scorer.request, hidden_states="device"))._waits(rollouts())
 
 
 # ------------------------------------------------------------------ weights of 8 bits
@@ -197,12 +199,12 @@ def rollouts_of(model) -> list[Rollout]:
     return TorchEngine(model).generate(prompts, Sampling(max_tokens=24, stop_ids=(model.tokenizer.eos_token_id,)))
 
 
-@pytest.mark.parametrize("place", [None, "body", "layers"])
-def test_eight_bits_are_the_teacher_up_to_rounding(place):
+@pytest.mark.parametrize("how", [None, "body", "layers"])
+def test_eight_bits_are_the_teacher_up_to_rounding(how):
     """On text that it writes itself; and it takes one byte for each number of a layer's matrices."""
     pytest.importorskip("bitsandbytes")
     whole = load_model(FrozenConfig(model=shipped()), "teacher", CPU)
-    small = offload.load_frozen(FrozenConfig(model=shipped(), quantize="int8", offload=place), "teacher", CPU)
+    small = offload.load_frozen(FrozenConfig(model=shipped(), quantize="int8", offload=how), "teacher", CPU)
     matrices = sum(p.numel() for p in whole.model.model.layers.parameters() if p.dim() == 2)
     sizes = [sum(p.nbytes for p in model.model.parameters()) for model in (whole, small)]
     assert sizes[0] - sizes[1] == 3 * matrices

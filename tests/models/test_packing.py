@@ -11,7 +11,7 @@ import kibitz
 from kibitz.batching import pack, without_padding
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import CrossEntropy
-from kibitz.models.packing import pack_rows, problem
+from kibitz.models.packing import pack_rows, packing_error
 
 SCORED = [a_rollout([1, 5, 6], [7, 8, 9, 4]), a_rollout([1, 9], [4, 4, 5, 6, 7, 3]), a_rollout([1], [9])]
 KINDS = {**ARCHITECTURES, "gemma3_text": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}}
@@ -37,7 +37,7 @@ def test_packed_rows_give_the_loss_and_the_gradient_of_padded_ones(kind, attenti
     folder = make_model(tmp_path, kind=kind, **KINDS[kind])
     padded, packed = language_model(folder, attention=attention), language_model(folder, attention=attention)
     pack_rows([packed], True)
-    assert packed.packs
+    assert packed.packed
     (loss, values), (other, others) = losses(padded), losses(packed)
     torch.testing.assert_close(others["student_logp"], values["student_logp"], rtol=0, atol=1e-5)
     loss.backward()
@@ -61,11 +61,11 @@ def test_recurrent_layers_and_blind_ones_are_found_out(tmp_path):
     mamba = language_model(make_model(tmp_path / "mamba", kind="mamba", state_size=8, head_dim=None))
     bloom = language_model(make_model(tmp_path / "bloom", kind="bloom", n_layer=2, n_head=4))
     for model in (mamba, bloom):
-        said = problem(model)
+        said = packing_error(model)
         assert said is not None, type(model.model).__name__
         with pytest.raises(ValueError, match=r"optim\.packing: the student \(\w+\) .*write optim.packing=false"):
             pack_rows([model], True)
-        assert not model.packs
+        assert not model.packed
 
 
 def test_a_model_whose_positions_are_ignored_is_found_out(tmp_path):
@@ -74,11 +74,11 @@ def test_a_model_whose_positions_are_ignored_is_found_out(tmp_path):
     body = model.model.base_model
     plain = body.forward
     body.forward = lambda ids, position_ids=None, **options: plain(ids, **options)
-    assert "lets a sequence see the one before it" in problem(model)
+    assert "lets a sequence see the one before it" in packing_error(model)
     body.forward = lambda ids, position_ids=None, **options: plain(
         ids, position_ids=None if position_ids is None else 3 * position_ids + 1, **options
     )
-    assert problem(model) is not None
+    assert packing_error(model) is not None
 
 
 def test_both_models_pack_or_neither(tmp_path, monkeypatch):
@@ -87,17 +87,17 @@ def test_both_models_pack_or_neither(tmp_path, monkeypatch):
     monkeypatch.setattr("kibitz.models.packing._has_kernel", lambda model: True)
     with pytest.warns(UserWarning, match="rows are padded, not packed: the student \\(MambaForCausalLM\\)"):
         pack_rows([qwen, mamba], "auto")
-    assert not qwen.packs and not mamba.packs
+    assert not qwen.packed and not mamba.packed
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pack_rows([qwen], "auto")
-        assert qwen.packs
+        assert qwen.packed
 
 
 def test_auto_pads_where_a_mask_would_cost_the_square(tmp_path):
     model = language_model(make_model(tmp_path))
     pack_rows([model], "auto")
-    assert not model.packs
+    assert not model.packed
 
 
 def test_a_packed_run_learns_as_a_padded_one_and_its_own_teacher_teaches_nothing(small_models, tmp_path):

@@ -1,13 +1,15 @@
-"""Models in parts, as far as one process can see: loading without weights, files, who helps whom, and what is refused."""
+"""Sharded models, as far as one process can see: loading on meta, files, joined collectives, and what is refused."""
 
 import random
 import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from support.models import make_model, tokenizer
 from support.runs import recipe
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 
 from kibitz import config
@@ -15,6 +17,7 @@ from kibitz.config import LoraConfig, ModelConfig, StudentConfig
 from kibitz.models import lora
 from kibitz.models.load import load_student
 from kibitz.parallel import fsdp, lockstep, sharded_files
+from kibitz.parallel.ranks import Ranks
 from kibitz.training import setup
 
 
@@ -25,13 +28,13 @@ def folders(tmp_path_factory):
     return {"tied": home / "tied", "apart": make_model(home / "apart")}
 
 
-# ------------------------------------------------------------------ without weights
+# ------------------------------------------------------------------ on the meta device
 
 
 @pytest.mark.parametrize("name", ["tied", "apart"])
 def test_a_model_without_weights_is_the_same_but_for_them(folders, name):
     real = AutoModelForCausalLM.from_pretrained(folders[name])
-    bare = fsdp._without_weights(ModelConfig(model=str(folders[name])), torch.float32)
+    bare = fsdp._on_meta(ModelConfig(model=str(folders[name])), torch.float32)
     assert {p.device.type for p in bare.parameters()} == {"meta"}
     shapes = [{n: (p.shape, p.dtype) for n, p in model.named_parameters()} for model in (real, bare)]
     assert shapes[0] == shapes[1]
@@ -43,8 +46,8 @@ def test_a_model_without_weights_is_the_same_but_for_them(folders, name):
 
 @pytest.mark.parametrize("name", ["tied", "apart"])
 def test_files_fill_what_had_no_weights(folders, name):
-    """All of it, shared matrices too, and nothing else: what was not filled is NaN."""
-    bare = fsdp._without_weights(ModelConfig(model=str(folders[name])), torch.float32)
+    """All parameters are read, tied ones too: one that is not would be NaN."""
+    bare = fsdp._on_meta(ModelConfig(model=str(folders[name])), torch.float32)
     stored = fsdp._match(bare, fsdp._weight_files(str(folders[name])), name)
     bare._apply(lambda t: torch.full_like(t, float("nan"), device="cpu") if t.device.type == "meta" else t)
     bare.tie_weights()
@@ -53,13 +56,63 @@ def test_files_fill_what_had_no_weights(folders, name):
     assert all(torch.equal(tensor, real[n]) for n, tensor in bare.state_dict().items())
 
 
+def test_other_threads_keep_their_parameters():
+    """Two threads build at once: the one on meta, the other with numbers."""
+    built, entered, left = {}, threading.Event(), threading.Event()
+
+    def other():
+        entered.wait(timeout=30)
+        built["other"] = torch.nn.Linear(3, 2)
+        left.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with fsdp._parameters_on_meta():
+        entered.set()
+        assert left.wait(timeout=30)
+        built["meta"] = torch.nn.Linear(3, 2)
+    thread.join()
+    built["after"] = torch.nn.Linear(3, 2)
+    assert {name: module.weight.device.type for name, module in built.items()} == {
+        "meta": "meta", "other": "cpu", "after": "cpu"
+    }  # fmt: skip
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of one, in which everything is sharded as in several."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield Ranks(0, 1, init_device_mesh("cpu", (1,), mesh_dim_names=("shard",)))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["tied", "apart"])
+def test_sharded_models_are_finished_and_compute_what_others_do(folders, one_process, name, tmp_path):
+    """The head is checked on the weights, the bare model is called as engines call it, and what is saved is the same."""
+    config, cpu = StudentConfig(model=str(folders[name])), torch.device("cpu")
+    plain, ids_BL = load_student(config, cpu, tokenizer()), torch.tensor([[1, 5, 6, 7]])
+    student = fsdp.load_sharded(config, cpu, tokenizer(), 0, None, one_process)
+    frozen = fsdp.load_frozen(config, "teacher", cpu, one_process, "x")
+    for model in (student, frozen):
+        assert model.head_stands_alone and model.num_parameters == plain.num_parameters
+        with torch.no_grad():
+            want, logits = plain.model(ids_BL).logits, model.model(ids_BL).logits
+            head = model.within(lambda model=model: model.head(model.hidden(ids_BL)))
+        assert torch.equal(logits, want) and torch.equal(head, want[..., : plain.vocab_size])
+    for model, folder in ((plain, tmp_path / "plain"), (student, tmp_path / "sharded")):
+        folder.mkdir()
+        model.save(folder)
+    one, other = (load_file(tmp_path / folder / "model.safetensors") for folder in ("plain", "sharded"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_an_adapter_on_a_base_without_weights_begins_as_any_other(folders):
     options = LoraConfig(rank=4)
     whole = load_student(
         StudentConfig(model=str(folders["apart"]), lora=options), torch.device("cpu"), tokenizer(), seed=5
     )
-    bare = fsdp._without_weights(ModelConfig(model=str(folders["apart"])), torch.float32)
-    with fsdp._weights_of_no_size(bare):
+    bare = fsdp._on_meta(ModelConfig(model=str(folders["apart"])), torch.float32)
+    with fsdp._zero_stride_weights(bare):
         lora.attach(bare, options, seed=5)
     adapted = {n: p for n, p in whole.model.named_parameters() if p.requires_grad}
     assert adapted
@@ -72,13 +125,13 @@ def test_an_adapter_on_a_base_without_weights_begins_as_any_other(folders):
 def test_files_with_other_names_than_the_model_are_refused(folders, tmp_path):
     weights = load_file(folders["apart"] / "model.safetensors")
     save_file({n.replace("q_proj", "query"): t for n, t in weights.items()}, tmp_path / "model.safetensors")
-    bare = fsdp._without_weights(ModelConfig(model=str(folders["apart"])), torch.float32)
+    bare = fsdp._on_meta(ModelConfig(model=str(folders["apart"])), torch.float32)
     with pytest.raises(ValueError, match=r"does not store model\.layers\.0\.self_attn\.q_proj.*whole_copy=true"):
         fsdp._match(bare, [tmp_path / "model.safetensors"], "x")
 
 
 def test_files_with_other_shapes_than_the_model_are_refused(folders):
-    bare = fsdp._without_weights(ModelConfig(model=str(folders["apart"])), torch.float32)
+    bare = fsdp._on_meta(ModelConfig(model=str(folders["apart"])), torch.float32)
     stored = fsdp._match(bare, fsdp._weight_files(str(folders["apart"])), "x")
     bare._apply(lambda t: t.new_empty(*t.shape[:-1], t.shape[-1] + 1, device="cpu"))
     with pytest.raises(ValueError, match="is stored where"):
@@ -98,12 +151,12 @@ def test_files_of_bounded_size_are_one_model(folders, tmp_path, monkeypatch, siz
     assert all(torch.equal(tensor, again[n]) for n, tensor in real.state_dict().items())
 
 
-# ------------------------------------------------------------------ who helps whom
+# ------------------------------------------------------------------ collectives that one process needs
 
 
 @pytest.mark.parametrize("num", [2, 5])
-def test_all_do_alike_however_unequal_their_needs_are(num, monkeypatch):
-    """Threads for processes: each needs other duties, and in the end all have done the same ones in the same order."""
+def test_all_join_the_same_collectives_however_unequal_their_needs_are(num, monkeypatch):
+    """Threads stand for processes: each needs other collectives, and all take part in the same ones in the same order."""
     draws, done = random.Random(num), [[] for _ in range(num)]
     said, gate, mine = [0] * num, threading.Barrier(num, timeout=30), threading.local()
 
@@ -119,12 +172,10 @@ def test_all_do_alike_however_unequal_their_needs_are(num, monkeypatch):
     def process(rank, needs):
         mine.rank = rank
         own = lockstep.Lockstep()
-        announce = [
-            own.register(lambda collective=collective: done[rank].append(collective)) for collective in range(3)
-        ]
+        calls = [own.register(lambda collective=collective: done[rank].append(collective)) for collective in range(3)]
         for needed in needs:
             for collective in needed:
-                announce[collective]()
+                calls[collective]()
                 done[rank].append(collective)
             own.wait()
 
@@ -166,10 +217,10 @@ def test_adapters_and_quantized_weights_are_refused(folders, tmp_path):
     )
     student.save(tmp_path / "adapter")
     with pytest.raises(config.RecipeError, match="--merge"):
-        fsdp.check_parts(StudentConfig(model=str(tmp_path / "adapter")), "student")
+        fsdp.check_shardable(StudentConfig(model=str(tmp_path / "adapter")), "student")
     real = AutoModelForCausalLM.from_pretrained(folders["apart"])
     real.config.quantization_config = {"quant_method": "fp8"}
     real.config.save_pretrained(tmp_path / "small")
     with pytest.raises(config.RecipeError, match="quantized"):
-        fsdp.check_parts(StudentConfig(model=str(tmp_path / "small")), "teacher")
-    fsdp.check_parts(StudentConfig(model=str(folders["apart"])), "student")
+        fsdp.check_shardable(StudentConfig(model=str(tmp_path / "small")), "teacher")
+    fsdp.check_shardable(StudentConfig(model=str(folders["apart"])), "student")
