@@ -16,7 +16,8 @@ from kibitz.batching import without_padding
 from kibitz.config import RecipeError
 from kibitz.models import lora
 from kibitz.models.head import build_head
-from kibitz.types import Batch, Prompt, Rollout
+from kibitz.signals import Batch
+from kibitz.types import Prompt, Rollout
 
 T = TypeVar("T")
 

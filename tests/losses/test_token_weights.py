@@ -18,9 +18,10 @@ from kibitz.config import GRPOConfig, OPDConfig, RecipeError
 from kibitz.losses import POLICY_LOSSES, token_weights
 from kibitz.losses.token_weights import by_turn
 from kibitz.models.load import single_tokens
+from kibitz.signals import Scored
 from kibitz.training import setup
 from kibitz.training.guards import Guards
-from kibitz.types import Rollout, Scored, Writer
+from kibitz.types import Rollout, Writer
 
 POLICY_NAMES = list(POLICY_LOSSES)
 

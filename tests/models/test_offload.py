@@ -24,9 +24,10 @@ from kibitz.methods import token_loss
 from kibitz.models import offload
 from kibitz.models.head import Head
 from kibitz.models.load import load_model
+from kibitz.signals import Dense, Scored
 from kibitz.teachers import ScoreRequest
 from kibitz.teachers.local import LocalScorer, reduced
-from kibitz.types import Dense, Prompt, Rollout, Sampling, Scored
+from kibitz.types import Prompt, Rollout, Sampling
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kibitz import worlds
-from kibitz.types import Prompt, Rollout, Scored
+from kibitz.signals import Scored
+from kibitz.types import Prompt, Rollout
 
 ARCHITECTURES = {
     "qwen3": {},
