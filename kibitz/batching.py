@@ -9,20 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kibitz.types import (
-    SPAN_COLUMNS,
-    Anchor,
-    Batch,
-    Dense,
-    Rollout,
-    Sampled,
-    Scored,
-    Signal,
-    Spans,
-    Tokens,
-    TopK,
-    cat_signals,
-)
+from kibitz.signals import Batch, Scored, Tokens, cat_signals
+from kibitz.types import Rollout
 
 
 def group(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[int]]:
@@ -66,29 +54,10 @@ def pack(scored: Sequence[Scored], device: torch.device | str = "cpu") -> Batch:
         signal=cat_signals(signals) if signals else None,
         advantage_T=torch.cat(advantages).to(device) if advantages else None,
         numbers={name: torch.cat([s.numbers[name] for s in scored]).to(device) for name in scored[0].numbers},
-        anchor=Anchor(cat_signals([a.signal for a in anchors]), anchors[0].coefficient) if anchors else None,
+        anchor=cat_signals(anchors) if anchors else None,
     )
     length_B = torch.tensor([len(r.prompt.ids) + r.num_tokens for r in rollouts], device=device)
     return Batch(ids_BL.to(device), length_B, position_T.to(device), tokens, scored[0].objective)
-
-
-def signal_bytes(scored: Scored) -> int:
-    """What was said of a rollout, as it waits for the loss."""
-    said = [scored.signal, None if scored.anchor is None else scored.anchor.signal]
-    return sum(tensor.nbytes for signal in said if signal is not None for tensor in _tensors(signal))
-
-
-def _tensors(signal: Signal) -> list[Tensor]:
-    match signal:
-        case Dense(hidden_TD):
-            return [hidden_TD]
-        case TopK(ids_TK, logp_TK):
-            return [ids_TK, logp_TK]
-        case Sampled(logp_T):
-            return [logp_T]
-        case Spans(first=first):
-            columns = [getattr(signal, name) for name in SPAN_COLUMNS]
-            return columns + ([] if first is None else [first.dense.hidden_TD, first.rest_logp_T])
 
 
 def _rows(rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:

@@ -21,10 +21,12 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 350, 60, 9
 
 ROOMS = (
     "types",
+    "signals",
     "report",  # reads the files of a run, and knows nouns at most
     "config",
     "files",
     "ledger",
+    "logprobs",
     "losses",
     "batching",
     "worlds",

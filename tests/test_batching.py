@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kibitz.batching import group, micro_batches, pack
-from kibitz.types import Dense, Prompt, Rollout, Sampled, Scored, TopK, Writer
+from kibitz.signals import Dense, Sampled, Scored, TopK
+from kibitz.types import Prompt, Rollout, Writer
 
 
 def random_rollouts(rng: random.Random, num: int) -> list[Rollout]:

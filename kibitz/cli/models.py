@@ -168,10 +168,10 @@ def export(
 def _keep_scores(output: Output, teacher: str, rollouts: Path, out: Path, kind: str, top_k: int) -> None:
     from kibitz.evaluate.annotate import store_scores
     from kibitz.teachers import ScoreRequest
-    from kibitz.teachers.stored import FIELDS
+    from kibitz.teachers.stored import KINDS
 
-    if kind not in FIELDS:
-        raise ValueError(f"--kind {kind} is none of {', '.join(FIELDS)}")
+    if kind not in KINDS:
+        raise ValueError(f"--kind {kind} is none of {', '.join(KINDS)}")
     total = 0
     for done, total in store_scores(teacher, rollouts, out, ScoreRequest(kind, top_k)):
         output.say(f"{done} of {total} rollouts")

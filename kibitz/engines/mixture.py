@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kibitz.engines.cache import Decoder
 from kibitz.engines.torch import Student, TorchEngine, evaluating
-from kibitz.losses.divergences import mixture
+from kibitz.logprobs import log_probs, mixture
 from kibitz.types import Prompt, Rollout, Sampling
 
 
@@ -39,7 +39,7 @@ class MixtureDecoder:
         student_NV = self.student.step(token_N, position_N, num_slots)
         teacher_NV = self.teacher.step(self._over(token_N), self._over(position_N), num_slots)
         student_NV, teacher_NV = (
-            logits_NV[:, : self.vocab_size].float().log_softmax(-1) for logits_NV in (student_NV, teacher_NV)
+            log_probs(logits_NV[:, : self.vocab_size].float()) for logits_NV in (student_NV, teacher_NV)
         )
         return mixture(teacher_NV.to(student_NV.device), student_NV, self.share)
 

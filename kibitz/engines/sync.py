@@ -17,11 +17,12 @@ from torch import Tensor
 
 from kibitz.batching import pack
 from kibitz.config.sections import RolloutServerConfig
-from kibitz.losses.supports import gather_tokens, log_probs
+from kibitz.logprobs import gather_tokens, log_probs
 from kibitz.models import LanguageModel
 from kibitz.servers import ServerError, served_model
 from kibitz.servers.http import Refused, Server
-from kibitz.types import Rollout, Scored
+from kibitz.signals import Scored
+from kibitz.types import Rollout
 
 ADAPTER = "kibitz"
 """Under which name the student's adapter is loaded."""

@@ -12,14 +12,16 @@ from kibitz.batching import group, pack
 from kibitz.config import LocalTeacherConfig, ModelConfig
 from kibitz.data import encode_prompt
 from kibitz.engines.torch import TorchEngine
+from kibitz.logprobs import gather_tokens, log_probs
 from kibitz.losses.criteria import ReverseKL, likeliest
 from kibitz.losses.spans import span_sums
 from kibitz.losses.supports import find_token
 from kibitz.methods.stored import load_rollouts, prompts_of
 from kibitz.models import LanguageModel
 from kibitz.models.load import load_model, load_tokenizer, pick_device, stop_ids
+from kibitz.signals import Batch, Dense, Sampled, Scored, Signal, Spans, Tokens, TopK
 from kibitz.teachers import ScoreRequest, Teacher, build
-from kibitz.types import Batch, Dense, Prompt, Rollout, Sampled, Sampling, Scored, Signal, Spans, Tokens, TopK
+from kibitz.types import Prompt, Rollout, Sampling
 
 DEFAULT_TOKENS = 256
 FORK_NATS = 1.0
@@ -98,9 +100,9 @@ def _tokens(student: LanguageModel, batch: Batch, top: int) -> list[dict[str, An
 
     def look(hidden_TD: Tensor, head: nn.Module) -> tuple:
         logits_TV = head(hidden_TD).float()
-        logp_TV = torch.log_softmax(logits_TV, -1)
+        logp_TV = log_probs(logits_TV)
         best = logp_TV.topk(min(top, logp_TV.shape[-1]), dim=-1)
-        written_T = logp_TV.gather(-1, batch.tokens.token_T[:, None])[:, 0]
+        written_T = gather_tokens(logp_TV, batch.tokens.token_T)
         say(student_logp=written_T.tolist(), student_top=_named(student, best.indices, best.values))
         if (signal := batch.tokens.signal) is not None:
             heard = ReverseKL()(logits_TV, batch.tokens)

@@ -22,9 +22,10 @@ from kibitz.losses.criteria import ReverseKL
 from kibitz.models import LanguageModel
 from kibitz.models.load import load_model, load_tokenizer, pick_device, stop_ids
 from kibitz.parallel.ranks import ALONE, Ranks
+from kibitz.signals import Scored, Spans
 from kibitz.teachers import Teacher
 from kibitz.teachers.build import reader_of
-from kibitz.types import Prompt, Rollout, Sampling, Scored, Spans
+from kibitz.types import Prompt, Rollout, Sampling
 
 
 @dataclass(frozen=True)

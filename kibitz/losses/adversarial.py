@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from kibitz.losses.criteria import Divergence
-from kibitz.types import Tokens
+from kibitz.signals import Tokens
 
 
 def moment_gap(student_CS: Tensor, teacher_CS: Tensor, q_CS: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kibitz.types import Spans, Tokens
+from kibitz.signals import Spans, Tokens
 
 Criterion = Callable[[Tensor, Tokens], dict[str, Tensor]]
 """logits_CV (float32, cut to the vocabulary) and the chunk's tokens -> {"loss": [C], and any metrics [C]}.

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kibitz.logprobs import gather_tokens, log_probs
 from kibitz.losses import policy_gradient
 from kibitz.losses.divergences import entropy, reverse_kl
 from kibitz.losses.overlap import top_k_overlap
@@ -18,14 +19,12 @@ from kibitz.losses.spans import span_sums
 from kibitz.losses.supports import (
     Buckets,
     find_token,
-    gather_tokens,
-    log_probs,
     most_likely_but_one,
     signal_buckets,
     teacher_logits,
     top_k_buckets,
 )
-from kibitz.types import Dense, Sampled, Signal, Spans, Tokens, TopK
+from kibitz.signals import Dense, Sampled, Signal, Spans, Tokens, TopK
 
 PolicyLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(logp_C with gradient, sampled_logp_C, advantage_C) -> [C]"""

@@ -9,11 +9,11 @@ Direction: for `torch.nn.functional.kl_div(input, target, log_target=True)` = KL
 the KL of (student, teacher) is the *forward* KL.
 """
 
-import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
+
+from kibitz.logprobs import kl, mixture
 
 
 def entropy(logp_CS: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def entropy(logp_CS: Tensor) -> Tensor:
 
 def forward_kl(student_CS: Tensor, teacher_CS: Tensor) -> Tensor:
     """KL(T || S) = sum_s T_s (log T_s - log S_s): mean-seeking; what cross-entropy on the teacher's text estimates."""
-    return _kl(teacher_CS.detach(), student_CS)
+    return kl(teacher_CS.detach(), student_CS)
 
 
 def reverse_kl(student_CS: Tensor, teacher_CS: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def reverse_kl(student_CS: Tensor, teacher_CS: Tensor) -> Tensor:
 
     Summed over the whole support, so it has no variance from the action that was sampled (MiniLLM 2306.08543;
     Lu, "On-Policy Distillation", 2025)."""
-    return _kl(student_CS, teacher_CS.detach())
+    return kl(student_CS, teacher_CS.detach())
 
 
 def jsd(student_CS: Tensor, teacher_CS: Tensor, beta: float = 0.5, plain: bool = False) -> Tensor:
@@ -52,14 +52,14 @@ def jsd(student_CS: Tensor, teacher_CS: Tensor, beta: float = 0.5, plain: bool =
         return reverse_kl(student_CS, teacher_CS)
     teacher_CS = teacher_CS.detach()
     mixture_CS = mixture(teacher_CS, student_CS, beta)
-    value_C = beta * _kl(teacher_CS, mixture_CS) + (1 - beta) * _kl(student_CS, mixture_CS)
+    value_C = beta * kl(teacher_CS, mixture_CS) + (1 - beta) * kl(student_CS, mixture_CS)
     return value_C if plain else value_C / (beta * (1 - beta))
 
 
 def skew_kl(student_CS: Tensor, teacher_CS: Tensor, alpha: float | Tensor = 0.1) -> Tensor:
     """KL(T || alpha T + (1 - alpha) S), at most -log alpha (DistiLLM, 2402.03898; alpha = 0.1 there)."""
     teacher_CS = teacher_CS.detach()
-    return _kl(teacher_CS, mixture(teacher_CS, student_CS, alpha))
+    return kl(teacher_CS, mixture(teacher_CS, student_CS, alpha))
 
 
 def skew_reverse_kl(student_CS: Tensor, teacher_CS: Tensor, alpha: float | Tensor = 0.1) -> Tensor:
@@ -67,7 +67,7 @@ def skew_reverse_kl(student_CS: Tensor, teacher_CS: Tensor, alpha: float | Tenso
 
     The student inside the mixture has a gradient too: this is the derivative of the formula. DistiLLM-2's code detaches
     it there."""
-    return _kl(student_CS, mixture(student_CS, teacher_CS.detach(), alpha))
+    return kl(student_CS, mixture(student_CS, teacher_CS.detach(), alpha))
 
 
 def adaptive_alpha(gap_N: Tensor, alpha: float = 0.1) -> Tensor:
@@ -95,25 +95,6 @@ def adaptive_kl(student_CS: Tensor, teacher_CS: Tensor, threshold: float = 0.8, 
     clipped sampled-token form for its first term; here both terms are exact."""
     uncertain_C = (entropy(teacher_CS.detach()) > threshold).to(student_CS.dtype)
     return reverse_kl(student_CS, teacher_CS) + coefficient * uncertain_C * forward_kl(student_CS, teacher_CS)
-
-
-def _kl(left_CS: Tensor, right_CS: Tensor) -> Tensor:
-    """sum_s L_s (log L_s - log R_s) - L_s + R_s. The last two terms add up to zero, in value and in gradient; with them
-    equal distributions have a gradient of exactly zero. Without them it is p (1 - sum p), rounding noise of 1e-8 that
-    Adam, which divides by the gradient's size, turns into steps as long as any other."""
-    left_prob_CS = left_CS.exp()
-    return (left_prob_CS * (left_CS - right_CS) - left_prob_CS + right_CS.exp()).sum(-1)
-
-
-def mixture(first_CS: Tensor, second_CS: Tensor, weight: float | Tensor) -> Tensor:
-    """log(weight * first + (1 - weight) * second), in the log domain so that nothing underflows. The weight is one
-    number, or one for each position `[C]`, above 0 and below 1."""
-    if isinstance(weight, Tensor):
-        weight_C1 = weight.unsqueeze(-1).to(first_CS.dtype)
-        return torch.logaddexp(first_CS + weight_C1.log(), second_CS + (-weight_C1).log1p())
-    if weight == 0.0 or weight == 1.0:
-        return first_CS if weight == 1.0 else second_CS
-    return torch.logaddexp(first_CS + math.log(weight), second_CS + math.log1p(-weight))
 
 
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {

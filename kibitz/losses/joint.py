@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kibitz.logprobs import gather_tokens, log_probs
 from kibitz.losses import policy_gradient
 from kibitz.losses.chunked import Criterion
 from kibitz.losses.divergences import reverse_kl
-from kibitz.losses.supports import gather_tokens, log_probs, teacher_logits
-from kibitz.types import Dense, Sampled, Signal, Tokens
+from kibitz.losses.supports import teacher_logits
+from kibitz.signals import Dense, Sampled, Signal, Tokens
 
 
 @dataclass(frozen=True)

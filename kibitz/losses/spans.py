@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kibitz.losses.supports import gather_tokens, log_probs
-from kibitz.types import FirstTokens, Spans, Tokens
+from kibitz.logprobs import gather_tokens, log1mexp, log_probs
+from kibitz.signals import FirstTokens, Spans, Tokens
 
 CERTAIN = -1e-6
 """A span's log-probability is kept below this (ALM's epsilon), where the log of its complement is still finite."""
@@ -50,15 +50,10 @@ def alm(student_S: Tensor, teacher_S: Tensor, tau: float | None = 100.0) -> Tens
     if tau is None:
         return teacher_S - student_S + teacher_S * (torch.log(-student_S) - torch.log(-teacher_S))
     student_S, teacher_S = student_S.double() / tau, teacher_S.double() / tau
-    rest_of_student_S, rest_of_teacher_S = _log1mexp(student_S), _log1mexp(teacher_S)
+    rest_of_student_S, rest_of_teacher_S = log1mexp(student_S), log1mexp(teacher_S)
     share_S = teacher_S.exp()
     kl_S = share_S * (teacher_S - student_S) - torch.expm1(teacher_S) * (rest_of_teacher_S - rest_of_student_S)
     return tau * kl_S
-
-
-def _log1mexp(logp: Tensor) -> Tensor:
-    """log(1 - e^logp) of a negative number."""
-    return torch.log(-torch.expm1(logp))
 
 
 def sorted_l1(student_SV: Tensor, teacher_SU: Tensor) -> Tensor:

@@ -14,12 +14,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kibitz.types import Dense, TopK
+from kibitz.logprobs import NOTHING, log1mexp
+from kibitz.signals import Dense, TopK
 
 TopKOf = Literal["student", "teacher", "union"]
-
-NOTHING = -100.0
-"""log-probability of an empty bucket: its probability is zero in float32, and the divergences stay finite."""
 
 
 class Buckets(NamedTuple):
@@ -33,11 +31,6 @@ class Buckets(NamedTuple):
     teacher_mass_C: Tensor
 
 
-def log_probs(logits_CV: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature)."""
-    return torch.log_softmax(logits_CV if temperature == 1.0 else logits_CV / temperature, dim=-1)
-
-
 def teacher_logits(signal: Dense, like_CV: Tensor) -> Tensor:
     """The teacher's logits, without a graph, checked against the student's `like_CV`."""
     with torch.no_grad():
@@ -49,11 +42,6 @@ def teacher_logits(signal: Dense, like_CV: Tensor) -> Tensor:
         )
     _refuse_non_finite(logits_CV, "logits")
     return logits_CV
-
-
-def gather_tokens(logp_CV: Tensor, token_C: Tensor) -> Tensor:
-    """The log-probability of each written token."""
-    return logp_CV.gather(-1, token_C.unsqueeze(-1)).squeeze(-1)
 
 
 def top_k_buckets(student_CV: Tensor, teacher_CV: Tensor, token_C: Tensor, of: TopKOf, k: int) -> Buckets:
@@ -93,7 +81,7 @@ def signal_buckets(student_CV: Tensor, signal: TopK) -> Buckets:
             f"The teacher's top-k probabilities add up to {log_mass_C1.max().exp():.3g}. They must be natural "
             "log-probabilities over the whole vocabulary, not logits and not renormalised over the k tokens."
         )
-    tail_C1 = torch.log(-torch.expm1(log_mass_C1.clamp(max=-torch.finfo(logp_CK.dtype).eps)))
+    tail_C1 = _rest_of(log_mass_C1)
     if logp_CK.shape[-1] >= student_CV.shape[-1]:
         everything_C1 = (~repeated_CK).sum(-1, keepdim=True) == student_CV.shape[-1]
         tail_C1 = tail_C1.masked_fill(everything_C1, NOTHING)
@@ -119,9 +107,13 @@ def find_token(signal: TopK, token_C: Tensor) -> tuple[Tensor, Tensor]:
     logp_CK = signal.logp_TK.float()
     found_C = here_CK.any(-1)
     logp_C = logp_CK.masked_fill(~here_CK, -torch.inf).amax(-1)
-    mass_C = logp_CK.masked_fill(_repeated_unsorted(signal.ids_TK), NOTHING).logsumexp(-1)
-    tail_C = torch.log(-torch.expm1(mass_C.clamp(max=-torch.finfo(torch.float32).eps)))
-    return torch.where(found_C, logp_C, tail_C), found_C
+    log_mass_C = logp_CK.masked_fill(_repeated_unsorted(signal.ids_TK), NOTHING).logsumexp(-1)
+    return torch.where(found_C, logp_C, _rest_of(log_mass_C)), found_C
+
+
+def _rest_of(log_mass: Tensor) -> Tensor:
+    """log(1 - mass), at least the precision of the numbers."""
+    return log1mexp(log_mass.clamp(max=-torch.finfo(log_mass.dtype).eps))
 
 
 def _take(logp_CV: Tensor, ids_CK: Tensor, repeated_CK: Tensor) -> Tensor:

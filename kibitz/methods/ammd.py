@@ -14,14 +14,16 @@ from torch import Tensor, nn
 
 from kibitz.batching import group, pack
 from kibitz.config import AMMDConfig
+from kibitz.logprobs import log_probs
 from kibitz.losses.adversarial import MomentMatching, moment_gap
-from kibitz.losses.supports import log_probs, teacher_logits
+from kibitz.losses.supports import teacher_logits
 from kibitz.methods.adversary import Adversary, adversary
 from kibitz.methods.parts import Parts, scorer, teacher_engine, token_loss
 from kibitz.methods.sources import Demonstrations, Generated, Source, Split
 from kibitz.models import LanguageModel
+from kibitz.signals import Batch, Dense, Scored, Tokens
 from kibitz.teachers import Scorer
-from kibitz.types import Batch, Dense, Prompt, Rollout, Scored, Step, Tokens, Writer
+from kibitz.types import Prompt, Rollout, Step, Writer
 
 
 class ActionValues(nn.Module):

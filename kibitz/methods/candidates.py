@@ -7,7 +7,8 @@ from torch import Tensor
 
 from kibitz.batching import group, pack
 from kibitz.models import LanguageModel
-from kibitz.types import Rollout, Scored
+from kibitz.signals import Scored
+from kibitz.types import Rollout
 
 
 @torch.no_grad()

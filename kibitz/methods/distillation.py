@@ -14,8 +14,9 @@ from kibitz.losses.spans import MergedDistributions, SpanLikelihood
 from kibitz.methods.parts import Parts, scorer, token_loss
 from kibitz.methods.sources import Source
 from kibitz.models import LanguageModel
+from kibitz.signals import Batch, Scored
 from kibitz.teachers import Scorer
-from kibitz.types import Batch, Prompt, Rollout, Scored, Step
+from kibitz.types import Prompt, Rollout, Step
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from kibitz.methods.parts import Parts, scorer, teacher_engine, token_loss, writ
 from kibitz.methods.sources import Generated, Source
 from kibitz.models import LanguageModel
 from kibitz.parallel.ranks import ALONE, Ranks
+from kibitz.signals import Batch, Scored, Signal
 from kibitz.teachers import Scorer, ScoreRequest
 from kibitz.teachers.local import LocalScorer
-from kibitz.types import Batch, Prompt, Rollout, Scored, Signal, Step, Writer
+from kibitz.types import Prompt, Rollout, Step, Writer
 
 DIVERGENCE: dict[str, Callable[..., Tensor]] = {"teacher_text": skew_kl, "student_text": skew_reverse_kl}
 

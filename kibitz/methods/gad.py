@@ -18,7 +18,8 @@ from kibitz.methods.parts import Parts, policy_loss, teacher_engine, token_loss
 from kibitz.methods.sources import Demonstrations, Generated, Source
 from kibitz.models import LanguageModel
 from kibitz.models.load import load_model
-from kibitz.types import Batch, Prompt, Rollout, Scored, Step, Writer
+from kibitz.signals import Batch, Scored
+from kibitz.types import Prompt, Rollout, Step, Writer
 
 Comparison = list[Rollout]
 """All answers to one prompt: the teacher's, then each of the student's."""

@@ -12,7 +12,8 @@ from kibitz.losses.policy_gradient import group_advantages
 from kibitz.methods.parts import Parts, policy_loss, token_loss
 from kibitz.methods.sources import Generated
 from kibitz.models import LanguageModel
-from kibitz.types import Batch, Prompt, Rollout, Scored, Step
+from kibitz.signals import Batch, Scored
+from kibitz.types import Prompt, Rollout, Step
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from kibitz.methods.grpo import GRPO
 from kibitz.methods.parts import Parts, policy_loss, scorer, token_loss
 from kibitz.methods.sources import Linear
 from kibitz.models import LanguageModel
+from kibitz.signals import Batch, Scored
 from kibitz.teachers import Scorer
-from kibitz.types import Batch, Prompt, Rollout, Scored, Step
+from kibitz.types import Prompt, Rollout, Step
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,10 @@ from kibitz.losses.policy_gradient import distillation_advantage, to_come, white
 from kibitz.methods.parts import Parts, policy_loss, scorer, teacher_engine, token_loss, written_logp
 from kibitz.methods.sources import Generated, Source
 from kibitz.models import LanguageModel
+from kibitz.signals import Batch, Scored
 from kibitz.teachers import Scorer, ScoreRequest
 from kibitz.teachers.local import LocalScorer
-from kibitz.types import Batch, Prompt, Rollout, Scored, Step
+from kibitz.types import Prompt, Rollout, Step
 
 
 @dataclass(frozen=True)

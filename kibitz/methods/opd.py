@@ -18,8 +18,9 @@ from kibitz.methods.parts import Method, Parts, policy_loss, scorer, teacher_eng
 from kibitz.methods.reference import reference_scorer
 from kibitz.methods.sources import Generated, Linear, Seeded, Source, Stored
 from kibitz.models import LanguageModel
+from kibitz.signals import Batch, Sampled, Scored, Signal
 from kibitz.teachers import Scorer
-from kibitz.types import Batch, Prompt, Rollout, Sampled, Scored, Signal, Step, Writer
+from kibitz.types import Prompt, Rollout, Step, Writer
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,10 @@ from kibitz.losses.policy_gradient import POLICY_LOSSES
 from kibitz.methods.candidates import student_top_k
 from kibitz.models import LanguageModel
 from kibitz.parallel.ranks import ALONE, Ranks
+from kibitz.signals import Batch, Dense, Sampled, Scored, Signal
 from kibitz.teachers import Early, MakeEngine, Scorer, ScoreRequest, Teacher
 from kibitz.teachers.local import reduced
-from kibitz.types import Batch, Dense, Prompt, Rollout, Sampled, Sampling, Scored, Signal, Stateful, Step
-
-CHUNK_TOKENS = 256
-"""Tokens whose logits exist at one time while a whole rollout's are looked through."""
+from kibitz.types import Prompt, Rollout, Sampling, Stateful, Step
 
 
 class Method(Protocol):
@@ -115,7 +113,7 @@ def _written_logp(rollout: Rollout, signal: Signal) -> Tensor:
     if isinstance(signal, Dense):
         token_T = torch.tensor(rollout.response_ids, device=signal.hidden_TD.device)
         with torch.no_grad():
-            signal = reduced(signal, token_T, ScoreRequest("sampled"), CHUNK_TOKENS)
+            signal = reduced(signal, token_T, ScoreRequest("sampled"))
     assert isinstance(signal, Sampled)
     return signal.logp_T
 

@@ -8,8 +8,9 @@ from torch import Tensor
 from kibitz.config import SignalKind
 from kibitz.methods.parts import Method, Notes, Parts, training_request
 from kibitz.models import LanguageModel
+from kibitz.signals import Anchor, Batch, Scored, Signal
 from kibitz.teachers import Scorer, Teacher
-from kibitz.types import Anchor, Batch, Prompt, Rollout, Scored, Signal, Step
+from kibitz.types import Prompt, Rollout, Step
 
 
 @dataclass(frozen=True)

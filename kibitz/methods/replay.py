@@ -12,7 +12,8 @@ from kibitz.methods.sft import SFT
 from kibitz.methods.sources import Demonstrations
 from kibitz.methods.weights import weighted
 from kibitz.models import LanguageModel
-from kibitz.types import Batch, Prompt, Rollout, Scored, Step
+from kibitz.signals import Batch, Scored
+from kibitz.types import Prompt, Rollout, Step
 
 REPLAY = "replay"
 

@@ -10,7 +10,8 @@ from kibitz.losses.criteria import CrossEntropy
 from kibitz.methods.parts import Parts, teacher_engine, token_loss
 from kibitz.methods.sources import Demonstrations, Filled, Generated, Source, Stored
 from kibitz.models import LanguageModel
-from kibitz.types import Batch, Prompt, Rollout, Scored, Step, Writer
+from kibitz.signals import Batch, Scored
+from kibitz.types import Prompt, Rollout, Step, Writer
 
 
 @dataclass(frozen=True)

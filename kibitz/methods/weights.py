@@ -16,7 +16,8 @@ from kibitz.losses.token_weights import by_turn, prefix_drift, sequence_mean, ti
 from kibitz.methods.parts import Method, Parts
 from kibitz.models import LanguageModel
 from kibitz.parallel.ranks import Ranks
-from kibitz.types import Batch, Prompt, Rollout, Scored, Step, Writer
+from kibitz.signals import Batch, Scored
+from kibitz.types import Prompt, Rollout, Step, Writer
 
 
 @dataclass(frozen=True)

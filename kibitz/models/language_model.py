@@ -18,7 +18,8 @@ from kibitz.config import RecipeError
 from kibitz.models import lora
 from kibitz.models.head import build_head
 from kibitz.models.progress import no_progress_bars
-from kibitz.types import Batch, Prompt, Rollout
+from kibitz.signals import Batch
+from kibitz.types import Prompt, Rollout
 
 T = TypeVar("T")
 

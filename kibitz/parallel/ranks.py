@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from kibitz.config import ParallelConfig
 from kibitz.engines import Engine
 from kibitz.parallel.lockstep import Lockstep
-from kibitz.types import Prompt, Rollout, Sampling, Scored
+from kibitz.signals import Scored
+from kibitz.types import Prompt, Rollout, Sampling
 
 T = TypeVar("T")
 U = TypeVar("U")

@@ -14,10 +14,11 @@ from kibitz.models.load import load_model, load_tokenizer, pick_device, pick_dty
 from kibitz.preflight import budget, measured, texts
 from kibitz.preflight.finding import Finding, Light, worst
 from kibitz.preflight.shapes import shape_of
+from kibitz.signals import TopK
 from kibitz.teachers import ScoreRequest, Teacher
 from kibitz.teachers.local import LocalScorer
 from kibitz.training.setup import Setup, prepare
-from kibitz.types import Rollout, TopK
+from kibitz.types import Rollout
 
 __all__ = ["REFUSED", "Finding", "Light", "Options", "check", "check_files", "worst"]
 

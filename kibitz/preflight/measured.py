@@ -17,10 +17,11 @@ from kibitz.losses.criteria import Divergence, PolicyGradient
 from kibitz.methods import token_loss
 from kibitz.models import LanguageModel
 from kibitz.preflight.finding import Finding
+from kibitz.signals import Sampled, Scored, Signal, Spans, TopK
 from kibitz.teachers import ScoreRequest
 from kibitz.teachers.local import LocalScorer
 from kibitz.training.setup import Setup
-from kibitz.types import Rollout, Sampled, Scored, Signal, Spans, TopK
+from kibitz.types import Rollout
 
 LARGE_GAP, HUGE_GAP = 0.02, 0.2
 """Nats between engine and trainer: bf16 gives 0.005 to 0.02 on average at a large vocabulary, other weights give more."""

@@ -16,10 +16,9 @@ import numpy
 import torch
 from torch import Tensor
 
+from kibitz.logprobs import NOTHING
 from kibitz.servers import ServerError
 
-NOTHING = -100.0
-"""log-probability of what is ruled out: probability 0 in float32, and finite."""
 ABOVE_ONE = 0.01  # nats: room for rounding in bfloat16
 OVER_FULL = 0.05  # nats: the same for a sum of many
 

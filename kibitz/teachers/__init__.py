@@ -23,7 +23,8 @@ from torch import Tensor
 from kibitz.config import SignalKind
 from kibitz.engines import Engine
 from kibitz.models import LanguageModel
-from kibitz.types import Prompt, Rollout, Signal, Stateful
+from kibitz.signals import Signal
+from kibitz.types import Prompt, Rollout, Stateful
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from kibitz.config import SignalKind
 from kibitz.data import encode_prompt
+from kibitz.signals import Dense, FirstTokens, Sampled, Signal, Spans
 from kibitz.teachers import MakeEngine, ScoreRequest, Teacher
 from kibitz.teachers.alignment import Aligner, Span
 from kibitz.teachers.local import reduced
-from kibitz.types import Dense, FirstTokens, Prompt, Rollout, Sampled, Signal, Spans
+from kibitz.types import Prompt, Rollout
 
 KINDS: tuple[SignalKind, ...] = ("spans", "span_distributions")
 MANY_INCOMPARABLE = 0.1
@@ -129,26 +130,22 @@ class SpanScorer:
         student_S = _sums(rollout.logp_T.to(device), [span.student for span in spans])
         teacher_S = _sums(signal.logp_T, [span.teacher for span in spans])
         comparable_S = torch.tensor([span.comparable and _one_writer(rollout, span) for span in spans], device=device)
-        made = Spans(
+        first = None
+        if dense is not None:
+            first_S = torch.tensor([min(span.teacher[0], theirs.num_tokens - 1) for span in spans], device=device)
+            rest_S = torch.where(comparable_S, teacher_S - signal.logp_T[first_S], 0.0)
+            ours, its = (torch.tensor(ids, device=device) for ids in self.reader.aligner.shared_ids)
+            begins = dense[first_S[place_T].to(dense.hidden_TD.device)]
+            first = FirstTokens(begins, rest_S[place_T], (ours, its))
+        return Spans(
             span_T=place_T,
             size_T=torch.tensor([float(span.num_student) for span in spans], device=device)[place_T],
             bytes_T=torch.tensor([float(span.num_bytes) for span in spans], device=device)[place_T],
             teacher_logp_T=torch.where(comparable_S, teacher_S, student_S)[place_T],
             student_logp_T=student_S[place_T],
             comparable_T=comparable_S.float()[place_T],
+            first=first,
         )
-        if dense is not None:
-            first_S = torch.tensor([min(span.teacher[0], theirs.num_tokens - 1) for span in spans], device=device)
-            rest_S = torch.where(comparable_S, teacher_S - signal.logp_T[first_S], 0.0)
-            ours, its = (torch.tensor(ids, device=device) for ids in self.reader.aligner.shared_ids)
-            made.first = FirstTokens(
-                Dense(_rows(dense.hidden_TD, first_S[place_T]), dense.head), rest_S[place_T], (ours, its)
-            )
-        return made
-
-
-def _rows(hidden_TD: Tensor, row_T: Tensor) -> Tensor:
-    return hidden_TD[row_T.to(hidden_TD.device)]
 
 
 def _sums(logp_T: Tensor, parts: Sequence[tuple[int, int]]) -> Tensor:

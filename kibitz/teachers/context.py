@@ -16,8 +16,9 @@ from kibitz.config import ContextConfig
 from kibitz.data import encode_prompt
 from kibitz.engines import Engine
 from kibitz.models import LanguageModel
+from kibitz.signals import Signal
 from kibitz.teachers import Scorer, ScoreRequest, Teacher
-from kibitz.types import Prompt, Rollout, Sampling, Signal
+from kibitz.types import Prompt, Rollout, Sampling
 
 NOTHING_YET: dict[str, Any] = {"attempt": None, "reward": None, "success": None}
 

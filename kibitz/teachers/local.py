@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from kibitz.batching import group, pack
-from kibitz.config import SignalKind
+from kibitz.logprobs import gather_tokens, log_probs
 from kibitz.models import LanguageModel
+from kibitz.signals import Dense, Sampled, Scored, Signal, TopK, cat_signals, locked
 from kibitz.teachers import ScoreRequest, Teacher
-from kibitz.teachers.stored import identity
-from kibitz.types import Dense, Rollout, Sampled, Scored, Signal, TopK, cat_signals, slice_signal
+from kibitz.teachers.stored import KINDS, identity
+from kibitz.types import Rollout
 
-KINDS: tuple[SignalKind, ...] = ("dense", "top_k", "sampled")
+CHUNK_TOKENS = 256
+"""Tokens whose logits exist at one time while a whole rollout's are looked through."""
 LARGE = 2**30
 """Bytes of hidden states above which `auto` has them wait beside the GPU: so many take seconds to compute, and a tenth to
 carry."""
@@ -49,7 +51,7 @@ class LocalScorer:
                 members = [rollouts[i] for i in indices]
                 signal, start = self._score_together(members, waits), 0
                 for index, rollout in zip(indices, members, strict=True):
-                    signals[index] = slice_signal(signal, slice(start, start + rollout.num_tokens))
+                    signals[index] = signal[start : start + rollout.num_tokens]
                     start += rollout.num_tokens
         return [signals[i] for i in range(len(rollouts))]
 
@@ -62,11 +64,13 @@ class LocalScorer:
 
     def _signal(self, dense: Dense, token_T: Tensor, waits: bool) -> Signal:
         signal = reduced(dense, token_T, self.request, self.model.chunk_tokens)
-        return Dense(locked(signal.hidden_TD), dense.head) if waits and isinstance(signal, Dense) else signal
+        return locked(signal) if waits else signal
 
     def _waits(self, rollouts: Sequence[Rollout]) -> bool:
         """Whether hidden states leave the device until the loss takes them. Where the head cannot be called alone they are
         logits, which nobody would bring back."""
+        if self.request.kind != "dense":
+            return False
         if self.request.hidden_states != "auto" or self.model.device.type != "cuda":
             return self.request.hidden_states == "cpu" and self.model.head_stands_alone
         width = self.model.model.config.get_text_config().hidden_size
@@ -74,22 +78,16 @@ class LocalScorer:
         return size > LARGE and self.model.head_stands_alone
 
 
-def locked(tensor: Tensor) -> Tensor:
-    """A copy in the CPU's memory, page-locked where there is a GPU to carry it back to."""
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return copy.copy_(tensor)
-
-
-def reduced(dense: Dense, token_T: Tensor, request: ScoreRequest, chunk_tokens: int) -> Signal:
+def reduced(dense: Dense, token_T: Tensor, request: ScoreRequest, chunk_tokens: int = CHUNK_TOKENS) -> Signal:
     """What was asked for, of a whole distribution, chunk by chunk: a dense signal as it is, its `top_k` likeliest tokens,
     or the written token's log-probability."""
     if request.kind == "dense":
         return dense
     parts: list[Signal] = []
     for hidden_CD, token_C in zip(dense.hidden_TD.split(chunk_tokens), token_T.split(chunk_tokens), strict=True):
-        logp_CV = torch.log_softmax(dense.head(hidden_CD).float() / request.temperature, dim=-1)
+        logp_CV = log_probs(dense.head(hidden_CD).float(), request.temperature)
         if request.kind == "sampled":
-            parts.append(Sampled(logp_CV.gather(-1, token_C[:, None].to(logp_CV.device))[:, 0]))
+            parts.append(Sampled(gather_tokens(logp_CV, token_C.to(logp_CV.device))))
         else:
             logp_CK, ids_CK = logp_CV.topk(min(request.top_k, logp_CV.shape[-1]), dim=-1)
             parts.append(TopK(ids_CK, logp_CK, request.temperature))

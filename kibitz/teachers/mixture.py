@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from kibitz.engines.cache import Decoder
-from kibitz.losses.mixtures import disagreement, log_mixture
-from kibitz.types import Dense
+from kibitz.logprobs import disagreement, log_mixture, log_probs
+from kibitz.signals import Dense
+from kibitz.teachers.local import CHUNK_TOKENS
 
 Mix = tuple[tuple[int, float], ...]
 """Who speaks: the place of each teacher, and the log of its weight; the weights add up to 1."""
-
-CHUNK_TOKENS = 256
 
 
 class MixedHead:
@@ -86,7 +85,7 @@ class MixedHead:
 
 def _voices(mix: Mix, logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Log-probabilities `[I, C, V]` and log-weights `[I]`."""
-    logp_ICV = torch.stack([torch.log_softmax(logits_CV.float(), dim=-1) for logits_CV in logits])
+    logp_ICV = torch.stack([log_probs(logits_CV.float()) for logits_CV in logits])
     return logp_ICV, logp_ICV.new_tensor([log_weight for _, log_weight in mix])
 
 

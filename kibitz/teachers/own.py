@@ -12,9 +12,10 @@ from kibitz.engines import Engine
 from kibitz.engines.torch import TorchEngine
 from kibitz.models import LanguageModel
 from kibitz.models.load import load_model
+from kibitz.signals import Signal
 from kibitz.teachers import MakeEngine, ScoreRequest, Teacher
 from kibitz.teachers.local import KINDS, LocalScorer, local_teacher
-from kibitz.types import Prompt, Rollout, Sampling, Signal
+from kibitz.types import Prompt, Rollout, Sampling
 
 
 def own_teacher(config: StudentTeacherConfig, start: ModelConfig, student: LanguageModel) -> Teacher:

@@ -25,8 +25,9 @@ from kibitz.config.teachers import RemoteTeacherConfig
 from kibitz.servers import ServerError, served_model
 from kibitz.servers.answers import named, said
 from kibitz.servers.http import Refused, Server, Servers
+from kibitz.signals import Sampled, Signal, TopK
 from kibitz.teachers import MakeEngine, ScoreRequest, Teacher
-from kibitz.types import Prompt, Rollout, Sampled, Signal, TopK
+from kibitz.types import Prompt, Rollout
 
 log = logging.getLogger(__name__)
 

@@ -9,12 +9,13 @@ import torch
 from kibitz.config import MethodConfig, SignalKind, TeacherConfig
 from kibitz.engines import Engine
 from kibitz.engines.torch import TorchEngine
-from kibitz.losses.mixtures import log_mixture
+from kibitz.logprobs import log_mixture
 from kibitz.models import LanguageModel
+from kibitz.signals import Dense, Sampled, Signal
 from kibitz.teachers import MakeEngine, Scorer, ScoreRequest, Teacher
 from kibitz.teachers.local import reduced
-from kibitz.teachers.mixture import CHUNK_TOKENS, Mix, MixedDecoder, MixedHead, mix_of
-from kibitz.types import Dense, Prompt, Rollout, Sampled, Sampling, Signal
+from kibitz.teachers.mixture import Mix, MixedDecoder, MixedHead, mix_of
+from kibitz.types import Prompt, Rollout, Sampling
 
 ALONG = (
     "only models of their own in this process that read the student's prompt can, one token after another: give each task one "
@@ -172,7 +173,7 @@ class SeveralScorer:
     def _joined(self, rollout: Rollout, mix: Mix, said: dict[int, Signal], whole: Dense | None) -> Signal:
         if whole is not None:
             token_T = torch.tensor(rollout.response_ids, device=whole.hidden_TD.device)
-            return reduced(whole, token_T, self.request, CHUNK_TOKENS)
+            return reduced(whole, token_T, self.request)
         if len(mix) == 1:
             return said[mix[0][0]]
         logp = [s.logp_T for s in said.values() if isinstance(s, Sampled)]

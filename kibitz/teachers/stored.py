@@ -28,11 +28,13 @@ from kibitz.engines import Engine
 from kibitz.files import write_atomically
 from kibitz.models import LanguageModel
 from kibitz.models.head import Head
+from kibitz.signals import Dense, Sampled, Signal, TopK, cat_signals
 from kibitz.teachers import MakeEngine, Scorer, ScoreRequest, Teacher
-from kibitz.types import Dense, Rollout, Sampled, Signal, TopK
+from kibitz.types import Rollout
 
 PARTS = ("weights", "tokenizer", "chat template")
-FIELDS: dict[SignalKind, tuple[str, ...]] = {"dense": ("hidden",), "top_k": ("ids", "logp"), "sampled": ("logp",)}
+KINDS: tuple[SignalKind, ...] = ("dense", "top_k", "sampled")
+"""What a model of this process says of its own tokens, and what can be kept."""
 
 
 # ------------------------------------------------------------------ who spoke
@@ -101,7 +103,7 @@ class Store:
     @property
     def kinds(self) -> tuple[SignalKind, ...]:
         held = {row["kind"] for row in self.index.values()}
-        return tuple(kind for kind in FIELDS if kind in held)
+        return tuple(kind for kind in KINDS if kind in held)
 
     @property
     def num_bytes(self) -> int:
@@ -111,34 +113,36 @@ class Store:
         row = self.index.get(key_of(rollout, request))
         if row is None:
             return None
-        parts = [self._slice(row, name) for name in FIELDS[request.kind]]
+        columns = self._columns(row)
         match request.kind:
             case "dense":
-                return Dense(parts[0], self.shared_head())
+                return Dense(columns["hidden"], self.shared_head())
             case "top_k":
-                return TopK(parts[0].long(), parts[1], request.temperature)
-            case "sampled":
-                return Sampled(parts[0])
+                return TopK(columns["ids"].long(), columns["logp"], request.temperature)
+            case _:
+                return Sampled(columns["logp"])
 
-    def _slice(self, row: Mapping[str, Any], name: str) -> Tensor:
+    def _columns(self, row: Mapping[str, Any]) -> dict[str, Tensor]:
         start, path = row["start"], self.folder / row["file"]
         try:
             if row["file"] not in self.files:
                 self.files[row["file"]] = safe_open(path, framework="pt")
-            part = self.files[row["file"]].get_slice(name)[start : start + row["tokens"]]
+            file = self.files[row["file"]]
+            columns = {name: file.get_slice(name)[start : start + row["tokens"]] for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"the store of scores is damaged, {path.name} cannot be read ({error}): delete {self.folder}"
             ) from None
-        if len(part) != row["tokens"]:
+        if any(len(column) != row["tokens"] for column in columns.values()):
             raise ValueError(f"the store of scores is damaged, {path.name} is too short: delete the folder")
-        return part.to(self.device)
+        return {name: column.to(self.device) for name, column in columns.items()}
 
     def add(self, rollouts: Sequence[Rollout], signals: Sequence[Signal], request: ScoreRequest) -> None:
         """Numbers first, then the index: a kill between the two loses what it would have pointed to, and nothing else."""
-        tensors = {name: torch.cat([_field(s, name).detach().cpu() for s in signals]) for name in FIELDS[request.kind]}
-        if isinstance(signals[0], Dense):
-            self._keep_head(signals[0].head)
+        said = cat_signals([signal.to("cpu") for signal in signals])
+        if isinstance(said, Dense):
+            self._keep_head(said.head)
+        tensors = {_on_disk(column): _small(tensor.detach()) for column, tensor in said.columns().items()}
         name, start, lines = f"{uuid.uuid4().hex}.safetensors", 0, []
         temporary = self.folder / f".{name}"
         save_file(tensors, temporary)
@@ -196,18 +200,14 @@ def key_of(rollout: Rollout, request: ScoreRequest) -> str:
     return _hash([asked, list(rollout.prompt.ids), rollout.response_ids])
 
 
-def _field(signal: Signal, name: str) -> Tensor:
-    match signal:
-        case Dense(hidden_TD, _):
-            return hidden_TD
-        case TopK(ids_TK, logp_TK, _):
-            return ids_TK.int() if name == "ids" else logp_TK
-        case Sampled(logp_T):
-            return logp_T
-        case _:
-            raise ValueError(
-                f"teacher.store: signals of the kind {type(signal).__name__} cannot be stored: leave out store"
-            )
+def _on_disk(column: str) -> str:
+    """A column's name without its shape: `hidden`, `ids`, `logp`."""
+    return column.rpartition("_")[0]
+
+
+def _small(column: Tensor) -> Tensor:
+    """Token ids take four bytes."""
+    return column.int() if column.dtype == torch.long else column
 
 
 def _refuse_another(folder: Path, held: Mapping[str, Any], who: Mapping[str, Any]) -> None:
@@ -245,6 +245,12 @@ class StoredScorer:
     request: ScoreRequest
     inner: Scorer | None
     tally: Tally
+
+    def __post_init__(self) -> None:
+        if self.request.kind not in KINDS:
+            raise ValueError(
+                f"teacher.store: signals of the kind {self.request.kind} cannot be stored: leave out store"
+            )
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
         missing = {key_of(r, self.request): r for r in rollouts if self.store.find(r, self.request) is None}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kibitz import methods
-from kibitz.batching import micro_batches, pack, signal_bytes
+from kibitz.batching import micro_batches, pack
 from kibitz.config import Recipe
 from kibitz.evaluate.annotate import annotate
 from kibitz.evaluate.evaluate import grade
@@ -24,12 +24,13 @@ from kibitz.graders import Grader
 from kibitz.ledger import Ledger, highest
 from kibitz.optim import Optimizer, lr_factor
 from kibitz.parallel.fsdp import copy_weights, reduce_gradients
+from kibitz.signals import Scored
 from kibitz.training import checkpoint
 from kibitz.training.guards import Alarm, Guards, rollout_metrics
 from kibitz.training.memory import Gauge
 from kibitz.training.setup import Setup, prepare
 from kibitz.training.trackers import Tracked
-from kibitz.types import Rollout, Scored, Stateful, Step, Writer, share_of_teacher
+from kibitz.types import Rollout, Stateful, Step, Writer, share_of_teacher
 
 
 class Progress(Protocol):
@@ -180,7 +181,7 @@ class Trainer:
         self.done += 1
         if recipe.rollout.store:
             self.folder.store(self.done, [r for r in rollouts if not r.objective])
-        waited = self.ranks.gather(sum(map(signal_bytes, scored)))
+        waited = self.ranks.gather(sum(one.signal_bytes for one in scored))
         more = {
             "grad_norm": norm,
             "lr": recipe.optim.lr * factor,

@@ -20,9 +20,10 @@ from kibitz.engines.speculative import SpeculativeEngine, decayed_top_k
 from kibitz.engines.torch import TorchEngine
 from kibitz.methods import skd
 from kibitz.methods.skd import SKDConfig
+from kibitz.signals import Dense
 from kibitz.training.setup import prepare
 from kibitz.training.trainer import NullProgress, Trainer
-from kibitz.types import Dense, Prompt, Rollout, Sampling, Step, Writer, share_of_teacher
+from kibitz.types import Prompt, Rollout, Sampling, Step, Writer, share_of_teacher
 
 VOCAB = 29
 STOPS = (3, 17)

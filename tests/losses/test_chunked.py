@@ -8,7 +8,7 @@ from torch import nn
 
 from kibitz.losses import CrossEntropy, Divergence, PolicyGradient, over_chunks
 from kibitz.losses.divergences import jsd
-from kibitz.types import Dense, Tokens
+from kibitz.signals import Dense, Tokens
 
 T, D, V = 7, 5, 11
 CRITERIA = {

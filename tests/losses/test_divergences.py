@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kibitz.logprobs import log_probs
 from kibitz.losses.divergences import (
     DIVERGENCES,
     adaptive_kl,
@@ -18,7 +19,6 @@ from kibitz.losses.divergences import (
     skew_reverse_kl,
     total_variation,
 )
-from kibitz.losses.supports import log_probs
 
 
 def pair(rows=4, size=7, seed=0, scale=2.0):

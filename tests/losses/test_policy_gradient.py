@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from kibitz.logprobs import log_probs
 from kibitz.losses import token_weights
 from kibitz.losses.criteria import Divergence, PolicyGradient
 from kibitz.losses.divergences import forward_kl, reverse_kl
@@ -26,8 +27,7 @@ from kibitz.losses.policy_gradient import (
     truncated,
     with_baseline,
 )
-from kibitz.losses.supports import log_probs
-from kibitz.types import Dense, Sampled, Tokens, TopK
+from kibitz.signals import Dense, Sampled, Tokens, TopK
 
 V = 6
 

@@ -24,12 +24,13 @@ from kibitz.losses.criteria import Divergence, PolicyGradient, SpanLoss
 from kibitz.losses.divergences import jsd, reverse_kl
 from kibitz.losses.spans import CERTAIN, MergedDistributions, SpanLikelihood, alm, merged, sorted_l1
 from kibitz.models import LanguageModel
+from kibitz.signals import Dense, Scored, Spans, cat_signals
 from kibitz.teachers import ScoreRequest
 from kibitz.teachers.aligned import aligned
 from kibitz.teachers.alignment import Aligner
 from kibitz.teachers.local import LocalScorer, local_teacher
 from kibitz.training.setup import prepare
-from kibitz.types import Dense, Prompt, Rollout, Scored, Spans, cat_signals, slice_signal
+from kibitz.types import Prompt, Rollout
 
 TEXTS = ["the student writes, and", "naïve café 学生 12 + 34 = 46", "😀 dogs", "ok"]
 
@@ -121,7 +122,7 @@ def test_spans_of_several_rollouts_count_on_and_any_part_keeps_what_it_knows(pai
     assert len(whole.span_T.unique()) == sum(len(s.span_T.unique()) for s in signals)
     start = 0
     for signal in signals:
-        part = slice_signal(whole, slice(start, start + len(signal.span_T)))
+        part = whole[start : start + len(signal.span_T)]
         assert torch.equal(part.teacher_logp_T, signal.teacher_logp_T)
         assert torch.equal(part.first.dense.hidden_TD, signal.first.dense.hidden_TD)
         assert torch.equal(part.span_T - part.span_T[0], signal.span_T)

@@ -6,11 +6,12 @@ from itertools import pairwise
 import pytest
 import torch
 
+from kibitz.logprobs import log_probs
 from kibitz.losses.criteria import CrossEntropy, Divergence
 from kibitz.losses.divergences import DIVERGENCES, entropy, forward_kl, jsd, reverse_kl
 from kibitz.losses.policy_gradient import k3
-from kibitz.losses.supports import find_token, log_probs, signal_buckets, top_k_buckets
-from kibitz.types import Dense, Sampled, Tokens, TopK
+from kibitz.losses.supports import find_token, signal_buckets, top_k_buckets
+from kibitz.signals import Dense, Sampled, Tokens, TopK
 
 C, V = 5, 12
 

@@ -11,8 +11,9 @@ from kibitz import methods
 from kibitz.config import RecipeError, load
 from kibitz.losses.adversarial import MomentMatching, moment_gap
 from kibitz.losses.divergences import total_variation
+from kibitz.signals import Dense, Tokens
 from kibitz.training.setup import prepare
-from kibitz.types import Dense, Step, Tokens
+from kibitz.types import Step
 
 
 def two_policies(seed: int, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:

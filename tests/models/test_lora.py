@@ -22,8 +22,9 @@ from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import CrossEntropy
 from kibitz.models import lora
 from kibitz.models.load import load_student, load_tokenizer
+from kibitz.signals import Scored
 from kibitz.training import checkpoint
-from kibitz.types import Prompt, Sampling, Scored
+from kibitz.types import Prompt, Sampling
 
 # Of peft alone, where the tests use it as others do; kibitz has to load it without one.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

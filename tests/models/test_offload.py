@@ -25,9 +25,10 @@ from kibitz.models import LanguageModel, offload
 from kibitz.models.head import Head
 from kibitz.models.language_model import Placement
 from kibitz.models.load import load_model
+from kibitz.signals import Dense, Scored
 from kibitz.teachers import ScoreRequest
 from kibitz.teachers.local import LocalScorer, reduced
-from kibitz.types import Dense, Prompt, Rollout, Sampling, Scored
+from kibitz.types import Prompt, Rollout, Sampling
 
 
 def rollouts(num: int = 6) -> list[Rollout]:

@@ -9,7 +9,8 @@ from kibitz.batching import pack
 from kibitz.config import DataConfig
 from kibitz.data import encode_prompt, encode_response, load_prompts
 from kibitz.models.load import stop_ids
-from kibitz.types import Prompt, Rollout, Scored
+from kibitz.signals import Scored
+from kibitz.types import Prompt, Rollout
 
 QWEN3 = (
     "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"

@@ -19,10 +19,11 @@ from kibitz.models.load import load_tokenizer
 from kibitz.preflight import budget, measured, texts
 from kibitz.preflight.finding import Finding, worst
 from kibitz.preflight.shapes import shape_of
+from kibitz.signals import TopK
 from kibitz.teachers import ScoreRequest, build
 from kibitz.teachers.local import LocalScorer
 from kibitz.training.setup import prepare
-from kibitz.types import Prompt, TopK
+from kibitz.types import Prompt
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}={% endif %}"

@@ -9,8 +9,9 @@ from support.runs import STEP, recipe, teacher_model
 
 from kibitz import methods
 from kibitz.batching import micro_batches, pack
+from kibitz.signals import Scored
 from kibitz.training import setup
-from kibitz.types import Rollout, Scored
+from kibitz.types import Rollout
 
 
 def odd(prompt, text) -> float:

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kibitz import worlds
 from kibitz.config import ModelConfig
 from kibitz.models.load import LanguageModel, load_model
-from kibitz.types import Prompt, Rollout, Scored
+from kibitz.signals import Scored
+from kibitz.types import Prompt, Rollout
 
 CPU = torch.device("cpu")
 

@@ -25,12 +25,13 @@ from kibitz.losses.criteria import Divergence
 from kibitz.methods.candidates import student_top_k
 from kibitz.servers import ServerError
 from kibitz.servers.http import Servers
+from kibitz.signals import Sampled, Scored
 from kibitz.teachers import ScoreRequest
 from kibitz.teachers.local import local_teacher
 from kibitz.teachers.remote import GENERATE, RemoteScorer, Served, remote_teacher
 from kibitz.training.setup import prepare
 from kibitz.training.trainer import NullProgress, Trainer
-from kibitz.types import Prompt, Sampled, Sampling, Scored
+from kibitz.types import Prompt, Sampling
 
 PROMPTS = [Prompt(ids=(1, 5 + i, 6, 7), text="", key=str(i)) for i in range(4)]
 

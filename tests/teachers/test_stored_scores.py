@@ -16,10 +16,11 @@ from kibitz.config import LocalTeacherConfig, StoredTeacherConfig
 from kibitz.data import load_prompts
 from kibitz.engines.torch import TorchEngine
 from kibitz.models.load import load_tokenizer
+from kibitz.signals import Dense, Sampled, TopK
 from kibitz.teachers import ScoreRequest, build
 from kibitz.teachers.local import LocalScorer
 from kibitz.teachers.stored import Store
-from kibitz.types import Dense, Prompt, Sampled, Sampling, TopK
+from kibitz.types import Prompt, Sampling
 
 ASKS = [ScoreRequest("dense"), ScoreRequest("top_k", 3), ScoreRequest("top_k", 3, 2.0), ScoreRequest("sampled")]
 
@@ -126,6 +127,11 @@ def test_another_precision_is_another_teacher(small_models, rollouts, tmp_path):
     teacher_of(small_models, tmp_path / "s").scorer(ASKS[0]).score(rollouts)
     with pytest.raises(ValueError, match=r"weights, another teacher\.dtype"):
         teacher_of(small_models, tmp_path / "s", dtype="bfloat16")
+
+
+def test_scores_of_tokens_that_the_student_names_are_not_kept(small_models, tmp_path):
+    with pytest.raises(ValueError, match="signals of the kind named cannot be stored: leave out store"):
+        teacher_of(small_models, tmp_path / "s").scorer(ScoreRequest("named"))
 
 
 def test_a_kill_in_the_middle_loses_nothing_that_was_whole(small_models, rollouts, tmp_path):

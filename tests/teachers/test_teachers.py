@@ -13,8 +13,9 @@ from kibitz.config import RecipeError, TeacherConfig
 from kibitz.evaluate.annotate import annotate
 from kibitz.evaluate.evaluate import mean_reverse_kl
 from kibitz.methods.parts import scorer
+from kibitz.signals import Dense, Sampled, TopK
 from kibitz.training.setup import prepare
-from kibitz.types import Dense, Sampled, Step, TopK
+from kibitz.types import Step
 
 KINDS = {"dense": Dense, "top_k": TopK, "sampled": Sampled}
 

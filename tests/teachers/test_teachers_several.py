@@ -14,12 +14,13 @@ from kibitz import config, methods, train
 from kibitz.config import LocalTeacherConfig, RecipeError
 from kibitz.engines.torch import TorchEngine
 from kibitz.evaluate.annotate import annotate
-from kibitz.losses.mixtures import disagreement, log_mixture
+from kibitz.logprobs import disagreement, log_mixture
+from kibitz.signals import Dense, Sampled, TopK, cat_signals
 from kibitz.teachers import ScoreRequest
 from kibitz.teachers.local import local_teacher
 from kibitz.teachers.several import mix_for, several
 from kibitz.training.setup import prepare
-from kibitz.types import Dense, Prompt, Rollout, Sampled, Sampling, Step, TopK, cat_signals, slice_signal
+from kibitz.types import Prompt, Rollout, Sampling, Step
 
 TASKS = ("sum", "product", "both")
 
@@ -97,7 +98,7 @@ def test_a_dense_mixture_is_the_sum_of_probabilities_however_it_is_cut_and_joine
     whole = joined.head(joined.hidden_TD).log_softmax(-1)
     torch.testing.assert_close(whole.double(), torch.cat([mixed(loaded, i) for i in order]), rtol=0, atol=2e-5)
     for size, start in product((1, 3), range(0, len(whole), 2)):
-        part = slice_signal(joined, slice(start, start + size))
+        part = joined[start : start + size]
         torch.testing.assert_close(part.head(part.hidden_TD).log_softmax(-1), whole[start : start + size])
     assert joined.head(joined.hidden_TD[:0]).shape == (0, whole.shape[1])
 
