@@ -14,6 +14,7 @@ from kibitz.config.teachers import ChatTeacherConfig
 from kibitz.engines.sampling import row_seed
 from kibitz.servers import ServerError, served_model
 from kibitz.servers.http import Server, Servers
+from kibitz.servers.keys import shown
 from kibitz.teachers import Scorer, ScoreRequest, Teacher
 from kibitz.types import Prompt, Rollout, Sampling
 
@@ -98,5 +99,5 @@ def _answer(server: Server, tree: Any) -> tuple[str, bool]:
     if not isinstance(text, str) or not isinstance(reason, str):
         raise ServerError(f"{server.name} sent an answer without choices[0].message.content and finish_reason")
     if reason not in ("stop", "length"):
-        raise ServerError(f"{server.name} ended an answer for the reason {server.clean(reason)!r}, and not by itself")
+        raise ServerError(f"{server.name} ended an answer for the reason {shown(reason)!r}, and not by itself")
     return text, reason == "stop"
