@@ -55,7 +55,7 @@ class Server:
         Passing for what may be over at the next attempt, ServerError for a refusal."""
         data = self._send(path, body).data
         try:
-            return json.loads(data)
+            return json.loads(data, object_pairs_hook=_object)
         except (ValueError, RecursionError):
             raise Broken(
                 f"{self.name} sent an answer that is not JSON, or that breaks off: {shown(_text(data), 80)!r}"
@@ -130,6 +130,14 @@ def _message(answer: Fetched) -> str:
         return shown(str(tree))
     except RecursionError:  # nested almost too deep to be read
         return shown(answer.reason)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two values under one name nobody knows which is meant."""
+    tree = dict(pairs)
+    if len(tree) != len(pairs):
+        raise ValueError("one name twice in an object")
+    return tree
 
 
 def _text(data: bytes) -> str:
