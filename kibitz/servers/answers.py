@@ -181,12 +181,15 @@ def _row(name: str, row: Any, token: int, wanted: int, vocab_size: int) -> tuple
     if token not in entries:
         raise ServerError(f"{name} said nothing of the token {token} that stands there: was the text another?")
     own, rank = entries[token]
-    if rank is not None and own + math.log(rank) > OVER_FULL:  # those before it are at least as likely
-        raise ServerError(f"{name} sent the log-probability {own:.4g} for the token of rank {rank}: they do not fit")
     outside = sum(math.exp(logp) for i, (logp, _) in entries.items() if i >= vocab_size)
     if outside > 0.01:  # rows that only pad the vocabulary are next to impossible
         raise ServerError(f"{name} finds tokens likely that the tokenizer does not have: it serves another model")
     _refuse_over_full(name, sum(math.exp(logp) for logp, _ in entries.values()))
+    if rank is not None and own + math.log(rank) > OVER_FULL:  # those before it are at least as likely
+        raise ServerError(
+            f"{name} sent the log-probability {own:.4g} for the token of rank {_quoted(rank)}, which is too much: start it with "
+            "--logprobs-mode raw_logprobs"
+        )
     beside = len(entries) > wanted  # the likeliest, and the token that stands there is none of them
     if beside:
         del entries[token]
