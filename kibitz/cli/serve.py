@@ -31,8 +31,11 @@ def serve(
     out: Output = ctx.obj
     loaded = config.load(recipe, overrides or [])
     found = commands.commands(loaded, shutil.which("nvidia-smi") is None if cpu is None else cpu)
+    for warning in filter(None, (one.warning() for one in found)):
+        out.errors.print(f"warning: {harmless(warning)}", style="yellow", markup=False, soft_wrap=True)
     if not run:
-        tree = {"servers": [{"role": one.role, "url": one.url, "command": one.line(python)} for one in found]}
+        rows = [{"role": o.role, "url": o.url, "command": o.line(python), "warning": o.warning()} for o in found]
+        tree = {"servers": rows}
         out.result(tree, lambda console: _show(console, [(one.role, one.url, one.line(python)) for one in found]))
         return
     logs = Path(loaded.output).parent / "servers"

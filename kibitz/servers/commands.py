@@ -8,17 +8,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import httpx
-
 from kibitz.config import DistillationConfig, Recipe
 from kibitz.config.teachers import RemoteTeacherConfig
 from kibitz.servers import ServerError
-from kibitz.servers.http import LOOPBACK
+from kibitz.servers.connection import is_loopback
+from kibitz.servers.http import Passing, Refused, Server
 
 MODULE = (
     "vllm.entrypoints.openai.api_server"  # `vllm serve` does not start in the CPU build, whose package has another name
@@ -40,6 +39,17 @@ class Command:
         keys = ['VLLM_API_KEY="$KIBITZ_API_KEY"'] if os.environ.get("KIBITZ_API_KEY") else []
         return " ".join([*settings, *keys, shlex.join([python, "-m", MODULE, *self.arguments])])
 
+    def warning(self) -> str | None:
+        """What is to be known before the command is run: a server that others can reach, and that asks for no key."""
+        host = urlsplit(self.url).hostname or ""
+        if is_loopback(host) or os.environ.get("KIBITZ_API_KEY", "").strip():
+            return None
+        may = " and replace its weights" if self.role == "student" else ""
+        return (
+            f"the {self.role} at {self.url} can be reached from other machines and asks for no key: anybody there may use it"
+            f"{may}; set KIBITZ_API_KEY, here and where the command runs, or let it listen on 127.0.0.1 behind a tunnel"
+        )
+
 
 def commands(recipe: Recipe, cpu: bool) -> list[Command]:
     """One for each server that the recipe names. `cpu`: for vLLM's CPU build."""
@@ -55,7 +65,7 @@ def commands(recipe: Recipe, cpu: bool) -> list[Command]:
 
 def _common(recipe: Recipe, url: str, model: str, cpu: bool) -> list[str]:
     parts = urlsplit(url)
-    host = "127.0.0.1" if parts.hostname in LOOPBACK else parts.hostname or ""
+    host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname or ""
     length = recipe.data.max_prompt_tokens + recipe.rollout.max_tokens + 1
     more = ["--enforce-eager"] if cpu else []
     return ["--model", model, "--host", host, "--port", str(parts.port or 8000), "--max-model-len", str(length), *more]
@@ -112,7 +122,7 @@ def running(
     if python != sys.executable and shutil.which(python) is None:
         raise ValueError(f"there is no {python}: name the Python that vLLM is installed for by --python")
     for command in found:
-        if urlsplit(command.url).hostname not in LOOPBACK:
+        if not is_loopback(urlsplit(command.url).hostname or ""):
             raise ValueError(
                 f"{command.url} is not this machine: start its server there, with the command that is printed"
             )
@@ -132,7 +142,7 @@ def running(
 def _start(command: Command, python: str, path: Path) -> subprocess.Popen:
     environment = {**os.environ, **command.environment}
     if key := os.environ.get("KIBITZ_API_KEY"):
-        environment["VLLM_API_KEY"] = key
+        environment["VLLM_API_KEY"] = key.strip()
     with path.open("wb") as log:
         return subprocess.Popen(
             [python, "-m", MODULE, *command.arguments],
@@ -141,19 +151,19 @@ def _start(command: Command, python: str, path: Path) -> subprocess.Popen:
 
 
 def _await(command: Command, process: subprocess.Popen, timeout: float) -> None:
-    until = time.monotonic() + timeout
-    while time.monotonic() < until:
-        if process.poll() is not None:
-            raise ServerError(
-                f"the {command.role} at {command.url} ended with code {process.returncode} before it was ready: its log says why"
-            )
-        try:
-            if httpx.get(f"{command.url}/health", timeout=5, trust_env=False).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.5)
-    raise ServerError(f"the {command.role} at {command.url} was not ready after {timeout:g} seconds")
+    server, until = Server(command.url, command.role, timeout=5.0), time.monotonic() + timeout
+    try:
+        while time.monotonic() < until:
+            if process.poll() is not None:
+                raise ServerError(
+                    f"{server.name} ended with code {process.returncode} before it was ready: its log says why"
+                )
+            with suppress(Passing, Refused):
+                return server.order("/health")
+            time.sleep(0.5)
+    finally:
+        server.close()
+    raise ServerError(f"{server.name} was not ready after {timeout:g} seconds")
 
 
 def _stop(process: subprocess.Popen) -> None:

@@ -1,37 +1,29 @@
-"""Requests to one server or to several alike: keys, time limits, retries, waiting for one that is down."""
+"""Requests to one server or to several alike: what its answers mean, retries, waiting for one that is down."""
 
+import json
 import logging
 import math
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, as_completed
-from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 
 from kibitz.config.servers import ServerConfig
 from kibitz.servers import ServerError
+from kibitz.servers.connection import Closed, Connection, Fetched, TooLong
+from kibitz.servers.keys import api_key, shown
 from kibitz.servers.workers import Workers
 
 log = logging.getLogger(__name__)
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 """Answers after which the same request may succeed. An engine that died answers 500 until somebody starts it again."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 5.0  # seconds between two attempts, doubled each time
 BROKEN_ANSWERS = 3
 """Answers cut off in the middle that are asked for again, before it is no accident any more."""
-
-
-def api_key(url: str) -> str | None:
-    host = urlsplit(url).hostname
-    if host == "api.openai.com" and urlsplit(url).scheme == "https" and os.environ.get("OPENAI_API_KEY"):
-        return os.environ["OPENAI_API_KEY"]
-    return os.environ.get("KIBITZ_API_KEY") or None
 
 
 class Passing(Exception):
@@ -46,63 +38,56 @@ class Server:
     """One address. `lost` counts the times that it could not be reached: what it held may be gone with it."""
 
     def __init__(self, url: str, role: str, timeout: float):
-        self.url, self.role = url.rstrip("/"), role
-        key = api_key(url)
-        self._secret = key
-        self._client = httpx.Client(
-            base_url=self.url,
-            timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            limits=httpx.Limits(max_connections=None),
-            trust_env=urlsplit(self.url).hostname not in LOOPBACK,
-        )
+        self.url, self.role, self.timeout = url.rstrip("/"), role, timeout
+        self._connection = Connection(self.url, timeout, api_key(url))
         self.lost = 0
         self.down_until = 0.0
         self._pause = FIRST_PAUSE
-        self._busy, self._closing = 0, False
         self._lock = threading.Lock()
 
     @property
     def name(self) -> str:
         return f"the {self.role} at {self.url}"
 
-    def clean(self, text: str, limit: int = 300) -> str:
-        """What a server said, fit for a terminal and without the key that it may have repeated."""
-        if self._secret:
-            text = text.replace(self._secret, "***")
-        text = "".join(sign if sign.isprintable() else " " for sign in text)
-        return " ".join(text.split())[:limit]
-
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """One attempt: POST of a body, else GET; the JSON of the answer.
 
         Passing for what may be over at the next attempt, ServerError for a refusal."""
-        answer = self._send(path, body)
+        data = self._send(path, body).data
         try:
-            return answer.json()
+            return json.loads(data, object_pairs_hook=_object)
         except (ValueError, RecursionError):
             raise Broken(
-                f"{self.name} sent an answer that is not JSON, or that breaks off: {self.clean(answer.text[:80])!r}"
+                f"{self.name} sent an answer that is not JSON, or that breaks off: {shown(_text(data), 80)!r}"
             ) from None
 
-    def order(self, path: str, body: dict[str, Any]) -> None:
-        """The same for a POST of which only the success matters."""
+    def order(self, path: str, body: dict[str, Any] | None = None) -> None:
+        """The same for a request of which only the success matters."""
         self._send(path, body)
 
-    def _send(self, path: str, body: dict[str, Any] | None) -> httpx.Response:
+    def _send(self, path: str, body: dict[str, Any] | None) -> Fetched:
         try:
-            with self._request() as client:
-                answer = client.get(path) if body is None else client.post(path, json=body)
-        except httpx.TimeoutException as error:
-            raise Passing(f"{self.name} did not answer in time ({type(error).__name__})", reached=False) from None
-        except (httpx.HTTPError, httpx.StreamError, OSError) as error:
-            raise Passing(f"{self.name} cannot be reached ({self.clean(str(error))})", reached=False) from None
-        if answer.status_code in PASSING:
-            raise Passing(
-                f"{self.name} answered {answer.status_code}: {self.clean(_message(answer))}", answer.status_code < 500
+            answer = self._connection.fetch(path, body)
+        except (httpx.TimeoutException, TimeoutError) as error:
+            lacks = (
+                "connection" if isinstance(error, httpx.ConnectTimeout) else f"whole answer within {self.timeout:g} s"
             )
-        if answer.status_code >= 300:
-            raise Refused(f"{self.name} refused {path}: {self.clean(_message(answer))}", answer.status_code)
+            raise Passing(f"{self.name} did not answer in time (no {lacks})", reached=False) from None
+        except TooLong as error:
+            raise ServerError(f"{self.name} sent an answer to {path} that is {error}") from None
+        except Closed:
+            raise ServerError(f"{self.name} is not asked any more") from None
+        except (httpx.HTTPError, httpx.StreamError, OSError) as error:
+            raise Passing(f"{self.name} cannot be reached ({shown(str(error))})", reached=False) from None
+        if answer.status in PASSING:
+            raise Passing(f"{self.name} answered {answer.status}: {_message(answer)}", answer.status < 500)
+        if 300 <= answer.status < 400:
+            raise Refused(
+                f"{self.name} sends {path} on to another address, where neither key nor text goes: write the server's own",
+                answer.status,
+            )
+        if answer.status >= 300:
+            raise Refused(f"{self.name} refused {path}: {_message(answer)}", answer.status)
         return answer
 
     def failed(self, lost: bool) -> None:
@@ -116,28 +101,8 @@ class Server:
             self.down_until, self._pause = 0.0, FIRST_PAUSE
 
     def close(self) -> None:
-        """Give back the connections, when the requests under way are over: to close them under a thread that reads would
-        leave it waiting."""
-        self._leave(closing=True)
-
-    @contextmanager
-    def _request(self) -> Iterator[httpx.Client]:
-        with self._lock:
-            if self._closing:
-                raise ServerError(f"{self.name} is not asked any more")
-            self._busy += 1
-        try:
-            yield self._client
-        finally:
-            self._leave(done=1)
-
-    def _leave(self, done: int = 0, closing: bool = False) -> None:
-        with self._lock:
-            self._busy -= done
-            self._closing |= closing
-            over = self._closing and self._busy == 0
-        if over:
-            self._client.close()
+        """Give back the connections; requests under way end with a ServerError."""
+        self._connection.close()
 
 
 class Refused(ServerError):
@@ -152,16 +117,31 @@ class Broken(ServerError):
     """The answer arrived in pieces; the next one may be whole."""
 
 
-def _message(answer: httpx.Response) -> str:
+def _message(answer: Fetched) -> str:
     """The sentence in an error's JSON, or the beginning of whatever it is."""
     try:
-        tree = answer.json()
+        tree = json.loads(answer.data)
     except (ValueError, RecursionError):
-        return answer.text[:300] or answer.reason_phrase
+        return shown(_text(answer.data) or answer.reason)
     for key in ("error", "message", "detail"):
         if isinstance(tree, dict) and key in tree:
             tree = tree[key]
-    return str(tree)[:300]
+    try:
+        return shown(str(tree))
+    except RecursionError:  # nested almost too deep to be read
+        return shown(answer.reason)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two values under one name nobody knows which is meant."""
+    tree = dict(pairs)
+    if len(tree) != len(pairs):
+        raise ValueError("one name twice in an object")
+    return tree
+
+
+def _text(data: bytes) -> str:
+    return data.decode(errors="replace")
 
 
 class Servers:

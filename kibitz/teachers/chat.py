@@ -4,6 +4,7 @@ It cannot score. It writes what `sft` and `gad` learn from: each prompt's messag
 cut into the student's tokens, with the student's EOS where the server says that the answer ended by itself.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,14 @@ from kibitz.config.teachers import ChatTeacherConfig
 from kibitz.engines.sampling import row_seed
 from kibitz.servers import ServerError, served_model
 from kibitz.servers.http import Server, Servers
+from kibitz.servers.keys import shown
 from kibitz.teachers import Scorer, ScoreRequest, Teacher
 from kibitz.types import Prompt, Rollout, Sampling
 
 CHAT = "/v1/chat/completions"
 SEEDS = 2**31
+DATE = r"(-\d{4}|-\d{8}|-\d{4}-\d{2}-\d{2})?"
+"""What OpenAI's endpoints add to the name of the model that was asked for."""
 
 
 def chat_teacher(config: ChatTeacherConfig, tokenizer: Any) -> Teacher:
@@ -78,8 +82,8 @@ class ChatEngine:
             "top_p": sampling.top_p,
             "seed": row_seed(sampling.seed, prompt.key, sample) % SEEDS,
         }
-        text, ended = _answer(server, server.ask(CHAT, body))
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        text, ended = _answer(server, server.ask(CHAT, body), self.model)
+        ids = _as_text(server, text, self.tokenizer)
         ids = [*ids, self.tokenizer.eos_token_id] if ended else ids
         if not ids:
             raise ServerError(f"{server.name} wrote nothing to {prompt.text[:80]!r}: raise rollout.max_tokens")
@@ -88,15 +92,41 @@ class ChatEngine:
         return Rollout(prompt, ids, torch.zeros(len(ids)), finished, sample, text=text)
 
 
-def _answer(server: Server, tree: Any) -> tuple[str, bool]:
+def _answer(server: Server, tree: Any, model: str) -> tuple[str, bool]:
     """The text, and whether it ended by itself."""
     try:
-        choice = tree["choices"][0]
-        text, reason = choice["message"]["content"], choice["finish_reason"]
-    except (TypeError, KeyError, IndexError):
-        text = reason = None
+        (choice,) = tree["choices"]
+        answered, message, reason = tree.get("model"), choice["message"], choice["finish_reason"]
+        text, calls = message["content"], message.get("tool_calls")
+    except (TypeError, KeyError, ValueError, AttributeError):
+        answered = text = reason = calls = None
     if not isinstance(text, str) or not isinstance(reason, str):
-        raise ServerError(f"{server.name} sent an answer without choices[0].message.content and finish_reason")
-    if reason not in ("stop", "length"):
-        raise ServerError(f"{server.name} ended an answer for the reason {server.clean(reason)!r}, and not by itself")
+        raise ServerError(
+            f"{server.name} sent no answer with one of choices, its message.content and its finish_reason"
+        )
+    if not isinstance(answered, str) or not re.fullmatch(re.escape(model) + DATE, answered):
+        theirs = f"as {shown(answered, 80)!r}" if isinstance(answered, str) else "without the name of a model"
+        raise ServerError(
+            f"{server.name} answered {theirs}, and {model!r} was asked: if that is the teacher that you want, write its name as "
+            "teacher.model"
+        )
+    if reason not in ("stop", "length") or calls:
+        why = shown(reason) if reason not in ("stop", "length") else "tool_calls"
+        raise ServerError(f"{server.name} ended an answer for the reason {why!r}, and not by itself")
     return text, reason == "stop"
+
+
+def _as_text(server: Server, text: str, tokenizer: Any) -> list[int]:
+    """The student's tokens. Where the text spells a control token, such as the end of a turn, it is spelt by others."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ServerError(f"{server.name} wrote half a sign, a lone surrogate, which is no text") from None
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    controls = {*tokenizer.all_special_ids} - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id})
+    if found := controls.intersection(ids):
+        spelt = tokenizer.convert_ids_to_tokens(min(found))
+        raise ServerError(
+            f"{server.name} wrote {spelt!r}, which the student's tokenizer can only read as a control token"
+        )
+    return ids

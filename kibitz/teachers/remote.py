@@ -84,7 +84,7 @@ def _meet(server: Server, servers: Servers, config: RemoteTeacherConfig, tokeniz
     )
     asked = {"max_tokens": 1, "prompt_logprob_token_ids": [[0]], "prompt_logprob_start": 0}
     names = path == GENERATE and _takes(server, {"model": model, "token_ids": [0, 0], "sampling_params": asked})
-    return Served(servers, model, len(tokenizer), room if isinstance(room, int) else None, path, names)
+    return Served(servers, model, len(tokenizer), room if type(room) is int else None, path, names)
 
 
 def _takes(server: Server, body: dict[str, Any]) -> bool:

@@ -23,7 +23,8 @@ from kibitz.config.servers import ServerConfig, checked_url
 from kibitz.engines.sync import score
 from kibitz.engines.vllm import VLLMEngine
 from kibitz.servers import ServerError
-from kibitz.servers.http import Server, Servers, api_key
+from kibitz.servers.http import Server, Servers
+from kibitz.servers.keys import api_key
 from kibitz.types import Prompt, Sampling
 
 PROMPTS = [Prompt(ids=(1, 5 + i, 6, 7), text="", key=str(i)) for i in range(6)]

@@ -163,10 +163,13 @@ class Stub:
     def _prompt_logprobs(self, ids: list[int], top_k: int) -> list[Any]:
         rows: list[Any] = [None]
         for logp_V, token in zip(self.logps(ids)[:-1], ids[1:], strict=True):
-            named = {token: logp_V[token].item()}
-            best = logp_V.topk(min(top_k, len(logp_V)))
-            named |= dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if top_k else {}
-            rows.append({str(i): {"logprob": logp, "rank": 1, "decoded_token": None} for i, logp in named.items()})
+            own, best = logp_V[token], logp_V.topk(min(top_k, len(logp_V)))
+            ranked = {token: (own.item(), int((logp_V >= own).sum()))}
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            ranked |= {i: (logp, rank) for rank, (i, logp) in enumerate(pairs, 1)}
+            rows.append(
+                {str(i): {"logprob": logp, "rank": rank, "decoded_token": None} for i, (logp, rank) in ranked.items()}
+            )
         return rows
 
     def _chat(self, body: dict[str, Any]) -> Any:
