@@ -217,6 +217,10 @@ class PromptStream:
     def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool = True, position: int = 0):
         self.prompts, self.seed, self.shuffle, self.position = prompts, seed, shuffle, position
 
+    def go_to(self, position: int) -> None:
+        """Go on from where another stream of these prompts stopped."""
+        self.position = position
+
     def take(self, num: int) -> list[Prompt]:
         taken = []
         while len(taken) < num:

@@ -6,13 +6,18 @@ import torch
 from torch import Tensor
 
 from kibitz.batching import group, pack
+from kibitz.ledger import Count, uncounted
 from kibitz.models import LanguageModel
 from kibitz.types import Rollout, Scored
 
 
 @torch.no_grad()
 def student_top_k(
-    student: LanguageModel, top_k: int, tokens_per_micro_batch: int, rollouts: Sequence[Rollout]
+    student: LanguageModel,
+    top_k: int,
+    tokens_per_micro_batch: int,
+    rollouts: Sequence[Rollout],
+    count: Count = uncounted,
 ) -> list[Tensor]:
     """`[T, 1 + K]` ids of each rollout, the written token first; it may stand there twice. The student's own top K at the
     weights that the loss will see, at the cost of one more forward pass."""
@@ -30,4 +35,5 @@ def student_top_k(
         (ids_TK,) = student(batch, likeliest)
         ids_TK = torch.cat([batch.tokens.token_T[:, None], ids_TK], dim=-1).cpu()
         found |= dict(zip(indices, ids_TK.split([r.num_tokens for r in members]), strict=True))
+    count(student, rollouts)
     return [found[i] for i in range(len(rollouts))]

@@ -5,12 +5,13 @@ published form, which rewards, a discount and a baseline can join.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kibitz.config import OPDConfig
+from kibitz.engines import OnReady
 from kibitz.losses.criteria import PolicyGradient
 from kibitz.losses.policy_gradient import clipped, discounted, distillation_advantage, extrapolated, group_advantages
 from kibitz.methods.distillation import distil, distil_spans
@@ -18,7 +19,7 @@ from kibitz.methods.parts import Method, Parts, policy_loss, scorer, teacher_eng
 from kibitz.methods.reference import reference_scorer
 from kibitz.methods.sources import Generated, Linear, Seeded, Source, Stored
 from kibitz.models import LanguageModel
-from kibitz.teachers import Scorer
+from kibitz.teachers import Scorer, prefetch
 from kibitz.types import Batch, Prompt, Rollout, Sampled, Scored, Signal, Step, Writer
 
 
@@ -38,17 +39,22 @@ class SampledTokenOPD:
         """A token's own credit is the criterion's to give; what needs whole rollouts, rewards or a discount, is given here."""
         scored = [Scored.from_signal(r, s) for r, s in zip(rollouts, self.teacher.score(rollouts), strict=True)]
         if self.reference is not None:
-            for one, signal in zip(scored, self.reference.score(rollouts), strict=True):
-                one.advantage_T = self._credited(one.rollout, one.signal, signal)
+            pairs = zip(scored, self.reference.score(rollouts), strict=True)
+            scored = [
+                replace(one, advantage_T=self._credited(one.rollout, one.signal, signal)) for one, signal in pairs
+            ]
         elif self.config.discount:
-            for one in scored:
-                one.advantage_T = self._credited(one.rollout, one.signal)
-        if self.config.reward_coef:
-            rewards_GN = torch.tensor([r.reward for r in rollouts]).view(-1, self.group_size)
-            for one, advantage in zip(scored, group_advantages(rewards_GN).flatten(), strict=True):
-                reward_T = self.config.reward_coef * advantage.expand(one.rollout.num_tokens)
-                one.advantage_T = reward_T if one.advantage_T is None else one.advantage_T + reward_T
-        return scored
+            scored = [replace(one, advantage_T=self._credited(one.rollout, one.signal)) for one in scored]
+        if not self.config.reward_coef:
+            return scored
+        rewards_GN = torch.tensor([r.reward for r in rollouts]).view(-1, self.group_size)
+        pairs = zip(scored, group_advantages(rewards_GN).flatten(), strict=True)
+        return [replace(one, advantage_T=self._rewarded(one, advantage)) for one, advantage in pairs]
+
+    def _rewarded(self, scored: Scored, advantage: Tensor) -> Tensor:
+        """The advantage of a response's reward at each of its tokens, beside the credit that the teacher gives."""
+        reward_T = self.config.reward_coef * advantage.expand(scored.rollout.num_tokens)
+        return reward_T if scored.advantage_T is None else scored.advantage_T + reward_T
 
     def _credited(self, rollout: Rollout, signal: Signal | None, reference: Signal | None = None) -> Tensor:
         """A token's whole advantage: extrapolated beyond the teacher, clipped, with credit for what follows."""
@@ -71,17 +77,18 @@ class SampledTokenOPD:
 
 
 def build(config: OPDConfig, parts: Parts) -> Method:
-    source = _source(parts, config)
+    teacher = scorer(parts, config)
+    source = _source(parts, config, prefetch(teacher))
     if config.alignment != "spans":
-        return distil_spans(parts, config, source)
+        return distil_spans(parts, config, source, teacher)
     if config.support != "sampled":
-        return distil(parts, config, source)
+        return distil(parts, config, source, teacher)
     reference = reference_scorer(parts, "sampled") if config.extrapolation != 1 else None
     chunk_tokens, group_size = parts.recipe.optim.chunk_tokens, parts.sampling.num_samples
-    return SampledTokenOPD(config, source, scorer(parts, config), chunk_tokens, group_size, reference)
+    return SampledTokenOPD(config, source, teacher, chunk_tokens, group_size, reference)
 
 
-def _source(parts: Parts, config: OPDConfig) -> Source:
+def _source(parts: Parts, config: OPDConfig, on_ready: OnReady) -> Source:
     """The student, whole or cut to a prefix, alone or after the teacher; or what was written earlier."""
     if parts.stored is not None:
         return Stored(parts.stored, parts.sampling.num_samples)
@@ -89,9 +96,9 @@ def _source(parts: Parts, config: OPDConfig) -> Source:
     if config.prefix_tokens is not None:
         end = parts.sampling.max_tokens if config.prefix_grows else config.prefix_tokens
         limit = Linear(config.prefix_tokens, end)
-    student = Generated(parts.engine, parts.sampling, limit=limit)
     if not config.seed_tokens:
-        return student
+        return Generated(parts.engine, parts.sampling, limit=limit, on_ready=on_ready)
+    student = Generated(parts.engine, parts.sampling, limit=limit)  # what it writes is no whole response
     teacher = Generated(teacher_engine(parts), parts.sampling, Writer.TEACHER)
     end = 0 if config.seed_decays else config.seed_tokens
     return Seeded(teacher, student, Linear(config.seed_tokens, end), config.learn_seed)

@@ -20,9 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kibitz.config import ParallelConfig
-from kibitz.engines import Engine
 from kibitz.parallel.lockstep import Lockstep
-from kibitz.types import Prompt, Rollout, Sampling, Scored
+from kibitz.types import Rollout, Scored
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -108,11 +107,6 @@ class Ranks:
                 total.setdefault(name, Counter()).update(counter)
         return total
 
-    def once(self, sums: dict[str, float]) -> None:
-        """What all processes have counted alike stays with the first, for `add` to count it once."""
-        if not self.is_main:
-            sums.clear()
-
     def in_step(self, batches: list[list[Scored]]) -> Iterator[tuple[list[Scored], bool]]:
         """The micro-batches, and whether one is the last. A forward pass of the learner is one of all processes, so who
         has fewer learns nothing from some more."""
@@ -122,51 +116,8 @@ class Ranks:
         for number, batch in enumerate(together, 1):
             yield batch if number <= len(batches) else idle, number == len(together)
 
-    def spread(self, engine: Engine) -> Engine:
-        """The same engine, for which each process writes its share."""
-        return engine if self.size == 1 else _Spread(engine, self)
-
-    def of_first(self, make: Callable[[], Engine]) -> Engine:
-        """An engine that the first process alone has, and which writes for all: one that speaks to servers."""
-        if self.size == 1:
-            return make()
-        made: list[Engine] = []
-        self.first(lambda: made.append(make()))
-        return _OfFirst(made, self)
-
 
 ALONE = Ranks()
-
-
-@dataclass(frozen=True)
-class _Spread:
-    engine: Engine
-    ranks: Ranks
-
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        return self.ranks.in_shares(lambda part: self.engine.generate(part, sampling), prompts)
-
-    def sync(self, student: Any) -> None:
-        self.engine.sync(student)
-
-    def close(self) -> None:
-        self.engine.close()
-
-
-@dataclass(frozen=True)
-class _OfFirst:
-    engines: Sequence[Engine]  # one, or none
-    ranks: Ranks
-
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        return self.ranks.first(lambda: self.engines[0].generate(prompts, sampling))
-
-    def sync(self, student: Any) -> None:
-        self.ranks.first(lambda: self.engines[0].sync(student))
-
-    def close(self) -> None:
-        for engine in self.engines:
-            engine.close()
 
 
 def join(config: ParallelConfig, device: torch.device) -> tuple[Ranks, torch.device]:

@@ -8,6 +8,7 @@ probability of the text, by little for the usual tokenizers.
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,12 +87,13 @@ def aligned(teacher: Teacher, aligner: Aligner, template: dict[str, Any]) -> Tea
     def refuse(make: MakeEngine):
         raise ValueError("a teacher with its own tokenizer cannot write in the student's: drop what it is to write")
 
+    scorer = partial(SpanScorer, teacher, reader, coverage)
     return replace(
         teacher,
         kinds=KINDS,
-        scorer=lambda request: SpanScorer(teacher, reader, request, coverage),
+        scorer=scorer,
+        examiner=scorer,
         writer=refuse,
-        flops=lambda rollouts, num_tokens: teacher.flops([read for read, _ in reader(rollouts)], ()),
         check=lambda prompts, max_tokens: teacher.check([reader.prompt(prompt) for prompt in prompts], 1),
         metrics=lambda: teacher.metrics() | coverage.take(),
     )
@@ -101,8 +103,8 @@ def aligned(teacher: Teacher, aligner: Aligner, template: dict[str, Any]) -> Tea
 class SpanScorer:
     teacher: Teacher
     reader: Reader
-    request: ScoreRequest
     coverage: Coverage
+    request: ScoreRequest
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
@@ -129,22 +131,23 @@ class SpanScorer:
         student_S = _sums(rollout.logp_T.to(device), [span.student for span in spans])
         teacher_S = _sums(signal.logp_T, [span.teacher for span in spans])
         comparable_S = torch.tensor([span.comparable and _one_writer(rollout, span) for span in spans], device=device)
-        made = Spans(
+        first = None
+        if dense is not None:
+            first_S = torch.tensor([min(span.teacher[0], theirs.num_tokens - 1) for span in spans], device=device)
+            rest_S = torch.where(comparable_S, teacher_S - signal.logp_T[first_S], 0.0)
+            ours, its = (torch.tensor(ids, device=device) for ids in self.reader.aligner.shared_ids)
+            first = FirstTokens(
+                Dense(_rows(dense.hidden_TD, first_S[place_T]), dense.head), rest_S[place_T], (ours, its)
+            )
+        return Spans(
             span_T=place_T,
             size_T=torch.tensor([float(span.num_student) for span in spans], device=device)[place_T],
             bytes_T=torch.tensor([float(span.num_bytes) for span in spans], device=device)[place_T],
             teacher_logp_T=torch.where(comparable_S, teacher_S, student_S)[place_T],
             student_logp_T=student_S[place_T],
             comparable_T=comparable_S.float()[place_T],
+            first=first,
         )
-        if dense is not None:
-            first_S = torch.tensor([min(span.teacher[0], theirs.num_tokens - 1) for span in spans], device=device)
-            rest_S = torch.where(comparable_S, teacher_S - signal.logp_T[first_S], 0.0)
-            ours, its = (torch.tensor(ids, device=device) for ids in self.reader.aligner.shared_ids)
-            made.first = FirstTokens(
-                Dense(_rows(dense.hidden_TD, first_S[place_T]), dense.head), rest_S[place_T], (ours, its)
-            )
-        return made
 
 
 def _rows(hidden_TD: Tensor, row_T: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def test_what_is_scored_early_is_the_same(folders, rollouts, teacher):
         scorer = teacher(stub).scorer(ScoreRequest("top_k", top_k=3))
         later = scorer.score(rollouts)
         stub.asked.clear()
-        scorer.expect(rollouts[::-1])
+        scorer.prefetch(rollouts[::-1])
         early = scorer.score(rollouts)
         assert len(stub.asked) == len(rollouts)
     assert all(
