@@ -66,6 +66,15 @@ def test_log_probabilities_are_those_of_the_mixture_at_every_token(lab, max_rows
         torch.testing.assert_close(rollout.logp_T.double(), want, rtol=0, atol=1e-4)
 
 
+def test_both_models_read_what_they_write_together(lab):
+    one, ready, read = lab({"type": "minillm"}), [], []
+    engine = MixtureEngine(one.student, teacher := model_of(one.parts.teacher), 0.3, max_rows=3)
+    count = lambda model, rollouts: read.append((model, rollouts))  # noqa: E731
+    written = engine.generate(one.setup.stream.take(8), one.parts.sampling, ready.extend, count)
+    assert sorted(map(id, ready)) == sorted(map(id, written))
+    assert read == [(one.student, written), (teacher, written)]
+
+
 def test_two_tokens_have_the_enumerated_probabilities(lab):
     """4000 responses of two tokens against (1 - a) S + a T, multiplied out over all pairs: chi-square over the pairs that are
     expected 8 times or more, the rest together. A right engine fails once in 10^6 seeds; this seed is fixed."""
