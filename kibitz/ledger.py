@@ -1,11 +1,26 @@
-"""The ledger of a run: seconds, FLOPs, tokens and largest memory by phase, of each step and in total."""
+"""The ledger of a run: seconds, FLOPs, tokens and largest memory by phase, of each step and in total.
+
+FLOPs are counted where a model is read, by whoever reads it: a scorer or an engine calls the `Count` that came with its
+task. Each process counts its own passes; `Ledger.close_step` is the one place where they are added. A text is counted by
+its length: padding, also the batches that only keep one process in step with the others, is not.
+"""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
+
+from kibitz.types import Rollout
 
 Book = dict[str, dict[str, float]]
+
+Count = Callable[[Any, Sequence[Rollout]], object]
+"""Hears of each forward pass: the model (anything with `pass_flops`), and the rollouts that it reads."""
+
+
+def uncounted(model: Any, rollouts: Sequence[Rollout]) -> None:
+    """For passes that are no part of a method's cost: those of an evaluation or a check."""
 
 
 UNITS = ("seconds", "flops", "tokens")
@@ -25,11 +40,25 @@ class Watch(Protocol):
 
 class Ledger:
     """Seconds, FLOPs and largest memory of one step by phase, and of the whole run. Evaluation is not part of a method's
-    cost; its memory counts for the run."""
+    cost; its memory counts for the run. `metrics` are numbers that a method wants in the step's row."""
 
     def __init__(self, total: Book | None = None, watch: Watch | None = None):
         self.total, self.watch = _empty() | (total or {}), watch
         self.step = _empty()
+        self.metrics: dict[str, float] = {}
+        self._spent: Counter[str] = Counter()  # FLOPs of this process in this step
+
+    def resume(self, total: Book) -> None:
+        """Go on from the totals of a checkpoint."""
+        self.total = _empty() | total
+
+    def spend(self, phase: str, flops: float) -> None:
+        """Enter FLOPs of this process."""
+        self._spent[phase] += flops  # pyright: ignore[reportArgumentType]  # a Counter of floats
+
+    def reading(self, phase: str) -> Count:
+        """A `Count` that enters passes under this name."""
+        return lambda model, rollouts: self.spend(phase, model.pass_flops(rollouts))
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -56,8 +85,12 @@ class Ledger:
         for book in (self.step, self.total):
             book[unit][phase] = book[unit].get(phase, 0.0) + amount
 
-    def close_step(self) -> Book:
-        """The finished step's entries; the next step starts from nothing."""
+    def close_step(self, over_ranks: Callable[[Counter[str]], Mapping[str, float]] = dict) -> Book:
+        """The finished step's entries; the next step starts from nothing. `over_ranks` adds the FLOPs of all processes."""
+        for phase, flops in over_ranks(self._spent).items():
+            self.add("flops", phase, flops)
+        self._spent.clear()
+        self.metrics.clear()
         closed, self.step = self.step, _empty()
         return closed
 

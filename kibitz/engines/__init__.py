@@ -1,16 +1,27 @@
 """Engines write responses. They know token ids and no text; seeds decide every token, the batch decides none."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from kibitz.ledger import Count, uncounted
 from kibitz.types import Prompt, Rollout, Sampling
+
+OnReady = Callable[[Sequence[Rollout]], object]
+"""Gets rollouts as soon as they are finished, while others are still written, perhaps from another thread."""
+
+
+def nobody_waits(rollouts: Sequence[Rollout]) -> None:
+    """For rollouts with which nobody can begin before all are there."""
 
 
 class Engine(Protocol):
     """Writes `sampling.num_samples` responses to each prompt."""
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        """The rollouts in the order of the prompts, the samples of one prompt next to each other."""
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, on_ready: OnReady = nobody_waits, count: Count = uncounted
+    ) -> list[Rollout]:
+        """The rollouts in the order of the prompts, the samples of one prompt next to each other. `on_ready` gets each of
+        them once, in the process that writes it; `count` hears there which models have read which rollouts."""
         ...
 
     def sync(self, student: Any) -> None:

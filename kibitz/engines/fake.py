@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kibitz.engines import OnReady, nobody_waits
 from kibitz.engines.sampling import row_seed, sample, uniforms
+from kibitz.ledger import Count, uncounted
 from kibitz.types import Prompt, Rollout, Sampling
 
 Script = Callable[[Prompt, int], Sequence[int]]
@@ -21,7 +23,8 @@ class FakeEngine:
     response can be computed by hand. `FakeEngine(script=...)` answers with `script(prompt, sample)` instead, cut at the
     first stop token and at `max_tokens`; a script is certain of itself, its log-probs are 0.
 
-    `calls` keeps what `generate` was asked, `num_syncs` how often new weights were announced.
+    `calls` keeps what `generate` was asked, `num_syncs` how often new weights were announced. No model is read, so that
+    nothing is counted.
     """
 
     def __init__(self, logits_VV: Tensor | None = None, script: Script | None = None):
@@ -34,9 +37,16 @@ class FakeEngine:
         self.calls: list[tuple[list[Prompt], Sampling]] = []
         self.num_syncs = 0
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, on_ready: OnReady = nobody_waits, count: Count = uncounted
+    ) -> list[Rollout]:
         self.calls.append((list(prompts), sampling))
-        return [self._answer(prompt, index, sampling) for prompt in prompts for index in range(sampling.num_samples)]
+        rollouts = []
+        for prompt in prompts:
+            written = [self._answer(prompt, index, sampling) for index in range(sampling.num_samples)]
+            on_ready(written)
+            rollouts += written
+        return rollouts
 
     def sync(self, student: Any) -> None:
         self.num_syncs += 1

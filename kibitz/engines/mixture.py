@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kibitz.engines import OnReady, nobody_waits
 from kibitz.engines.cache import Decoder
 from kibitz.engines.torch import Student, TorchEngine, evaluating
+from kibitz.ledger import Count, uncounted
 from kibitz.logprobs import log_probs, mixture
 from kibitz.types import Prompt, Rollout, Sampling
 
@@ -68,12 +70,16 @@ class MixtureEngine:
         self._student, self._teacher = TorchEngine(student, max_rows), TorchEngine(teacher, max_rows)
         self._writer = TorchEngine(student, max_rows)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, on_ready: OnReady = nobody_waits, count: Count = uncounted
+    ) -> list[Rollout]:
         teacher = self._teacher.student
         decoders = self._student.decoder(), self._teacher.decoder()
         self._writer.use(MixtureDecoder(*decoders, self.share, teacher.vocab_size, teacher.device))
         with evaluating(teacher.model):
-            return self._writer.generate(prompts, sampling)
+            rollouts = self._writer.generate(prompts, sampling, on_ready, count)
+        count(teacher, rollouts)
+        return rollouts
 
     def sync(self, student: Student) -> None:
         self._student.sync(student)

@@ -28,10 +28,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kibitz.engines import OnReady, nobody_waits
 from kibitz.engines.blocks import BlockDecoder, choose_block_decoder, rank
 from kibitz.engines.cache import Decoder, prefill
 from kibitz.engines.sampling import row_seed, sample, uniforms
 from kibitz.engines.torch import Student, TorchEngine, check_prompts, check_sampling, evaluating
+from kibitz.ledger import Count, uncounted
 from kibitz.types import Prompt, Rollout, Sampling, Writer
 
 
@@ -87,7 +89,9 @@ class SpeculativeEngine:
     def student(self) -> Student:
         return self._writer.student
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, on_ready: OnReady = nobody_waits, count: Count = uncounted
+    ) -> list[Rollout]:
         """The rollouts, prompt by prompt. `sampling` is the student's; its `max_tokens` and `stop_ids` hold for both."""
         check_sampling(sampling)
         check_prompts(prompts, sampling, self.student)
@@ -98,7 +102,10 @@ class SpeculativeEngine:
         with torch.no_grad(), evaluating(self.student.model), evaluating(self.teacher.model):
             if self._judge is None:
                 self._judge = choose_block_decoder(self.teacher.model, self.teacher.vocab_size)
-            return _Flight(self, (self._writer.decoder(), self._judge), jobs, sampling).run()
+            rollouts = _Flight(self, (self._writer.decoder(), self._judge), jobs, sampling, on_ready).run()
+        count(self.student, rollouts)
+        count(self.teacher, rollouts)
+        return rollouts
 
     def sync(self, student: Student) -> None:
         """Nothing to copy: the engine reads the student's weights."""
@@ -170,8 +177,9 @@ class _Flight:
         decoders: tuple[Decoder, BlockDecoder],
         jobs: list[tuple[Prompt, int]],
         sampling: Sampling,
+        on_ready: OnReady,
     ):
-        self.engine, self.jobs, self.sampling = engine, jobs, sampling
+        self.engine, self.jobs, self.sampling, self.on_ready = engine, jobs, sampling, on_ready
         self.writer, self.judge = decoders
         self.num_rows = min(engine.max_rows, len(jobs))
         self.num_slots = max(len(prompt.ids) for prompt, _ in jobs) + sampling.max_tokens
@@ -265,6 +273,7 @@ class _Flight:
             self.rollouts[row.job] = Rollout(
                 row.prompt, row.ids, torch.tensor(row.logps), self._finished(row), sample=row.sample, writer_T=writer_T
             )
+        self.on_ready([self.rollouts[self.rows[i].job] for i in done])
         kept, gone = len(self.rows) - len(done), set(done)
         targets = [i for i in done if i < kept]
         sources = [i for i in range(kept, len(self.rows)) if i not in gone]

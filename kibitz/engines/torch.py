@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kibitz.engines import OnReady, nobody_waits
 from kibitz.engines.cache import CachedDecoder, Decoder, PlainDecoder, decoder_error, prefill
 from kibitz.engines.fused import FusedDecoder
 from kibitz.engines.sampling import row_seed, sample, uniforms
+from kibitz.ledger import Count, uncounted
 from kibitz.types import Prompt, Rollout, Sampling
 
 
@@ -45,7 +47,9 @@ class TorchEngine:
         self._decoder: Decoder | None = None
         self._checked: PreTrainedModel | None = None
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, on_ready: OnReady = nobody_waits, count: Count = uncounted
+    ) -> list[Rollout]:
         """The rollouts, prompt by prompt. `logp_T` is under the truncated, tempered distribution that was sampled
         from; with temperature 0 it is that of the likeliest token at temperature 1."""
         check_sampling(sampling)
@@ -58,9 +62,11 @@ class TorchEngine:
             decoder = self.decoder()
             decoder.start(num_rows, max(len(prompt.ids) for prompt in prompts) + sampling.max_tokens)
             try:
-                return _Flight(decoder, jobs, sampling, num_rows, self.student).run()
+                rollouts = _Flight(decoder, jobs, sampling, num_rows, self.student, on_ready).run()
             finally:
                 decoder.stop()
+        count(self.student, rollouts)
+        return rollouts
 
     def sync(self, student: Student) -> None:
         """Nothing to copy: the engine reads the student's weights. A student of another architecture is checked anew."""
@@ -89,8 +95,15 @@ class _Flight:
     """The rows of one `generate`: 0..num_live-1 are live, and stay together at the front."""
 
     def __init__(
-        self, decoder: Decoder, jobs: list[tuple[Prompt, int]], sampling: Sampling, num_rows: int, student: Student
+        self,
+        decoder: Decoder,
+        jobs: list[tuple[Prompt, int]],
+        sampling: Sampling,
+        num_rows: int,
+        student: Student,
+        on_ready: OnReady,
     ):
+        self.on_ready = on_ready
         self.decoder, self.jobs, self.sampling, self.num_rows = decoder, jobs, sampling, num_rows
         self.device, self.vocab_size = student.device, student.vocab_size
         self.rollouts: dict[int, Rollout] = {}
@@ -167,6 +180,7 @@ class _Flight:
                 )
             finished = response[-1] in self.stop_ids
             self.rollouts[self.job_R[row]] = Rollout(prompt, response, logp_T, finished, sample=index)
+        self.on_ready([self.rollouts[self.job_R[row]] for row in done])
         gone, kept = set(done), self.num_live - len(done)
         targets = [row for row in done if row < kept]
         sources = [row for row in range(kept, self.num_live) if row not in gone]

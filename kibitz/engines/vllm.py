@@ -5,13 +5,15 @@ the same rollouts whichever server it meets and whoever is asked beside it; the 
 are others than the embedded engine's. What the server's folder says of sampling (penalties, other end tokens) is overruled.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kibitz.config import RolloutConfig
+from kibitz.engines import OnReady, nobody_waits
 from kibitz.engines.sampling import row_seed
 from kibitz.engines.sync import Weights
+from kibitz.ledger import Count, uncounted
 from kibitz.models import LanguageModel
 from kibitz.servers import ServerError
 from kibitz.servers.answers import Written, written
@@ -23,12 +25,11 @@ SEEDS = 2**62  # vLLM adds the number of the sample to it, and takes 64 bits
 
 
 class VLLMEngine:
-    """`probe` are the prompts on which servers and student are compared after each sync. `finished`, if somebody sets it,
-    gets the rollouts of each prompt as they come, from another thread: a teacher need not wait for the slowest."""
+    """`probe` are the prompts on which servers and student are compared after each sync. The rollouts of a prompt are ready
+    together, and are said so from another thread: a teacher need not wait for the slowest."""
 
     def __init__(self, student: LanguageModel, config: RolloutConfig, folder: Path, probe: Sequence[Prompt]):
         self.student = student
-        self.finished: Callable[[Sequence[Rollout]], object] = lambda rollouts: None
         self.weights = Weights(config.server, folder, student, lambda server: self._answers(server, probe))
         self.servers = Servers(config.server, config.urls, "student", self.weights.ensure)
         try:
@@ -36,20 +37,20 @@ class VLLMEngine:
         except BaseException:
             self.close()
             raise
-        try:
-            self.servers.each(self.weights.meet)
-        except BaseException:
-            self.close()
-            raise
         self._processed: dict[str, bool] = {}
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, on_ready: OnReady = nobody_waits, count: Count = uncounted
+    ) -> list[Rollout]:
         if sampling.epsilon:
             raise ValueError("vLLM draws no tokens uniformly: write rollout.engine=torch, or drop rollout.epsilon")
         jobs = [
-            self.servers.submit(lambda server, one=prompt: self._write(server, one, sampling)) for prompt in prompts
+            self.servers.submit(lambda server, one=prompt: self._write(server, one, sampling, on_ready))
+            for prompt in prompts
         ]
-        return [rollout for rollouts in self.servers.gather(jobs) for rollout in rollouts]
+        written = [rollout for rollouts in self.servers.gather(jobs) for rollout in rollouts]
+        count(self.student, written)
+        return written
 
     def sync(self, student: LanguageModel) -> None:
         """Hand the new weights to every server, and look whether they arrived."""
@@ -60,14 +61,14 @@ class VLLMEngine:
     def close(self) -> None:
         self.servers.close()
 
-    def _write(self, server: Server, prompt: Prompt, sampling: Sampling) -> list[Rollout]:
+    def _write(self, server: Server, prompt: Prompt, sampling: Sampling, on_ready: OnReady) -> list[Rollout]:
         if not sampling.greedy and (sampling.temperature != 1 or sampling.top_p < 1 or sampling.top_k > 0):
             self._check_mode(server)
         rollouts = [
             _rollout(server.name, prompt, sample, response, sampling)
             for sample, response in enumerate(self._ask(server, prompt.ids, prompt.key, sampling))
         ]
-        self.finished(rollouts)
+        on_ready(rollouts)
         return rollouts
 
     def _ask(self, server: Server, ids: Sequence[int], key: str, sampling: Sampling) -> list[Written]:

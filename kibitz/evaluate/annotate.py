@@ -20,7 +20,7 @@ from kibitz.methods.stored import load_rollouts, prompts_of
 from kibitz.models import LanguageModel
 from kibitz.models.load import load_model, load_tokenizer, pick_device, stop_ids
 from kibitz.signals import Batch, Dense, Sampled, Scored, Signal, Spans, Tokens, TopK
-from kibitz.teachers import ScoreRequest, Teacher, build
+from kibitz.teachers import ScoreRequest, Teacher, Voice, build
 from kibitz.types import Prompt, Rollout, Sampling
 
 DEFAULT_TOKENS = 256
@@ -50,29 +50,30 @@ def annotate(
         for index, rollout in zip(indices, members, strict=True):
             part = slice(start, start + rollout.num_tokens)
             rows[index] = _row(student, rollout, tokens[part])
-            if teacher is not None and teacher.members:
-                rows[index]["teachers"] = _voices(student, teacher, rollout, batch.tokens[part], tokens[part], top)
+            if teacher is not None and (voices := teacher.voices(rollout.prompt)):
+                rows[index]["teachers"] = _one_by_one(student, voices, rollout, batch.tokens[part], tokens[part], top)
             start = part.stop
     return [rows[i] for i in range(len(rollouts))]
 
 
-def _voices(
-    student: LanguageModel, teacher: Teacher, rollout: Rollout, tokens: Tokens, shown: list[dict[str, Any]], top: int
+def _one_by_one(
+    student: LanguageModel,
+    voices: Sequence[Voice],
+    rollout: Rollout,
+    tokens: Tokens,
+    shown: list[dict[str, Any]],
+    top: int,
 ) -> list[dict[str, Any]]:
     """Add to each token, as `teachers`, what each of several teachers says of it, and return their names and weights."""
-    mix, who = teacher.mix(rollout.prompt), []
     for token in shown:
         token["teachers"] = []
-    for place, member in enumerate(teacher.members):
-        if not member.reads_all or (place not in mix and not member.everywhere):
-            continue
-        who.append({"name": member.name, "weight": math.exp(mix[place]) if place in mix else 0.0})
-        signal = member.score([rollout])[0]
+    for voice in voices:
+        signal = voice.teacher.score([rollout])[0]
         logp_T, kl_T = _against(signal, tokens)
         best = _named(student, *likeliest(signal, top))
         for token, logp, kl, likely in zip(shown, logp_T.tolist(), kl_T.tolist(), best, strict=True):
             token["teachers"].append({"logp": logp, "kl": None if math.isnan(kl) else kl, "top": likely})
-    return who
+    return [{"name": voice.name, "weight": voice.weight} for voice in voices]
 
 
 def _against(signal: Signal, tokens: Tokens) -> tuple[Tensor, Tensor]:

@@ -85,26 +85,31 @@ class AMMD:
                 (-gap / num_tokens).backward()
                 reached += gap.item()
             values.optimizer.step()
-        notes = self.parts.notes
-        notes.metrics[f"moment_gap_{name}"] = reached / num_tokens
-        notes.metrics[f"moment_bound_{name}"] = self.config.q_bound * most / num_tokens
-        notes.spend("opponent_training", self._flops(values, chunks))
+        ledger = self.parts.ledger
+        ledger.metrics[f"moment_gap_{name}"] = reached / num_tokens
+        ledger.metrics[f"moment_bound_{name}"] = self.config.q_bound * most / num_tokens
+        ledger.spend("opponent_training", self._flops(values, chunks))
 
     @torch.no_grad()
     def _chunks(self, scored: Sequence[Scored]) -> Iterator[tuple[Tensor, Tokens]]:
         """The student's hidden states, and the tokens: as many as the heads may take at one time."""
-        student, optim = self.parts.student, self.parts.recipe.optim
+        student, optim, count = (
+            self.parts.student,
+            self.parts.recipe.optim,
+            self.parts.ledger.reading("student_training"),
+        )
         size = optim.chunk_tokens or student.chunk_tokens
         for indices in group([s.rollout for s in scored], optim.tokens_per_micro_batch):
             batch = pack([scored[i] for i in indices], student.device)
             (hidden_TD,) = student(batch, lambda hidden_TD, head: (hidden_TD,))
+            count(student, [scored[i].rollout for i in indices])
             for start in range(0, len(hidden_TD), size):
                 chunk = slice(start, start + size)
                 yield hidden_TD[chunk], batch.tokens[chunk]
 
     def _flops(self, values: Adversary, chunks: Sequence[tuple[Tensor, Tokens]]) -> float:
         """Forward and backward of the action values and both heads in each of their steps, and once more in the loss. The
-        student's body is the pass that `scores_with_student` says."""
+        student's body is counted where it is read."""
         num_tokens = sum(len(hidden_CD) for hidden_CD, _ in chunks)
         hidden_CD, tokens = chunks[0]
         width = hidden_CD.shape[-1] + cast(Dense, tokens.signal).hidden_TD.shape[-1]

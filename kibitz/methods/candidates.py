@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kibitz.batching import group, pack
+from kibitz.ledger import Count, uncounted
 from kibitz.models import LanguageModel
 from kibitz.signals import Scored
 from kibitz.types import Rollout
@@ -13,7 +14,11 @@ from kibitz.types import Rollout
 
 @torch.no_grad()
 def student_top_k(
-    student: LanguageModel, top_k: int, tokens_per_micro_batch: int, rollouts: Sequence[Rollout]
+    student: LanguageModel,
+    top_k: int,
+    tokens_per_micro_batch: int,
+    rollouts: Sequence[Rollout],
+    count: Count = uncounted,
 ) -> list[Tensor]:
     """`[T, 1 + K]` ids of each rollout, the written token first; it may stand there twice. The student's own top K at the
     weights that the loss will see, at the cost of one more forward pass."""
@@ -31,4 +36,5 @@ def student_top_k(
         (ids_TK,) = student(batch, likeliest)
         ids_TK = torch.cat([batch.tokens.token_T[:, None], ids_TK], dim=-1).cpu()
         found |= dict(zip(indices, ids_TK.split([r.num_tokens for r in members]), strict=True))
+    count(student, rollouts)
     return [found[i] for i in range(len(rollouts))]

@@ -11,7 +11,7 @@ from kibitz.losses.chunked import Criterion
 from kibitz.losses.criteria import Divergence, SpanLoss
 from kibitz.losses.divergences import DIVERGENCES
 from kibitz.losses.spans import MergedDistributions, SpanLikelihood
-from kibitz.methods.parts import Parts, scorer, token_loss
+from kibitz.methods.parts import Parts, token_loss
 from kibitz.methods.sources import Source
 from kibitz.models import LanguageModel
 from kibitz.signals import Batch, Scored
@@ -36,20 +36,20 @@ class Distillation:
         return token_loss(student, batch, self.criterion, self.chunk_tokens)
 
 
-def distil(parts: Parts, config: DistillationConfig, source: Source) -> Distillation:
-    """The method that learns `config`'s divergence on what `source` writes."""
+def distil(parts: Parts, config: DistillationConfig, source: Source, teacher: Scorer) -> Distillation:
+    """The method that learns `config`'s divergence to `teacher` on what `source` writes."""
     top_k = config.support == "top_k"
     function = parts.divergence or divergence(config)
     criterion = Divergence(function, config.top_k_of if top_k else "full", config.top_k, config.temperature)
-    return Distillation(source, scorer(parts, config), criterion, parts.recipe.optim.chunk_tokens)
+    return Distillation(source, teacher, criterion, parts.recipe.optim.chunk_tokens)
 
 
-def distil_spans(parts: Parts, config: OPDConfig, source: Source) -> Distillation:
+def distil_spans(parts: Parts, config: OPDConfig, source: Source, teacher: Scorer) -> Distillation:
     """The same with a loss of spans, for a teacher with a tokenizer of its own."""
     loss = SpanLikelihood(config.alm_tau)
     if config.alignment != "alm":
         loss = MergedDistributions(None if config.alignment == "uld" else parts.divergence or divergence(config))
-    return Distillation(source, scorer(parts, config), SpanLoss(loss), parts.recipe.optim.chunk_tokens)
+    return Distillation(source, teacher, SpanLoss(loss), parts.recipe.optim.chunk_tokens)
 
 
 def divergence(config: DistillationConfig) -> Callable[[Tensor, Tensor], Tensor]:

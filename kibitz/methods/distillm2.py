@@ -18,13 +18,12 @@ from torch import Tensor
 from kibitz.config import DistiLLM2Config
 from kibitz.losses.criteria import Divergence
 from kibitz.losses.divergences import adaptive_alpha, skew_kl, skew_reverse_kl
-from kibitz.methods.parts import Parts, scorer, teacher_engine, token_loss, written_logp
+from kibitz.methods.parts import Parts, scorer, student_scorer, teacher_engine, token_loss, written_logp
 from kibitz.methods.sources import Generated, Source
 from kibitz.models import LanguageModel
 from kibitz.parallel.ranks import ALONE, Ranks
 from kibitz.signals import Batch, Scored, Signal
-from kibitz.teachers import Scorer, ScoreRequest
-from kibitz.teachers.local import LocalScorer
+from kibitz.teachers import Scorer
 from kibitz.types import Prompt, Rollout, Step, Writer
 
 DIVERGENCE: dict[str, Callable[..., Tensor]] = {"teacher_text": skew_kl, "student_text": skew_reverse_kl}
@@ -88,8 +87,7 @@ class DistiLLM2:
 
 
 def build(config: DistiLLM2Config, parts: Parts) -> DistiLLM2:
-    optim = parts.recipe.optim
     theirs = Generated(teacher_engine(parts), parts.sampling, Writer.TEACHER)
     own = Generated(parts.engine, parts.sampling)
-    student = LocalScorer(parts.student, ScoreRequest("sampled", tokens_per_micro_batch=optim.tokens_per_micro_batch))
-    return DistiLLM2(config, theirs, own, scorer(parts, config), student, optim.chunk_tokens, parts.ranks)
+    teacher, student = scorer(parts, config), student_scorer(parts)
+    return DistiLLM2(config, theirs, own, teacher, student, parts.recipe.optim.chunk_tokens, parts.ranks)

@@ -55,7 +55,6 @@ class GAD:
         theirs = self.teacher.rollout(prompts, replace(step, seed=~step.seed))  # not the student's random numbers
         size = len(own) // len(prompts)
         self.comparisons = [[answer, *own[i * size : (i + 1) * size]] for i, answer in enumerate(theirs)]
-        self._count_writing(theirs, own, step)
         return theirs if self._warming_up(step) else own
 
     def signal(self, rollouts: Sequence[Rollout], step: Step) -> list[Scored]:
@@ -90,25 +89,22 @@ class GAD:
             scores_GM[indices], total = given_GM.detach().cpu(), total + loss.item()
         self.judge.optimizer.step()
         theirs_G1, own_GN = scores_GM[:, :1], scores_GM[:, 1:]
-        notes, lengths = self.parts.notes, [_length(answer) for comparison in self.comparisons for answer in comparison]
-        notes.metrics["discriminator_loss"] = total
-        notes.metrics["discriminator_accuracy"] = (0.5 + 0.5 * (theirs_G1 - own_GN).sign()).mean().item()  # a tie: half
-        notes.metrics["score_teacher"] = theirs_G1.mean().item()
-        notes.metrics["score_student"] = own_GN.mean().item()
-        notes.spend("opponent_training", 3 * self.model.forward_flops(sum(lengths), sum(n * n for n in lengths), 0))
+        ledger, lengths = (
+            self.parts.ledger,
+            [_length(answer) for comparison in self.comparisons for answer in comparison],
+        )
+        ledger.metrics["discriminator_loss"] = total
+        ledger.metrics["discriminator_accuracy"] = (
+            (0.5 + 0.5 * (theirs_G1 - own_GN).sign()).mean().item()
+        )  # a tie: half
+        ledger.metrics["score_teacher"] = theirs_G1.mean().item()
+        ledger.metrics["score_student"] = own_GN.mean().item()
+        ledger.spend("opponent_training", 3 * self.model.forward_flops(sum(lengths), sum(n * n for n in lengths), 0))
         return own_GN
 
     def _scores(self, rollouts: Sequence[Rollout]) -> Tensor:
         ids_BL = pack([Scored(rollout, rollout.weight_T()) for rollout in rollouts], self.model.device).ids_BL
         return self.judge.module(ids_BL, torch.tensor([_length(r) - 1 for r in rollouts], device=ids_BL.device))
-
-    def _count_writing(self, theirs: Sequence[Rollout], own: Sequence[Rollout], step: Step) -> None:
-        """Of the side that is not learnt from: the trainer sees the other."""
-        if self._warming_up(step):
-            self.parts.notes.spend("student_sampling", self.parts.student.pass_flops(own))
-        elif self.config.source == "teacher":
-            assert self.parts.teacher is not None
-            self.parts.notes.spend("teacher_sampling", self.parts.teacher.flops(theirs, ()))
 
 
 def _length(rollout: Rollout) -> int:

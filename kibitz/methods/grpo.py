@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kibitz.config import GroupConfig
+from kibitz.engines import OnReady, nobody_waits
 from kibitz.losses.criteria import PolicyGradient
 from kibitz.losses.policy_gradient import group_advantages
 from kibitz.methods.parts import Parts, policy_loss, token_loss
@@ -20,9 +21,10 @@ from kibitz.types import Prompt, Rollout, Step
 class GRPO:
     config: GroupConfig
     parts: Parts
+    on_ready: OnReady = nobody_waits
 
     def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
-        return Generated(self.parts.engine, self.parts.sampling).rollout(prompts, step)
+        return Generated(self.parts.engine, self.parts.sampling, on_ready=self.on_ready).rollout(prompts, step)
 
     def signal(self, rollouts: Sequence[Rollout], step: Step) -> list[Scored]:
         """Every token of a rollout has the rollout's advantage; a group in which all did alike teaches nothing."""

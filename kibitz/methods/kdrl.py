@@ -14,7 +14,7 @@ from kibitz.methods.parts import Parts, policy_loss, scorer, token_loss
 from kibitz.methods.sources import Linear
 from kibitz.models import LanguageModel
 from kibitz.signals import Batch, Scored
-from kibitz.teachers import Scorer
+from kibitz.teachers import Scorer, prefetch
 from kibitz.types import Prompt, Rollout, Step
 
 
@@ -45,4 +45,5 @@ class KDRL:
 
 
 def build(config: KDRLConfig, parts: Parts) -> KDRL:
-    return KDRL(config, GRPO(config, parts), scorer(parts, config))
+    teacher = scorer(parts, config)
+    return KDRL(config, GRPO(config, parts, prefetch(teacher)), teacher)

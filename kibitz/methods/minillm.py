@@ -22,12 +22,11 @@ from kibitz.engines.mixture import MixtureEngine
 from kibitz.losses.criteria import PolicyGradient
 from kibitz.losses.joint import Sum, single_step
 from kibitz.losses.policy_gradient import distillation_advantage, to_come, whitened
-from kibitz.methods.parts import Parts, policy_loss, scorer, teacher_engine, token_loss, written_logp
+from kibitz.methods.parts import Parts, joint_engine, policy_loss, scorer, student_scorer, token_loss, written_logp
 from kibitz.methods.sources import Generated, Source
 from kibitz.models import LanguageModel
 from kibitz.signals import Batch, Scored
-from kibitz.teachers import Scorer, ScoreRequest
-from kibitz.teachers.local import LocalScorer
+from kibitz.teachers import Scorer, prefetch
 from kibitz.types import Prompt, Rollout, Step
 
 
@@ -42,11 +41,7 @@ class MiniLLM:
     student: Scorer | None
 
     def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
-        rollouts = self.source.rollout(prompts, step)
-        if self.config.teacher_mixed_alpha:
-            assert self.parts.teacher is not None
-            self.parts.notes.spend("teacher_sampling", self.parts.teacher.flops(rollouts, ()))
-        return rollouts
+        return self.source.rollout(prompts, step)
 
     def signal(self, rollouts: Sequence[Rollout], step: Step) -> list[Scored]:
         signals = self.teacher.score(rollouts)
@@ -79,11 +74,8 @@ class MiniLLM:
 def build(config: MiniLLMConfig, parts: Parts) -> MiniLLM:
     teacher = scorer(parts, config)
     if not config.teacher_mixed_alpha:
-        return MiniLLM(config, parts, Generated(parts.engine, parts.sampling), teacher, None)
-    if parts.recipe.rollout.engine != "torch":
-        raise ValueError("minillm mixes with a student in this process: write rollout.engine: torch")
+        own = Generated(parts.engine, parts.sampling, on_ready=prefetch(teacher))
+        return MiniLLM(config, parts, own, teacher, None)
     share, max_rows = config.teacher_mixed_alpha, parts.recipe.rollout.max_rows
-    engine = teacher_engine(parts, partial(MixtureEngine, parts.student, share=share, max_rows=max_rows))
-    tokens = parts.recipe.optim.tokens_per_micro_batch
-    student = LocalScorer(parts.student, ScoreRequest("sampled", tokens_per_micro_batch=tokens))
-    return MiniLLM(config, parts, Generated(engine, parts.sampling), teacher, student)
+    engine = joint_engine(parts, partial(MixtureEngine, parts.student, share=share, max_rows=max_rows))
+    return MiniLLM(config, parts, Generated(engine, parts.sampling), teacher, student_scorer(parts))

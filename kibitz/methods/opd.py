@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kibitz.config import OPDConfig
+from kibitz.engines import OnReady
 from kibitz.losses.criteria import PolicyGradient
 from kibitz.losses.policy_gradient import clipped, discounted, distillation_advantage, extrapolated, group_advantages
 from kibitz.methods.distillation import distil, distil_spans
@@ -19,7 +20,7 @@ from kibitz.methods.reference import reference_scorer
 from kibitz.methods.sources import Generated, Linear, Seeded, Source, Stored
 from kibitz.models import LanguageModel
 from kibitz.signals import Batch, Sampled, Scored, Signal
-from kibitz.teachers import Scorer
+from kibitz.teachers import Scorer, prefetch
 from kibitz.types import Prompt, Rollout, Step, Writer
 
 
@@ -78,17 +79,18 @@ class SampledTokenOPD:
 
 
 def build(config: OPDConfig, parts: Parts) -> Method:
-    source = _source(parts, config)
+    teacher = scorer(parts, config)
+    source = _source(parts, config, prefetch(teacher))
     if config.alignment != "spans":
-        return distil_spans(parts, config, source)
+        return distil_spans(parts, config, source, teacher)
     if config.support != "sampled":
-        return distil(parts, config, source)
+        return distil(parts, config, source, teacher)
     reference = reference_scorer(parts, "sampled") if config.extrapolation != 1 else None
     chunk_tokens, group_size = parts.recipe.optim.chunk_tokens, parts.sampling.num_samples
-    return SampledTokenOPD(config, source, scorer(parts, config), chunk_tokens, group_size, reference)
+    return SampledTokenOPD(config, source, teacher, chunk_tokens, group_size, reference)
 
 
-def _source(parts: Parts, config: OPDConfig) -> Source:
+def _source(parts: Parts, config: OPDConfig, on_ready: OnReady) -> Source:
     """The student, whole or cut to a prefix, alone or after the teacher; or what was written earlier."""
     if parts.stored is not None:
         return Stored(parts.stored, parts.sampling.num_samples)
@@ -96,9 +98,9 @@ def _source(parts: Parts, config: OPDConfig) -> Source:
     if config.prefix_tokens is not None:
         end = parts.sampling.max_tokens if config.prefix_grows else config.prefix_tokens
         limit = Linear(config.prefix_tokens, end)
-    student = Generated(parts.engine, parts.sampling, limit=limit)
     if not config.seed_tokens:
-        return student
+        return Generated(parts.engine, parts.sampling, limit=limit, on_ready=on_ready)
+    student = Generated(parts.engine, parts.sampling, limit=limit)  # what it writes is no whole response
     teacher = Generated(teacher_engine(parts), parts.sampling, Writer.TEACHER)
     end = 0 if config.seed_decays else config.seed_tokens
     return Seeded(teacher, student, Linear(config.seed_tokens, end), config.learn_seed)

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from kibitz.config import DistillationConfig, MethodConfig, PolicyGradientConfig, Recipe, SignalKind
 from kibitz.engines import Engine
+from kibitz.engines.build import ENGINES
+from kibitz.engines.spread import Counted, spread
 from kibitz.engines.torch import TorchEngine
+from kibitz.ledger import Ledger
 from kibitz.losses.chunked import Criterion, over_chunks
 from kibitz.losses.criteria import PolicyLoss
 from kibitz.losses.joint import Sum, anchor_kl
@@ -19,8 +22,8 @@ from kibitz.methods.candidates import student_top_k
 from kibitz.models import LanguageModel
 from kibitz.parallel.ranks import ALONE, Ranks
 from kibitz.signals import Batch, Dense, Sampled, Scored, Signal
-from kibitz.teachers import Early, MakeEngine, Scorer, ScoreRequest, Teacher
-from kibitz.teachers.local import reduced
+from kibitz.teachers import MakeEngine, Scorer, ScoreRequest, Teacher
+from kibitz.teachers.local import LocalScorer, reduced
 from kibitz.types import Prompt, Rollout, Sampling, Stateful, Step
 
 
@@ -41,26 +44,12 @@ class Method(Protocol):
 
 
 @dataclass(frozen=True)
-class Notes:
-    """What was done in a step beside the student, which the trainer cannot know of: FLOPs by phase, and numbers to log.
-    The trainer writes them into the step's row and empties them."""
-
-    flops: dict[str, float] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
-
-    def spend(self, phase: str, flops: float) -> None:
-        self.flops[phase] = self.flops.get(phase, 0.0) + flops
-
-    def clear(self) -> None:
-        self.flops.clear()
-        self.metrics.clear()
-
-
-@dataclass(frozen=True)
 class Parts:
     """What methods are made of. `divergence` is the user's own `(student_CS, teacher_CS) -> loss_C`, if one was passed;
     `mask_ids` are the tokens that nobody learns, `stored` the rollouts by prompt key that the method's section names,
-    `reference` the frozen model that it compares the student with.
+    `reference` the frozen model that it compares the student with. The passes of `engine`, and of whatever is made of the
+    functions below, enter themselves in the `ledger`; what else a method reads it enters with `ledger.reading` or `spend`,
+    in the process that does it, and numbers for the step's row in `ledger.metrics`.
 
     Who has a state beyond the student's enters it in `stateful` while the method is built; a `Stateful` method is entered as
     "method". Checkpoints hold each as training/NAME.safetensors.
@@ -78,30 +67,38 @@ class Parts:
     mask_ids: tuple[int, ...] = ()
     stored: Mapping[str, Sequence[Rollout]] | None = None
     reference: Teacher | None = None
-    stateful: dict[str, Stateful] = field(default_factory=dict)
-    notes: Notes = field(default_factory=Notes)
-    hears: list[Callable[[Sequence[Rollout]], None]] = field(default_factory=list)  # of rollouts as they are written
     ranks: Ranks = ALONE
+    ledger: Ledger = field(default_factory=Ledger)
+    stateful: dict[str, Stateful] = field(default_factory=dict)
 
 
-def training_request(parts: Parts, kind: SignalKind) -> ScoreRequest:
-    """What is asked about a step's rollouts, by the settings of the optimizer."""
+def training_request(parts: Parts, kind: SignalKind, phase: str) -> ScoreRequest:
+    """What is asked about a step's rollouts, by the settings of the optimizer. The ledger counts it as `phase`."""
     optim = parts.recipe.optim
-    return ScoreRequest(kind, tokens_per_micro_batch=optim.tokens_per_micro_batch, hidden_states=optim.hidden_states)
+    return ScoreRequest(
+        kind,
+        tokens_per_micro_batch=optim.tokens_per_micro_batch,
+        hidden_states=optim.hidden_states,
+        count=parts.ledger.reading(phase),
+    )
 
 
 def scorer(parts: Parts, config: MethodConfig) -> Scorer:
     """Who scores for a method: its teacher, asked for the first signal of `config.asks()` that it can give."""
     assert parts.teacher is not None
     kind: SignalKind = next(kind for kind in config.asks() if kind in parts.teacher.kinds)
-    request = training_request(parts, kind)
+    request = training_request(parts, kind, "teacher_scoring")
     if isinstance(config, DistillationConfig):
-        candidates = partial(student_top_k, parts.student, config.top_k, request.tokens_per_micro_batch)
+        count, size = parts.ledger.reading("student_training"), request.tokens_per_micro_batch
+        candidates = partial(student_top_k, parts.student, config.top_k, size, count=count)
         request = replace(request, top_k=config.top_k, temperature=config.temperature, candidates=candidates)
-    made = parts.teacher.scorer(request)
-    if isinstance(made, Early):
-        parts.hears.append(made.expect)
-    return made
+    return parts.teacher.scorer(request)
+
+
+def student_scorer(parts: Parts) -> Scorer:
+    """The student as it is now, on text that it has not written alone: one more pass of its training."""
+    tokens, count = parts.recipe.optim.tokens_per_micro_batch, parts.ledger.reading("student_training")
+    return LocalScorer(parts.student, ScoreRequest("sampled", tokens_per_micro_batch=tokens, count=count))
 
 
 def written_logp(rollouts: Sequence[Rollout], signals: Sequence[Signal]) -> list[Tensor]:
@@ -118,11 +115,26 @@ def _written_logp(rollout: Rollout, signal: Signal) -> Tensor:
     return signal.logp_T
 
 
-def teacher_engine(parts: Parts, make: MakeEngine | None = None) -> Engine:
-    """Who writes as the teacher. `make` drives a teacher that is a model in this process; by default one that writes alone."""
+def teacher_engine(parts: Parts) -> Engine:
+    """Who writes as the teacher."""
     assert parts.teacher is not None
-    engine = parts.teacher.writer(make or (lambda model: TorchEngine(model, parts.recipe.rollout.max_rows)))
-    return parts.ranks.spread(engine)
+    engine = parts.teacher.writer(lambda model: TorchEngine(model, parts.recipe.rollout.max_rows))
+    return Counted(spread(engine, parts.ranks), parts.ledger.reading("teacher_sampling"))
+
+
+def joint_engine(parts: Parts, make: MakeEngine) -> Engine:
+    """Who writes as student and teacher together: what `make` makes of the teacher's model, beside the student's."""
+    assert parts.teacher is not None
+    if not ENGINES[parts.recipe.rollout.engine].in_process:
+        raise ValueError(
+            f"{parts.recipe.method.type} writes with a student in this process: write rollout.engine: torch"
+        )
+    own, other = parts.ledger.reading("student_sampling"), parts.ledger.reading("teacher_sampling")
+
+    def count(model: LanguageModel, rollouts: Sequence[Rollout]) -> None:
+        (own if model is parts.student else other)(model, rollouts)
+
+    return Counted(spread(parts.teacher.writer(make), parts.ranks), count)
 
 
 def token_loss(

@@ -6,29 +6,17 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from kibitz.config import SignalKind
-from kibitz.methods.parts import Method, Notes, Parts, training_request
+from kibitz.methods.parts import Method, Parts, training_request
 from kibitz.models import LanguageModel
-from kibitz.signals import Anchor, Batch, Scored, Signal
-from kibitz.teachers import Scorer, Teacher
+from kibitz.signals import Anchor, Batch, Scored
+from kibitz.teachers import Scorer
 from kibitz.types import Prompt, Rollout, Step
 
 
-@dataclass(frozen=True)
-class Reference:
+def reference_scorer(parts: Parts, kind: SignalKind) -> Scorer:
     """The reference model as one that scores, its work counted as `reference_scoring`."""
-
-    teacher: Teacher
-    scorer: Scorer
-    notes: Notes
-
-    def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
-        self.notes.spend("reference_scoring", self.teacher.flops(rollouts, ()))
-        return self.scorer.score(rollouts)
-
-
-def reference_scorer(parts: Parts, kind: SignalKind) -> Reference:
     assert parts.reference is not None
-    return Reference(parts.reference, parts.reference.scorer(training_request(parts, kind)), parts.notes)
+    return parts.reference.scorer(training_request(parts, kind, "reference_scoring"))
 
 
 @dataclass(frozen=True)

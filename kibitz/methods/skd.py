@@ -7,13 +7,11 @@ from functools import partial
 from kibitz.config import SKDConfig
 from kibitz.engines.speculative import SpeculativeEngine
 from kibitz.methods.distillation import Distillation, distil
-from kibitz.methods.parts import Parts, teacher_engine
+from kibitz.methods.parts import Parts, joint_engine, scorer
 from kibitz.methods.sources import Generated
 
 
 def build(config: SKDConfig, parts: Parts) -> Distillation:
-    if parts.recipe.rollout.engine != "torch":
-        raise ValueError("skd drafts with a student in this process: write rollout.engine: torch")
     make = partial(
         SpeculativeEngine,
         parts.student,
@@ -24,4 +22,4 @@ def build(config: SKDConfig, parts: Parts) -> Distillation:
         teacher_temperature=config.teacher_temperature,
         teacher_top_p=config.teacher_top_p,
     )
-    return distil(parts, config, Generated(teacher_engine(parts, make), parts.sampling))
+    return distil(parts, config, Generated(joint_engine(parts, make), parts.sampling), scorer(parts, config))

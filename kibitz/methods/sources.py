@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from kibitz.data import apart, joined
-from kibitz.engines import Engine
+from kibitz.engines import Engine, OnReady, nobody_waits
 from kibitz.types import Prompt, Rollout, Sampling, Step, Writer
 
 
@@ -32,12 +32,14 @@ class Generated:
     """An engine writes: the student's own, one in which the teacher takes part, or (`writer`) another model's.
 
     `limit`, where there is one, stops the responses at so many tokens before `sampling.max_tokens` does (Fast OPD,
-    2602.15260): a rollout that had not ended there is `shortened`, not cut off."""
+    2602.15260): a rollout that had not ended there is `shortened`, not cut off. `on_ready` gets each rollout as the engine
+    wrote it, as soon as it is finished."""
 
     engine: Engine
     sampling: Sampling
     writer: Writer = Writer.STUDENT
     limit: Linear | None = None
+    on_ready: OnReady = nobody_waits
 
     def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
         return self.within(self.max_tokens(step), prompts, step)
@@ -49,7 +51,7 @@ class Generated:
     def within(self, max_tokens: int, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
         epsilon = self.sampling.epsilon if self.writer == Writer.STUDENT else 0.0  # nobody else explores
         sampling = replace(self.sampling, seed=step.seed, max_tokens=max_tokens, epsilon=epsilon)
-        rollouts = joined(prompts, self.engine.generate(apart(prompts), sampling))
+        rollouts = joined(prompts, self.engine.generate(apart(prompts), sampling, self.on_ready))
         if max_tokens < self.sampling.max_tokens:
             rollouts = [replace(r, shortened=not r.finished) for r in rollouts]
         return rollouts if self.writer == Writer.STUDENT else [_written_by(self.writer, r) for r in rollouts]

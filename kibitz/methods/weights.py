@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kibitz.batching import micro_batches, pack
 from kibitz.config import DistillationConfig
+from kibitz.ledger import Count
 from kibitz.losses.token_weights import by_turn, prefix_drift, sequence_mean, tip_score, top_share
 from kibitz.methods.parts import Method, Parts
 from kibitz.models import LanguageModel
@@ -80,6 +81,7 @@ class Selection:
     student: LanguageModel
     tokens_per_micro_batch: int
     ranks: Ranks
+    count: Count
 
     def __call__(self, method: Method, scored: Sequence[Scored]) -> list[Scored]:
         weights, values = [s.weight_T for s in scored], self._values(method, scored)
@@ -115,6 +117,7 @@ class Selection:
         for indices in micro_batches(scored, self.tokens_per_micro_batch):
             batch = pack([scored[i] for i in indices], self.student.device)
             _, values = method.loss(self.student, batch)
+            self.count(self.student, [scored[i].rollout for i in indices])
             sizes = [scored[i].rollout.num_tokens for i in indices]
             for name, value_T in values.items():
                 found.setdefault(name, {}).update(zip(indices, value_T.cpu().split(sizes), strict=True))
@@ -125,8 +128,8 @@ def weighted(method: Method, parts: Parts, select: bool = True) -> Method:
     """`method` with the weights of its recipe; itself, where every token counts 1. `select`: with its choice of tokens."""
     config, selection = parts.recipe.method, None
     if select and isinstance(config, DistillationConfig) and config.token_weight != "none":
-        tokens = parts.recipe.optim.tokens_per_micro_batch
-        selection = Selection(config.token_weight, config.token_share, parts.student, tokens, parts.ranks)
+        tokens, count = parts.recipe.optim.tokens_per_micro_batch, parts.ledger.reading("student_training")
+        selection = Selection(config.token_weight, config.token_share, parts.student, tokens, parts.ranks, count)
     plain = config.normalize == "token" and config.turn_weight == "none" and not parts.mask_ids
     if selection is None and plain:
         return method

@@ -198,11 +198,10 @@ class LanguageModel(nn.Module):
         ids_1N, position_1N, place = without_padding(batch.ids_BL, batch.length_B)
         return use(self.hidden(ids_1N, position_1N)[0, place[batch.position_T]], self.head)
 
-    def pass_flops(self, rollouts: Sequence[Rollout], num_tokens: Sequence[int] = ()) -> float:
-        """FLOPs of one forward pass over each prompt and its first `num_tokens` response tokens, by default all."""
-        num_tokens = num_tokens or [r.num_tokens for r in rollouts]
-        lengths = [len(r.prompt.ids) + num for r, num in zip(rollouts, num_tokens, strict=True)]
-        return self.forward_flops(sum(lengths), sum(n * n for n in lengths), sum(num_tokens))
+    def pass_flops(self, rollouts: Sequence[Rollout]) -> float:
+        """The FLOPs of one forward pass over these prompts and responses, without padding."""
+        lengths = [len(r.prompt.ids) + r.num_tokens for r in rollouts]
+        return self.forward_flops(sum(lengths), sum(n * n for n in lengths), sum(r.num_tokens for r in rollouts))
 
     def forward_flops(self, num_positions: int, num_squared: int, num_scored: int) -> float:
         """FLOPs (multiply-adds x 2) of one forward pass: body on all positions, causal attention (`num_squared` = the sum of

@@ -19,10 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kibitz.config import ParallelConfig
-from kibitz.engines import Engine
 from kibitz.parallel.lockstep import Lockstep
 from kibitz.signals import Scored
-from kibitz.types import Prompt, Rollout, Sampling
+from kibitz.types import Rollout
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -109,11 +108,6 @@ class Ranks:
                 total.setdefault(name, Counter()).update(counter)
         return total
 
-    def once(self, sums: dict[str, float]) -> None:
-        """Clear `sums` on all ranks but 0, for `add` to count once what every process has counted."""
-        if not self.is_main:
-            sums.clear()
-
     def in_step(self, batches: list[list[Scored]]) -> Iterator[tuple[list[Scored], bool]]:
         """The micro-batches, each with whether it is the last. A forward pass of the learner is a collective, so a process
         with fewer micro-batches than another repeats its last one with zero weights."""
@@ -123,51 +117,8 @@ class Ranks:
         for number, batch in enumerate(together, 1):
             yield batch if number <= len(batches) else idle, number == len(together)
 
-    def spread(self, engine: Engine) -> Engine:
-        """An engine that generates in each process its share of the prompts and gathers the rollouts."""
-        return engine if self.size == 1 else _Spread(engine, self)
-
-    def of_first(self, make: Callable[[], Engine]) -> Engine:
-        """An engine that exists on rank 0 alone and generates for all processes: a client of servers."""
-        if self.size == 1:
-            return make()
-        made: list[Engine] = []
-        self.first(lambda: made.append(make()))
-        return _OfFirst(made, self)
-
 
 ALONE = Ranks()
-
-
-@dataclass(frozen=True)
-class _Spread:
-    engine: Engine
-    ranks: Ranks
-
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        return self.ranks.in_shares(lambda part: self.engine.generate(part, sampling), prompts)
-
-    def sync(self, student: Any) -> None:
-        self.engine.sync(student)
-
-    def close(self) -> None:
-        self.engine.close()
-
-
-@dataclass(frozen=True)
-class _OfFirst:
-    engines: Sequence[Engine]  # one on rank 0, none on the others
-    ranks: Ranks
-
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        return self.ranks.first(lambda: self.engines[0].generate(prompts, sampling))
-
-    def sync(self, student: Any) -> None:
-        self.ranks.first(lambda: self.engines[0].sync(student))
-
-    def close(self) -> None:
-        for engine in self.engines:
-            engine.close()
 
 
 def join(config: ParallelConfig, device: torch.device) -> tuple[Ranks, torch.device]:

@@ -16,12 +16,13 @@ by its own chat template, and before the store, because two rows may differ in n
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from kibitz.config import SignalKind
-from kibitz.engines import Engine
+from kibitz.engines import Engine, OnReady, nobody_waits
+from kibitz.ledger import Count, uncounted
 from kibitz.models import LanguageModel
 from kibitz.signals import Signal
 from kibitz.types import Prompt, Rollout, Stateful
@@ -32,7 +33,7 @@ class ScoreRequest:
     """What somebody wants to hear. `top_k` belongs to the signal of that name; `temperature` divides the teacher's logits
     in all but a dense one, which has no temperature yet. `tokens_per_micro_batch` is the asker's own, so that a
     teacher that equals its student reads the same micro-batches and gives bit-equal numbers. `hidden_states`: where those of
-    a dense signal wait until they are used."""
+    a dense signal wait until they are used. `count` hears of each text that a model reads for it."""
 
     kind: SignalKind = "dense"
     top_k: int = 64
@@ -40,6 +41,7 @@ class ScoreRequest:
     tokens_per_micro_batch: int = 16384
     hidden_states: Literal["auto", "device", "cpu"] = "device"
     candidates: Callable[[Sequence[Rollout]], list[Tensor]] | None = None  # of "named": ids [T, K] of each rollout
+    count: Count = uncounted
 
 
 class Scorer(Protocol):
@@ -49,68 +51,69 @@ class Scorer(Protocol):
 
 
 @runtime_checkable
-class Early(Protocol):
+class Prefetching(Protocol):
     """A scorer that can begin before it is asked."""
 
-    def expect(self, rollouts: Sequence[Rollout]) -> None:
+    def prefetch(self, rollouts: Sequence[Rollout]) -> None:
         """These are written, and will be asked about; others are not written yet."""
         ...
 
 
-def _nobody() -> dict[str, Any]:
-    raise ValueError(
-        "teacher.store: this teacher changes or has no name, so what it says cannot be kept: leave out store"
-    )
+def prefetch(scorer: Scorer) -> OnReady:
+    """What an engine should call with finished rollouts: a scorer behind a server begins with them, others wait for all."""
+    return scorer.prefetch if isinstance(scorer, Prefetching) else nobody_waits
 
 
 MakeEngine = Callable[[LanguageModel], Engine]
 """How the method that asks for text would drive a model in this process."""
+
+MakeScorer = Callable[[ScoreRequest], Scorer]
+
+
+class Voice(NamedTuple):
+    """One of several teachers, as a heat-map shows it beside the others. Its `weight` is 0 where it has no say about a
+    prompt and can be asked all the same."""
+
+    name: str
+    weight: float
+    teacher: "Teacher"
 
 
 def _nothing(*_: object) -> None:
     """For teachers that need not be told."""
 
 
-def _alone(_: Prompt) -> Mapping[int, float]:
-    return {0: 0.0}
+def _only_one(_: Prompt) -> Sequence[Voice]:
+    return ()
 
 
 @dataclass(frozen=True)
 class Teacher:
     """All that a run knows of its teacher. `kinds` are the signals that it can give, the most telling first.
 
-    `flops(rollouts, num_tokens)`: of one pass over their prompts and so many response tokens of each, all if none are
-    said. `writer(make)`: an engine that writes as this teacher; a model in this process is driven by what `make` makes
-    of it, and who cannot do that raises ValueError. `check(prompts, max_tokens)` raises ValueError where the longest
-    do not fit. `sync(student)`: the student has learnt, after each step. `metrics()`: numbers of the step since the
-    last call. `close()`: nobody asks any more. `models`: those of this process that it reads rollouts with. `identity()`:
-    hashes of its parts, for a store of its scores; ValueError where it changes from step to step. `aside`: who answers
-    evaluations and heat-maps in its place; with `reads_all` False nobody can, because it knows certain rollouts only.
-    `stateful`: what changes from step to step, by the names of its files in a checkpoint.
+    `scorer(request)` scores for training. `examiner(request)` scores for evaluations and heat-maps, which fill no store;
+    None where nobody can, because the teacher knows certain rollouts only. `voices(prompt)`: several teachers one by one.
 
-    Of several teachers, `members` are the single ones, and `mix(prompt)` says who speaks: log-weights by place.
-    `everywhere`: it can be asked about the others' prompts."""
+    `writer(make)`: an engine that writes as this teacher; a model in this process is driven by what `make` makes of it,
+    and who cannot do that raises ValueError. `check(prompts, max_tokens)` raises ValueError where the longest do not fit.
+    `sync(student)`: the student has learnt, after each step. `metrics()`: numbers of the step since the last call.
+    `close()`: nobody asks any more. `models`: those of this process that it reads rollouts with, the student's own left
+    out. `stateful`: what changes from step to step, by the names of its files in a checkpoint."""
 
-    name: str
     kinds: tuple[SignalKind, ...]
-    scorer: Callable[[ScoreRequest], Scorer]
+    scorer: MakeScorer
+    examiner: MakeScorer | None
     writer: Callable[[MakeEngine], Engine]
     num_parameters: int
-    flops: Callable[[Sequence[Rollout], Sequence[int]], float]
     check: Callable[[Sequence[Prompt], int], None] = _nothing
     sync: Callable[[LanguageModel], None] = _nothing
     metrics: Callable[[], dict[str, float]] = dict
     close: Callable[[], None] = _nothing
     models: Sequence[LanguageModel] = ()
-    identity: Callable[[], dict[str, Any]] = _nobody
-    aside: Callable[[ScoreRequest], Scorer] | None = None
-    reads_all: bool = True
     stateful: Mapping[str, Stateful] = field(default_factory=dict)
-    members: tuple["Teacher", ...] = ()
-    mix: Callable[[Prompt], Mapping[int, float]] = _alone
-    everywhere: bool = True
+    voices: Callable[[Prompt], Sequence[Voice]] = _only_one
 
     def score(self, rollouts: Sequence[Rollout], tokens_per_micro_batch: int = 16384) -> list[Signal]:
         """The most telling signals that it has, at temperature 1: for evaluation and the heat-map."""
-        scorer = self.aside or self.scorer
-        return scorer(ScoreRequest(self.kinds[0], tokens_per_micro_batch=tokens_per_micro_batch)).score(rollouts)
+        assert self.examiner is not None, "this teacher knows certain rollouts only"
+        return self.examiner(ScoreRequest(self.kinds[0], tokens_per_micro_batch=tokens_per_micro_batch)).score(rollouts)

@@ -8,6 +8,7 @@ probability of the text, by little for the usual tokenizers.
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,12 +88,13 @@ def aligned(teacher: Teacher, aligner: Aligner, template: dict[str, Any]) -> Tea
     def refuse(make: MakeEngine):
         raise ValueError("a teacher with its own tokenizer cannot write in the student's: drop what it is to write")
 
+    scorer = partial(SpanScorer, teacher, reader, coverage)
     return replace(
         teacher,
         kinds=KINDS,
-        scorer=lambda request: SpanScorer(teacher, reader, request, coverage),
+        scorer=scorer,
+        examiner=scorer,
         writer=refuse,
-        flops=lambda rollouts, num_tokens: teacher.flops([read for read, _ in reader(rollouts)], ()),
         check=lambda prompts, max_tokens: teacher.check([reader.prompt(prompt) for prompt in prompts], 1),
         metrics=lambda: teacher.metrics() | coverage.take(),
     )
@@ -102,8 +104,8 @@ def aligned(teacher: Teacher, aligner: Aligner, template: dict[str, Any]) -> Tea
 class SpanScorer:
     teacher: Teacher
     reader: Reader
-    request: ScoreRequest
     coverage: Coverage
+    request: ScoreRequest
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:

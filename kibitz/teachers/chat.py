@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from kibitz.config.teachers import ChatTeacherConfig
+from kibitz.engines import OnReady, nobody_waits
 from kibitz.engines.sampling import row_seed
+from kibitz.ledger import Count, uncounted
 from kibitz.servers import ServerError, served_model
 from kibitz.servers.http import Server, Servers
 from kibitz.servers.keys import shown
@@ -35,14 +37,12 @@ def chat_teacher(config: ChatTeacherConfig, tokenizer: Any) -> Teacher:
         raise
     engine = ChatEngine(servers, model, tokenizer)
     return Teacher(
-        name="teacher",
         kinds=(),
         scorer=_scores_nothing,
+        examiner=None,
         writer=lambda make: engine,
         num_parameters=0,
-        flops=lambda rollouts, num_tokens: 0.0,
         close=servers.close,
-        reads_all=False,
     )
 
 
@@ -58,11 +58,19 @@ class ChatEngine:
     model: str
     tokenizer: Any
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, on_ready: OnReady = nobody_waits, count: Count = uncounted
+    ) -> list[Rollout]:
+        """Nothing is counted: nobody knows the model."""
         asked = [(prompt, sample) for prompt in prompts for sample in range(sampling.num_samples)]
+
+        def write(server: Server, prompt: Prompt, sample: int) -> Rollout:
+            rollout = self._write(server, prompt, sample, sampling)
+            on_ready([rollout])
+            return rollout
+
         jobs = [
-            self.servers.submit(lambda server, one=prompt, n=sample: self._write(server, one, n, sampling))
-            for prompt, sample in asked
+            self.servers.submit(lambda server, one=prompt, n=sample: write(server, one, n)) for prompt, sample in asked
         ]
         return self.servers.gather(jobs)
 

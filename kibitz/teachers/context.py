@@ -14,7 +14,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kibitz.config import ContextConfig
 from kibitz.data import encode_prompt
-from kibitz.engines import Engine
+from kibitz.engines import Engine, OnReady, nobody_waits
+from kibitz.ledger import Count, uncounted
 from kibitz.models import LanguageModel
 from kibitz.signals import Signal
 from kibitz.teachers import Scorer, ScoreRequest, Teacher
@@ -73,13 +74,12 @@ def in_context(teacher: Teacher, config: ContextConfig, tokenizer: Any) -> Teach
         prompts = [rendering(r.prompt, seen) for r, seen in zip(rollouts, seen_of(rollouts), strict=True)]
         return [replace(r, prompt=prompt) for r, prompt in zip(rollouts, prompts, strict=True)]
 
+    examiner = teacher.examiner
     return replace(
         teacher,
-        everywhere=False,  # the rows of others need not have the columns
         scorer=lambda request: InContext(teacher, teacher.scorer, request, read),
-        aside=lambda request: InContext(teacher, teacher.aside or teacher.scorer, request, read),
+        examiner=None if examiner is None else lambda request: InContext(teacher, examiner, request, read),
         writer=lambda make: ContextEngine(teacher.writer(make), rendering),
-        flops=lambda rollouts, num_tokens=(): teacher.flops(read(rollouts), num_tokens),
         check=lambda prompts, max_tokens: teacher.check([rendering(prompt) for prompt in prompts], max_tokens),
     )
 
@@ -124,10 +124,15 @@ class ContextEngine:
     def __init__(self, engine: Engine, rendering: Rendering):
         self.engine, self.rendering = engine, rendering
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        written = self.engine.generate([self.rendering(prompt) for prompt in prompts], sampling)
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, on_ready: OnReady = nobody_waits, count: Count = uncounted
+    ) -> list[Rollout]:
+        """The rollouts are ready when all are."""
+        written = self.engine.generate([self.rendering(prompt) for prompt in prompts], sampling, count=count)
         asked = (prompt for prompt in prompts for _ in range(sampling.num_samples))
-        return [replace(rollout, prompt=prompt) for rollout, prompt in zip(written, asked, strict=True)]
+        rollouts = [replace(rollout, prompt=prompt) for rollout, prompt in zip(written, asked, strict=True)]
+        on_ready(rollouts)
+        return rollouts
 
     def sync(self, student: LanguageModel) -> None:
         self.engine.sync(student)

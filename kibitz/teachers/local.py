@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from kibitz.logprobs import gather_tokens, log_probs
 from kibitz.models import LanguageModel
 from kibitz.signals import Dense, Sampled, Scored, Signal, TopK, cat_signals, locked
 from kibitz.teachers import ScoreRequest, Teacher
-from kibitz.teachers.stored import KINDS, identity
+from kibitz.teachers.stored import KINDS
 from kibitz.types import Rollout
 
 CHUNK_TOKENS = 256
@@ -24,16 +25,15 @@ carry."""
 def local_teacher(model: LanguageModel) -> Teacher:
     """A model of this process as a teacher. Its parameters learn nothing any more."""
     model.requires_grad_(False)
+    scorer = partial(LocalScorer, model)
     return Teacher(
-        name=model.name,
         kinds=KINDS,
-        scorer=lambda request: LocalScorer(model, request),
+        scorer=scorer,
+        examiner=scorer,
         writer=lambda make: make(model),
         num_parameters=model.num_parameters,
-        flops=model.pass_flops,
         check=model.check_lengths,
         models=(model,),
-        identity=lambda: identity(model),
     )
 
 
@@ -53,6 +53,7 @@ class LocalScorer:
                 for index, rollout in zip(indices, members, strict=True):
                     signals[index] = signal[start : start + rollout.num_tokens]
                     start += rollout.num_tokens
+        self.request.count(self.model, rollouts)
         return [signals[i] for i in range(len(rollouts))]
 
     def _score_together(self, rollouts: Sequence[Rollout], waits: bool) -> Signal:

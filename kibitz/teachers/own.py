@@ -3,13 +3,15 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kibitz.config import ModelConfig, StudentTeacherConfig
-from kibitz.engines import Engine
+from kibitz.engines import Engine, OnReady, nobody_waits
 from kibitz.engines.torch import TorchEngine
+from kibitz.ledger import Count, uncounted
 from kibitz.models import LanguageModel
 from kibitz.models.load import load_model
 from kibitz.signals import Signal
@@ -32,21 +34,21 @@ def own_teacher(config: StudentTeacherConfig, start: ModelConfig, student: Langu
             return replace(local_teacher(average.model), sync=average.follow, stateful={"teacher": average})
 
 
-def base_teacher(student: LanguageModel, name: str = "teacher") -> Teacher:
+def base_teacher(student: LanguageModel) -> Teacher:
     """The base that a student's adapter stands on, in the student's own memory. A run always begins with a new adapter, which
     changes nothing: this is the student before its first step, also where the run goes on from a checkpoint."""
-    return replace(_live(student, adapted=False), name=name)
+    return _live(student, adapted=False)
 
 
 def _live(student: LanguageModel, adapted: bool) -> Teacher:
     """The student's own weights, read without gradients."""
+    scorer = partial(LocalScorer if adapted else WithoutAdapter, student)
     return Teacher(
-        name="teacher",
         kinds=KINDS,
-        scorer=lambda request: LocalScorer(student, request) if adapted else WithoutAdapter(student, request),
+        scorer=scorer,
+        examiner=scorer,
         writer=lambda make: make(student) if adapted else _base_engine(student, make),
         num_parameters=student.num_parameters,
-        flops=student.pass_flops,
         check=student.check_lengths,
     )
 
@@ -69,9 +71,11 @@ class BaseEngine:
     def __init__(self, engine: Engine, student: LanguageModel):
         self.engine, self.student = engine, student
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, on_ready: OnReady = nobody_waits, count: Count = uncounted
+    ) -> list[Rollout]:
         with self.student.adapter_off():
-            return self.engine.generate(prompts, sampling)
+            return self.engine.generate(prompts, sampling, on_ready, count)
 
     def sync(self, student: LanguageModel) -> None:
         self.engine.sync(student)

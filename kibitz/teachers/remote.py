@@ -61,15 +61,13 @@ def remote_teacher(config: RemoteTeacherConfig, tokenizer: Any) -> Teacher:
         raise
     kinds: tuple[SignalKind, ...] = ("top_k", "named", "sampled")
     return Teacher(
-        name="teacher",
         kinds=kinds,
         scorer=lambda request: RemoteScorer(served, _possible(served, request)),
+        examiner=None,
         writer=partial(_writes_nothing, served),
         num_parameters=0,
-        flops=lambda rollouts, num_tokens: 0.0,
         check=partial(_check_lengths, served),
         close=servers.close,
-        reads_all=False,
     )
 
 
@@ -150,13 +148,14 @@ class RemoteScorer:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_early", {})
 
-    def expect(self, rollouts: Sequence[Rollout]) -> None:
+    def prefetch(self, rollouts: Sequence[Rollout]) -> None:
         """Begin with rollouts that `score` will be asked about, while others are still written. The same numbers: a text
         is scored by itself."""
         assert self._early is not None
         if self.request.kind != "named":
             for rollout in rollouts:
-                self._early[_text(rollout)] = self._submit(rollout, None)
+                if _text(rollout) not in self._early:
+                    self._early[_text(rollout)] = self._submit(rollout, None)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
         assert self._early is not None

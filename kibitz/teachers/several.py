@@ -1,18 +1,20 @@
 """Several teachers: each prompt has one or more of them, by its row, its task or none of these, and those of one prompt
 speak together, as a mixture in probability space."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from kibitz.config import MethodConfig, SignalKind, TeacherConfig
-from kibitz.engines import Engine
-from kibitz.engines.torch import TorchEngine
+from kibitz.engines import Engine, OnReady, nobody_waits
+from kibitz.engines.torch import Student, TorchEngine
+from kibitz.ledger import Count, uncounted
 from kibitz.logprobs import log_mixture
 from kibitz.models import LanguageModel
 from kibitz.signals import Dense, Sampled, Signal
-from kibitz.teachers import MakeEngine, Scorer, ScoreRequest, Teacher
+from kibitz.teachers import MakeEngine, Scorer, ScoreRequest, Teacher, Voice
 from kibitz.teachers.local import reduced
 from kibitz.teachers.mixture import Mix, MixedDecoder, MixedHead, mix_of
 from kibitz.types import Prompt, Rollout, Sampling
@@ -68,42 +70,40 @@ def routed(configs: Sequence[TeacherConfig], prompts: Sequence[Prompt], method: 
 
 def several(members: Sequence[Teacher], configs: Sequence[TeacherConfig]) -> Teacher:
     """All of them as one teacher."""
-    members = [
-        replace(member, name=name_of(config, place))
-        for place, (member, config) in enumerate(zip(members, configs, strict=True))
-    ]
     mix = remembered(configs)
     kinds: tuple[SignalKind, ...] = tuple(
         kind for kind in members[0].kinds if all(kind in member.kinds for member in members)
     )
     numbers: dict[str, float] = {}
+    examiners = _examiners(members)
 
     def of(prompts: Sequence[Prompt], place: int) -> list[int]:
         return [i for i, prompt in enumerate(prompts) if any(place == at for at, _ in mix(prompt))]
-
-    def flops(rollouts: Sequence[Rollout], num_tokens: Sequence[int] = ()) -> float:
-        total = 0.0
-        for place, member in enumerate(members):
-            own = of([r.prompt for r in rollouts], place)
-            total += member.flops([rollouts[i] for i in own], [num_tokens[i] for i in own] if num_tokens else ())
-        return total
 
     def check(prompts: Sequence[Prompt], max_tokens: int) -> None:
         for place, member in enumerate(members):
             if own := of(prompts, place):
                 member.check([prompts[i] for i in own], max_tokens)
 
+    def voices(prompt: Prompt) -> list[Voice]:
+        """Those who speak about a prompt, and the others who could: one with a context reads columns of its own rows."""
+        speak = dict(mix(prompt))
+        return [
+            Voice(name_of(config, place), math.exp(speak[place]) if place in speak else 0.0, member)
+            for place, (member, config) in enumerate(zip(members, configs, strict=True))
+            if member.examiner is not None and (place in speak or config.context is None)
+        ]
+
     def each(call: Callable[[Teacher], object]) -> None:
         for member in members:
             call(member)
 
     return Teacher(
-        name="the teachers",
         kinds=kinds,
         scorer=lambda request: SeveralScorer(members, mix, request, numbers),
+        examiner=None if examiners is None else lambda request: SeveralScorer(examiners, mix, request, {}),
         writer=lambda make: SeveralEngine(members, mix, make),
         num_parameters=sum(member.num_parameters for member in members),
-        flops=flops,
         check=check,
         sync=lambda student: each(lambda member: member.sync(student)),
         metrics=lambda: {**numbers, **{k: v for member in members for k, v in member.metrics().items()}},
@@ -111,16 +111,15 @@ def several(members: Sequence[Teacher], configs: Sequence[TeacherConfig]) -> Tea
         stateful={
             name if i == 0 else f"{name}-{i}": kept for i, m in enumerate(members) for name, kept in m.stateful.items()
         },
-        members=tuple(members),
-        reads_all=all(member.reads_all for member in members),
-        aside=lambda request: SeveralScorer([_aside(member) for member in members], mix, request, {}),
         models=[model for member in members for model in member.models],
-        mix=lambda prompt: dict(mix(prompt)),
+        voices=voices,
     )
 
 
-def _aside(member: Teacher) -> Teacher:
-    return member if member.aside is None else replace(member, scorer=member.aside)
+def _examiners(members: Sequence[Teacher]) -> list[Teacher] | None:
+    """The same teachers as they answer evaluations, if all of them do."""
+    found = [replace(member, scorer=ask) for member in members if (ask := member.examiner) is not None]
+    return found if len(found) == len(members) else None
 
 
 def remembered(configs: Sequence[TeacherConfig]) -> Callable[[Prompt], Mix]:
@@ -205,9 +204,11 @@ class SeveralEngine:
 
     def __init__(self, members: Sequence[Teacher], mix: Callable[[Prompt], Mix], make: MakeEngine):
         self.members, self.mix, self.make = members, mix, make
-        self.engines: dict[Mix, Engine] = {}
+        self.engines: dict[Mix, tuple[Engine, list[Student]]] = {}
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, on_ready: OnReady = nobody_waits, count: Count = uncounted
+    ) -> list[Rollout]:
         places: dict[Mix, list[int]] = {}
         for place, prompt in enumerate(prompts):
             places.setdefault(self.mix(prompt), []).append(place)
@@ -215,7 +216,11 @@ class SeveralEngine:
         for mix, own in places.items():
             if mix not in self.engines:
                 self.engines[mix] = self._engine(mix)
-            rollouts = iter(self.engines[mix].generate([prompts[place] for place in own], sampling))
+            engine, others = self.engines[mix]
+            rollouts = engine.generate([prompts[place] for place in own], sampling, on_ready, count)
+            for model in others:
+                count(model, rollouts)
+            rollouts = iter(rollouts)
             for place in own:
                 written[place] = [next(rollouts) for _ in range(sampling.num_samples)]
         return [rollout for group in written for rollout in group]
@@ -224,16 +229,17 @@ class SeveralEngine:
         """Teachers follow the student by themselves, if at all."""
 
     def close(self) -> None:
-        for engine in self.engines.values():
+        for engine, _ in self.engines.values():
             engine.close()
 
-    def _engine(self, mix: Mix) -> Engine:
+    def _engine(self, mix: Mix) -> tuple[Engine, list[Student]]:
+        """Who writes for these teachers, and the models that read along."""
         if len(mix) == 1:
-            return self.members[mix[0][0]].writer(self.make)
+            return self.members[mix[0][0]].writer(self.make), []
         engines = [self.members[place].writer(self.make) for place, _ in mix]
         writers = [engine for engine in engines if isinstance(engine, TorchEngine)]
         if len(writers) < len(mix):
             raise ValueError(f"these teachers cannot write together: {ALONG}")
         vocab_size = min(writer.student.vocab_size for writer in writers)
         writers[0].use(MixedDecoder([writer.decoder() for writer in writers], mix, vocab_size))
-        return writers[0]
+        return writers[0], [writer.student for writer in writers[1:]]

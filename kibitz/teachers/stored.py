@@ -277,19 +277,16 @@ def _content(rollout: Rollout) -> str:
 
 
 def with_store(teacher: Teacher, folder: Path, settings: Mapping[str, Any], device: torch.device) -> Teacher:
-    """`teacher`, which is never asked twice. `settings` are those of its section that change what it says."""
-    store, tally = Store(folder, {**teacher.identity(), "settings": dict(settings)}, device), Tally()
-
-    def flops(rollouts: Sequence[Rollout], num_tokens: Sequence[int]) -> float:
-        """Writing as ever; scoring of those that were not held."""
-        read = rollouts if num_tokens else [r for r in rollouts if _content(r) in tally.read]
-        return teacher.flops(read, num_tokens) if read else 0.0
-
+    """`teacher`, which is never asked twice. `settings` are those of its section that change what it says. Its examiner
+    stays as it is: what is measured once need not fill the disk."""
+    if len(teacher.models) != 1 or teacher.stateful:
+        raise ValueError(
+            "teacher.store: this teacher changes or has no name, so what it says cannot be kept: leave out store"
+        )
+    store, tally = Store(folder, {**identity(teacher.models[0]), "settings": dict(settings)}, device), Tally()
     return replace(
         teacher,
         scorer=lambda request: StoredScorer(store, request, teacher.scorer(request), tally),
-        aside=teacher.aside or teacher.scorer,  # what is measured once need not fill the disk
-        flops=flops,
         metrics=lambda: {**teacher.metrics(), **tally.close(store)},
     )
 
@@ -309,12 +306,10 @@ def stored_teacher(folder: Path, device: torch.device) -> Teacher:
         raise ValueError("stored scores cannot write responses: name a model as the teacher")
 
     return Teacher(
-        name="stored scores",
         kinds=store.kinds,
         scorer=lambda request: StoredScorer(store, request, None, tally),
+        examiner=None,
         writer=writer,
         num_parameters=store.who["num_parameters"],
-        flops=lambda rollouts, num_tokens: 0.0,
         metrics=lambda: tally.close(store),
-        reads_all=False,
     )

@@ -1,7 +1,6 @@
 """Setup turns a recipe into everything that a run needs, cheapest first: what can be refused is refused before weights load."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,10 +14,11 @@ from kibitz import config, optim
 from kibitz.config import DataConfig, FrozenConfig, LocalTeacherConfig, Recipe, RecipeError, StudentTeacherConfig
 from kibitz.data import PromptStream, encode_response, load_grader, load_prompts
 from kibitz.engines import Engine
-from kibitz.engines.build import make_engine
-from kibitz.engines.vllm import VLLMEngine
+from kibitz.engines.build import ENGINES, make_engine
+from kibitz.engines.spread import Counted
 from kibitz.evaluate.evaluate import Evaluator
 from kibitz.graders import Grader
+from kibitz.ledger import Ledger
 from kibitz.methods import Parts
 from kibitz.methods.stored import load_rollouts
 from kibitz.models import LanguageModel, lora, offload
@@ -40,6 +40,7 @@ from kibitz.teachers.local import local_teacher
 from kibitz.teachers.own import base_teacher
 from kibitz.training import trackers
 from kibitz.training.folder import RunFolder, open_folder
+from kibitz.training.memory import Gauge
 from kibitz.types import Prompt, Rollout, Sampling
 
 
@@ -58,18 +59,6 @@ class Setup:
     evaluator: Evaluator | None
     parts: Parts
     ranks: Ranks
-
-    @contextmanager
-    def overheard(self) -> Iterator[None]:
-        """While rollouts are written, those that are done go to who can begin with them: a teacher behind a server."""
-        if not isinstance(self.engine, VLLMEngine):
-            yield
-            return
-        self.engine.finished = lambda rollouts: [hear(rollouts) for hear in self.parts.hears]
-        try:
-            yield
-        finally:
-            self.engine.finished = lambda rollouts: None
 
     def close(self) -> None:
         """Let go of servers and of what the teacher holds."""
@@ -122,15 +111,17 @@ def prepare(
         check([*prompts, *held_out], recipe.rollout.max_tokens)
     pack_rows([student, *(m for t in (teacher, reference) if t is not None for m in t.models)], recipe.optim.packing)
     learner = fsdp.learner_of(student, ranks)
-    engine = _engine(recipe, student, prompts[:2], ranks)
+    engine = make_engine(recipe.rollout, student, folder.path, prompts[:2], ranks)
     sampling = _sampling(recipe, student)
-    examiner = teacher if teacher is not None and teacher.reads_all else None
     evaluator = None
     if held_out:
+        examiner = teacher if teacher is not None and teacher.examiner is not None else None
         eval_sampling = replace(sampling, num_samples=recipe.eval.samples, seed=recipe.eval.seed)
         evaluator = Evaluator(student, engine, examiner, held_out, grader, eval_sampling, recipe.eval.split, ranks)
     encode = partial(encode_response, tokenizer)
-    parts = Parts(recipe, student, engine, teacher, sampling, encode, loss, mask_ids, stored, reference, ranks=ranks)
+    ledger = Ledger(watch=Gauge(student.device))
+    counted = Counted(engine, ledger.reading("student_sampling"))
+    parts = Parts(recipe, student, counted, teacher, sampling, encode, loss, mask_ids, stored, reference, ranks, ledger)
     parts.stateful.update({} if teacher is None else teacher.stateful)
     stream = PromptStream(prompts, recipe.seed, recipe.data.shuffle)
     return Setup(
@@ -157,11 +148,6 @@ def _teacher_loader(recipe: Recipe, ranks: Ranks) -> Callable[..., LanguageModel
     if ranks.size == 1 or not recipe.parallel.shard_teacher:
         return offload.load_frozen
     return partial(fsdp.load_frozen, ranks=ranks, instead=fsdp.WHOLE_TEACHER)
-
-
-def _engine(recipe: Recipe, student: LanguageModel, probe: Sequence[Prompt], ranks: Ranks) -> Engine:
-    make = partial(make_engine, recipe.rollout, student, Path(recipe.output), probe)
-    return ranks.spread(make()) if recipe.rollout.engine == "torch" else ranks.of_first(make)
 
 
 def _stored(recipe: Recipe, prompts: Sequence[Prompt], vocab_size: int) -> dict[str, list[Rollout]] | None:
@@ -222,10 +208,7 @@ def _check_parts(recipe: Recipe) -> None:
             "teacher.student: such a teacher would be whole in each process, and the student never is: write teacher.model, "
             "or parallel.whole_copy=true"
         )
-    if recipe.rollout.engine == "vllm" and recipe.rollout.server.sync == "nccl":
-        raise RecipeError(
-            "rollout.server.sync: nccl sends a whole student: write rollout.server.sync=auto, or parallel.whole_copy=true"
-        )
+    ENGINES[recipe.rollout.engine].check_parts(recipe.rollout)
 
 
 def _kept_small(config: FrozenConfig) -> bool:
@@ -239,7 +222,7 @@ def _reference(recipe: Recipe, student: LanguageModel, ranks: Ranks) -> Teacher 
     if not method.needs_reference():
         return None
     if method.reference is None and student.adapter is not None:
-        return base_teacher(student, "reference")
+        return base_teacher(student)
     section, device = method.reference or recipe.student, student.device
     if isinstance(section, FrozenConfig) and (_kept_small(section) or recipe.parallel.whole_copy):
         return local_teacher(offload.load_frozen(section, "reference", device, student.tokenizer))

@@ -109,14 +109,14 @@ class Trainer:
         self.optimizer = Optimizer(self.learner.model, self.recipe.optim, keep_weights=rounded)
         assert "optimizer" not in self.setup.parts.stateful, "that is the name of the student's own"
         self.stateful: dict[str, Stateful] = {**self.setup.parts.stateful, "optimizer": self.optimizer}
-        gauge = Gauge(self.student.device)
-        self.done, self.ledger = 0, Ledger(watch=gauge)
+        self.done, self.ledger = 0, self.setup.parts.ledger
         self.guards = Guards(self.recipe.guards)
         if self.setup.resumed_from is not None:
             state = checkpoint.load_state(self.setup.resumed_from, self.stateful)
             self.done = state["step"]
             self.setup.stream.go_to(state["position"])
-            self.ledger, self.guards = Ledger(state["ledger"], gauge), Guards(self.recipe.guards, state["guards"])
+            self.ledger.resume(state["ledger"])
+            self.guards = Guards(self.recipe.guards, state["guards"])
         self.ledger.note_peaks("loading")
         self.saved = self.done
         self.ranks.gather(None)  # all have loaded what an overwritten run may hold
@@ -161,10 +161,7 @@ class Trainer:
         prompts = self.setup.stream.take(recipe.rollout.prompts_per_step)
         self.progress.phase("rollouts")
         with ledger.timed("sampling"):
-            with self.setup.overheard():
-                rollouts = self.method.rollout(prompts, step)
-            self.ranks.once(self.setup.parts.notes.flops)
-            rollouts = self._graded(rollouts)
+            rollouts = self._graded(self.method.rollout(prompts, step))
         rollouts, share_masked = self.guards.mask(rollouts)
         self.progress.phase("teacher")
         with ledger.timed("scoring"):
@@ -209,27 +206,31 @@ class Trainer:
         counts = self.ranks.add({"tokens": counts})["tokens"]
         sums: dict[str, Any] = defaultdict(Counter)  # whose counts are of nats
         batches = micro_batches(scored, self.recipe.optim.tokens_per_micro_batch)
-        for members, last in self.ranks.in_step([[scored[i] for i in indices] for indices in batches]):
+        own, passed = [[scored[i] for i in indices] for indices in batches], 0.0
+        for number, (members, last) in enumerate(self.ranks.in_step(own), 1):
             batch = pack(members, self.student.device)
             reduce_gradients(self.learner, last or self.learner is self.student)
             total, values = self.method.loss(self.learner, batch)
+            if number <= len(own):  # the others keep this process in step with the rest, and are padding
+                passed += self.student.pass_flops([one.rollout for one in members])
             if total.requires_grad:
                 (total / max(1, counts[batch.objective])).backward()
             learnt_T = batch.tokens.weight_T > 0
             for name, value_T in values.items():
                 sums[name][batch.objective] += value_T[learnt_T].sum(dtype=torch.float64).item()
+        # Forward; backward to the activations, and to the weights that learn.
+        learns = self.student.num_trainable / self.student.num_parameters
+        self.ledger.spend("student_training", (2 + learns) * passed)
         return _means(self.ranks.add(sums), counts), counts.total()
 
     def _write_metrics(
         self, rollouts: list[Rollout], means: dict[str, float], num_tokens: int, more: dict[str, float]
     ) -> None:
-        self._count_flops(rollouts)
         rollouts = [r for r in rollouts if not r.objective]
-        costs = self.ledger.close_step()
+        noted = dict(self.ledger.metrics)
+        costs = self.ledger.close_step(lambda spent: self.ranks.add({"flops": spent})["flops"])
         rewards = [r.reward for r in rollouts if r.reward is not None]
-        notes = self.setup.parts.notes
-        row: dict[str, Any] = {"step": self.done, **means, **notes.metrics, **more, "num_tokens": num_tokens}
-        notes.clear()
+        row: dict[str, Any] = {"step": self.done, **means, **noted, **more, "num_tokens": num_tokens}
         row |= {"reward": fmean(rewards)} if rewards else {}
         row |= {
             "response_tokens": fmean(r.num_tokens for r in rollouts),
@@ -255,29 +256,6 @@ class Trainer:
             self.progress.note(f"step {alarm.step}: {alarm.name}: {alarm.symptom}. {alarm.remedy}")
             if alarm.action == "stop":
                 self.stopped_by = alarm
-
-    def _count_flops(self, rollouts: list[Rollout]) -> None:
-        """What each model did for these rollouts. Whoever wrote a token of one read all of it, but for a teacher that
-        wrote its beginning only."""
-        own = [r for r in rollouts if not r.objective]
-        # Forward; backward to the activations, and to the weights that learn.
-        learns, teacher = self.student.num_trainable / self.student.num_parameters, self.setup.teacher
-        training = (2 + learns) * self.student.pass_flops(rollouts)
-        if self.recipe.method.scores_with_student():
-            training += self.student.pass_flops(own)
-        self.ledger.add("flops", "student_training", training)
-        flops = {Writer.STUDENT: self.student.pass_flops}
-        flops |= {} if teacher is None else {Writer.TEACHER: teacher.flops}
-        for writer, flops_of in flops.items():
-            written = [r for r in rollouts if r.has_tokens_of(writer)]
-            if written:
-                read = [(writer == Writer.TEACHER and r.num_seeded) or r.num_tokens for r in written]
-                self.ledger.add("flops", f"{writer.name.lower()}_sampling", flops_of(written, read))
-        if teacher is not None and self.recipe.method.scores_with_teacher():
-            self.ledger.add("flops", "teacher_scoring", teacher.flops(own, ()))
-        noted = self.ranks.add({"flops": Counter(self.setup.parts.notes.flops)})["flops"]
-        for phase, amount in noted.items():
-            self.ledger.add("flops", phase, amount)
 
     def evaluate(self) -> None:
         if self.setup.evaluator is None:

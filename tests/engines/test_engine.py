@@ -3,6 +3,7 @@
 import hashlib
 import math
 import warnings
+from typing import get_args
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from kibitz.config import RolloutConfig
+from kibitz.engines.build import ENGINES
 from kibitz.engines.cache import CachedDecoder, PlainDecoder, decoder_error
 from kibitz.engines.fake import FakeEngine
 from kibitz.engines.fused import FusedDecoder
@@ -123,6 +126,21 @@ def test_logp_and_tokens_equal_a_full_forward(name, decoder):
         seed = torch.tensor([row_seed(0, rollout.prompt.key, rollout.sample)])
         uniform_T = uniforms(seed, torch.arange(rollout.num_tokens))
         assert draw(full_forward_logits(student, rollout).log_softmax(-1), uniform_T).tolist() == rollout.response_ids
+
+
+def test_each_rollout_is_ready_once_and_before_the_slower_ones():
+    student, ready, read = bare_model(CONFIGS["qwen3 tied"]), [], []
+    sampling = Sampling(max_tokens=24, num_samples=3, stop_ids=STOPS)
+    count = lambda model, rollouts: read.append((model, rollouts))  # noqa: E731
+    written = make_engine(student, max_rows=5).generate(
+        random_prompts([1, 9, 2, 30], VOCAB), sampling, ready.append, count
+    )
+    assert sorted(id(r) for some in ready for r in some) == sorted(map(id, written)) and len(ready) > 3
+    assert read == [(student, written)], "the student reads each text once"
+
+
+def test_every_engine_of_a_recipe_is_in_the_table():
+    assert set(get_args(RolloutConfig.model_fields["engine"].annotation)) == ENGINES.keys()
 
 
 def test_the_engine_takes_the_fastest_decoder_that_fits():

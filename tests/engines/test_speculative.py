@@ -156,6 +156,18 @@ def test_the_whole_vocabulary_is_on_policy_token_by_token(pair):
     assert share_of_teacher(ours) == share_of_teacher(theirs) == 0.0
 
 
+def test_both_models_read_every_text_and_each_is_ready_once(pair):
+    prompts, sampling = (
+        random_prompts([4, 1, 12, 6], VOCAB),
+        Sampling(max_tokens=13, num_samples=3, stop_ids=STOPS, seed=7),
+    )
+    ready, read = [], []
+    engine = SpeculativeEngine(*pair, draft_tokens=4, max_rows=5)
+    written = engine.generate(prompts, sampling, ready.append, lambda model, rollouts: read.append((model, rollouts)))
+    assert sorted(id(r) for some in ready for r in some) == sorted(map(id, written)) and len(ready) > 1
+    assert read == [(pair[0], written), (pair[1], written)]
+
+
 def test_a_k_of_one_with_a_greedy_teacher_follows_its_argmax(pair):
     prompts, sampling = random_prompts([4, 1, 12, 6], VOCAB), Sampling(max_tokens=12, stop_ids=STOPS)
     ours = SpeculativeEngine(*pair, top_k=1, teacher_temperature=0.0).generate(prompts, sampling)

@@ -125,7 +125,7 @@ def test_the_action_values_climb_to_the_bound(models, tmp_path):
         "on_policy": 8,
         "off_policy": 8,
     }
-    metrics = setup.parts.notes.metrics
+    metrics = setup.parts.ledger.metrics
     for name in ("on_policy", "off_policy"):
         assert 0.9 * metrics[f"moment_bound_{name}"] < metrics[f"moment_gap_{name}"] < metrics[f"moment_bound_{name}"]
 

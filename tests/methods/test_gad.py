@@ -67,10 +67,10 @@ def test_it_learns_to_separate_two_distributions(models, tmp_path):
     for _ in range(40):
         method.comparisons = [[draw(3), draw(8), draw(8)] for _ in range(8)]
         method._judge()
-    assert setup.parts.notes.metrics["discriminator_loss"] < 0.2
+    assert setup.parts.ledger.metrics["discriminator_loss"] < 0.2
     method.comparisons = [[draw(3), draw(8)] for _ in range(100)]
     method._judge()
-    assert setup.parts.notes.metrics["discriminator_accuracy"] == 1.0
+    assert setup.parts.ledger.metrics["discriminator_accuracy"] == 1.0
 
 
 def test_its_step_does_not_depend_on_the_micro_batch(models, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.lab import odd
 from support.models import full_logp, of_written
-from support.runs import STEP, crash_and_resume, recipe
+from support.runs import STEP, crash_and_resume, model_of, recipe
 
 import kibitz
 from kibitz import methods
@@ -48,6 +48,15 @@ def test_log_probabilities_are_those_of_the_mixture_at_every_token(lab, max_rows
         student, teacher = one.both(rollout)
         want = of_written((0.7 * student.exp() + 0.3 * teacher.exp()).log(), rollout)
         torch.testing.assert_close(rollout.logp_T.double(), want, rtol=0, atol=1e-4)
+
+
+def test_both_models_read_what_they_write_together(lab):
+    one, ready, read = lab({"type": "minillm"}), [], []
+    engine = MixtureEngine(one.student, teacher := model_of(one.parts.teacher), 0.3, max_rows=3)
+    count = lambda model, rollouts: read.append((model, rollouts))  # noqa: E731
+    written = engine.generate(one.setup.stream.take(8), one.parts.sampling, ready.extend, count)
+    assert sorted(map(id, ready)) == sorted(map(id, written))
+    assert read == [(one.student, written), (teacher, written)]
 
 
 def test_two_tokens_have_the_enumerated_probabilities(lab):

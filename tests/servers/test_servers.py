@@ -189,6 +189,25 @@ def test_rollouts_come_in_the_order_of_the_prompts_whoever_wrote_them(engine, tw
     assert all(r.finished == (r.response_ids[-1] == 2) for r in rollouts)
 
 
+def test_each_server_is_met_once(engine, two_models, tmp_path):
+    with Stub(two_models[0]) as one, Stub(two_models[0]) as other:
+        writer = engine([one.url, other.url], two_models[0], tmp_path)
+        writer.generate(PROMPTS, SAMPLING)
+        for stub in (one, other):
+            assert [path for path, _, _ in stub.asked].count("/v1/models") == 1
+
+
+def test_rollouts_are_ready_prompt_by_prompt_and_counted_together(engine, two_models, tmp_path):
+    with Stub(two_models[0]) as stub:
+        writer, ready, read = engine([stub.url], two_models[0], tmp_path), [], []
+        written = writer.generate(
+            PROMPTS, SAMPLING, ready.append, lambda model, rollouts: read.append((model, rollouts))
+        )
+    assert sorted(len(group) for group in ready) == [3] * len(PROMPTS)
+    assert sorted(id(r) for group in ready for r in group) == sorted(map(id, written))
+    assert read == [(writer.student, written)]
+
+
 def test_another_seed_or_prompt_key_gives_other_requests(engine, two_models, tmp_path):
     with Stub(two_models[0]) as stub:
         writer = engine([stub.url], two_models[0], tmp_path)

@@ -19,7 +19,7 @@ from kibitz.batching import pack
 from kibitz.config import RecipeError
 from kibitz.config.servers import ServerConfig
 from kibitz.config.teachers import RemoteTeacherConfig
-from kibitz.engines.torch import TorchEngine
+from kibitz.engines.torch import TorchEngine, _Flight
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import Divergence
 from kibitz.methods.candidates import student_top_k
@@ -106,7 +106,7 @@ def test_what_is_scored_early_is_the_same(two_models, rollouts, teacher):
         scorer = teacher(stub).scorer(ScoreRequest("top_k", top_k=3))
         later = scorer.score(rollouts)
         stub.asked.clear()
-        scorer.expect(rollouts[::-1])
+        scorer.prefetch(rollouts[::-1])
         early = scorer.score(rollouts)
         assert len(stub.asked) == len(rollouts)
     assert all(
@@ -182,6 +182,56 @@ def test_the_teacher_begins_while_others_are_still_written(two_models, tmp_path)
         Trainer(setup, NullProgress()).step()
         setup.close()
     assert held == 8 and asked.is_set()
+
+
+def test_the_teacher_begins_beside_the_embedded_engine(folders, tmp_path, monkeypatch):
+    """The last rollouts of a step are held back until the teacher has been asked about others. Each text is asked about
+    once, and the loss is that of a teacher that waits for all."""
+    losses, asked, release = [], [], _Flight.release
+    begun, seen = threading.Event(), []
+
+    def hold(flight, done):
+        if len(flight.rollouts) + len(done) == len(flight.jobs) == 16:  # 8 prompts of 2 samples
+            seen.append(begun.wait(20 if not losses else 0))
+        release(flight, done)
+
+    def notice(path, answer):
+        if "generate" in path:
+            begun.set()
+            asked.append(path)
+        return answer
+
+    for name in ("early", "late"):
+        with Stub(folders[1]) as teacher:
+            tree = small_recipe(
+                folders[0], None, tmp_path / name, steps=1, rollout={"max_rows": 3},
+                method={"type": "opd", "support": "sampled"}, eval={"num_prompts": 1, "samples": 1},
+            )  # fmt: skip
+            setup = prepare({**tree, "teacher": {"url": teacher.url}})
+            trainer, teacher.bend = Trainer(setup, NullProgress()), notice
+            begun.clear()
+            asked.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(_Flight, "release", hold)
+                trainer.step()
+            setup.close()
+            assert len(asked) <= 16
+            losses.append(trainer.folder.metrics.read()[-1]["loss"])
+        monkeypatch.setattr(RemoteScorer, "prefetch", lambda self, rollouts: None)
+    assert seen == [True, False] and losses[0] == losses[1]
+
+
+def test_the_pass_that_names_tokens_is_the_students(folders, tmp_path):
+    """A server is asked about the student's likeliest tokens, which takes one more pass of the student: a third of what
+    forward and backward cost. What the teacher's server computes nobody knows."""
+    flops = []
+    with Stub(folders[1]) as stub:
+        for of in ("student", "teacher"):
+            method = {"type": "opd", "support": "top_k", "top_k": 5, "top_k_of": of}
+            tree = small_recipe(folders[0], None, tmp_path / of, steps=1, method=method, eval={"num_prompts": 1})
+            flops.append(kibitz.train({**tree, "teacher": {"url": stub.url}}).metrics[0]["flops"])
+    assert flops[0]["student_training"] == pytest.approx(4 / 3 * flops[1]["student_training"])
+    assert all(row.keys() == {"student_training", "student_sampling"} for row in flops)
 
 
 # ------------------------------------------------------------------ answers that cannot be

@@ -15,6 +15,7 @@ from kibitz.cli import app
 from kibitz.config import LocalTeacherConfig, StoredTeacherConfig
 from kibitz.data import load_prompts
 from kibitz.engines.torch import TorchEngine
+from kibitz.ledger import Ledger
 from kibitz.models.load import load_tokenizer
 from kibitz.signals import Dense, Sampled, TopK
 from kibitz.teachers import ScoreRequest, build
@@ -69,7 +70,6 @@ def test_a_second_run_makes_no_forward_of_the_teacher(small_models, rollouts, tm
     teacher = teacher_of(small_models, tmp_path / "s")
     monkeypatch.setattr(LocalScorer, "score", lambda *_: pytest.fail("the teacher was asked again"))
     teacher.scorer(ASKS[0]).score(rollouts)
-    assert teacher.flops(rollouts, ()) == 0.0
     metrics = teacher.metrics()
     assert metrics["stored_share"] == 1.0
     assert metrics["store_bytes"] == sum(path.stat().st_size for path in (tmp_path / "s").iterdir())
@@ -78,15 +78,22 @@ def test_a_second_run_makes_no_forward_of_the_teacher(small_models, rollouts, tm
 
 
 def test_only_what_is_missing_is_asked_and_counted(small_models, rollouts, tmp_path):
-    teacher = teacher_of(small_models, tmp_path / "s")
-    teacher.scorer(ASKS[0]).score(rollouts[:4])
-    assert teacher.flops(rollouts[:4], ()) == teacher_of(small_models, None).flops(rollouts[:4], ())
+    teacher, ledger = teacher_of(small_models, tmp_path / "s"), Ledger()
+    ask = replace(ASKS[0], count=ledger.reading("scoring"))
+    teacher.scorer(ask).score(rollouts[:4])
+    assert ledger.close_step()["flops"] == {"scoring": teacher.models[0].pass_flops(rollouts[:4])}
     teacher.metrics()
-    both = teacher.scorer(ASKS[0]).score(rollouts)
-    assert teacher.flops(rollouts, ()) == teacher_of(small_models, None).flops(rollouts[4:], ())
-    assert teacher.metrics()["stored_share"] == pytest.approx(4 / 6)
+    both = teacher.scorer(ask).score([*rollouts, replace(rollouts[4])])  # a text that stands there twice is read once
+    assert ledger.close_step()["flops"] == {"scoring": teacher.models[0].pass_flops(rollouts[4:])}
+    assert teacher.metrics()["stored_share"] == pytest.approx(5 / 7)
     heads = {id(signal.head) for signal in both}
     assert len(heads) == 1, "signals of several rollouts are joined, which takes one head"
+
+
+def test_an_evaluation_fills_no_store(small_models, rollouts, tmp_path):
+    teacher = teacher_of(small_models, tmp_path / "s")
+    assert same(teacher.score(rollouts), teacher_of(small_models, None).score(rollouts))
+    assert teacher.metrics()["store_bytes"] == (tmp_path / "s" / "store.json").stat().st_size
 
 
 def changed_weight(folder: Path) -> None:

@@ -13,6 +13,7 @@ import kibitz.models.load
 from kibitz import config, train
 from kibitz.config import ContextConfig, RecipeError, StudentTeacherConfig
 from kibitz.engines.torch import TorchEngine
+from kibitz.ledger import Ledger
 from kibitz.teachers import ScoreRequest
 from kibitz.teachers.context import Rendering, in_context, seen_of
 from kibitz.teachers.local import local_teacher
@@ -197,7 +198,9 @@ def test_positions_shift_by_the_length_of_the_teachers_prompt(models):
     theirs = [
         replace(r, prompt=replace(r.prompt, ids=(0,) * (len(h) + 6))) for h, r in zip(hints, rollouts, strict=True)
     ]
-    assert teacher.flops(rollouts, ()) == local_teacher(model).flops(theirs, ())
+    ledger = Ledger()
+    teacher.scorer(ScoreRequest(count=ledger.reading("scoring"))).score(rollouts)
+    assert ledger.close_step()["flops"] == {"scoring": model.pass_flops(theirs)}, "its own prompts, not the student's"
     written = teacher.writer(TorchEngine).generate(prompts, Sampling(max_tokens=5, num_samples=2, seed=1))
     assert [r.prompt for r in written] == [p for p in prompts for _ in range(2)]
     alone = replace(prompts[2], ids=tuple(model.tokenizer(f"<bos>9+9={hints[2]}<assistant>")["input_ids"]))

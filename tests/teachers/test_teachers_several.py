@@ -14,6 +14,7 @@ from kibitz import config, methods, train
 from kibitz.config import LocalTeacherConfig, RecipeError
 from kibitz.engines.torch import TorchEngine
 from kibitz.evaluate.annotate import annotate
+from kibitz.ledger import Ledger
 from kibitz.logprobs import disagreement, log_mixture
 from kibitz.signals import Dense, Sampled, TopK, cat_signals
 from kibitz.teachers import ScoreRequest
@@ -163,11 +164,12 @@ def test_disagreement_is_logged_of_the_tokens_that_have_several_teachers(teacher
 
 
 def test_costs_and_lengths_are_those_of_whoever_speaks(teacher, loaded):
-    singles = [local_teacher(model) for model in loaded]
     want = sum(
-        singles[p].flops([r], ()) for r, ws in zip(ROLLOUTS, WEIGHTS, strict=True) for p, w in enumerate(ws) if w
+        loaded[p].pass_flops([r]) for r, ws in zip(ROLLOUTS, WEIGHTS, strict=True) for p, w in enumerate(ws) if w
     )
-    assert teacher.flops(ROLLOUTS, ()) == pytest.approx(want)
+    ledger = Ledger()
+    teacher.scorer(ScoreRequest("sampled", count=ledger.reading("scoring"))).score(ROLLOUTS)
+    assert ledger.close_step()["flops"] == {"scoring": want}
     assert teacher.num_parameters == sum(model.num_parameters for model in loaded)
     teacher.check([r.prompt for r in ROLLOUTS], 124)
     with pytest.raises(RecipeError, match="write rollout.max_tokens=124 or less"):
@@ -179,8 +181,13 @@ def test_each_prompt_is_answered_by_its_teacher_and_a_mixture_token_by_token(tea
     engine = teacher.writer(TorchEngine)
     prompts = [ROLLOUTS[i].prompt for i in (2, 1, 0, 3)]
     sampling = Sampling(max_tokens=9, num_samples=3, stop_ids=(2,), seed=4)
-    written = engine.generate(prompts, sampling)
+    ledger, ready = Ledger(), []
+    written = engine.generate(prompts, sampling, ready.extend, ledger.reading("sampling"))
     assert [r.prompt.key for r in written] == [prompt.key for prompt in prompts for _ in range(3)]
+    assert sorted(map(id, ready)) == sorted(map(id, written))
+    readers = [1, 1, 1, 0, 0, 0, 0, 0, 0, 2, 2, 2]  # of both that write the second prompt's text, one and the other
+    want = sum(loaded[place].pass_flops([r]) for place, r in zip(readers, written, strict=True))
+    assert ledger.close_step()["flops"]["sampling"] == want + loaded[1].pass_flops(written[3:6])
     for prompt, place, start in ((prompts[0], 1, 0), (prompts[2], 0, 6), (prompts[3], 2, 9)):
         alone = TorchEngine(loaded[place]).generate([prompt], sampling)
         assert [r.response_ids for r in alone] == [r.response_ids for r in written[start : start + 3]]

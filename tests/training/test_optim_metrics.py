@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,3 +146,19 @@ def test_the_ledger_adds_up():
     assert ledger.close_step()["flops"] == {"student_training": 4.0}
     assert ledger.total["flops"] == {"student_training": 7.0}
     assert Ledger(ledger.total).total["flops"]["student_training"] == 7.0
+
+
+def test_the_ledger_adds_over_processes_once():
+    """What one process spent is its own until the step is closed, where all of them are added."""
+    ledger = Ledger()
+    ledger.spend("scoring", 2.0)
+    ledger.reading("scoring")(SimpleNamespace(pass_flops=len), [None] * 3)
+    ledger.metrics["seen"] = 1.0
+    assert ledger.total["flops"] == {}
+    two_alike = lambda spent: {phase: 2 * flops for phase, flops in spent.items()}  # noqa: E731
+    assert ledger.close_step(two_alike)["flops"] == ledger.total["flops"] == {"scoring": 10.0}
+    assert ledger.close_step(two_alike)["flops"] == {} and ledger.metrics == {}
+    ledger.resume({"flops": {"scoring": 1.0}})
+    ledger.spend("scoring", 1.0)
+    ledger.close_step()
+    assert ledger.total["flops"] == {"scoring": 2.0}

@@ -27,17 +27,17 @@ class DriftConfig(MethodConfig):
 class Drift:
     """opd, whose weights follow a running mean of the responses' length: a step differs by what came before it."""
 
-    def __init__(self, inner, count, notes):
-        self.inner, self.count, self.notes, self.mean = inner, count, notes, torch.tensor(1.0)
+    def __init__(self, inner, count, ledger):
+        self.inner, self.count, self.ledger, self.mean = inner, count, ledger, torch.tensor(1.0)
         self.rollout, self.loss = inner.rollout, inner.loss
 
     def signal(self, rollouts, step):
         length = fmean(r.num_tokens for r in rollouts)
         self.mean = 0.7 * self.mean + 0.3 * length
         self.count.number += 1
-        self.notes.spend("counting", 5.0)
-        self.notes.spend("counting", 2.0)
-        self.notes.metrics["mean_length"] = self.mean.item() * self.count.number
+        self.ledger.spend("counting", 5.0)
+        self.ledger.spend("counting", 2.0)
+        self.ledger.metrics["mean_length"] = self.mean.item() * self.count.number
         scale = self.mean * self.count.number
         return [dataclasses.replace(s, weight_T=s.weight_T * scale) for s in self.inner.signal(rollouts, step)]
 
@@ -60,7 +60,7 @@ class Count:
 
 def build(config, parts):
     parts.stateful["count"] = Count()
-    return Drift(opd.build(OPDConfig(), parts), parts.stateful["count"], parts.notes)
+    return Drift(opd.build(OPDConfig(), parts), parts.stateful["count"], parts.ledger)
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_a_state_comes_back_bit_for_bit(models, tmp_path, drift, normalize):
     assert (run.checkpoint / "training" / "method.safetensors").is_file()
 
 
-def test_notes_stand_in_the_row_of_their_step(models, tmp_path, drift):
+def test_what_a_method_spends_and_logs_stands_in_the_row_of_their_step(models, tmp_path, drift):
     run = kibitz.train(recipe(*models, tmp_path / "run", method={"type": "drift"}, steps=2))
     assert [row["flops"]["counting"] for row in run.metrics] == [7.0, 7.0]
     assert run.metrics[1]["mean_length"] > run.metrics[0]["mean_length"] > 1

@@ -40,6 +40,13 @@ def test_opd_lowers_the_reverse_kl_and_leaves_the_files_of_a_run(models, tmp_pat
     assert json.loads((run.folder / "run.json").read_text())["status"] == "finished"
 
 
+def test_evaluations_are_no_part_of_the_cost(models, tmp_path):
+    often, never = (
+        kibitz.train(recipe(*models, tmp_path / str(every), steps=2, eval={"every": every})).metrics for every in (1, 0)
+    )
+    assert [row["flops"] for row in often] == [row["flops"] for row in never]
+
+
 def test_a_student_that_equals_its_teacher_reads_zero_and_stays(models, tmp_path):
     student, _ = models
     run = kibitz.train(recipe(student, student, tmp_path / "run", optim={"lr": 1e-2}))
