@@ -16,6 +16,7 @@ from kibitz import worlds
 from kibitz.config import DataConfig, ModelConfig
 from kibitz.data import load_prompts
 from kibitz.engines.torch import TorchEngine
+from kibitz.evaluate.evaluate import grade
 from kibitz.experiments.design import MADE, OF_ARM, TOY, Arm, Experiment, merged
 from kibitz.experiments.evidence import Finding, Verdict
 from kibitz.experiments.make_world import DATA_SEED
@@ -80,7 +81,8 @@ def probe(study: Any, seed: int) -> Record:
         asked = [row | {"prompt": f"{row['prompt']}={text}".rstrip("=")} for row, text in zip(rows, shown, strict=True)]
         data = DataConfig(prompts=str(write_rows(study.work / f"{name}.jsonl", asked)))
         written = TorchEngine(loaded).generate(load_prompts(data, tokenizer), sampling)
-        texts = [tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in written]
+        grade(None, loaded, written)
+        texts = [rollout.text for rollout in written]
         found[name] = {
             "right": sum(arithmetic.grade(row["answer"], text) for row, text in zip(rows, texts, strict=True)) / num,
             "again": sum(a == b for a, b in zip(texts, shown, strict=True)) / num,
