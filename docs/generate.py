@@ -1,6 +1,6 @@
 """Writes those parts of docs/methods.md that the code knows, between `<!-- generated: name -->` and `<!-- end -->`;
-and what the files in results/ say: the tables and plots beside them, those of docs/comparison.md and README.md, and
-docs/evidence.md.
+and what the files in results/ say: the tables and plots beside them, those of docs/comparison.md, docs/teachers.md,
+docs/tokenizers.md and README.md, and docs/evidence.md.
 
     python docs/generate.py
 
@@ -24,7 +24,7 @@ from kibitz.losses import DIVERGENCES, POLICY_LOSSES
 from kibitz.training.guards import GUARDS
 
 PAGE = Path(__file__).with_name("methods.md")
-RESULT_PAGES = (PAGE.with_name("comparison.md"), PAGE.parents[1] / "README.md")
+RESULT_PAGES = (*map(PAGE.with_name, ("comparison.md", "teachers.md", "tokenizers.md")), PAGE.parents[1] / "README.md")
 EVIDENCE = PAGE.with_name("evidence.md")
 BLOCK = re.compile(r"(?P<begin><!-- generated: (?P<name>[^>]*?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 NEXT_METHOD = "<!-- the next method's section goes above this line -->"

@@ -3,57 +3,29 @@
     kibitz reproduce methods
 
 An experiment is data: a recipe and the changes that make each arm of it. All of them run through `kibitz.train` and are
-measured by `kibitz.evaluate`, on the toy worlds or, by naming other checkpoints, on real models.
+measured by `kibitz.evaluate`, on the toy worlds or, by naming other checkpoints, on real models. What they say about a
+published claim is a verdict and numbers; the page around them is a Markdown file beside the experiment's.
 """
 
 import difflib
+from collections.abc import Iterator
+from importlib import import_module
+from pkgutil import iter_modules
 
-from kibitz.experiments.claims import (
-    assistant,
-    capacity,
-    cost,
-    distil_back,
-    episode_length,
-    forking,
-    kl_direction,
-    lora,
-    one_prompt,
-    pipeline,
-    self_sft,
-    sft_law,
-    teacher_noise,
-    temperature,
-    weak_start,
-)
-from kibitz.experiments.claims.methods import METHODS, NAVIGATION
-from kibitz.experiments.design import Arm, Claim, Experiment, Subject
+from kibitz.experiments import claims
+from kibitz.experiments.design import Arm, Experiment, Subject
 
-__all__ = ["Arm", "Claim", "EXPERIMENTS", "Experiment", "Subject", "get"]
+__all__ = ["Arm", "EXPERIMENTS", "Experiment", "Subject", "get"]
 
-EXPERIMENTS: dict[str, Experiment] = {
-    experiment.name: experiment
-    for experiment in (
-        METHODS,
-        NAVIGATION,
-        sft_law.EXPERIMENT,
-        cost.EXPERIMENT,
-        cost.SLIPS,
-        cost.UNDERTRAINED,
-        episode_length.EXPERIMENT,
-        distil_back.EXPERIMENT,
-        one_prompt.EXPERIMENT,
-        assistant.EXPERIMENT,
-        self_sft.EXPERIMENT,
-        lora.EXPERIMENT,
-        kl_direction.EXPERIMENT,
-        forking.EXPERIMENT,
-        capacity.EXPERIMENT,
-        teacher_noise.EXPERIMENT,
-        weak_start.EXPERIMENT,
-        temperature.EXPERIMENT,
-        pipeline.EXPERIMENT,
-    )
-}
+
+def _found() -> Iterator[Experiment]:
+    """Every experiment that a module of `claims` defines."""
+    for module in sorted(iter_modules(claims.__path__), key=lambda module: module.name):
+        everything = vars(import_module(f"{claims.__name__}.{module.name}"))
+        yield from (one for name, one in everything.items() if isinstance(one, Experiment) and name.isupper())
+
+
+EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _found()}
 
 
 def get(name: str) -> Experiment:

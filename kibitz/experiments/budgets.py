@@ -1,15 +1,14 @@
-"""Arms that differ in how much they may spend, and what they make: accuracy against any way to count the cost."""
+"""The *ladder*: arms that differ in how much they may spend, and what they make, accuracy against any way to count the cost."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from kibitz.experiments.charts import Line, Panel
 from kibitz.experiments.design import Arm
-from kibitz.experiments.evidence import percent
 from kibitz.experiments.records import Record
 from kibitz.experiments.results import NotRun, Results, gflop, sequences, steps
 from kibitz.experiments.statistics import Curve, cost_ratio
-from kibitz.experiments.tables import table
 
 Count = Callable[[Record], float]
 """A way to count what a run cost."""
@@ -61,6 +60,13 @@ def rungs(results: Results, name: str) -> list[str]:
     return found
 
 
+def was_run(results: Results, name: str) -> bool:
+    try:
+        return bool(rungs(results, name))
+    except NotRun:
+        return False
+
+
 def curve(results: Results, name: str, count: Count) -> Curve:
     """Accuracy of each seed at what a ladder's arms cost, counted in one way; of two that cost the same, the better."""
     found: dict[float, list[float]] = {}
@@ -103,18 +109,35 @@ def points(results: Results, name: str, count: Count) -> list[tuple[float, float
     return [(results.mean(arm, count)[0], *results.accuracy(arm)) for arm in rungs(results, name)]
 
 
-def spent(results: Results, ladders: Mapping[str, str]) -> str:
-    """A table of what was run: the best batch and rate of each budget, what it reached, and its costs."""
-    head = ("method", "rollouts", "steps", "rate", "accuracy, %", "greedy, %", "GFLOP: student, teacher", "CPU s")
-    rows = []
-    for name, about in ladders.items():
-        for arm in rungs(results, name):
-            first = results.runs(arm)[0]
-            flops = [results.mean(arm, lambda run, who=who: gflop(run, who))[0] for who in ("student", "teacher")]
-            rows.append((
-                about, f"{sequences(first):,}", f"{steps(first)}", f"{results.rate(arm):g}",
-                percent(results.accuracy(arm)), percent(results.accuracy(arm, "greedy")),
-                ", ".join(f"{value:.3g}" for value in flops),
-                f"{results.mean(arm, lambda run: run['cpu_seconds'])[0]:.0f}",
-            ))  # fmt: skip
-    return table(head, rows, left=1)
+def panel(
+    results: Results, ladders: Mapping[str, str], count: Count, unit: str, levels: Mapping[str, float], *more: Line
+) -> Panel:
+    """Accuracy against one way to count the cost, a line for each ladder and for what else is given."""
+    lines = [Line(about, points(results, name, count)) for name, about in ladders.items()]
+    return Panel(
+        f"accuracy against {unit.partition(',')[0]}", unit, "accuracy", [*lines, *more], levels=levels, log_x=True
+    )
+
+
+def spent(results: Results, ladders: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What was run, a row for each budget: its best batch and rate, what it reached, and its costs."""
+    return [
+        {
+            "about": about,
+            "rollouts": sequences(results.runs(arm)[0]),
+            "steps": steps(results.runs(arm)[0]),
+            "rate": results.rate(arm),
+            "accuracy": results.accuracy(arm),
+            "greedy": results.accuracy(arm, "greedy"),
+            "student": results.mean(arm, lambda run: gflop(run, "student"))[0],
+            "teacher": results.mean(arm, lambda run: gflop(run, "teacher"))[0],
+            "seconds": results.mean(arm, lambda run: run["cpu_seconds"])[0],
+        }
+        for name, about in ladders.items()
+        for arm in rungs(results, name)
+    ]
+
+
+def best(results: Results, name: str) -> tuple[float, float]:
+    """The highest accuracy of a ladder, with its interval."""
+    return max(results.accuracy(arm) for arm in rungs(results, name))

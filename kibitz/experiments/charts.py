@@ -1,6 +1,11 @@
-"""Charts as SVG, by matplotlib: the same bytes for the same numbers, so that a test can make them again."""
+"""Charts as SVG, by matplotlib: the same bytes for the same numbers, so that a test can make them again.
+
+Another processor computes other last digits, so numbers are rounded before they are drawn, coordinates after that, and ids
+are numbered in the order in which they stand.
+"""
 
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +20,11 @@ if TYPE_CHECKING:
 
 Point = tuple[float, float, float]
 """x, y, and half the 95% interval of y."""
+
+DIGITS = 5  # of a number that is drawn
+PLACES = 2  # of a coordinate, in points
+COORDINATE = re.compile(r"-?\d+\.\d{3,}")
+HASHED_ID = re.compile(r'(?<=["#])([a-z])[0-9a-f]{10}(?=["\)])')
 
 COLOURS = ("#0b6e99", "#c2571a", "#3f7d3a", "#8250df", "#b35900", "#6e7781", "#a40e4c", "#1b7c83")
 MARKERS = "osD^vPX*"
@@ -93,25 +103,43 @@ def figure_of(width: float, height: float) -> Iterator["Figure"]:
 def saved(figure: "Figure") -> str:
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return "\n".join(row.rstrip() for row in file.getvalue().splitlines()) + "\n"
+    lines = (_steady_coordinates(row.rstrip()) for row in _steady_ids(file.getvalue()).splitlines())
+    return "\n".join(lines) + "\n"
+
+
+def steady(value: float) -> float:
+    """The number with so many digits that every processor draws the same one."""
+    return float(f"{value:.{DIGITS}g}")
+
+
+def _steady_ids(text: str) -> str:
+    """Ids that are hashes of coordinates become numbers in their order."""
+    numbers: dict[str, str] = {}
+    return HASHED_ID.sub(lambda match: numbers.setdefault(match[0], f"{match[1]}{len(numbers)}"), text)
+
+
+def _steady_coordinates(row: str) -> str:
+    """A line of SVG with its coordinates rounded; the words of a text stay as they are."""
+    head, closed, words = row.partition(">") if "<text" in row or "<tspan" in row else (row, "", "")
+    return COORDINATE.sub(lambda match: f"{round(float(match[0]), PLACES) + 0.0:g}", head) + closed + words
 
 
 def _draw(axes, panel: Panel) -> None:
     scale = 100.0 if panel.percent else 1.0
     for index, line in enumerate(panel.lines):
         points = sorted(line.points)
-        xs, ys = [p[0] for p in points], [scale * p[1] for p in points]
+        xs, ys = [steady(p[0]) for p in points], [steady(scale * p[1]) for p in points]
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-        halves = [scale * p[2] for p in points]
+        halves = [steady(scale * p[2]) for p in points]
         axes.errorbar(
             xs, ys, halves if any(halves) else None, label=line.name, color=colour,
             marker=marker if len(points) <= MOST_MARKERS else "", markersize=4.5,
             linewidth=1.6, elinewidth=1, capsize=2, linestyle=("--" if line.dashed else "-") if line.joined else "none",
         )  # fmt: skip
-    for name, height in panel.levels.items():
+    for name, height in {name: steady(at) for name, at in panel.levels.items()}.items():
         axes.axhline(scale * height, color="#59636e", linewidth=1, linestyle=(0, (4, 3)))
         crowded = any(
-            0 <= other - height < CLOSE * _span(axes, scale) for n, other in panel.levels.items() if n != name
+            0 <= steady(other) - height < CLOSE * _span(axes, scale) for n, other in panel.levels.items() if n != name
         )
         place = {"x": 1.0, "y": scale * height, "s": name, "transform": axes.get_yaxis_transform()}
         axes.text(**place, ha="right", va="top" if crowded else "bottom", color="#59636e", fontsize=8)

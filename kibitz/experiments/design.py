@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,16 @@ OF_ARM = "arm:"
 """Before the name of an arm, in the place of a model: the checkpoint that the arm left, of the same seed."""
 BLANK = "blank:"
 """Before a shape, in the place of a model: `blank:64x3` has random weights, 64 wide and 3 layers deep."""
+MADE = "made:"
+"""Before a name of `Experiment.made`, in the place of a model or of a file of prompts: what that function leaves."""
+
+TOY: Mapping[str, Any] = {
+    "rollout": {"prompts_per_step": 64, "samples_per_prompt": 1, "max_tokens": 64},
+    "optim": {"warmup_steps": 10},
+    "threads": 1,
+    "steps": 40,
+}
+"""The recipe that most experiments start from: 40 steps of 64 rollouts, seconds of one CPU core."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +54,9 @@ class Arm:
 
     def needs(self) -> list[str]:
         """The names of the arms whose checkpoints it is made of."""
-        text = json.dumps(self.changes, default=list)
-        return list(dict.fromkeys(part.partition('"')[0] for part in text.split(f'"{OF_ARM}')[1:]))
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What was published, in one or two sentences with its numbers, and where (a Markdown link)."""
-
-    says: str
-    source: str
-    short: str
-    """The same in a few words, for a table."""
+        return list(
+            dict.fromkeys(name.removeprefix(OF_ARM) for name in models_of(self.changes) if name.startswith(OF_ARM))
+        )
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,12 @@ class Experiment:
 
     `makers`: arms that make a model which no world ships and a role stands for (`{"teacher-large": "arm:large"}` of
     `models`). They are run with seed 0, once, and only where nobody names another model for the role. `probe`: what is
-    looked at beside training, or instead of it, for each seed, from the `Study` and the seed to a record.
+    looked at beside training, or instead of it, for each seed, from the `Study` and the seed to a record. `made`: models and
+    files of prompts that code writes, from the `Study` to the path, named `made:NAME` in recipes and data. `series`: metrics
+    of each step that are kept with the record of a run.
+
+    `find`: what the results say about a published claim, from `Results` to a `Finding`. The claim itself, and the page, stand
+    in the Markdown file beside the experiment's. An experiment without `find` compares its arms and claims nothing.
     """
 
     name: str
@@ -94,14 +100,12 @@ class Experiment:
     data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     measures: Mapping[str, str] = field(default_factory=lambda: {"accuracy": "prompts"})
     series: tuple[str, ...] = ()
-    """Metrics of each step that are kept with the record of a run."""
     runs_in: str = ""
     until: float | None = None
     makers: tuple[Arm, ...] = ()
+    made: Mapping[str, Callable[[Any], Path]] = field(default_factory=dict)
     probe: Callable[[Any, int], Mapping[str, Any]] | None = None
-    claim: Claim | None = None
     find: Callable[[Any], Any] | None = None
-    """From its `Results` to the claim's `Finding`."""
 
     @property
     def roles(self) -> Mapping[str, str]:
@@ -180,16 +184,17 @@ class Subject:
         known(experiment.name, "role", named, experiment.roles)
         files = files or {}
         known(experiment.name, "source of prompts", [name for name in files if name], experiment.sources)
+        own = [name for name, section in experiment.sources.items() if not is_made(section)]
         found = {}
         for role, shipped in experiment.roles.items():
             kin = "teacher" if role.startswith("teacher") else "student"
             found[role] = named.get(role) or named.get(kin) or shipped
-        if files and "" not in files and (bare := [name for name in experiment.sources if name not in files]):
+        if files and "" not in files and (bare := [name for name in own if name not in files]):
             raise ValueError(
                 f"{experiment.name} also takes prompts from {', '.join(bare)}: give them files too, or one file without a "
                 "name for all the others"
             )
-        sources = {name: files.get(name) or files[""] for name in experiment.sources} if files else {}
+        sources = {name: files.get(name) or files[""] for name in own} if files else {}
         return Subject(found, experiment.world, sources, tuple(overrides))
 
     @property
@@ -208,7 +213,7 @@ class Subject:
 
     def section(self, experiment: Experiment, name: str) -> dict[str, Any]:
         """The `data` section that a source of prompts stands for."""
-        return {"prompts": self.files[name]} if self.files else dict(experiment.sources[name])
+        return {"prompts": self.files[name]} if name in self.files else dict(experiment.sources[name])
 
     def recipe(self, experiment: Experiment, arm: Arm, rate: float, seed: int) -> Recipe:
         """The arm's recipe with roles in the place of models: what is written down with its result."""
@@ -229,6 +234,11 @@ def known(experiment: str, what: str, names: Sequence[str] | Mapping[str, Any], 
             raise ValueError(f"{experiment} has no {what} {name!r}; it has: {', '.join(all_of)}")
 
 
+def is_made(section: Mapping[str, Any]) -> bool:
+    """Whether a source of prompts is a file that the experiment's own code writes."""
+    return str(section.get("prompts", "")).startswith(MADE)
+
+
 def merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
     """Later trees win, section by section; a method or a teacher is replaced as a whole, because settings of two do
     not mix."""
@@ -238,6 +248,19 @@ def merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
             joins = isinstance(section, Mapping) and name not in ("method", "teacher")
             whole[name] = {**whole.get(name, {}), **section} if joins else section
     return whole
+
+
+def models_of(tree: Any) -> Iterator[str]:
+    """All names of models in a recipe or a part of one, in their order."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            if key == "model" and isinstance(value, str):
+                yield value
+            else:
+                yield from models_of(value)
+    elif isinstance(tree, list | tuple):
+        for one in tree:
+            yield from models_of(one)
 
 
 def shape(name: str) -> dict[str, int]:

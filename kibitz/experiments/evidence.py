@@ -1,14 +1,16 @@
 """What an experiment says about a published claim, and the page that lays the two side by side. No number of ours is typed."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from kibitz.experiments.charts import Heat, Panel, draw
 from kibitz.experiments.design import Experiment
+from kibitz.experiments.formats import NONE, table
+from kibitz.experiments.prose import filled, prose
 from kibitz.experiments.results import NotRun, Results
-from kibitz.experiments.tables import made_from, table
+from kibitz.experiments.tables import made_from
 
 Verdict = Literal["reproduced", "partly", "not", "not run"]
 MARKS: Mapping[str, str] = {
@@ -21,14 +23,11 @@ MARKS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """`ours`: the result in a few words with its numbers; `why`: what the verdict rests on, and what differs from the published
-    setting, in sentences; `tables`: each a head and rows; `panels`: the plot."""
+    """A verdict, the numbers that it rests on and that the claim's text is filled with, and the plot."""
 
     verdict: Verdict
-    ours: str
-    why: str
-    tables: tuple[str, ...]
-    panels: tuple[Panel | Heat, ...]
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    panels: Sequence[Panel | Heat] = ()
 
 
 def finding(experiment: Experiment, results: Path) -> Finding:
@@ -42,22 +41,33 @@ def try_finding(experiment: Experiment, results: Path) -> Finding:
     try:
         return finding(experiment, results)
     except NotRun as missing:
-        return Finding("not run", "–", f"Its runs are not complete: there is none of `{missing}`.", (), ())
+        return Finding("not run", {"missing": str(missing)})
 
 
 def markdown(experiment: Experiment, results: Path, plot: str = "plot.svg") -> str:
     """One screen: published, ours, plot, verdict, command, and what it was made from."""
-    assert experiment.claim is not None
-    found, claim = try_finding(experiment, results), experiment.claim
-    command = f"kibitz reproduce {experiment.name}"
+    found, text = try_finding(experiment, results), prose(experiment.name)
     parts = [
-        f"**Published.** {claim.says} ({claim.source})",
-        f"**Here: {MARKS[found.verdict]}.** {found.why}",
-        *found.tables,
+        f"**Published.** {text.published} ({text.source})",
+        f"**Here: {MARKS[found.verdict]}.** {_body(text.body, found)}",
+        _written_for(text.verdict, found.verdict),
         f"![{experiment.name}]({plot})" if found.panels else "",
-        f"`{command}`. {made_from(experiment, results / experiment.home)}".strip(),
+        f"`kibitz reproduce {experiment.name}`. {made_from(experiment, results / experiment.home)}".strip(),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _body(template: str, found: Finding) -> str:
+    if found.verdict == "not run":
+        return f"Its runs are not complete: there is none of `{found.numbers['missing']}`."
+    return filled(template, found.numbers)
+
+
+def _written_for(verdict: str, computed: str) -> str:
+    """Other models may turn the verdict; the text around the numbers stays as it was written."""
+    if computed in (verdict, "not run"):
+        return ""
+    return f"The text was written for results with the verdict *{verdict}*; the verdict above and the numbers are of these."
 
 
 def plot(experiment: Experiment, results: Path) -> str | None:
@@ -66,31 +76,28 @@ def plot(experiment: Experiment, results: Path) -> str | None:
     return draw(panels) if panels else None
 
 
-def overview(experiments: Iterable[Experiment], results: Path, page: str = "docs/evidence.md") -> str:
-    """All claims in one table, as the README has it."""
+def claims(experiments: Iterable[Experiment]) -> list[Experiment]:
+    """The experiments with a claim, in the order of the pages."""
+    found = [experiment for experiment in experiments if experiment.find is not None]
+    return sorted(found, key=lambda experiment: (prose(experiment.name).order, experiment.name))
+
+
+def overview(experiments: Iterable[Experiment], results: Path, page: str = "") -> str:
+    """All claims in one table."""
     rows = []
-    for experiment in experiments:
-        if experiment.claim is None:
-            continue
-        found = try_finding(experiment, results)
-        name = f"[`{experiment.name}`]({page}#{experiment.name})"
-        rows.append((name, experiment.claim.short, found.ours, MARKS[found.verdict]))
+    for experiment in claims(experiments):
+        found, text = try_finding(experiment, results), prose(experiment.name)
+        ours = NONE if found.verdict == "not run" else filled(text.ours, found.numbers)
+        rows.append((f"[`{experiment.name}`]({page}#{experiment.name})", text.short, ours, MARKS[found.verdict]))
     return table(("experiment", "published", "here, on toy worlds", "verdict"), rows)
 
 
-def percent(share: tuple[float, float] | float) -> str:
-    """`87.3 ± 1.2`, or `87.3` of a number without an interval; in percent."""
-    if isinstance(share, tuple):
-        return f"{100 * share[0]:.1f} ± {100 * share[1]:.1f}"
-    return f"{100 * share:.1f}"
-
-
-def times(ratio: Sequence[float]) -> str:
-    """`6.1x (4.0–9.2)`: a ratio and its interval; an end that is not reached, or that only the other reaches, says so."""
-    middle, low, high = ratio
-    if middle == 0:
-        return "reached by the other only"
-    if middle == float("inf"):
-        return f"over {low:.1f}x, not reached" if low != float("inf") else "not reached"
-    top = "∞" if high == float("inf") else f"{high:.1f}"
-    return f"{middle:.1f}x ({low:.1f}–{top})"
+def headlines(experiments: Iterable[Experiment], results: Path, page: str = "docs/evidence.md") -> str:
+    """The few claims with a headline, a plain sentence each, as the README has them."""
+    rows = []
+    for experiment in claims(experiments):
+        found, text = try_finding(experiment, results), prose(experiment.name)
+        if text.headline and found.verdict != "not run":
+            sentence = filled(text.headline, found.numbers)
+            rows.append((sentence, MARKS[found.verdict], f"[`{experiment.name}`]({page}#{experiment.name})"))
+    return table(("what came out here, on toy worlds", "the published claim", "evidence"), rows)

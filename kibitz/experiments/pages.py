@@ -21,7 +21,7 @@ def texts(experiment: Experiment, results: Path) -> dict[str, str]:
     """file -> what it says, of `table.md`, the arms at their best rates or, of a claim, its finding; and `plot.svg`,
     where charts can be drawn."""
     folder = results / experiment.home
-    if experiment.claim is None:
+    if experiment.find is None:
         found, drawing = markdown(experiment, folder), lambda: svg(experiment, folder)
     else:
         found = "\n\n".join(
@@ -49,12 +49,12 @@ def tree(experiment: Experiment, results: Path) -> list[dict[str, Any]]:
 
 def render(page: str, experiments: Mapping[str, Experiment], results: Path, place: str = "../results") -> str:
     """A page with what it quotes between `<!-- KIND: name -->` and `<!-- end -->`: `results`, the arms of an
-    experiment; `finding`, of a claim; `overview: claims`, all of them in one table. `place` is where the results are,
+    experiment; `finding`, of a claim; `overview: claims`, those claims with a headline. `place` is where the results are,
     seen from the page."""
 
     def block(match: re.Match[str]) -> str:
         if match["kind"] == "overview":
-            text = evidence.overview(experiments.values(), results)
+            text = evidence.headlines(experiments.values(), results)
         elif match["kind"] == "finding":
             name = match["name"]
             text = evidence.markdown(experiments[name], results, f"{place}/{name}/plot.svg")
@@ -68,9 +68,8 @@ def render(page: str, experiments: Mapping[str, Experiment], results: Path, plac
 
 def evidence_page(experiments: Mapping[str, Experiment], results: Path) -> str:
     """docs/evidence.md: a head, the table of all claims, and a screen for each."""
-    claims = [experiment for experiment in experiments.values() if experiment.claim is not None]
-    parts = [HEAD, evidence.overview(claims, results, page="")]
-    for experiment in claims:
+    parts = [HEAD, evidence.overview(experiments.values(), results)]
+    for experiment in evidence.claims(experiments.values()):
         plot = f"../results/{experiment.name}/plot.svg"
         parts.append(f"## {experiment.name}\n\n{evidence.markdown(experiment, results, plot)}")
     return "\n\n".join(parts) + "\n"

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from kibitz.experiments.charts import COLOURS, figure_of, saved
 from kibitz.experiments.design import Experiment
-from kibitz.experiments.tables import Row, models, nats, rows
+from kibitz.experiments.formats import nats
+from kibitz.experiments.tables import Row, models, rows
 
 ROW = 0.27  # inches of an arm's row
 

@@ -42,10 +42,23 @@ def write(path: Path, record: Record) -> None:
     write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """JSON lines, as prompts are read from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
 def read_all(folder: Path) -> list[Record]:
     """Of the runs of an experiment, in the order of their names; models that were only measured are not among them."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     return [record for record in found if "arm" in record]
+
+
+def probes(folder: Path) -> list[Record]:
+    """What was looked at beside training, a record for each seed: `probe-SEED.json`, or `seed-SEED.json`, an earlier name."""
+    paths = sorted(folder.glob(f"{PROBE}-*.json")) or sorted(folder.glob("seed-*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
 def score(record: Record, judge: Sequence[str] = ()) -> float:

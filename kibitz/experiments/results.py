@@ -14,14 +14,14 @@ from kibitz.experiments.records import (
     finals,
     half_of_seeds,
     measure,
+    probes,
     read,
     read_all,
     share_with_interval,
     sweeps,
 )
+from kibitz.experiments.statistics import Estimate
 
-Estimate = tuple[float, float]
-"""A mean, and half its 95% interval."""
 Point = tuple[float, float, float]
 """x, y, and half the 95% interval of y."""
 
@@ -65,10 +65,9 @@ class Results:
 
     def probes(self) -> list[Record]:
         """What the experiment looked at beside training, a record for each seed. Raises NotRun if there is none."""
-        found = [read(path) for path in sorted(self.folder.glob(f"{PROBE}-*.json"))]
-        if not found:
+        if not (found := probes(self.folder)):
             raise NotRun(PROBE)
-        return [record for record in found if record is not None]
+        return found
 
     def made(self, maker: str) -> list[Record]:
         """The run of a maker; nothing, where a role was given another model."""

@@ -8,6 +8,8 @@ from statistics import fmean
 Curve = Mapping[float, Sequence[float]]
 """cost -> accuracy of each seed at that cost."""
 NUM_DRAWS = 2000
+Estimate = tuple[float, float]
+"""A mean, and half its 95% interval."""
 
 
 def cost_at(points: Sequence[tuple[float, float]], target: float) -> float:
@@ -87,6 +89,12 @@ def bootstrap(
     return value(means(curve)), *interval(draws)
 
 
-def apart(above: tuple[float, float], below: tuple[float, float]) -> bool:
+def apart(above: Estimate, below: Estimate) -> bool:
     """Whether one mean lies above another by more than the 95% interval of their difference; each is a mean and half its own."""
     return above[0] - below[0] > math.hypot(above[1], below[1])
+
+
+def share_of_way(start: float, end: Estimate, top: float) -> Estimate:
+    """How much of the way from one accuracy to another an arm went, and half its interval; 0 where there is no way."""
+    way = top - start
+    return ((end[0] - start) / way, abs(end[1] / way)) if way else (0.0, 0.0)

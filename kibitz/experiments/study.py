@@ -13,7 +13,7 @@ import torch
 import kibitz
 from kibitz.config import DataConfig, EvalConfig, Recipe
 from kibitz.evaluate.evaluate import evaluate_model
-from kibitz.experiments.design import BLANK, OF_ARM, Arm, Experiment, Subject, cut, shape, with_models
+from kibitz.experiments.design import BLANK, MADE, OF_ARM, Arm, Experiment, Subject, cut, models_of, shape, with_models
 from kibitz.experiments.make_world import blank
 from kibitz.experiments.records import (
     PROBE,
@@ -133,10 +133,16 @@ class Study:
         name = self.subject.called(name)
         if name.startswith(BLANK):
             return str(blank(self.work / name.replace(":", "-"), shape(name), 0, self.experiment.world))
+        if name.startswith(MADE):
+            return self.made(name)
         if not name.startswith(OF_ARM):
             return self.subject.model(name)
         arm, rate = self.chosen(name.removeprefix(OF_ARM))
         return str(_whole(self._checkpoint(arm, rate, self._seed_of(arm, seed))))
+
+    def made(self, name: str) -> str:
+        """Where a model or a file is that the experiment's own code writes."""
+        return self.experiment.made[name.removeprefix(MADE)](self).as_posix()
 
     def _seed_of(self, arm: Arm, seed: int) -> int:
         """Models that one starts from are the same for all seeds."""
@@ -196,8 +202,10 @@ class Study:
     def _runnable(self, arm: Arm, recipe: Recipe, seed: int) -> dict[str, Any]:
         """The recipe with the weights' and files' places, ready to be trained."""
         tree = with_models(recipe.model_dump(mode="json", exclude_unset=True), lambda name: self.place(name, seed))
-        if self.subject.files:
+        if arm.data in self.subject.files:
             tree["data"] = {**tree["data"], "prompts": str(self._data(arm.data) / "train.jsonl")}
+        elif (prompts := str(tree["data"].get("prompts", ""))).startswith(MADE):
+            tree["data"] = {**tree["data"], "prompts": self.made(prompts)}
         return tree | QUIET | {"save": {"every": arm.every, "keep": 10_000 if arm.every else 1}}
 
     def _evaluate(self, model: str, split: str, recipe: Recipe, arm: Arm | None, seed: int) -> dict[str, Any]:
@@ -272,12 +280,10 @@ class Study:
     def _settings(self, arm: Arm, recipe: Recipe) -> dict[str, Any]:
         """All that decides the result: the recipe, with roles for models and no folder of this machine."""
         tree = recipe.model_dump(mode="json", exclude_unset=True)
-        text = json.dumps(tree)
-        always = (
-            () if arm in self.experiment.makers else ("student", "teacher")
-        )  # a maker may be what a role stands for
-        used = {role: name for role, name in self.subject.models.items() if role in always
-                or f'"model": "{role}"' in text}  # fmt: skip
+        named = set(models_of(tree))
+        if arm not in self.experiment.makers:  # a maker may be what a role stands for
+            named |= {"student", "teacher"}
+        used = {role: name for role, name in self.subject.models.items() if role in named}
         found = {"recipe": tree, **used} | self._problems()
         if arm.every:
             found |= {"every": arm.every, "stop": arm.stop}

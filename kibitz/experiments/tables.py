@@ -1,19 +1,19 @@
 """From the files of an experiment to one row an arm, and to Markdown. No number comes from anywhere else."""
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 from kibitz.experiments.design import Experiment
+from kibitz.experiments.formats import nats, percent, table
 from kibitz.experiments.records import (
-    PROBE,
     Record,
     best_rate,
     chooser,
     finals,
     half_of_seeds,
+    probes,
     read,
     read_all,
     share_with_interval,
@@ -113,12 +113,6 @@ def markdown(experiment: Experiment, folder: Path) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def table(head: Sequence[str], body: Iterable[Sequence[str]], left: int = 0) -> str:
-    """In Markdown; columns after the first `left` are flush right, if any are named."""
-    rules = ["---"] * left + ["--:"] * (len(head) - left) if left else ["---"] * len(head)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rules, *body))
-
-
 def _cells(row: Row) -> tuple[str, ...]:
     return (
         f"`{row.arm}`",
@@ -141,14 +135,6 @@ def _model_cells(role: str, test: Record) -> tuple[str, ...]:
 
 def _once(test: Record) -> Estimate | None:
     return (test["reverse_kl"], 0.0) if "reverse_kl" in test else None
-
-
-def percent(share: Estimate | None) -> str:
-    return "–" if share is None else f"{100 * share[0]:.1f} ± {100 * share[1]:.1f}"
-
-
-def nats(value: Estimate | None) -> str:
-    return "–" if value is None else f"{value[0]:.3f}" + (f" ± {value[1]:.3f}" if value[1] else "")
 
 
 def _separation(experiment: Experiment, found: list[Row]) -> str:
@@ -179,9 +165,7 @@ def made_from(experiment: Experiment, folder: Path) -> str:
     names = {arm.name for arm in experiment.arms}
     records, chosen = [r for r in read_all(folder) if r["arm"] in names], finals(experiment, folder)
     if not chosen:
-        return _of_probes(
-            [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{PROBE}-*.json"))]
-        )
+        return _of_probes(probes(folder))
     seeds = sorted({len(runs) for runs in chosen.values()})
     first = next(iter(chosen.values()))[0]
     problems = (
@@ -194,14 +178,14 @@ def made_from(experiment: Experiment, folder: Path) -> str:
 
 
 def _of_probes(records: list[Record]) -> str:
-    """The same of an experiment that trains nothing."""
-    return f"{_range([len(records)])} of sampling. {_when_and_where(records)}" if records else ""
+    """The same of an experiment without arms."""
+    return f"{_range([len(records)])}. {_when_and_where(records)}" if records else ""
 
 
 def _when_and_where(records: list[Record]) -> str:
     return (
-        f"Commits {_listed(r['commit'] for r in records)}; {_listed((r['date'] or '')[:10] for r in records)}; "
-        f"{_listed(r['machine'] for r in records)}, {_listed(str(r['threads']) for r in records)} thread."
+        f"Commits {_listed(r.get('commit') for r in records)}; {_listed((r.get('date') or '')[:10] for r in records)}; "
+        f"{_listed(r.get('machine') for r in records)}, {_listed(str(r.get('threads', 1)) for r in records)} thread."
     )
 
 

@@ -39,16 +39,13 @@ def test_the_verdict_on_the_assistant(gained, lost, back, facts, verdict):
     assert assistant.verdict(*((mean, 0.02) for mean in (gained, lost, back, facts))) == verdict
 
 
-def test_the_page_of_the_assistant_says_what_the_records_say(tmp_path):
+def test_the_changes_come_from_the_records(tmp_path):
     results(tmp_path, {"documents-100": (0.75, 0.1), "documents-70": (0.5, 0.6), "recover-70": (0.55, 0.8)})
     found = finding(ASSISTANT, tmp_path)
     assert found.verdict == "reproduced"
-    assert found.ours == "questions / instructions 18 / 85; 70% documents 50 / 60; + OPD 55 / 80"
-    page = markdown(ASSISTANT, tmp_path)
-    assert "| 70% documents, 30% chat |" in page and "36 / 79" in page
-    assert "No mix keeps the instructions" in page
-    put(tmp_path / "assistant", *runs("documents-50", 0.4, 0.86))
-    assert "documents-50 kept its instructions" in markdown(ASSISTANT, tmp_path)
+    assert found.numbers["taken"][0] == pytest.approx(0.6 - 0.85) and found.numbers["back"][0] == pytest.approx(0.2)
+    assert found.numbers["facts"][0] == pytest.approx(0.05)
+    assert "| 70% documents, 30% chat | 50.0 ± " in markdown(ASSISTANT, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +62,7 @@ def test_the_verdict_on_self_sft(own, taught, verdict):
     assert self_sft.verdict(list(own), list(taught)) == verdict
 
 
-def test_the_page_of_self_sft_counts_pairs_of_optimizer_and_rate(tmp_path):
+def test_pairs_of_optimizer_and_rate_are_counted(tmp_path):
     folder = tmp_path / "self-sft"
     records.write(folder / "student.json", {"test": record("", 0, 0, 0, 0.87)["test"]})
     for method, level, rate, share in (
@@ -78,8 +75,9 @@ def test_the_page_of_self_sft_counts_pairs_of_optimizer_and_rate(tmp_path):
         put(folder, *(record(arm, rate, seed, share, share, series=series) for seed in range(3)))
     found = finding(SELF_SFT, tmp_path)
     assert found.verdict == "partly"
-    assert "in 2 of 3 pairs of optimizer and learning rate" in found.why and "in 0 of 1" in found.why
-    assert found.ours.startswith("87.0 at the start; self-SFT down to 0.0")
+    own, taught = found.numbers["own"], found.numbers["taught"]
+    assert (own["below"], own["of"], own["worst"][0]) == (2, 3, 0.0)
+    assert (taught["below"], taught["of"]) == (0, 1)
     curve = next(line for line in found.panels[0].lines if line.name == "self-sft, 0.0003").points
     assert [point[:2] for point in curve] == [(5.0, pytest.approx((0.87 + 0.5) / 2)), (15.0, 0.5)]
 

@@ -5,9 +5,9 @@ from support.records import put, record
 
 from kibitz import experiments
 from kibitz.experiments import records
-from kibitz.experiments.claims import capacity
 from kibitz.experiments.design import shape
 from kibitz.experiments.evidence import finding
+from kibitz.experiments.statistics import share_of_way
 
 CAPACITY = experiments.get("capacity")
 
@@ -41,7 +41,7 @@ def test_the_verdict_follows_the_numbers(tmp_path, small_large, large_medium, la
     grid(tmp_path / "capacity", small_large, large_medium, large_large)
     found = finding(CAPACITY, tmp_path)
     assert found.verdict == verdict
-    assert ("none of them" in found.ours) == (large_medium - large_large < 0.05)
+    assert len(found.numbers["hurt"]) == (large_medium - large_large > 0.05)
 
 
 def test_a_larger_teacher_that_is_less_able_says_nothing_about_size(tmp_path):
@@ -51,13 +51,11 @@ def test_a_larger_teacher_that_is_less_able_says_nothing_about_size(tmp_path):
     )
     found = finding(CAPACITY, tmp_path)
     assert found.verdict == "partly"
-    assert "itself at 90.0%, a smaller one at 100.0%" in found.why
+    assert (found.numbers["last"], found.numbers["ablest"]) == (0.9, 1.0)
 
 
-def test_a_share_of_the_way_takes_its_interval_along(tmp_path):
-    grid(tmp_path / "capacity", 0.55, 0.9, 0.9)
-    results = capacity.Results(CAPACITY, tmp_path / "capacity")
-    assert capacity.closed(results, "small", "large", (0.55, 0.03)) == (pytest.approx(0.25), pytest.approx(0.05))
+def test_a_share_of_the_way_takes_its_interval_along():
+    assert share_of_way(0.4, (0.55, 0.03), 1.0) == (pytest.approx(0.25), pytest.approx(0.05))
 
 
 def test_shapes_are_those_of_the_shipped_models():

@@ -1,7 +1,7 @@
 """What accuracy costs, the line through SFT's sizes, RL distilled back: findings on made-up records of known ratios."""
 
 from collections.abc import Callable
-from math import inf, log2
+from math import inf, isfinite, log2
 
 import pytest
 from support.records import put, record
@@ -47,10 +47,6 @@ def runs(experiment: Experiment, folder, ladders: dict[str, Callable[[float], fl
             one["test"]["num_prompts"] = 1_000_000
             put(folder, one)
     return Results(experiment, folder)
-
-
-def cells(table: str) -> list[list[str]]:
-    return [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
 
 
 def dearer(times: float) -> Callable[[float], float]:
@@ -108,26 +104,27 @@ def test_sft_is_counted_in_three_ways(tmp_path, sft, rl, verdict):
     ladders = {"opd": climbing, "opd-sampled": dearer(2), "sft": dearer(sft), "grpo": dearer(rl)}
     found = cost.find(runs(cost.EXPERIMENT, tmp_path, ladders))
     assert found.verdict == verdict
-    student, given, paid, seconds, *_ = cells(found.tables[0])
-    for row, ratio in ((student, sft), (given, sft / 2), (paid, sft * 5 / 3)):
-        assert float(row[2].partition("x")[0]) == pytest.approx(ratio, abs=0.06)
-    assert float(seconds[3].partition("x")[0]) == pytest.approx(rl, abs=0.06)
-    assert float(paid[1].partition("x")[0]) == pytest.approx(2.0, abs=0.06)
+    at = found.numbers["at"]
+    for way, ratio in (("student", sft), ("given", sft / 2), ("paid", sft * 5 / 3)):
+        assert at[way]["sft"][0] == pytest.approx(ratio, abs=0.06)
+    assert at["seconds"]["grpo"][0] == pytest.approx(rl, abs=0.06)
+    assert at["paid"]["opd-sampled"][0] == pytest.approx(2.0, abs=0.06)
 
 
 def test_the_target_is_one_that_all_reach(tmp_path):
     """RL levels off at 0.5: its cost there is finite, and nobody is asked for more."""
     ladders = {"opd": climbing, "sft": dearer(9), "grpo": lambda rollouts: min(0.5, climbing(rollouts / 10))}
     found = cost.find(runs(cost.EXPERIMENT, tmp_path, ladders))
-    assert "To reach 49.9%" in found.why and "not reached" not in found.ours
+    assert found.numbers["highest"] == pytest.approx(0.499, abs=1e-3)
+    assert all(isfinite(ratio[0]) for by in found.numbers["at"].values() for ratio in by.values())
 
 
 def test_where_a_method_does_not_surpass_the_student_there_is_no_price(tmp_path):
     found = cost.find(
         runs(cost.EXPERIMENT, tmp_path, {"opd": climbing, "sft": dearer(9), "grpo": lambda rollouts: 0.2})
     )
-    assert found.verdict == "not" and "by RL (GRPO); so there is no accuracy" in found.why
-    assert f"OPD, full vocabulary {100 * climbing(1280):.1f} ± " in found.ours
+    assert found.verdict == "not" and found.numbers["at"]["paid"]["grpo"] is None
+    assert found.numbers["best"]["opd"][0] == pytest.approx(climbing(1280))
 
 
 # ------------------------------------------------------------------ SFT
@@ -146,11 +143,11 @@ def test_the_line_is_held_against_sizes_that_it_was_not_fitted_on(tmp_path, slop
 
     found = sft_law.find(runs(sft_law.EXPERIMENT, tmp_path, {"sft": accuracy}))
     assert found.verdict == verdict
-    assert f"{100 * slope:.1f} points" in found.ours
+    assert found.numbers["slope"][0] == pytest.approx(slope)
     if slope > 0:
-        assert f"cost {2 ** (0.1 / slope):.1f}x" in found.ours
-    assert ("it does not hold" in found.why) == (bend > 0)
-    assert f"{largest:,} | {100 * accuracy(largest):.1f} ± " in found.tables[0]
+        assert found.numbers["factor"][0] == pytest.approx(2 ** (0.1 / slope))
+    assert found.numbers["checks"][-1].holds == (bend == 0)
+    assert found.numbers["sizes"][largest][0] == pytest.approx(accuracy(largest))
 
 
 def test_a_flat_line_reaches_nothing():
@@ -168,12 +165,12 @@ def test_steps_and_compute_of_the_way_back(tmp_path, short, verdict):
     ladders = {"grpo": dearer(10), "back": climbing, "short": dearer(10 / short)}
     found = distil_back.find(runs(distil_back.EXPERIMENT, tmp_path, ladders))
     assert found.verdict == verdict
-    steps, rollouts, _, flops, _ = cells(found.tables[0])
-    assert float(steps[1].partition("x")[0]) > 1
-    assert float(rollouts[1].partition("x")[0]) == pytest.approx(10, rel=0.05)
-    assert float(flops[2].partition("x")[0]) == pytest.approx(short, rel=0.05)
-    assert "from 0.500 to 0.125 nats" in found.why
-    assert len(cells(found.tables[1])) < len(distil_back.PARTS), (
+    at = found.numbers["at"]
+    assert at["back"]["steps"][0] > 1
+    assert at["back"]["rollouts"][0] == pytest.approx(10, rel=0.05)
+    assert at["short"]["paid"][0] == pytest.approx(short, rel=0.05)
+    assert (found.numbers["kl_before"], found.numbers["kl_after"]) == (0.5, 0.125)
+    assert len(found.numbers["gains"]) < len(distil_back.PARTS), (
         "RL's lowest budget is above the least part of its gain"
     )
 

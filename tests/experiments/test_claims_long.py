@@ -106,13 +106,13 @@ def test_longer_episodes_must_widen_the_gap(tmp_path, rl, verdict):
 
 
 def test_the_power_of_the_length():
-    def told(*ratios):
-        return episode_length._exponent({k: {"episodes": (r, r, r)} for k, r in zip((1, 2, 4, 8), ratios, strict=True)})
+    def power(*ratios):
+        return episode_length.exponent({k: {"episodes": (r, r, r)} for k, r in zip((1, 2, 4, 8), ratios, strict=True)})
 
-    assert "power of 1.00" in told(3, 6, 12, 24)
-    assert "power of 0.50" in told(1, 2**0.5, 2, 8**0.5)
-    assert "power of 2.00" in told(1, 4, math.inf, 64)
-    assert "Too few" in told(1, math.inf, math.inf, 0)
+    assert power(3, 6, 12, 24) == pytest.approx(1)
+    assert power(1, 2**0.5, 2, 8**0.5) == pytest.approx(0.5)
+    assert power(1, 4, math.inf, 64) == pytest.approx(2)
+    assert math.isnan(power(1, math.inf, math.inf, 0)), "too few lengths"
 
 
 def test_equal_episodes_and_equal_tokens_are_looked_up_by_their_batches(tmp_path):
@@ -123,8 +123,8 @@ def test_equal_episodes_and_equal_tokens_are_looked_up_by_their_batches(tmp_path
     assert found is not None
     rl, opd = found
     assert (rl["steps"], opd["steps"]) == (pytest.approx(100), pytest.approx(25))
-    assert "| 8 | episodes | 64 | 100, 25 | 4.0x |" in episode_length._equal(Results(LONG, tmp_path))
-    assert "8 | tokens" not in episode_length._equal(Results(LONG, tmp_path))
+    rows = [row for row in episode_length._equals(Results(LONG, tmp_path)) if row["k"] == 8]
+    assert [(row["what"], row["over"]["steps"]) for row in rows] == [("episodes", "4.0x")]
 
 
 def test_the_families_hold_every_batch_and_the_fixed_ones_are_among_them():
@@ -174,12 +174,12 @@ def of_counts(folder, shares: dict[str, float]) -> Results:
 
 def test_the_way_is_a_share_of_the_gap(tmp_path):
     results = of_counts(tmp_path, {"short-1": 0.7, "short-all": 0.5})
-    assert one_prompt._way(results, "short-1", "short")[0] == pytest.approx(0.25)
-    assert one_prompt._way(results, "short-all", "short")[0] == pytest.approx(-0.25)
+    assert one_prompt.way(results, "short-1", "short")[0] == pytest.approx(0.25)
+    assert one_prompt.way(results, "short-all", "short")[0] == pytest.approx(-0.25)
     of_seeds = 2.776 * (0.002 * 2.5**0.5) / 5**0.5
     of_the_student = 1.96 * (0.6 * 0.4 / measure(results.model("student"), "short")["num_prompts"]) ** 0.5
     half = math.hypot(of_seeds, of_the_student)
-    assert one_prompt._way(results, "short-1", "short")[1] == pytest.approx(half / 0.4, rel=1e-3)
+    assert one_prompt.way(results, "short-1", "short")[1] == pytest.approx(half / 0.4, rel=1e-3)
 
 
 @pytest.mark.parametrize(("one", "verdict"), [(0.95, "reproduced"), (0.7, "partly"), (0.6, "not"), (0.5, "not")])
@@ -189,8 +189,8 @@ def test_one_prompt_must_bring_most_of_what_all_bring(tmp_path, one, verdict):
 
 def test_from_how_many_on(tmp_path):
     shares = {"short-1": 0.58, "short-4": 0.7, "short-16": 0.93, "short-64": 0.96, "short-all": 0.98}
-    told = one_prompt._begins(of_counts(tmp_path, shares), "short")
-    assert "from 4 on they help beyond the interval, and 16 bring 75%" in told
+    found = one_prompt.find(of_counts(tmp_path, shares)).numbers
+    assert found["helps"] == {"short": [4, 16, 64]} and found["enough"] == {"short": [16, 64]}
 
 
 def test_a_step_answers_as_many_expressions_however_many_prompts_there_are():

@@ -3,6 +3,7 @@
 import pytest
 
 from kibitz.experiments.claims import pipeline
+from kibitz.experiments.formats import code
 
 
 def levels(facts: tuple[float, float, float], follows: tuple[float, float, float]) -> dict:
@@ -28,6 +29,6 @@ def test_the_verdict_follows_the_numbers(facts, follows, verdict):
 
 
 def test_model_text_stays_in_its_cell():
-    assert pipeline._code("a|b`c\nd\x1b[31m") == "`a¦b'c d␛[31m`"
-    assert pipeline._code(" \n") == "–"
-    assert len(pipeline._code("x" * 500)) == pipeline.LONGEST + 2
+    assert code("a|b`c\nd\x1b[31m") == "`a¦b'c d␛[31m`"
+    assert code(" \n") == "–"
+    assert len(code("x" * 500)) == 62

@@ -47,4 +47,4 @@ def test_the_verdict_follows_the_numbers(tmp_path, mistake, rewarded, verdict, f
         (folder / f"probe-{seed}.json").write_text(json.dumps(row), encoding="utf-8")
     found = finding(NOISE, tmp_path)
     assert found.verdict == verdict
-    assert found.ours.endswith("repaired by and-sound") == fixed
+    assert found.numbers["repairing"] == ["and-sound"] * fixed

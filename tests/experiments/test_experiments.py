@@ -120,7 +120,7 @@ def test_every_arm_is_a_recipe(experiment):
         assert recipe.optim.lr == 1e-3 and recipe.seed == 7
         assert set(arm.needs()) <= set(names) | families
         assert set(arm.judge) <= set(experiment.measures)
-    for arm in experiment.arms if experiment.claim is None else ():
+    for arm in experiment.arms if experiment.find is None else ():
         recipe = Subject.of(experiment).recipe(experiment, arm, 1e-3, 7)
         writers = 2 if recipe.method.type == "distillm2" else 1  # student and teacher both answer each prompt
         assert writers * recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt == 64
@@ -279,7 +279,7 @@ def test_all_of_them_quickly(monkeypatch, tmp_path):
             a for a in experiment.quick_arms if not experiment.arm(a).family
         }
         folder = tmp_path / "runs" / "quick" / name
-        if experiment.claim is not None:
+        if experiment.find is not None:
             assert "not run yet" not in (folder / "table.md").read_text(encoding="utf-8"), name
         assert ET.parse(folder / "plot.svg").getroot().tag.endswith("svg")
 
@@ -298,7 +298,7 @@ def test_all_of_them_quickly_on_other_models(monkeypatch, tmp_path, subject):
     assert list(found) == list(experiments.EXPERIMENTS)
     for name, experiment in experiments.EXPERIMENTS.items():
         assert found[name]["rows"] or not experiment.arms, name
-        if experiment.claim is not None:
+        if experiment.find is not None:
             text = (tmp_path / "runs" / "quick" / name / "table.md").read_text(encoding="utf-8")
             assert "not run yet" not in text, name
 
@@ -326,8 +326,8 @@ def test_the_pages_say_what_the_results_say():
         if (results / experiment.home).is_dir():
             for file, text in pages.texts(experiment, results).items():
                 assert (results / name / file).read_text(encoding="utf-8") == text, "stale: python docs/generate.py"
-    for path in (ROOT / "docs" / "comparison.md", ROOT / "README.md"):
-        page = path.read_text(encoding="utf-8")
+    for name in ("docs/comparison.md", "docs/teachers.md", "docs/tokenizers.md", "README.md"):
+        page = (ROOT / name).read_text(encoding="utf-8")
         assert pages.render(page, known, results) == page, "stale: python docs/generate.py"
     written = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     assert pages.evidence_page(known, results) == written, "stale: python docs/generate.py"

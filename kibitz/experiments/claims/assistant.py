@@ -6,11 +6,12 @@ from statistics import fmean
 from typing import Any
 
 from kibitz.experiments.charts import Line, Panel
-from kibitz.experiments.design import Arm, Claim, Experiment
-from kibitz.experiments.evidence import Finding, Verdict, percent
+from kibitz.experiments.design import TOY, Arm, Experiment, merged
+from kibitz.experiments.evidence import Finding, Verdict
 from kibitz.experiments.records import half_of_seeds, measure
-from kibitz.experiments.results import Estimate, Results
-from kibitz.experiments.tables import table
+from kibitz.experiments.results import Results
+from kibitz.experiments.shapes import lines
+from kibitz.experiments.statistics import Estimate
 
 SHARES = (100, 70, 50, 30, 0)  # of documents, in percent; the rest is chat
 MIXED = 70  # the share that is recovered from, round after round
@@ -19,7 +20,6 @@ BOTH = ("questions", "instructions")
 LEARNING = (1e-3, 2e-3, 4e-3)
 RECOVERING = (1e-4, 2.5e-4, 5e-4)
 PUBLISHED = {
-    "student": "18 / 85",
     "documents-100": "43 / 45",
     f"documents-{MIXED}": "36 / 79",
     f"recover-{MIXED}": "41 / 83",
@@ -29,35 +29,50 @@ PUBLISHED = {
 def find(results: Results) -> Finding:
     """What mid-training took from instruction following, what OPD brought back, and what that cost in facts."""
     learnt, recovered = f"documents-{MIXED}", f"recover-{MIXED}"
-    lost = {arm: change(results, None, arm, "instructions") for arm in _mixes(results)}
-    back = change(results, learnt, recovered, "instructions")
-    facts = change(results, learnt, recovered, "questions")
-    gained = change(results, None, learnt, "questions")
-    keeps = [arm for arm, lose in lost.items() if not clear(lose, below=True)]
-    steps = [run.get("step", 0) for run in results.runs(recovered)]
-    why = (
-        f"Read alone, the documents take the questions about them from {percent(results.level('student', name='questions'))} "
-        f"to {_both(results, 'documents-100')[0]}% and the instructions from "
-        f"{percent(results.level('student', name='instructions'))} to {_both(results, 'documents-100')[1]}%. "
-        f"With {100 - MIXED}% chat among them it is {' and '.join(_both(results, learnt))}%. OPD from there with the old "
-        f"checkpoint as the teacher changes the instructions by {percent(back)} points, where {percent(lost[learnt])} went, and "
-        f"the questions by {percent(facts)}, "
-        f"stopped where the mean of both is best on the dev split, after {fmean(steps):g} of {_steps(results, recovered)} steps. "
-        + (f"Of the mixes, {' and '.join(keeps)} kept its instructions, where none did in the publication. " if keeps else
-           "No mix keeps the instructions, as published. ")
-        + _of_rounds(results)
-        + "The checkpoint is chosen by questions about other facts than those of the test. Differences are within seeds, with "
-        "the interval over seeds. On the toy world the facts stand in 30 forms of document and are asked in a form of their "
-        "own. The chat's answers are samples of the model before, as in the publication, with its mistakes."
-    )  # fmt: skip
+    abouts = {arm.name: arm.about for arm in results.experiment.arms}
+    mixes = [name for share in SHARES if results.has(name := f"documents-{share}")]
+    lost = {arm: change(results, None, arm, "instructions") for arm in mixes}
+    back, facts = (change(results, learnt, recovered, name) for name in ("instructions", "questions"))
+    names = [name for name in results.experiment.measures if name.startswith("questions")]
+    chains = [_chain(results, recovering=True), _chain(results, recovering=False)]
+    numbers = {
+        "student": {name: results.level("student", name=name) for name in BOTH},
+        "alone": levels(results, "documents-100", BOTH),
+        "learnt": levels(results, learnt, BOTH),
+        "recovered": levels(results, recovered, BOTH),
+        "documents": MIXED,
+        "lost": lost,
+        "taken": lost[learnt],
+        "back": back,
+        "facts": facts,
+        "stopped": fmean(run.get("step", 0) for run in results.runs(recovered)),
+        "steps": results.runs(recovered)[0]["settings"]["recipe"]["steps"],
+        "rows": [(abouts[arm], levels(results, arm, BOTH), PUBLISHED.get(arm, "–"))
+                 for arm in (*mixes, "recover-100", recovered) if results.has(arm)],
+        "rounds": len(ROUNDS),
+        "sets": names,
+        "ends": [levels(results, chain[-1], (*names, "instructions")) for chain in chains],
+        "chain": [(abouts[arm], levels(results, arm, (*names, "instructions"))) for arm in (*chains[0], *chains[1][1:])],
+    }  # fmt: skip
     return Finding(
-        verdict(gained, lost[learnt], back, facts),
-        f"questions / instructions {_cell(results, 'student')}; {MIXED}% documents {_cell(results, learnt)}; "
-        f"+ OPD {_cell(results, recovered)}",
-        why,
-        (_table(results), _rounds(results)),
-        (_sweep(results), _course(results), _alternation(results)),
+        verdict(change(results, None, learnt, "questions"), lost[learnt], back, facts),
+        numbers,
+        (_sweep(results, mixes), _course(results), _alternation(results, *chains)),
     )
+
+
+def levels(results: Results, arm: str, names: Sequence[str]) -> dict[str, Estimate]:
+    return {name: results.accuracy(arm, name=name) for name in names}
+
+
+def _chain(results: Results, recovering: bool) -> list[str]:
+    """The arms of the rounds one after another, of those that were run: learn, recover, learn and so on; or without the
+    recoveries."""
+    names = [f"documents-{MIXED}", *(f"straight-{number}" for number in ROUNDS[1:])]
+    if recovering:
+        later = [name for number in ROUNDS[1:] for name in (f"learn-{number}", f"recover-learn-{number}")]
+        names = [f"documents-{MIXED}", f"recover-{MIXED}", *later]
+    return [name for name in names if results.has(name)]
 
 
 def verdict(gained: Estimate, lost: Estimate, back: Estimate, facts: Estimate) -> Verdict:
@@ -83,87 +98,15 @@ def change(results: Results, before: str | None, after: str, name: str) -> Estim
     return fmean(shares) - results.level("student", name=name), half_of_seeds(shares)
 
 
-# ------------------------------------------------------------------ tables
-
-
-def _mixes(results: Results) -> list[str]:
-    return [f"documents-{share}" for share in SHARES if results.has(f"documents-{share}")]
-
-
-def _both(results: Results, arm: str) -> list[str]:
-    return [percent(results.accuracy(arm, name=name)) for name in BOTH]
-
-
-def _cell(results: Results, arm: str) -> str:
-    level = results.level if arm == "student" else lambda *_, name: fmean(results.shares(arm, name=name))
-    return " / ".join(f"{100 * level('student', name=name):.0f}" for name in BOTH)
-
-
-def _steps(results: Results, arm: str) -> int:
-    return results.runs(arm)[0]["settings"]["recipe"]["steps"]
-
-
-def _table(results: Results) -> str:
-    abouts = {arm.name: arm.about for arm in results.experiment.arms}
-    level = [percent(results.level("student", name=name)) for name in BOTH]
-    rows = [("the model before", *level, PUBLISHED["student"])]
-    arms = [*_mixes(results), *(f"recover-{share}" for share in (100, MIXED) if results.has(f"recover-{share}"))]
-    rows += [(abouts[arm], *_both(results, arm), PUBLISHED.get(arm, "–")) for arm in arms]
-    return table(("", "questions, %", "instructions, %", "published"), rows)
-
-
-def _chain(recovering: bool) -> list[str]:
-    """The arms of the rounds one after another: learn, recover, learn and so on; or without the recoveries."""
-    if not recovering:
-        return [f"documents-{MIXED}", *(f"straight-{number}" for number in ROUNDS[1:])]
-    later = [name for number in ROUNDS[1:] for name in (f"learn-{number}", f"recover-learn-{number}")]
-    return [f"documents-{MIXED}", f"recover-{MIXED}", *later]
-
-
-def _sets(results: Results) -> list[str]:
-    return [f"questions-{number}" for number in ROUNDS[1:] if f"questions-{number}" in results.experiment.measures]
-
-
-def _rounds(results: Results) -> str:
-    abouts = {arm.name: arm.about for arm in results.experiment.arms}
-    names = ["questions", *_sets(results), "instructions"]
-    chains = [*_chain(recovering=True), *_chain(recovering=False)[1:]]
-    rows = [
-        (abouts[arm], *(percent(results.accuracy(arm, name=name)) for name in names))
-        for arm in chains
-        if results.has(arm)
-    ]
-    return table(("", "questions 1", *(f"questions {n[-1]}" for n in names[1:-1]), "instructions"), rows)
-
-
-def _of_rounds(results: Results) -> str:
-    last, straight = _chain(recovering=True)[-1], _chain(recovering=False)[-1]
-    if not results.has(last, straight):
-        return ""
-    return (
-        f"After {len(ROUNDS)} rounds of documents, each followed by OPD, the instructions are at "
-        f"{percent(results.accuracy(last, name='instructions'))}% and the questions about the {len(ROUNDS)} sets at "
-        f"{' / '.join(percent(results.accuracy(last, name=name)) for name in ('questions', *_sets(results)))}%; without the "
-        f"OPD between, {percent(results.accuracy(straight, name='instructions'))}% and "
-        f"{' / '.join(percent(results.accuracy(straight, name=name)) for name in ('questions', *_sets(results)))}%: what was "
-        "read in earlier rounds goes either way. "
-    )
-
-
 # ------------------------------------------------------------------ plots
 
 
-def _sweep(results: Results) -> Panel:
-    shares = {arm: float(arm.rpartition("-")[2]) for arm in _mixes(results)}
-    lines = [
-        Line(
-            name,
-            [(share, *results.accuracy(arm, name=name)) for arm, share in sorted(shares.items(), key=lambda s: s[1])],
-        )
-        for name in BOTH
-    ]
-    levels = {f"{name} before": results.level("student", name=name) for name in BOTH}
-    return Panel("what is read", "documents, % of the mix", "accuracy", lines, levels)
+def _sweep(results: Results, mixes: Sequence[str]) -> Panel:
+    by_share = {
+        name: {float(arm.rpartition("-")[2]): results.accuracy(arm, name=name) for arm in mixes} for name in BOTH
+    }
+    before = {f"{name} before": results.level("student", name=name) for name in BOTH}
+    return Panel("what is read", "documents, % of the mix", "accuracy", lines(by_share), before)
 
 
 def _course(results: Results) -> Panel:
@@ -179,20 +122,18 @@ def _course(results: Results) -> Panel:
     return Panel("the way back (dev)", "steps of OPD", "accuracy", lines)
 
 
-def _alternation(results: Results) -> Panel:
-    lines = []
-    for name, recovering in (("instructions", True), ("instructions", False), ("questions", True)):
-        chain = [arm for arm in _chain(recovering) if results.has(arm)]
-        places: Sequence[int] = range(1, 7) if recovering else (1, 3, 5)
-        points = [(float(x), *results.accuracy(arm, name=name)) for x, arm in zip(places, chain, strict=False)]
-        label = (
-            f"{name}, {'with' if recovering else 'without'} recovery"
-            if name == "instructions"
-            else "questions of set 1"
-        )
-        lines.append(Line(label, points, dashed=not recovering))
-    ticks = {1.0: "learn", 2.0: "recover", 3.0: "learn", 4.0: "recover", 5.0: "learn", 6.0: "recover"}
-    return Panel("three rounds", "", "accuracy", lines, ticks=ticks)
+def _alternation(results: Results, recovering: Sequence[str], straight: Sequence[str]) -> Panel:
+    series = {
+        "instructions, with recovery": ("instructions", zip(range(1, 7), recovering, strict=False)),
+        "instructions, without recovery": ("instructions", zip((1, 3, 5), straight, strict=False)),
+        "questions of set 1": ("questions", zip(range(1, 7), recovering, strict=False)),
+    }
+    found = [
+        Line(label, [(float(x), *results.accuracy(arm, name=name)) for x, arm in places], dashed="without" in label)
+        for label, (name, places) in series.items()
+    ]
+    ticks = {float(place): ("recover", "learn")[place % 2] for place in range(1, 7)}
+    return Panel("three rounds", "", "accuracy", found, ticks=ticks)
 
 
 # ------------------------------------------------------------------ arms
@@ -256,18 +197,22 @@ def _documents(number: int, share: int) -> dict[str, Any]:
     return {"world": world, "options": {"chat": round(1 - share / 100, 2), "answered": False}}
 
 
+ASSISTANT = merged(
+    TOY,
+    {
+        "steps": 250,
+        "method": {"type": "sft"},
+        "rollout": {"prompts_per_step": 32, "max_tokens": 32},
+        "optim": {"tokens_per_micro_batch": 2048},
+        "device": "cpu",
+    },
+)
+
 EXPERIMENT = Experiment(
     name="assistant",
     question="Can a model learn new facts from documents, and get back by OPD the instruction following that it lost on the way?",
     world="assistant",
-    recipe={
-        "steps": 250,
-        "method": {"type": "sft"},
-        "rollout": {"prompts_per_step": 32, "samples_per_prompt": 1, "max_tokens": 32},
-        "optim": {"warmup_steps": 10, "tokens_per_micro_batch": 2048},
-        "device": "cpu",
-        "threads": 1,
-    },
+    recipe=ASSISTANT,
     arms=_arms(),
     rates=LEARNING,
     extensions=1,
@@ -285,12 +230,5 @@ EXPERIMENT = Experiment(
         "instructions": {"world": "assistant-instructions"},
     },
     measures={name: name for name in ("questions", "instructions", *(f"questions-{number}" for number in ROUNDS[1:]))},
-    claim=Claim(
-        says="Qwen3-8B, mid-trained on internal documents: questions about them / IF-eval go from 18 / 85 to 43 / 45 (100% "
-        "documents) or 36 / 79 (70% documents, 30% chat); no mix keeps IF-eval. OPD from the original model then gives 41 / 83: "
-        "learning and recovering can alternate, for continual learning.",
-        source="[Thinking Machines 2025](https://thinkingmachines.ai/blog/on-policy-distillation/)",
-        short="mid-training costs instruction following, OPD from the old checkpoint restores it and keeps the facts",
-    ),
     find=find,
 )

@@ -5,12 +5,13 @@ from statistics import fmean
 from typing import Any
 
 from kibitz.experiments.charts import Line, Panel
-from kibitz.experiments.design import Arm, Claim, Experiment
-from kibitz.experiments.evidence import Finding, Verdict, percent
+from kibitz.experiments.design import TOY, Arm, Experiment
+from kibitz.experiments.evidence import Finding, Verdict
+from kibitz.experiments.formats import params
 from kibitz.experiments.make_world import FROM_NOTHING, MISLED
-from kibitz.experiments.results import Estimate, NotRun, Results
-from kibitz.experiments.statistics import apart
-from kibitz.experiments.tables import table
+from kibitz.experiments.results import NotRun, Results
+from kibitz.experiments.shapes import Grid, grid, lines, turned
+from kibitz.experiments.statistics import Estimate, apart, share_of_way
 
 STUDENTS: Mapping[str, str] = {"small": "student-small", "medium": "student", "large": "student-large"}
 TEACHERS: Mapping[str, str] = {"small": "teacher-small", "medium": "teacher", "large": "teacher-large"}
@@ -34,33 +35,18 @@ def _misled(name: str, model: str) -> Arm:
     return Arm(name, f"{model}, on solutions that misread", changes, rates=(MISLED["lr"],), data="misread")
 
 
+def pair(student: str, teacher: str) -> str:
+    return f"{student}-from-{teacher}"
+
+
 def _cell(student: str, teacher: str) -> Arm:
     changes: dict[str, Any] = {
         "student": {"model": STUDENTS[student]}, "teacher": {"model": TEACHERS[teacher]}, "method": {"type": "opd"}
     }  # fmt: skip
-    return Arm(f"{student}-from-{teacher}", f"a {student} student from a {teacher} teacher", changes)
+    return Arm(pair(student, teacher), f"a {student} student from a {teacher} teacher", changes)
 
 
 # ------------------------------------------------------------------ what it says
-
-
-def grid(results: Results) -> dict[str, dict[str, Estimate]]:
-    """student -> teacher -> accuracy, of the pairs that were run."""
-    found: dict[str, dict[str, Estimate]] = {}
-    for student in STUDENTS:
-        for teacher in TEACHERS:
-            if results.has(f"{student}-from-{teacher}"):
-                found.setdefault(student, {})[teacher] = results.accuracy(f"{student}-from-{teacher}")
-    if len(found) < 2 or min(map(len, found.values())) < 2:
-        raise NotRun("small-from-large")
-    return found
-
-
-def closed(results: Results, student: str, teacher: str, found: Estimate) -> Estimate:
-    """The share of the way from the student to the teacher, and half its interval."""
-    start, top = results.level(STUDENTS[student]), results.level(TEACHERS[teacher])
-    way = top - start
-    return ((found[0] - start) / way, abs(found[1] / way)) if way else (0.0, 0.0)
 
 
 def verdict(
@@ -91,122 +77,62 @@ def too_large(ends: Mapping[str, Mapping[str, Estimate]]) -> list[str]:
 
 def find(results: Results) -> Finding:
     """The share of the gap that each student closes under each teacher."""
-    ends = grid(results)
-    shares = {s: {t: closed(results, s, t, found) for t, found in by.items()} for s, by in ends.items()}
-    teachers = list(dict.fromkeys(teacher for by in ends.values() for teacher in by))
+    ends = grid(results, STUDENTS, TEACHERS, pair)
+    if len(ends) < 2 or min(map(len, ends.values())) < 2:
+        raise NotRun("small-from-large")
+    before = {student: results.level(STUDENTS[student]) for student in ends}
+    teachers = {teacher: results.level(TEACHERS[teacher]) for by in ends.values() for teacher in by}
+    shares = {s: {t: share_of_way(before[s], end, teachers[t]) for t, end in by.items()} for s, by in ends.items()}
     sizes = {student: _size(results, student, next(iter(by)), "student") for student, by in ends.items()}
     big = {
         teacher: _size(results, next(s for s in ends if teacher in ends[s]), teacher, "teacher") for teacher in teachers
     }
-    head = ("student", "before, %", *(f"from {_millions(big[t])} ({percent(results.level(TEACHERS[t]))}%)" for t in teachers),
-            "of the way to each, %")  # fmt: skip
-    rows = [
-        (
-            f"{_millions(sizes[s])}", percent(results.level(STUDENTS[s])),
-            *(percent(by[t]) if t in by else "–" for t in teachers),
-            ", ".join(f"{100 * shares[s][t][0]:.0f} ± {100 * shares[s][t][1]:.0f}" for t in by),
-        )
-        for s, by in ends.items()
-    ]  # fmt: skip
-    last, (small, *_, large) = teachers[-1], ends
+    last, (small, *_, large) = list(teachers)[-1], ends
+    able = [run["dev"]["sampled"]["accuracy"] for run in results.made("small-able")]
+    numbers = {
+        "before": before,
+        "ends": ends,
+        "shares": shares,
+        "sizes": sizes,
+        "big": big,
+        "teachers": teachers,
+        "gains": {s: fmean(found[0] for found in by.values()) - before[s] for s, by in ends.items()},
+        "able": able[0] if able else None,
+        "smallest": shares[small].get(last),
+        "largest": shares[large].get(last),
+        "hurt": [sizes[student] for student in too_large(ends)],
+        "last": teachers[last],
+        "ablest": max(teachers.values()),
+    }
     return Finding(
-        verdict(shares, ends, not _less_able(results, ends)),
-        f"of the way to the largest teacher the smallest student goes {100 * shares[small][last][0]:.0f}%, the largest "
-        f"{100 * shares[large][last][0]:.0f}%; {_worse(ends, sizes)}",
-        _why(results, ends, shares, sizes),
-        (table(head, rows),),
-        _panels(results, ends, shares, sizes, big),
-    )
+        verdict(shares, ends, ablest=teachers[last] >= max(teachers.values())), numbers,
+        _panels(ends, shares, sizes, big, teachers),
+    )  # fmt: skip
 
 
-def _worse(ends: Mapping[str, Mapping[str, Estimate]], sizes: Mapping[str, float]) -> str:
-    hurt = too_large(ends)
-    names = ", ".join(_millions(sizes[student]) for student in hurt)
-    return (
-        f"the largest teacher is worse than a smaller one for {names}"
-        if hurt
-        else "the largest teacher hurts none of them"
-    )
-
-
-def _why(results: Results, ends: Mapping, shares: Mapping, sizes: Mapping[str, float]) -> str:
-    smallest = next(iter(ends))
-    gains = "; ".join(
-        f"{_millions(sizes[student])} parameters, from {percent(results.level(STUDENTS[student]))}%, by "
-        f"{100 * (fmean(found[0] for found in by.values()) - results.level(STUDENTS[student])):.1f} points"
-        for student, by in ends.items()
-    )
-    able = [r["dev"]["sampled"]["accuracy"] for r in results.made("small-able")]
-    before = (
-        f" Before it was taught to misread, the smallest solved {percent(able[0])}% itself, of the dev split: hardly more can be "
-        "given back to it."
-        if able and smallest == "small"
-        else ""
-    )
-    less = "smaller" if gains_less(shares) else "not smaller, as far as can be told apart,"
-    return (
-        f"On average over the teachers the students gain: {gains}. The share of the way to the largest teacher is {less} for the "
-        f"smallest student than for the largest.{before} As for the teachers, {_worse(ends, sizes)}, by the interval of the "
-        f"difference.{_less_able(results, ends)} What differs from the published setting: models of one family on one task, all "
-        "taught by the same recipe, so that a larger teacher does not think in another way, as a reasoning model does for a "
-        "small student."
-    )
-
-
-def _less_able(results: Results, ends: Mapping) -> str:
-    """Where the largest teacher is not the best one, size and accuracy cannot be told apart."""
-    teachers = list(dict.fromkeys(teacher for by in ends.values() for teacher in by))
-    levels = {teacher: results.level(TEACHERS[teacher]) for teacher in teachers}
-    best = max(levels, key=levels.__getitem__)
-    if levels[best] <= levels[teachers[-1]]:
-        return ""
-    return (
-        f" The largest teacher is itself at {percent(levels[teachers[-1]])}%, a smaller one at {percent(levels[best])}%: what it "
-        "does worse may be its accuracy, not its size."
-    )
-
-
-def _panels(results: Results, ends: Mapping, shares: Mapping, sizes: Mapping, big: Mapping) -> tuple[Panel, ...]:
-    students = {size: _millions(size) for size in sizes.values()}
-    teachers = {size: _millions(size) for size in big.values()}
-    by_student = [
-        Line(f"teacher {_millions(size)}", [(sizes[s], *by[teacher]) for s, by in shares.items() if teacher in by])
-        for teacher, size in big.items()
-    ]
-    by_teacher = [
-        Line(f"student {_millions(sizes[s])}", [(big[t], *found) for t, found in by.items()]) for s, by in ends.items()
-    ]
-    itself = Line("the teacher", [(size, results.level(TEACHERS[t]), 0.0) for t, size in big.items()], dashed=True)
+def _panels(ends: Grid, shares: Grid, sizes: Mapping, big: Mapping, teachers: Mapping[str, float]) -> tuple[Panel, ...]:
+    itself = Line("the teacher", [(size, teachers[t], 0.0) for t, size in big.items()], dashed=True)
+    by_student = lines(turned(shares), sizes.__getitem__, lambda teacher: f"teacher {params(big[teacher])}")
+    by_teacher = lines(ends, big.__getitem__, lambda student: f"student {params(sizes[student])}")
     return (
         Panel("how far each student gets", "parameters of the student", "of the way to the teacher", by_student,
-              log_x=True, ticks=students),
+              log_x=True, ticks={size: params(size) for size in sizes.values()}),
         Panel("what each teacher leads to", "parameters of the teacher", "accuracy", [*by_teacher, itself],
-              log_x=True, ticks=teachers),
+              log_x=True, ticks={size: params(size) for size in big.values()}),
     )  # fmt: skip
 
 
 def _size(results: Results, student: str, teacher: str, who: str) -> float:
     """Parameters, as the runs noted them; without a note, sizes in their order."""
-    noted = results.runs(f"{student}-from-{teacher}")[0].get(f"{who}_params")
+    noted = results.runs(pair(student, teacher))[0].get(f"{who}_params")
     return float(noted or 10 ** (1 + list(STUDENTS).index(student if who == "student" else teacher)))
-
-
-def _millions(params: float) -> str:
-    return (
-        f"{params / 1e9:.1f}B" if params >= 1e9 else f"{params / 1e6:.2f}M" if params < 1e7 else f"{params / 1e6:.0f}M"
-    )
 
 
 EXPERIMENT = Experiment(
     name="capacity",
     question="Does a small student gain less from on-policy distillation, and can a teacher be too large for it?",
     world="arithmetic",
-    recipe={
-        "rollout": {"prompts_per_step": 64, "samples_per_prompt": 1, "max_tokens": 64},
-        "optim": {"warmup_steps": 10},
-        "threads": 1,
-        "steps": 40,
-    },
+    recipe=TOY,
     makers=(
         _from_nothing("small-able", "32x2", 1200),
         _misled("small-misled", "arm:small-able"),
@@ -233,14 +159,5 @@ EXPERIMENT = Experiment(
         "wide": {"world": "arithmetic-wide"},
         "misread": {"world": "arithmetic", "options": {"corrupted": 0.9}},
     },
-    claim=Claim(
-        says="A student far smaller than its teacher gains less, and a teacher that is too large can be worse than a "
-        "smaller one. Told as a rule (a teacher of 4 to 8 times the student's size; 32B better than 235B for 8B) without a "
-        "table; what is published: Qwen3-8B taught Qwen3-8B-Base slightly better than Qwen3-32B, and distillation works where "
-        "the models think alike and the teacher can do something new.",
-        source="[Thinking Machines 2025](https://thinkingmachines.ai/blog/on-policy-distillation/), "
-        "[Rethinking OPD](https://arxiv.org/abs/2604.13016)",
-        short="a far smaller student gains less; a too large teacher can be worse",
-    ),
     find=find,
 )

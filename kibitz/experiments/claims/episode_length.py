@@ -3,14 +3,14 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 from kibitz.experiments.charts import Line, Panel
-from kibitz.experiments.design import Arm, Claim, Experiment
-from kibitz.experiments.evidence import Finding, Verdict, percent, times
+from kibitz.experiments.design import TOY, Arm, Experiment, merged
+from kibitz.experiments.evidence import Finding, Verdict
 from kibitz.experiments.records import Record, best_rate, chooser
 from kibitz.experiments.results import NotRun, Results
 from kibitz.experiments.statistics import Curve, cost_at, cost_ratio, line, part_way
-from kibitz.experiments.tables import table
 
 LENGTHS = (1, 2, 4, 8)  # expressions in a prompt
 EQUAL = 64  # episodes of a step, or expressions of a step, where either is the same for both methods
@@ -83,34 +83,31 @@ def find(results: Results) -> Finding:
         raise NotRun("opd-k1")
     found = {length: _ratios(results, length) for length in lengths}
     ratios = {length: ratio for length, ratio in found.items() if ratio is not None}
-    verdict, told = _judged(ratios)
-    why = (
-        f"Both are to go {100 * GAP:.0f}% of the way from the student's to the teacher's share of right expressions; the reward "
-        f"counts only if all expressions of a prompt are right. {told} {_at_equal(results)} {_in_the_end(results, lengths[-1])} "
-        "A method's best batch and rate are those with the fewest FLOPs to that target, on the dev split: the two cheapest with "
-        "seed 0 are run with all seeds, and the cheaper of these counts. "
-        "Costs are read from the curves of runs with one schedule each, on the dev split, linear in the logarithm between two "
-        "points; the interval is of seeds and problems."
-    )
-    ours = ", ".join(f"{times(ratio['episodes'])} the episodes at k = {length}" for length, ratio in ratios.items())
-    tables = (_best(results, found), _equal(results))
-    return Finding(verdict, f"RL needs {ours}" if ours else "neither learnt", why, tables, _panels(results, found))
+    last = lengths[-1]
+    numbers = {
+        "gap": GAP,
+        "ratios": ratios,
+        "ends": [(length, ratios[length]) for length in sorted({min(ratios), max(ratios)})] if ratios else [],
+        "exponent": exponent(ratios),
+        "equal": EQUAL,
+        "longest": last,
+        "end": {method: results.accuracy(results.of_family(f"{method}-k{last}")) for method in METHODS},
+        "teacher": results.level("teacher", name=f"k{last}"),
+        "best": [row for length in lengths for row in _best(results, length, found[length])],
+        "equals": _equals(results),
+    }
+    return Finding(verdict(ratios), numbers, _panels(results, found))
 
 
-def _judged(ratios: Mapping[int, Ratios]) -> tuple[Verdict, str]:
-    """Whether what RL costs more grows from the shortest to the longest that was learnt, beyond the intervals."""
+def verdict(ratios: Mapping[int, Ratios]) -> Verdict:
+    """Whether what RL costs more grows from the shortest to the longest that was learnt: reproduced if it does beyond the
+    intervals, by episodes and by FLOPs; partly if the ratio of episodes rises."""
     if len(ratios) < 2:
-        return "not", "At fewer than two lengths did either method get there: no growth can be seen."
-    shortest, longest = min(ratios), max(ratios)
-    apart = all(ratios[longest][unit][1] > ratios[shortest][unit][2] for unit in ("episodes", "FLOPs"))
-    rises = ratios[longest]["episodes"][0] > ratios[shortest]["episodes"][0]
-    ends = ((length, ratios[length]) for length in (shortest, longest))
-    told = " and ".join(
-        f"{times(of['episodes'])} the episodes and {times(of['FLOPs'])} the FLOPs, the teacher's included, at k = {length}"
-        for length, of in ends
-    )
-    told = f"RL needs {told}, each method at its own best batch and learning rate. {_exponent(ratios)}"
-    return "reproduced" if apart else "partly" if rises else "not", told
+        return "not"
+    shortest, longest = ratios[min(ratios)], ratios[max(ratios)]
+    if all(longest[unit][1] > shortest[unit][2] for unit in ("episodes", "FLOPs")):
+        return "reproduced"
+    return "partly" if longest["episodes"][0] > shortest["episodes"][0] else "not"
 
 
 def _both(results: Results, length: int) -> bool:
@@ -159,16 +156,12 @@ def _until(runs: Sequence[Record], results: Results, length: int) -> dict[str, f
     }
 
 
-def _exponent(ratios: Mapping[int, Ratios]) -> str:
-    """The power of the length that the ratio of episodes grows with."""
+def exponent(ratios: Mapping[int, Ratios]) -> float:
+    """The power of the length that the ratio of episodes grows with; not a number from fewer than two lengths."""
     found = {length: of["episodes"][0] for length, of in ratios.items() if 0 < of["episodes"][0] < math.inf}
     if len(found) < 2:
-        return "Too few lengths were learnt to say by which power the ratio grows."
-    _, slope = line([math.log(length) for length in found], [math.log(ratio) for ratio in found.values()])
-    return (
-        f"The ratio of episodes grows with the length to the power of {slope:.2f}; one bit an episode against one number a "
-        "token would be 1."
-    )
+        return math.nan
+    return line([math.log(length) for length in found], [math.log(ratio) for ratio in found.values()])[1]
 
 
 # ------------------------------------------------------------------ at equal episodes and tokens
@@ -189,27 +182,17 @@ def _pair(results: Results, length: int, batch: int) -> tuple[dict[str, float], 
     return first, second
 
 
-def _equal(results: Results) -> str:
-    head = ("k", "same in a step", "episodes a step", "steps: RL, OPD", "steps", "FLOPs")
+def _equals(results: Results) -> list[dict[str, Any]]:
+    """What RL and OPD need at the same number of episodes a step, and at the same number of tokens."""
     rows = []
     for length in LENGTHS:
         for what, batch in (("episodes", EQUAL), ("tokens", EQUAL // length)):
             if (found := _pair(results, length, batch)) is None or (what == "tokens" and length == 1):
                 continue
             rl, opd = found
-            rows.append((
-                str(length), what, str(batch), f"{_number(rl['steps'])}, {_number(opd['steps'])}",
-                *(_over(rl[unit], opd[unit]) for unit in ("steps", "FLOPs")),
-            ))  # fmt: skip
-    return table(head, rows) if rows else ""
-
-
-def _at_equal(results: Results) -> str:
-    pairs = {length: found for length in LENGTHS if (found := _pair(results, length, EQUAL)) is not None}
-    if not pairs:
-        return ""
-    told = ", ".join(f"{_over(rl['FLOPs'], opd['FLOPs'])} at {length}" for length, (rl, opd) in pairs.items())
-    return f"At {EQUAL} episodes a step for both, seed 0 only, the ratio of FLOPs is {told}."
+            over = {unit: _over(rl[unit], opd[unit]) for unit in ("steps", "FLOPs")}
+            rows.append({"k": length, "what": what, "batch": batch, "rl": rl, "opd": opd, "over": over})
+    return rows
 
 
 def _over(dear: float, cheap: float) -> str:
@@ -218,38 +201,19 @@ def _over(dear: float, cheap: float) -> str:
     return "RL not there" if math.isinf(dear) else f"{dear / cheap:.1f}x"
 
 
-def _number(value: float) -> str:
-    return "–" if math.isinf(value) else f"{value:,.0f}"
-
-
 # ------------------------------------------------------------------ at the best batch of each
 
 
-def _best(results: Results, ratios: Mapping[int, Ratios | None]) -> str:
-    head = ("k", "target, %", "method", "batch, rate", "steps", "episodes", "1000 tokens", "GFLOP", "in the end, %",
-            "RL/OPD: episodes", "FLOPs")  # fmt: skip
-    rows = []
-    for length, ratio in ratios.items():
-        for method, says in METHODS.items():
-            name = results.of_family(f"{method}-k{length}")
-            runs = results.runs(name)
-            cost = _until(runs, results, length)
-            last = [times(ratio[unit]) if ratio else "neither there" for unit in ("episodes", "FLOPs")]
-            rows.append((
-                str(length), percent(target(results, length)), says, f"{_batch(runs[0])}, {results.rate(name):g}",
-                _number(cost["steps"]), _number(cost["episodes"]), _number(cost["tokens"] / 1e3), _number(cost["FLOPs"] / 1e9),
-                percent(results.accuracy(name)), *(last if method == "grpo" else ("", "")),
-            ))  # fmt: skip
-    return table(head, rows)
-
-
-def _in_the_end(results: Results, length: int) -> str:
-    ends = {method: results.accuracy(results.of_family(f"{method}-k{length}")) for method in METHODS}
-    teacher = results.level("teacher", name=f"k{length}")
-    return (
-        f"At the end of its budget, at k = {length}, RL has {percent(ends['grpo'])}% of the expressions right and OPD "
-        f"{percent(ends['opd'])}%; the teacher has {percent(teacher)}%."
-    )
+def _best(results: Results, length: int, ratio: Ratios | None) -> Iterator[dict[str, Any]]:
+    """A row for each method: its best batch and rate, what it cost to the target, and where it ends."""
+    for method, says in METHODS.items():
+        name = results.of_family(f"{method}-k{length}")
+        runs = results.runs(name)
+        yield {
+            "k": length, "target": target(results, length), "method": says, "batch": _batch(runs[0]),
+            "rate": results.rate(name), "cost": _until(runs, results, length), "end": results.accuracy(name),
+            "ratio": ratio if method == "grpo" else None,
+        }  # fmt: skip
 
 
 def _panels(results: Results, ratios: Mapping[int, Ratios | None]) -> tuple[Panel, ...]:
@@ -275,7 +239,7 @@ EXPERIMENT = Experiment(
     name="episode-length",
     question="k expressions a prompt, rewarded only if all are right: how does what RL costs more than OPD grow with k?",
     world="arithmetic-long-1",
-    recipe={"optim": {"warmup_steps": 5}, "threads": 1},
+    recipe=merged(TOY, {"optim": {"warmup_steps": 5}}),
     arms=tuple(_arms()),
     rates=RATES["opd"],
     dev_problems=PROBLEMS,
@@ -288,10 +252,5 @@ EXPERIMENT = Experiment(
     | {f"k{k}-each": {"world": f"arithmetic-long-{k}", "options": {"reward": "share"}, "limit": PROBLEMS // k}
        for k in LENGTHS},
     measures={f"k{k}": f"k{k}-each" for k in LENGTHS},
-    claim=Claim(
-        says="Reinforcement learning teaches O(1) bits per episode, on-policy distillation O(N), N being the number of tokens.",
-        source="[Thinking Machines 2025](https://thinkingmachines.ai/blog/on-policy-distillation/)",
-        short="RL teaches O(1) bits an episode, OPD O(N)",
-    ),
     find=find,
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """Forking tokens: does the teacher punish the token where the reasoning goes wrong, or the wrong answer that it ends in?"""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
@@ -11,11 +11,11 @@ from kibitz.engines.torch import TorchEngine
 from kibitz.evaluate.annotate import FORK_NATS, annotate
 from kibitz.evaluate.evaluate import grade
 from kibitz.experiments.charts import Heat, Line, Panel
-from kibitz.experiments.design import Claim, Experiment
-from kibitz.experiments.evidence import Finding, percent
+from kibitz.experiments.design import Experiment
+from kibitz.experiments.evidence import Finding, Verdict
 from kibitz.experiments.records import Record, half_of_seeds, share_with_interval
-from kibitz.experiments.results import Estimate, Results
-from kibitz.experiments.tables import table
+from kibitz.experiments.results import NotRun, Results
+from kibitz.experiments.statistics import Estimate
 from kibitz.models.load import load_model, load_tokenizer, pick_device, stop_ids
 from kibitz.report.heatmap import penalty
 from kibitz.teachers.build import reader_of
@@ -155,67 +155,40 @@ def _example(row: Record) -> Record:
 
 # ------------------------------------------------------------------ what it says
 
+MEASURED = ("exact", "chance", "later", "tokens", "median_rank", "wrong_nats", "answer_nats", "other_nats", "answer_punished",
+            "holders")  # fmt: skip
+
 
 def find(results: Results) -> Finding:
     """How often the first wrong token is the one that is punished most, and whether the final answer is punished."""
     seeds = [record for record in results.probes() if record["solutions"]["num"]]
     if not seeds:
-        return Finding("not", "no wrong solution", "The student made no mistake on these problems.", (), ())
-    located = seeds[0]["located"]
+        raise NotRun("solution that is wrong")
     exact, answer = _share(seeds, "exact", "num"), _share(seeds, "answer_holds", "num_later")
-    held, chance = _mean(seeds, "holders"), _mean(seeds, "chance")
+    means = {name: _mean(seeds, name) for name in MEASURED}
+    numbers = {
+        "located": seeds[0]["located"],
+        "num": sum(record["solutions"]["num"] for record in seeds),
+        "wrong": sum(record["num_wrong"] for record in seeds),
+        "seeds": len(seeds),
+        "most": MOST,
+        "fork_nats": FORK_NATS,
+        "first": exact,
+        "answer_holds": answer,
+        "mean": means,
+    }
+    return Finding(verdict(exact, answer, means, seeds[0]["located"]), numbers, _panels(seeds))
+
+
+def verdict(exact: Estimate, answer: Estimate, means: Mapping[str, Estimate], located: bool) -> Verdict:
+    """Reproduced if the first wrong token is surely punished most in over half of the solutions, and the answer is among the
+    tokens that hold most of the penalty in surely less than half. Where nobody knows the wrong token, partly at best."""
     alone = answer[0] + answer[1] < 0.5
-    if located:
-        verdict = (
-            "reproduced" if exact[0] - exact[1] > 0.5 and alone else "partly" if exact[0] > 3 * chance[0] else "not"
-        )
-        ours = f"the first wrong token is punished most in {percent(exact)}% of wrong solutions (chance {percent(chance[0])}%)"
-    else:
-        verdict = "partly" if alone and held[0] < 0.5 else "not"
-        ours = f"{percent(held)}% of the tokens hold {MOST:.0%} of the penalty; the last is one of them in {percent(answer)}%"
-    return Finding(verdict, ours, _why(seeds, exact, answer), (_table(seeds),), _panels(seeds))
-
-
-def _why(seeds: list[Record], exact: Estimate, answer: Estimate) -> str:
-    nats = {name: abs(_mean(seeds, name)[0]) for name in ("wrong_nats", "answer_nats", "other_nats")}
-    num, wrong = sum(record["solutions"]["num"] for record in seeds), sum(record["num_wrong"] for record in seeds)
-    where = (
-        f"Of {wrong} wrong solutions, {num} have a step that is not allowed, and in {percent(exact)}% of those its first wrong "
-        f"token is the one that the teacher punishes most, of {_mean(seeds, 'tokens')[0]:.0f} tokens on average. In "
-        f"{percent(_mean(seeds, 'later'))}% of the others that is a token further on. "
-        if seeds[0]["located"]
-        else f"Nobody can say at which token these {num} solutions go wrong, so the most punished token stands for it: what can "
-        f"be said is that {percent(_mean(seeds, 'holders'))}% of the tokens hold {MOST:.0%} of the penalty. "
-    )
-    expected = "given what stands before it, the teacher would mostly have said it too" if answer[0] < 0.5 else "often"
-    return where + (
-        f"The penalty of that token is {nats['wrong_nats']:.2f} nats in the median, of the final answer "
-        f"{nats['answer_nats']:.2f} and of all other tokens {nats['other_nats']:.2f}. The final answer is among the tokens "
-        f"that hold {MOST:.0%} of the penalty in {percent(answer)}% of the solutions that went wrong earlier: {expected}."
-    )
-
-
-def _table(seeds: list[Record]) -> str:
-    def row(words: str, name: str, in_percent: bool = True) -> tuple[str, str]:
-        mean, half = _mean(seeds, name)
-        return words, f"{percent((mean, half))}%" if in_percent else f"{round(mean, 2) + 0.0:.2f} ± {half:.2f}"
-
-    first = [
-        row("the first wrong token is the most punished", "exact"),
-        row("the same by chance", "chance"),
-        row("its rank among all tokens (0 is the most punished), median", "median_rank", False),
-    ]
-    return table(
-        ("of wrong solutions", f"mean of {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"),
-        [
-            *(first if seeds[0]["located"] else []),
-            row("penalty of the token where it goes wrong, nats, median", "wrong_nats", False),
-            row("penalty of the final answer, if it went wrong earlier, nats, median", "answer_nats", False),
-            row(f"the final answer is punished by more than {FORK_NATS:g} nat", "answer_punished"),
-            row("penalty of all other tokens, nats, median", "other_nats", False),
-            row(f"tokens that hold {MOST:.0%} of the penalty", "holders"),
-        ],
-    )
+    if not located:
+        return "partly" if alone and means["holders"][0] < 0.5 else "not"
+    if exact[0] - exact[1] > 0.5 and alone:
+        return "reproduced"
+    return "partly" if exact[0] > 3 * means["chance"][0] else "not"
 
 
 def _panels(seeds: list[Record]) -> tuple[Panel | Heat, ...]:
@@ -261,11 +234,5 @@ EXPERIMENT = Experiment(
     test_problems=1024,
     seeds=5,
     probe=probe,
-    claim=Claim(
-        says="In a wrong solution the penalty sits on the forking tokens, where the reasoning goes wrong; the wrong final answer "
-        "is hardly penalised, because given what stands before it, it was to be expected. Shown on one example.",
-        source="[Thinking Machines 2025](https://thinkingmachines.ai/blog/on-policy-distillation/)",
-        short="the penalty sits where the reasoning goes wrong, not on the wrong answer",
-    ),
     find=find,
 )

@@ -1,6 +1,6 @@
 """Which method, when each has the same number of student steps and rollouts and the learning rate that suits it best?"""
 
-from kibitz.experiments.design import Arm, Experiment
+from kibitz.experiments.design import TOY, Arm, Experiment, merged
 
 ROLLOUTS = 64  # of each step, whoever writes them
 GROUPS_OF_8 = {"prompts_per_step": ROLLOUTS // 8, "samples_per_prompt": 8}
@@ -108,12 +108,7 @@ def _compared(name: str, world: str, steps: int, max_tokens: int, arms: tuple[Ar
             "which method brings the student nearest to the teacher, and at what cost?"
         ),
         world=world,
-        recipe={
-            "rollout": {"prompts_per_step": ROLLOUTS, "samples_per_prompt": 1, "max_tokens": max_tokens},
-            "optim": {"warmup_steps": 10},
-            "threads": 1,
-            "steps": steps,
-        },
+        recipe=merged(TOY, {"rollout": {"prompts_per_step": ROLLOUTS, "max_tokens": max_tokens}, "steps": steps}),
         rates=(5e-4, 1e-3, 2e-3),
         reference="opd",
         quick_arms=("sft-teacher", "opd", "grpo"),

@@ -1,15 +1,17 @@
 """Is one prompt enough, if the student answers it often? From how many on does it learn what the prompts have in common?"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from statistics import fmean
+from typing import Any
 
-from kibitz.experiments.charts import Line, Panel
-from kibitz.experiments.design import Arm, Claim, Experiment
-from kibitz.experiments.evidence import Finding, percent
-from kibitz.experiments.records import Record, half_of_seeds, measure, share_with_interval
-from kibitz.experiments.results import Estimate, NotRun, Results
-from kibitz.experiments.tables import table
+from kibitz.experiments.charts import Panel
+from kibitz.experiments.design import TOY, Arm, Experiment, merged
+from kibitz.experiments.evidence import Finding, Verdict
+from kibitz.experiments.records import half_of_seeds, measure, share_with_interval
+from kibitz.experiments.results import NotRun, Results
+from kibitz.experiments.shapes import lines
+from kibitz.experiments.statistics import Estimate, share_of_way
 
 COUNTS = (1, 4, 16, 64, 0)  # of distinct prompts; 0: a new one each time
 SAMPLES = 128  # expressions that a step answers: as many short responses, or an eighth as many of eight each
@@ -51,132 +53,78 @@ def find(results: Results) -> Finding:
     kinds = [kind for kind in LENGTHS if results.has(_name(kind, 1), _name(kind, 0))]
     if not kinds:
         raise NotRun(_name("short", 1))
-    one = {kind: _way(results, _name(kind, 1), kind) for kind in kinds}
-    everything = {kind: _way(results, _name(kind, 0), kind) for kind in kinds}
-    nears = [kind for kind in kinds if one[kind][0] >= ENOUGH * everything[kind][0] and one[kind][0] > one[kind][1]]
-    gains = [kind for kind in kinds if one[kind][0] > one[kind][1]]
-    verdict = "reproduced" if nears else "partly" if gains else "not"
-    told = "; ".join(
-        f"one {kind} prompt {_signed(one[kind])}, {_inviting(results, kind)}ever new ones {_signed(everything[kind])}"
+    ways = {
+        kind: {count: way(results, _name(kind, count), kind) for count in COUNTS if results.has(_name(kind, count))}
         for kind in kinds
-    )
-    why = (
-        f"Of the way from the student to the teacher, in {_steps(results, kinds[0])} steps of {_expressions(results, kinds[0])} "
-        f"expressions, measured on problems that nobody was trained on: {told}. {' '.join(_begins(results, k) for k in kinds)} "
-        f"{_greedily(results, kinds[-1])} "
-        "A step answers as many expressions whether the prompts are short or long, so a long prompt is eight problems at once. "
-        "Before and after meet the same problems, so a share of the way is known better than the accuracies at its ends. "
-        f"Published is one mathematics prompt whose answers have thousands of tokens; here they have {_tokens(results, kinds)} "
-        "tokens, and show the student few of the cases that it gets wrong."
-    )
-    ours = "; ".join(
-        f"one {kind} prompt goes {_signed(one[kind])} of the way, ever new ones {_signed(everything[kind])}"
-        for kind in kinds
-    )
-    return Finding(verdict, ours, why, (_table(results, kinds),), _panels(results, kinds))
+    }
+    run, student = results.runs(_name(kinds[0], 1))[0]["settings"]["recipe"], results.model("student")
+    last = _name(kinds[-1], 1)
+    numbers = {
+        "steps": run["steps"],
+        "expressions": run["rollout"]["prompts_per_step"] * run["rollout"]["samples_per_prompt"] * LENGTHS[kinds[0]],
+        "lengths": LENGTHS,
+        "share": ENOUGH,
+        "ways": ways,
+        "inviting": {kind: way(results, _name(kind, 1, INVITING), kind) for kind in kinds
+                     if results.has(_name(kind, 1, INVITING))},
+        "helps": {kind: [count for count, (mean, half) in ways[kind].items() if count and mean > half] for kind in kinds},
+        "enough": {kind: [count for count, (mean, _) in ways[kind].items() if count and mean >= ENOUGH * ways[kind][0][0] > 0]
+                   for kind in kinds},
+        "last": kinds[-1],
+        "greedy": {"before": results.level("student", "greedy", kinds[-1]), "one": fmean(results.shares(last, "greedy")),
+                   "teacher": results.level("teacher", "greedy", kinds[-1])},
+        "tokens": {kind: measure(student, kind)["response_tokens"] for kind in kinds},
+        "levels": {kind: {role: measure(results.model(role), kind) for role in ("student", "teacher")} for kind in kinds},
+        "rows": {kind: _rows(results, kind) for kind in kinds},
+    }  # fmt: skip
+    return Finding(verdict(ways), numbers, _panels(ways))
 
 
-def _greedily(results: Results, kind: str) -> str:
-    levels = [results.level(role, "greedy", kind) for role in ("student", "teacher")]
-    one = fmean(results.shares(_name(kind, 1), "greedy"))
-    before, teacher, after = (percent(share) for share in (*levels, one))
-    return f"Greedily one {kind} prompt goes from {before} to {after}%, with a teacher at {teacher}%."
+def verdict(ways: Mapping[str, Mapping[int, Estimate]]) -> Verdict:
+    """From prompts of each kind, how many -> the share of the way. Reproduced if one prompt of some kind helps, by more than its
+    interval, and brings most of what ever new ones bring; partly if it helps."""
+    gains = [by for by in ways.values() if by[1][0] > by[1][1]]
+    if any(by[1][0] >= ENOUGH * by[0][0] for by in gains):
+        return "reproduced"
+    return "partly" if gains else "not"
 
 
-def _tokens(results: Results, kinds: list[str]) -> str:
-    student = results.model("student")
-    return " and ".join(f"{measure(student, kind)['response_tokens']:.0f}" for kind in kinds)
-
-
-def _way(results: Results, arm: str, kind: str) -> Estimate:
+def way(results: Results, arm: str, kind: str) -> Estimate:
     """The share of the way from the student's accuracy to the teacher's, below zero if it got worse. Before and after meet
     the same problems: its interval is that of seeds, and of the student's accuracy as if each expression were drawn anew."""
-    student, teacher = _levels(results, kind)
+    student, teacher = (results.level(role, name=kind) for role in ("student", "teacher"))
     ends = results.shares(arm)
     expressions = measure(results.model("student"), kind)["num_prompts"] * LENGTHS[kind]
     half = math.hypot(half_of_seeds(ends), share_with_interval([student], expressions)[1])
-    gap = teacher - student
-    return ((fmean(ends) - student) / gap, half / abs(gap)) if gap else (0.0, math.inf)
+    return share_of_way(student, (fmean(ends), half), teacher) if teacher != student else (0.0, math.inf)
 
 
-def _levels(results: Results, kind: str) -> tuple[float, float]:
-    return results.level("student", name=kind), results.level("teacher", name=kind)
-
-
-def _inviting(results: Results, kind: str) -> str:
-    name = _name(kind, 1, INVITING)
-    return f"one of only misreadable expressions {_signed(_way(results, name, kind))}, " if results.has(name) else ""
-
-
-def _begins(results: Results, kind: str) -> str:
-    """From how many prompts on the student learns anything, and nearly all."""
-    ways = {count: _way(results, _name(kind, count), kind) for count in COUNTS if results.has(_name(kind, count))}
-    limit = ENOUGH * ways[0][0]
-    learns = [count for count, (mean, half) in ways.items() if count and mean > half]
-    enough = [count for count, (mean, _) in ways.items() if count and mean >= limit > 0]
-    plural = "" if LENGTHS[kind] == 1 else "s"
-    helps = (
-        f"from {min(learns)} on they help beyond the interval"
-        if learns
-        else "no number tried helps beyond the interval"
-    )
-    most = f"{min(enough)} bring" if enough else "none brings"
-    return (
-        f"Of {kind} prompts, of {LENGTHS[kind]} expression{plural} each, {helps}, and {most} {100 * ENOUGH:.0f}% of what ever "
-        "new ones bring."
-    )
-
-
-def _signed(way: Estimate) -> str:
-    return f"{100 * way[0]:+.0f}% ± {100 * way[1]:.0f}"
-
-
-def _expressions(results: Results, kind: str) -> int:
-    rollout = results.runs(_name(kind, 1))[0]["settings"]["recipe"]["rollout"]
-    return rollout["prompts_per_step"] * rollout["samples_per_prompt"] * LENGTHS[kind]
-
-
-def _steps(results: Results, kind: str) -> int:
-    return results.runs(_name(kind, 1))[0]["settings"]["recipe"]["steps"]
-
-
-def _table(results: Results, kinds: list[str]) -> str:
+def _rows(results: Results, kind: str) -> list[dict[str, Any]]:
+    """What each arm of a kind was trained on, and where it ends."""
     rows = []
-    for kind in kinds:
-        student, teacher = (results.model(role) for role in ("student", "teacher"))
-        rows.append((f"*{kind}: the student before*", "", "", *_shares(student, kind), ""))
-        for arm in results.experiment.arms:
-            if arm.name.partition("-")[0] != kind or not results.has(arm.name):
-                continue
-            count = arm.changes.get("data", {}).get("limit")
-            distinct = "–" if count is None else str(count * LENGTHS[kind])
-            rows.append((
-                arm.about, distinct, f"{results.rate(arm.name):g}", percent(results.accuracy(arm.name)),
-                percent(results.accuracy(arm.name, "greedy")), _signed(_way(results, arm.name, kind)),
-            ))  # fmt: skip
-        rows.append((f"*{kind}: the teacher*", "", "", *_shares(teacher, kind), ""))
-    return table(("trained on", "distinct problems", "rate", "T=1, %", "greedy, %", "of the way"), rows)
+    for arm in results.experiment.arms:
+        if arm.name.partition("-")[0] == kind and results.has(arm.name):
+            prompts = arm.changes.get("data", {}).get("limit")
+            rows.append({
+                "about": arm.about, "problems": prompts and prompts * LENGTHS[kind], "rate": results.rate(arm.name),
+                "accuracy": results.accuracy(arm.name), "greedy": results.accuracy(arm.name, "greedy"),
+                "way": way(results, arm.name, kind),
+            })  # fmt: skip
+    return rows
 
 
-def _shares(model: Record, kind: str) -> tuple[str, str]:
-    row = measure(model, kind)
-    return percent(row["sampled"]["accuracy"]), percent(row["greedy"]["accuracy"])
-
-
-def _panels(results: Results, kinds: list[str]) -> tuple[Panel, ...]:
-    lines, by_problem = [], []
+def _panels(ways: Mapping[str, Mapping[int, Estimate]]) -> tuple[Panel, ...]:
     last = 4 * max(COUNTS)
-    for kind in kinds:
-        found = [count for count in COUNTS if results.has(_name(kind, count))]
-        ways = {count: _way(results, _name(kind, count), kind) for count in found}
-        lines.append(Line(f"{kind} prompts", [(count or last, *way) for count, way in ways.items()]))
-        by_problem.append(
-            Line(f"{kind} prompts", [(count * LENGTHS[kind], *way) for count, way in ways.items() if count])
-        )
     ticks = {float(count or last): str(count or "all") for count in COUNTS}
+    named = {f"{kind} prompts": by for kind, by in ways.items()}
+    problems = {f"{kind} prompts": {count * LENGTHS[kind]: found for count, found in by.items() if count}
+                for kind, by in ways.items()}  # fmt: skip
+    y = "of the way to the teacher"
     return (
-        Panel("what it brings", "distinct prompts", "of the way to the teacher", lines, log_x=True, ticks=ticks),
-        Panel("the same, by problems", "distinct problems", "of the way to the teacher", by_problem, log_x=True),
+        Panel(
+            "what it brings", "distinct prompts", y, lines(named, lambda count: count or last), log_x=True, ticks=ticks
+        ),
+        Panel("the same, by problems", "distinct problems", y, lines(problems), log_x=True),
     )
 
 
@@ -184,13 +132,10 @@ EXPERIMENT = Experiment(
     name="one-prompt",
     question="From how many prompts on does a student learn, when each is answered so often that all make as many steps?",
     world="arithmetic-long-1",
-    recipe={
-        "method": {"type": "opd"},
-        "rollout": {"max_tokens": 256},
-        "optim": {"warmup_steps": 5},
-        "threads": 1,
-        "steps": STEPS,
-    },
+    recipe=merged(
+        TOY,
+        {"method": {"type": "opd"}, "rollout": {"max_tokens": 256}, "optim": {"warmup_steps": 5}, "steps": STEPS},
+    ),
     arms=tuple(_arms()),
     rates=(5e-4, 1e-3, 2e-3),
     dev_problems=256,
@@ -207,10 +152,5 @@ EXPERIMENT = Experiment(
         "long-each": {"world": "arithmetic-long-8", "options": {"reward": "share"}, "limit": 64},
     },
     measures={"short": "short-each", "long": "long-each"},
-    claim=Claim(
-        says="One prompt, answered 256 times in each of 20 steps, approaches the teacher's accuracy on AIME'24.",
-        source="[Thinking Machines 2025](https://thinkingmachines.ai/blog/on-policy-distillation/)",
-        short="one prompt approaches the teacher",
-    ),
     find=find,
 )

@@ -7,16 +7,14 @@ from typing import Any
 from kibitz.config import ModelConfig
 from kibitz.data import load_prompts
 from kibitz.evaluate.chat import Conversation
-from kibitz.experiments.charts import Line, Panel
-from kibitz.experiments.design import OF_ARM, Arm, Claim, Experiment
-from kibitz.experiments.evidence import Finding, Verdict, percent
+from kibitz.experiments.design import OF_ARM, TOY, Arm, Experiment, merged
+from kibitz.experiments.evidence import Finding, Verdict
 from kibitz.experiments.make_world import FROM_NOTHING
 from kibitz.experiments.records import Record, measure, share_with_interval
-from kibitz.experiments.results import Estimate, Results
-from kibitz.experiments.statistics import apart
-from kibitz.experiments.tables import table
+from kibitz.experiments.results import Results
+from kibitz.experiments.shapes import compared, turned
+from kibitz.experiments.statistics import Estimate, apart
 from kibitz.models.load import load_tokenizer
-from kibitz.report.formats import safe_lines
 from kibitz.training.checkpoint import export
 from kibitz.types import Sampling
 
@@ -24,11 +22,7 @@ STAGES: Mapping[str, str] = {"student": "pre-trained", "mid-trained": "mid-train
 """The model that each stage leaves, as recipes call it, and in words."""
 PUBLISHED = {"student": "18 / 85", "mid-trained": "36 / 79", "recovered": "41 / 83"}
 BOTH = ("questions", "instructions")
-LOOKED_AT, SHOWN, LONGEST = (
-    24,
-    3,
-    60,
-)  # problems of each kind that are asked, those that are shown, characters of an answer
+LOOKED_AT, SHOWN = 24, 3  # problems of each kind that are asked, and those that are shown
 
 
 # ------------------------------------------------------------------ what is looked at
@@ -79,68 +73,39 @@ def verdict(levels: Mapping[str, Mapping[str, Estimate]]) -> Verdict:
 def find(results: Results) -> Finding:
     """What each stage can do, and what it says when one talks to it."""
     levels = {stage: {kind: level(results, stage, kind) for kind in BOTH} for stage in STAGES}
-    seconds = {arm: results.mean(arm, lambda run: run["cpu_seconds"])[0] for arm in list(STAGES)[1:]}
     made = results.made("pretrained")
-    seconds = {"student": made[0]["cpu_seconds"] if made else 0.0} | seconds
-    rows = [
-        (STAGES[stage], *(percent(by[kind]) for kind in BOTH), PUBLISHED[stage], f"{seconds[stage]:.0f}")
-        for stage, by in levels.items()
-    ]
+    seconds = {"student": made[0]["cpu_seconds"] if made else 0.0}
+    seconds |= {arm: results.mean(arm, lambda run: run["cpu_seconds"])[0] for arm in list(STAGES)[1:]}
     chat = results.probes()[0]
-    begins = "From random weights" if made else "From a named checkpoint"
-    why = (
-        f"{begins}, {sum(seconds.values()):.0f} CPU seconds in all. Mid-training takes the questions about its documents from "
-        f"{percent(levels['student']['questions'])}% to {percent(levels['mid-trained']['questions'])}% and the instructions from "
-        f"{percent(levels['student']['instructions'])}% to {percent(levels['mid-trained']['instructions'])}%; OPD with the "
-        f"pre-trained model as the teacher takes them to {percent(levels['recovered']['questions'])}% and "
-        f"{percent(levels['recovered']['instructions'])}%, stopped where the mean of both is best on the dev split. Talk to it: "
-        f"`kibitz chat {chat['folder']} --single`. The answers below are greedy; of the first {LOOKED_AT} test problems of each "
-        "kind they are those in which the stages differ most."
-    )
-    return Finding(
-        verdict(levels),
-        f"questions / instructions {', then '.join(_pair(by) for by in levels.values())}",
-        why,
-        (table(("stage", "questions, %", "instructions, %", "published", "CPU s"), rows), _talk(chat)),
-        _panels(levels),
-    )
-
-
-def _pair(by: Mapping[str, Estimate]) -> str:
-    return " / ".join(f"{100 * by[kind][0]:.0f}" for kind in BOTH)
-
-
-def _talk(chat: Record) -> str:
-    rows = [
-        (_code(one["prompt"]), _code(one["answer"] or ""), *(_code(one["said"][stage]) for stage in STAGES))
-        for kind in BOTH for one in chat["chat"][kind]
-    ]  # fmt: skip
-    return table(("asked", "right", *STAGES.values()), rows)
-
-
-def _code(text: str) -> str:
-    """Model text in a cell of a table: on one line, and nothing of it is read as Markdown."""
-    line = safe_lines(text[:LONGEST]).replace("\n", " ").replace("`", "'").replace("|", "¦").strip()
-    return f"`{line}`" if line else "–"
-
-
-def _panels(levels: Mapping[str, Mapping[str, Estimate]]) -> tuple[Panel, ...]:
-    lines = [Line(kind, [(float(x), *by[kind]) for x, by in enumerate(levels.values())]) for kind in BOTH]
-    ticks = {float(x): words for x, words in enumerate(STAGES.values())}
-    return (Panel("what each stage leaves", "", "accuracy", lines, ticks=ticks),)
+    numbers = {
+        "levels": levels,
+        "seconds": seconds,
+        "total": sum(seconds.values()),
+        "rows": [(STAGES[stage], by, PUBLISHED[stage], seconds[stage]) for stage, by in levels.items()],
+        "stages": list(STAGES.values()),
+        "folder": chat["folder"],
+        "looked_at": LOOKED_AT,
+        "talk": [(one["prompt"], one["answer"] or "", [one["said"][stage] for stage in STAGES])
+                 for kind in BOTH for one in chat["chat"][kind]],
+    }  # fmt: skip
+    named = {STAGES[stage]: by for stage, by in levels.items()}
+    panel = compared("what each stage leaves", "accuracy", list(STAGES.values()), turned(named), joined=True)
+    return Finding(verdict(levels), numbers, [panel])
 
 
 EXPERIMENT = Experiment(
     name="pipeline",
     question="From random weights to a model that one can talk to: what does each of the three stages give and take?",
     world="assistant",
-    recipe={
-        "method": {"type": "sft"},
-        "rollout": {"prompts_per_step": 32, "samples_per_prompt": 1, "max_tokens": 32},
-        "optim": {"warmup_steps": 10, "tokens_per_micro_batch": 2048},
-        "threads": 1,
-        "steps": 250,
-    },
+    recipe=merged(
+        TOY,
+        {
+            "method": {"type": "sft"},
+            "rollout": {"prompts_per_step": 32, "max_tokens": 32},
+            "optim": {"tokens_per_micro_batch": 2048},
+            "steps": 250,
+        },
+    ),
     makers=(
         Arm(
             "pretrained",
@@ -191,12 +156,5 @@ EXPERIMENT = Experiment(
     },
     measures={kind: kind for kind in BOTH},
     probe=probe,
-    claim=Claim(
-        says="Models are made in three stages: pre-training, mid-training on documents of a domain, post-training. With "
-        "Qwen3-8B, mid-training takes questions / instructions from 18 / 85 to 36 / 79, and OPD from the earlier checkpoint to "
-        "41 / 83.",
-        source="[Thinking Machines 2025](https://thinkingmachines.ai/blog/on-policy-distillation/)",
-        short="three stages: mid-training adds knowledge, OPD from the earlier checkpoint brings behaviour back",
-    ),
     find=find,
 )

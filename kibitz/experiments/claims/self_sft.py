@@ -4,11 +4,12 @@ import math
 from typing import Any
 
 from kibitz.experiments.charts import Line, Panel, Point
-from kibitz.experiments.design import Arm, Claim, Experiment
-from kibitz.experiments.evidence import Finding, Verdict, percent
+from kibitz.experiments.design import TOY, Arm, Experiment
+from kibitz.experiments.evidence import Finding, Verdict
 from kibitz.experiments.records import half_of_seeds
-from kibitz.experiments.results import Estimate, Results
-from kibitz.experiments.tables import table
+from kibitz.experiments.results import Results
+from kibitz.experiments.shapes import grid, turned
+from kibitz.experiments.statistics import Estimate
 
 RATES = {"adamw": (1e-4, 3e-4, 1e-3), "sgd": (0.03, 0.1, 0.3)}
 LEVELS = ("low", "middle", "high")
@@ -34,39 +35,25 @@ def name_of(method: str, optimizer: str, level: str) -> str:
 def find(results: Results) -> Finding:
     """Which runs end below the model that they began with."""
     start = results.level("student")
-    found = {
-        (method, optimizer, level): results.accuracy(name_of(method, optimizer, level))
-        for method in METHODS
-        for optimizer in RATES
-        for level in LEVELS
-        if results.has(name_of(method, optimizer, level))
-    }
-    own = {corner: below(share, start) for corner, share in found.items() if corner[0] == "self-sft"}
-    taught = {corner: below(share, start) for corner, share in found.items() if corner[0] != "self-sft"}
-    results.runs(name_of("self-sft", "adamw", "middle"))  # NotRun without the two that the claim is about
-    results.runs(name_of("opd", "adamw", "middle"))
-    worst, kept = (min((found[c][0], c) for c in group) for group in (own, taught))
-    why = (
-        f"The model follows {percent(start)}% of held-out instructions at the start. Self-SFT ends below that, beyond its "
-        f"interval, in {sum(own.values())} of {len(own)} pairs of optimizer and learning rate, OPD towards its own start "
-        f"in {sum(taught.values())} of {len(taught)}. The worst of self-SFT is {percent(worst[0])}% ({told(results, worst[1])}), "
-        f"the worst of OPD {percent(kept[0])}% ({told(results, kept[1])}). "
-        + (
-            "It is not any rate above 0 that degrades: a random walk has to be fast or long enough to show. "
-            if any(own.values()) and not all(own.values())
-            else ""
-        )
-        + "Nothing is to be learnt from one's own samples: their expected gradient is zero, and an optimizer walks with the "
-        "noise that is left. OPD's gradient on the full vocabulary is zero itself as long as the model is its teacher, and "
-        "points back as soon as it is not. Published with an 8B model and Adam; here all learning rates fall linearly to 0."
-    )
-    return Finding(
-        verdict(list(own.values()), list(taught.values())),
-        f"{percent(start)} at the start; self-SFT down to {percent(worst[0])}, OPD never below {percent(kept[0])}",
-        why,
-        (_table(results, found),),
-        tuple(_panel(results, optimizer, start) for optimizer in RATES),
-    )
+    pairs = [(optimizer, level) for optimizer in RATES for level in LEVELS]
+    found = grid(results, pairs, METHODS, lambda pair, method: name_of(method, *pair))
+    for method in ("self-sft", "opd"):
+        results.runs(name_of(method, "adamw", "middle"))  # NotRun without the two that the claim is about
+    by_method = turned(found)
+    own = by_method.pop("self-sft")
+    taught = {(method, *pair): share for method, by in by_method.items() for pair, share in by.items()}
+    worst, kept = min(own, key=lambda pair: own[pair][0]), min(taught, key=lambda corner: (taught[corner][0], corner))
+    degraded = [[below(share, start) for share in group.values()] for group in (own, taught)]
+    numbers = {
+        "start": start,
+        "own": {"below": sum(degraded[0]), "of": len(own), "worst": own[worst], "optimizer": worst[0],
+                "rate": results.rate(name_of("self-sft", *worst))},
+        "taught": {"below": sum(degraded[1]), "of": len(taught), "worst": taught[kept], "optimizer": kept[1],
+                   "rate": results.rate(name_of(*kept))},
+        "rows": [(pair[0], results.rate(name_of(next(iter(cells)), *pair)), [cells.get(method) for method in METHODS])
+                 for pair, cells in found.items()],
+    }  # fmt: skip
+    return Finding(verdict(*degraded), numbers, [_panel(results, optimizer, start) for optimizer in RATES])
 
 
 def verdict(own: list[bool], taught: list[bool]) -> Verdict:
@@ -79,22 +66,6 @@ def verdict(own: list[bool], taught: list[bool]) -> Verdict:
 def below(share: Estimate, start: float) -> bool:
     """Whether it ended below the start by more than its interval."""
     return share[0] + share[1] < start
-
-
-def told(results: Results, corner: tuple[str, str, str]) -> str:
-    return f"{corner[1]}, {results.rate(name_of(*corner)):g}"
-
-
-def _table(results: Results, found: dict[tuple[str, str, str], Estimate]) -> str:
-    rows = []
-    for optimizer in RATES:
-        for level in LEVELS:
-            here = {m: found[m, optimizer, level] for m in METHODS if (m, optimizer, level) in found}
-            if here:
-                rate = results.rate(name_of(next(iter(here)), optimizer, level))
-                cells = [percent(here[m]) if m in here else "–" for m in METHODS]
-                rows.append((optimizer, f"{rate:g}", percent(results.level("student")), *cells))
-    return table(("optimizer", "rate", "start", "self-SFT", "OPD, full", "OPD, sampled token"), rows)
 
 
 def _panel(results: Results, optimizer: str, start: float) -> Panel:
@@ -142,11 +113,11 @@ EXPERIMENT = Experiment(
     question="What becomes of a model that is fine-tuned on its own samples, at several rates and by two optimizers?",
     world="assistant",
     recipe={
+        **TOY,
         "steps": 100,
-        "rollout": {"prompts_per_step": 64, "samples_per_prompt": 1, "max_tokens": 32},
+        "rollout": {**TOY["rollout"], "max_tokens": 32},
         "optim": {"tokens_per_micro_batch": 2048, "schedule": "linear"},
         "device": "cpu",
-        "threads": 1,
     },
     arms=_arms(),
     rates=RATES["adamw"],
@@ -158,11 +129,5 @@ EXPERIMENT = Experiment(
     data={"prompts": {"world": "assistant-instructions"}},
     measures={"instructions": "prompts"},
     series=("reward",),
-    claim=Claim(
-        says="SFT on a model's own samples degrades instruction following at any practical learning rate, although the samples "
-        "come from the model itself; on-policy distillation, whose teacher stays fixed, does not.",
-        source="[Thinking Machines 2025](https://thinkingmachines.ai/blog/on-policy-distillation/)",
-        short="SFT on own samples degrades; OPD with a fixed teacher does not",
-    ),
     find=find,
 )

@@ -1,17 +1,15 @@
 """Fine-tuning improves with the logarithm of its data: a line fitted on the smaller sizes, and larger ones really trained."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import hypot, inf, log2
 
 from kibitz.experiments.budgets import curve, points, rungs
 from kibitz.experiments.charts import Line, Panel
 from kibitz.experiments.claims import cost
-from kibitz.experiments.design import Claim, Experiment
-from kibitz.experiments.evidence import Finding, Verdict, times
+from kibitz.experiments.evidence import Finding, Verdict
 from kibitz.experiments.results import Results, sequences
 from kibitz.experiments.statistics import bootstrap, line
-from kibitz.experiments.tables import table
 
 Estimate = tuple[float, float, float]
 """A value and its 95% interval."""
@@ -29,8 +27,7 @@ def find(results: Results) -> Finding:
     """The line, what it says of sizes beyond those it was fitted on, and what these brought."""
     whole = dict(sorted(curve(results, "sft", sequences).items()))
     problems = results.runs(rungs(results, "sft")[0])[0]["test"]["num_prompts"]
-    fitted = list(whole)[:-CHECKED] or list(whole)
-    part = {size: whole[size] for size in fitted}
+    part = {size: whole[size] for size in list(whole)[:-CHECKED] or list(whole)}
     slope = bootstrap(part, problems, lambda drawn: fit(drawn)[1])
     factor = bootstrap(part, problems, lambda drawn: growth(drawn, PUBLISHED_GAIN))
     checks = [
@@ -41,15 +38,19 @@ def find(results: Results) -> Finding:
         )
         for size in list(whole)[-CHECKED:]
     ]
-    last = checks[-1]
-    return Finding(
-        verdict(slope, factor, checks),
-        f"{_points(slope)} a doubling, so +{100 * PUBLISHED_GAIN:.0f} points cost {_data(factor)}; "
-        f"{last.size:,.0f} sequences were to bring {_percent(last.foretold)} and brought {_percent(last.reached)}",
-        _why(fitted, slope, factor, checks, needed(part, problems, last)),
-        (_table(results, checks),),
-        (_panel(results, part, checks),),
-    )
+    last, sizes = checks[-1], {sequences(results.runs(arm)[0]): results.accuracy(arm) for arm in rungs(results, "sft")}
+    numbers = {
+        "smallest": min(part),
+        "largest": max(part),
+        "slope": slope,
+        "factor": factor,
+        "checks": checks,
+        "needed": needed(part, problems, last),
+        "took": last.size / max(part),
+        "fitted": {size: share for size, share in sizes.items() if size in part},
+        "sizes": sizes,
+    }
+    return Finding(verdict(slope, factor, checks), numbers, [_panel(results, part, checks)])
 
 
 @dataclass(frozen=True)
@@ -102,52 +103,6 @@ def verdict(slope: Estimate, factor: Estimate, checks: Sequence[Check]) -> Verdi
     return "reproduced" if all(c.holds for c in checks) and factor[2] >= PUBLISHED_FACTOR else "partly"
 
 
-# ------------------------------------------------------------------ words
-
-
-def _why(fitted: Sequence[float], slope: Estimate, factor: Estimate, checks: Sequence[Check], asked: Estimate) -> str:
-    told = " ".join(
-        f"For {c.size:,.0f} sequences it foretells {_percent(c.foretold)}, and training on them brought "
-        f"{_percent(c.reached)}: {'it holds' if c.holds else 'it does not hold'}."
-        for c in checks
-    )
-    last = checks[-1]
-    return (
-        f"A line through accuracy against the logarithm of the number of the teacher's texts, fitted on "
-        f"{fitted[0]:,.0f} to {fitted[-1]:,.0f} sequences, rises by {_points(slope)} a doubling; by it "
-        f"+{100 * PUBLISHED_GAIN:.0f} points cost {_data(factor)} (published about {PUBLISHED_FACTOR}x, "
-        f"extrapolated, not trained). {told} For what the largest size reached, the line asks for {_data(asked)} "
-        f"of the largest fitted one; it took {last.size / fitted[-1]:.0f}x. Each size is a run of its own with its own decay, "
-        "batch and rate. "
-        "A line that goes on for ever cannot be right, because accuracy ends at the teacher's: "
-        "extrapolate over one or two doublings, not ten."
-    )
-
-
-def _percent(share: Estimate) -> str:
-    return f"{100 * share[0]:.1f}% ({100 * share[1]:.1f}–{100 * share[2]:.1f})"
-
-
-def _points(slope: Estimate) -> str:
-    return f"{100 * slope[0]:.1f} points ({100 * slope[1]:.1f}–{100 * slope[2]:.1f})"
-
-
-def _data(factor: Estimate) -> str:
-    return "more data than there is" if factor[0] == inf else f"{times(factor)} the data"
-
-
-def _table(results: Results, checks: Sequence[Check]) -> str:
-    beyond = {check.size: check for check in checks}
-    rows = []
-    for arm in rungs(results, "sft"):
-        size = sequences(results.runs(arm)[0])
-        mean, half = results.accuracy(arm)
-        check = beyond.get(size)
-        said = (_percent(check.foretold), "yes" if check.holds else "no") if check else ("fitted", "")
-        rows.append((f"{size:,}", f"{100 * mean:.1f} ± {100 * half:.1f}", *said))
-    return table(("the teacher's texts", "accuracy, %", "the line foretells", "holds"), rows, left=1)
-
-
 def _panel(results: Results, part: Mapping[float, Sequence[float]], checks: Sequence[Check]) -> Panel:
     drawn = [(size, sum(shares) / len(shares)) for size, shares in part.items()]
     ends = (min(part), max(check.size for check in checks))
@@ -163,24 +118,12 @@ def _panel(results: Results, part: Mapping[float, Sequence[float]], checks: Sequ
     )  # fmt: skip
 
 
-EXPERIMENT = Experiment(
+EXPERIMENT = replace(
+    cost.EXPERIMENT,
     name="sft-law",
     question="Does SFT improve with the logarithm of its data, and does the line foretell what more data brings?",
-    world=cost.EXPERIMENT.world,
-    recipe=cost.EXPERIMENT.recipe,
     arms=cost.arms_of("sft", cost.BUDGETS["sft"]),
-    rates=cost.EXPERIMENT.rates,
-    dev_problems=cost.EXPERIMENT.dev_problems,
-    test_problems=cost.EXPERIMENT.test_problems,
-    extensions=cost.EXPERIMENT.extensions,
-    seeds=cost.EXPERIMENT.seeds,
     quick_arms=("sft-640-b8", "sft-1280-b8"),
     runs_in=cost.EXPERIMENT.name,
-    claim=Claim(
-        says="SFT improves log-linearly with its number of prompts: 60% at 400,000, and by extrapolation 70% at about 2 million, "
-        "so +10 points cost 5x the data.",
-        source="[Thinking Machines 2025](https://thinkingmachines.ai/blog/on-policy-distillation/)",
-        short="SFT is log-linear in data; +10 points cost 5x (extrapolated)",
-    ),
     find=find,
 )

@@ -8,14 +8,13 @@ from kibitz.config import ModelConfig
 from kibitz.data import load_grader, load_prompts
 from kibitz.engines.torch import TorchEngine
 from kibitz.evaluate.evaluate import grade
-from kibitz.experiments.charts import Line, Panel
-from kibitz.experiments.design import OF_ARM, Arm, Claim, Experiment
-from kibitz.experiments.evidence import Finding, Verdict, percent
+from kibitz.experiments.design import OF_ARM, TOY, Arm, Experiment
+from kibitz.experiments.evidence import Finding, Verdict
 from kibitz.experiments.make_world import MISLED
 from kibitz.experiments.records import Record, share_with_interval
-from kibitz.experiments.results import Estimate, NotRun, Results
-from kibitz.experiments.statistics import apart
-from kibitz.experiments.tables import table
+from kibitz.experiments.results import NotRun, Results
+from kibitz.experiments.shapes import compared
+from kibitz.experiments.statistics import Estimate, apart
 from kibitz.graders import Grader
 from kibitz.models.load import load_model, load_tokenizer, pick_device, stop_ids
 from kibitz.types import Prompt, Rollout, Sampling
@@ -130,82 +129,43 @@ def repairs(shares: Mapping[str, Estimate], mistakes: Mapping[str, Estimate]) ->
 
 
 def find(results: Results) -> Finding:
-    arms = [arm for arm in results.experiment.arms if results.has(arm.name)]
-    shares = {arm.name: results.accuracy(arm.name) for arm in arms}
+    """What each arm makes of the problems that the misled teacher gets wrong."""
+    arms = {arm.name: arm.about for arm in results.experiment.arms if results.has(arm.name)}
+    shares = {name: results.accuracy(name) for name in arms}
     if ALONE not in shares:
         raise NotRun(ALONE)
-    mistakes = {name: inherited(results, name) for name in ("student", *shares)}
-    right = {name: inherited(results, name, "right") for name in mistakes}
-    rows = [
-        (
-            "the student before",
-            percent(results.level("student")),
-            percent(right["student"]),
-            percent(mistakes["student"]),
-        )
-    ]
-    rows += [
-        (arm.about, percent(shares[arm.name]), percent(right[arm.name]), percent(mistakes[arm.name])) for arm in arms
-    ]
-    rows += [(f"*{words}*", percent(results.level(role)), "", "") for role, words in
-             ((NOISY, "the misled teacher"), (OTHER, "the one that slips"), ("teacher", "the sound one"))]  # fmt: skip
-    head = ("learnt from", "accuracy, %", "right where it errs, %", "its mistake there, %")
+    mistakes, right = (
+        {name: inherited(results, name, what) for name in ("student", *arms)} for what in ("mistake", "right")
+    )
+    fixed, kdrl = repairs(shares, mistakes), results.has("kdrl", "reward")
+    levels = {role: results.level(role) for role in ("student", "teacher", NOISY, OTHER)}
+    numbers = {
+        "num": sum(record["num_mistakes"] for record in results.probes()),
+        "mistakes": mistakes,
+        "end": shares[ALONE],
+        "levels": {
+            "student": levels["student"],
+            "sound": levels["teacher"],
+            "misled": levels[NOISY],
+            "slips": levels[OTHER],
+        },
+        "repaired": [arms[name] for name in fixed],
+        "repairing": fixed,
+        "unrepaired": [arms[name] for name in REMEDIES if name in shares and name not in fixed],
+        "over_reward": results.difference("kdrl", "reward") if kdrl else None,
+        "over_kl": results.difference("kdrl", ALONE_SAMPLED) if kdrl else None,
+        "rows": [(about, shares[name], right[name], mistakes[name]) for name, about in arms.items()],
+        "student_right": right["student"],
+    }
+    before = {"student before": levels["student"], "misled teacher": levels[NOISY]}
     return Finding(
         verdict(shares, mistakes),
-        f"of a misled teacher's mistakes the student makes {percent(mistakes['student'])}% before and "
-        f"{percent(mistakes[ALONE])}% after; repaired by {', '.join(repairs(shares, mistakes)) or 'nothing that was tried'}",
-        _why(results, arms, shares, mistakes),
-        (table(head, rows),),
-        _panels(results, arms, shares, mistakes),
-    )
-
-
-def _names(arms: Sequence[Arm], names: Sequence[str]) -> str:
-    abouts = {arm.name: arm.about for arm in arms}
-    return "; ".join(abouts[name] for name in names) or "nothing that was tried"
-
-
-def _why(
-    results: Results, arms: Sequence[Arm], shares: Mapping[str, Estimate], mistakes: Mapping[str, Estimate]
-) -> str:
-    num = sum(record["num_mistakes"] for record in results.probes())
-    fixed = repairs(shares, mistakes)
-    helpless = [name for name in REMEDIES if name in shares and name not in fixed]
-    beats = "more" if shares[ALONE][0] > results.level(NOISY) else "not more"
-    sound = f", after learning from the sound one to {percent(mistakes['sound'])}%" if "sound" in mistakes else ""
-    return (
-        f"The misled teacher was taught an error that the student does not have, and keeps what the student lacks. Of the {num} "
-        f"greedy answers that it gets wrong, the student before gives the same wrong answer to {percent(mistakes['student'])}%, "
-        f"after learning from it to {percent(mistakes[ALONE])}%{sound}. Its accuracy ends at {percent(shares[ALONE])}%, {beats} "
-        f"than the teacher's own {percent(results.level(NOISY))}%. Told apart as a repair, in accuracy and these mistakes, from "
-        f"the misled teacher alone (with sampled tokens, where the remedy has these): {_names(arms, fixed)}. Not told apart: "
-        f"{_names(arms, helpless) if helpless else 'none'}. "
-        f"{_of_kdrl(results)}What differs from what is told: the error is planted, not grown."
-    )
-
-
-def _of_kdrl(results: Results) -> str:
-    if not results.has("kdrl", "reward"):
-        return ""
-    more, alone = results.difference("kdrl", "reward"), results.difference("kdrl", ALONE_SAMPLED)
-    return (
-        f"Reward and reverse KL together (KDRL) are {percent(more)} points above reward alone and {percent(alone)} above the "
-        "KL alone, here with a teacher that is wrong. "
-    )
-
-
-def _panels(
-    results: Results, arms: Sequence[Arm], shares: Mapping[str, Estimate], mistakes: Mapping[str, Estimate]
-) -> tuple[Panel, ...]:
-    places = {float(place): arm.name for place, arm in enumerate(arms)}
-    ticks = {place: name.replace("-", "\n") for place, name in places.items()}
-    levels = {"student before": results.level("student"), "misled teacher": results.level(NOISY)}
-    return (
-        Panel("accuracy", "", "accuracy", [Line("accuracy", [(x, *shares[n]) for x, n in places.items()], joined=False)],
-              levels=levels, ticks=ticks),
-        Panel("the teacher's own mistakes", "", "same wrong answer",
-              [Line("its mistake", [(x, *mistakes[n]) for x, n in places.items()], joined=False)],
-              levels={"student before": mistakes["student"][0]}, ticks=ticks),
+        numbers,
+        (
+            compared("accuracy", "accuracy", list(arms), {"accuracy": shares}, levels=before),
+            compared("the teacher's own mistakes", "same wrong answer", list(arms), {"its mistake": mistakes},
+                     levels={"student before": mistakes["student"][0]}),
+        ),
     )  # fmt: skip
 
 
@@ -213,12 +173,7 @@ EXPERIMENT = Experiment(
     name="teacher-noise",
     question="Does a student inherit its teacher's systematic error, and do several teachers or some reward repair that?",
     world="arithmetic",
-    recipe={
-        "rollout": {"prompts_per_step": 64, "samples_per_prompt": 1, "max_tokens": 64},
-        "optim": {"warmup_steps": 10},
-        "threads": 1,
-        "steps": 40,
-    },
+    recipe=TOY,
     makers=(_planted("backwards", "backwards"), _planted("slips", "slips")),
     arms=ARMS,
     rates=(5e-4, 1e-3, 2e-3),
@@ -238,12 +193,5 @@ EXPERIMENT = Experiment(
         "slips": {"world": "arithmetic", "options": {"slips": 0.1}},
     },
     probe=probe,
-    claim=Claim(
-        says="The teacher's systematic error is inherited, because the student is drawn to whatever the teacher says; several "
-        "teachers, or some reward of the environment beside it, repair that. Told as a caveat; published beside it: reward and "
-        "reverse KL together (KDRL) 2.6 points above reward alone and 1.1 above the KL alone.",
-        source="[KDRL](https://arxiv.org/abs/2506.02208)",
-        short="the teacher's systematic error is inherited; teachers mixed or some reward repair it",
-    ),
     find=find,
 )

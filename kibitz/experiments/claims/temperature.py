@@ -1,16 +1,15 @@
 """How much the settings of a run matter: temperature of the rollouts, prompts and samples of a step, learning rate."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kibitz.experiments.charts import Line, Panel
-from kibitz.experiments.design import Arm, Claim, Experiment
-from kibitz.experiments.evidence import Finding, Verdict, percent
+from kibitz.experiments.design import TOY, Arm, Experiment
+from kibitz.experiments.evidence import Finding, Verdict
 from kibitz.experiments.records import score
-from kibitz.experiments.results import Estimate, NotRun, Results
-from kibitz.experiments.tables import table
+from kibitz.experiments.results import NotRun, Results
+from kibitz.experiments.statistics import Estimate, apart
 
 PROMPTS, STEPS, SHORT = 64, 24, 12
 ROLLOUTS = PROMPTS * STEPS
@@ -62,13 +61,9 @@ def judged(setting: Setting, found: Mapping[float, Estimate]) -> bool | None:
     if not inside or not outside:
         return None
     best, rival = (max(part.values(), key=lambda e: e[0]) for part in (inside, outside))
-    if all(_above(best, other) for other in outside.values()):
+    if all(apart(best, other) for other in outside.values()):
         return True
-    return False if all(_above(rival, other) for other in inside.values()) else None
-
-
-def _above(one: Estimate, other: Estimate) -> bool:
-    return one[0] - other[0] > math.hypot(one[1], other[1])
+    return False if all(apart(rival, other) for other in inside.values()) else None
 
 
 def verdict(judgements: Sequence[bool | None]) -> Verdict:
@@ -85,61 +80,37 @@ def rates(results: Results) -> bool | None:
 
 def find(results: Results) -> Finding:
     """A curve for each setting, and which of its values are told apart."""
-    found = {setting: setting.measured(results) for setting in SETTINGS}
     if not results.has(BASE.name, "sft"):
         raise NotRun(BASE.name)
-    found = {setting: values for setting, values in found.items() if values}
+    found = {setting: values for setting in SETTINGS if (values := setting.measured(results))}
     judgements = {setting.words: judged(setting, values) for setting, values in found.items()}
     judgements["learning rate"] = rates(results)
-    words = {True: "holds", False: "the opposite", None: "not told apart"}
-    rows = [
-        (setting.words, _range(setting), ", ".join(f"{v:g}: {percent(e)}" for v, e in values.items()),
-         words[judgements[setting.words]])
-        for setting, values in found.items()
-    ]  # fmt: skip
     ours, sft = results.rate(BASE.name), results.rate("sft")
-    rows.append(
-        ("learning rate", "a little below SFT's", f"{ours:g}; SFT's {sft:g}", words[judgements["learning rate"]])
-    )
-    best = max(found[SETTINGS[0]], key=lambda value: found[SETTINGS[0]][value][0])
-    return Finding(
-        verdict(list(judgements.values())),
-        f"best at temperature {best:g} ({percent(found[SETTINGS[0]][best])}); best rate {ours / sft:g} x SFT's",
-        _why(found, judgements, ours / sft),
-        (table(("setting", "published as good", "accuracy, %", "here"), rows),),
-        _panels(results, found),
-    )
-
-
-def _range(setting: Setting) -> str:
-    return f"{setting.good[0]:g}–{setting.good[1]:g}"
-
-
-def _why(found: Mapping[Setting, Mapping[float, Estimate]], judgements: Mapping[str, bool | None], ratio: float) -> str:
-    spans = "; ".join(
-        f"{setting.words}, {_spread(values):.1f} points between the worst, {min(values, key=lambda v: values[v][0]):g}, and "
-        f"the best, {max(values, key=lambda v: values[v][0]):g}"
-        for setting, values in found.items()
-    )
-    named = {
-        judgement: [words for words, j in judgements.items() if j is judgement] for judgement in (True, False, None)
+    by_temperature = found[SETTINGS[0]]
+    numbers = {
+        "settings": [_row(setting, values, judgements[setting.words]) for setting, values in found.items()],
+        "told": {
+            words: [name for name, said in judgements.items() if said is judgement] for judgement, words in TOLD.items()
+        },
+        "best": max(by_temperature.items(), key=lambda item: item[1][0]),
+        "rate": ours,
+        "sft_rate": sft,
+        "ratio": ours / sft,
+        "rate_told": TOLD[judgements["learning rate"]],
+        "rollouts": ROLLOUTS,
+        "short": SHORT,
     }
-    said = {
-        True: "The published values are told apart above the others in",
-        False: "Others are told apart above them in",
-        None: "Neither is told apart in",
-    }
-    read = " ".join(f"{said[judgement]}: {'; '.join(names)}." for judgement, names in named.items() if names)
-    return (
-        f"What each setting moves: {spans}. {read} OPD's best learning rate is {ratio:g} times that of SFT on right solutions. "
-        f"Equal rollouts are {ROLLOUTS}, equal steps {SHORT}: a short budget. Each value has its own best learning rate, which "
-        "takes away a part of what a bad one costs at a fixed rate: a setting that is not told apart is one that needs no care."
-    )
+    return Finding(verdict(list(judgements.values())), numbers, _panels(results, found))
 
 
-def _spread(values: Mapping[float, Estimate]) -> float:
-    means = [estimate[0] for estimate in values.values()]
-    return 100 * (max(means) - min(means))
+TOLD: Mapping[bool | None, str] = {True: "holds", False: "the opposite", None: "not told apart"}
+
+
+def _row(setting: Setting, values: Mapping[float, Estimate], judgement: bool | None) -> dict[str, Any]:
+    ordered = sorted(values, key=lambda value: values[value][0])
+    spread = values[ordered[-1]][0] - values[ordered[0]][0]
+    return {"words": setting.words, "good": setting.good, "accuracies": values, "told": TOLD[judgement],
+            "worst": ordered[0], "best": ordered[-1], "spread": spread}  # fmt: skip
 
 
 def _panels(results: Results, found: Mapping[Setting, Mapping[float, Estimate]]) -> tuple[Panel, ...]:
@@ -172,10 +143,7 @@ EXPERIMENT = Experiment(
     name="temperature",
     question="How much do the temperature of the rollouts, the batch, the samples of a prompt and the rate matter?",
     world="arithmetic",
-    recipe={
-        "rollout": {"samples_per_prompt": 1, "max_tokens": 64},
-        "threads": 1,
-    },
+    recipe=TOY,
     arms=(
         BASE,
         *(_arm(arm, f"rollouts at temperature {value:g}", temperature=value)
@@ -195,12 +163,5 @@ EXPERIMENT = Experiment(
     dev_problems=256,
     seeds=3,
     quick_arms=(BASE.name, "temperature-0.5", "prompts-16", "steps-prompts-16", "samples-4", "sft"),
-    claim=Claim(
-        says="Rollouts at temperature 0.7 to 1.0, 64 to 256 prompts a step, 2 to 4 samples of each, and a learning rate a little "
-        "below that of SFT (the cookbook: temperature 1, 4 samples, and half of SFT's rate for full fine-tuning).",
-        source="popular advice around [Thinking Machines 2025](https://thinkingmachines.ai/blog/on-policy-distillation/), and "
-        "[its cookbook](https://github.com/thinking-machines-lab/tinker-cookbook)",
-        short="rollouts at 0.7–1.0, batch 64–256, 2–4 samples a prompt, a rate a little below SFT's",
-    ),
     find=find,
 )  # fmt: skip

@@ -1,16 +1,16 @@
 """What becomes of a student that starts weak, when it learns from its own text, and what helps it."""
 
-import math
 from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
 from kibitz.experiments.charts import Line, Panel
 from kibitz.experiments.claims.methods import NAVIGATION
-from kibitz.experiments.design import Arm, Claim, Experiment
-from kibitz.experiments.evidence import Finding, Verdict, percent
-from kibitz.experiments.results import Estimate, NotRun, Results, gflop
-from kibitz.experiments.tables import table
+from kibitz.experiments.design import TOY, Arm, Experiment
+from kibitz.experiments.evidence import Finding, Verdict
+from kibitz.experiments.results import NotRun, Results, gflop
+from kibitz.experiments.shapes import Grid, grid
+from kibitz.experiments.statistics import Estimate, apart, share_of_way
 
 STEPS, WARMUP = 60, 20
 PLAIN, WARM, SKD, PREFIX = "opd", "warm-opd", "skd", "prefix"
@@ -85,8 +85,7 @@ def start_kl(results: Results, start: str) -> float:
 def closed(results: Results, start: str, method: str) -> Estimate:
     """The share of the way from the start to the teacher; 0 where the start is as good."""
     here, top = level(results, start), results.level("teacher")
-    end, half = results.accuracy(f"{method}-{start}")
-    return ((end - here) / (top - here), half / (top - here)) if top > here else (0.0, 0.0)
+    return share_of_way(here, results.accuracy(f"{method}-{start}"), top) if top > here else (0.0, 0.0)
 
 
 def verdict(shares: Mapping[str, Mapping[str, Estimate]]) -> Verdict:
@@ -94,16 +93,12 @@ def verdict(shares: Mapping[str, Mapping[str, Estimate]]) -> Verdict:
     OPD goes less of its way from a weak start than from the strongest, and a cure goes further there. Reproduced: both hold
     at every weaker start, by the interval of the difference; partly: one of them at one of them."""
     strongest, *weaker = shares
-    bad = [above(shares[strongest][PLAIN], shares[start][PLAIN]) for start in weaker]
+    bad = [apart(shares[strongest][PLAIN], shares[start][PLAIN]) for start in weaker]
     cured = [
-        any(above(shares[start][cure], shares[start][PLAIN]) for cure in CURES if cure in shares[start])
+        any(apart(shares[start][cure], shares[start][PLAIN]) for cure in CURES if cure in shares[start])
         for start in weaker
     ]
     return "reproduced" if all(bad) and all(cured) else "partly" if any(bad) or any(cured) else "not"
-
-
-def above(one: Estimate, other: Estimate) -> bool:
-    return one[0] - other[0] > math.hypot(one[1], other[1])
 
 
 def find(results: Results) -> Finding:
@@ -111,32 +106,33 @@ def find(results: Results) -> Finding:
     starts = [start for start in STARTS if results.has(f"{PLAIN}-{start}")]
     if len(starts) < 2:
         raise NotRun(f"{PLAIN}-{next(start for start in STARTS if start not in starts)}")
-    starts.sort(key=lambda start: -level(results, start))
-    ends = {
-        start: {m: results.accuracy(f"{m}-{start}") for m in METHODS if results.has(f"{m}-{start}")} for start in starts
-    }
-    rows = [
-        (
-            STARTS[start][1], percent(level(results, start)), f"{start_kl(results, start):.2f}", METHODS[method], percent(found),
-            percent(closed(results, start, method)), f"{_cost(results, start, method):.0f}",
-            _written(results, start, method),
-        )
-        for start in starts for method, found in ends[start].items()
-    ]  # fmt: skip
-    head = ("start", "its accuracy, %", "its reverse KL", "what is done", "accuracy, %", "of the way to the teacher, %", "GFLOP",
-            "the teacher writes, first to last step, %")  # fmt: skip
-    shares = {start: {m: closed(results, start, m) for m in found} for start, found in ends.items()}
-    weakest = starts[-1]
-    best = max(ends[weakest], key=lambda method: ends[weakest][method][0])
-    return Finding(
-        verdict(shares),
-        f"from {percent(level(results, weakest))}: plain OPD {percent(ends[weakest][PLAIN])}, "
-        f"best {METHODS[best]} {percent(ends[weakest][best])}; from {percent(level(results, starts[0]))}: plain OPD "
-        f"{percent(ends[starts[0]][PLAIN])}",
-        _why(results, ends),
-        (table(head, rows),),
-        _panels(results, ends),
+    before = {start: level(results, start) for start in starts}
+    ends = grid(
+        results, sorted(starts, key=lambda start: -before[start]), METHODS, lambda start, method: f"{method}-{start}"
     )
+    shares = {start: {method: closed(results, start, method) for method in by} for start, by in ends.items()}
+    weakest, strongest = list(ends)[-1], next(iter(ends))
+    best = {start: max(by, key=lambda method: by[method][0]) for start, by in ends.items()}
+    numbers = {
+        "steps": STEPS,
+        "before": before,
+        "ends": ends,
+        "shares": shares,
+        "methods": METHODS,
+        "plain": PLAIN,
+        "apart": {method: _against_plain(ends, method, before) for method in METHODS if method != PLAIN},
+        "best": best,
+        "weakest": weakest,
+        "strongest": strongest,
+        "walks": _elsewhere(results),
+        "rows": [
+            {"start": STARTS[start][1], "before": before[start], "kl": start_kl(results, start), "method": METHODS[method],
+             "end": end, "way": shares[start][method], "gflop": _cost(results, start, method),
+             "written": [row[at] for row in [written(results, start)] for at in (0, -1)] if method == SKD else None}
+            for start, by in ends.items() for method, end in by.items()
+        ],
+    }  # fmt: skip
+    return Finding(verdict(shares), numbers, _panels(results, ends, before))
 
 
 def _cost(results: Results, start: str, method: str) -> float:
@@ -151,78 +147,38 @@ def written(results: Results, start: str) -> list[float]:
     return [fmean(shares) for shares in zip(*runs, strict=True)]
 
 
-def _written(results: Results, start: str, method: str) -> str:
-    if method != SKD:
-        return "–"
-    shares = written(results, start)
-    return f"{percent(shares[0])} → {percent(shares[-1])}"
-
-
-def _why(results: Results, ends: Mapping[str, Mapping[str, Estimate]]) -> str:
-    plain = "; ".join(
-        f"from {percent(level(results, start))} to {percent(found[PLAIN])} "
-        f"({percent(closed(results, start, PLAIN)[0])}% of the way to the teacher)"
-        for start, found in ends.items()
-    )
-    best = "; ".join(
-        f"{METHODS[m]} {percent(found[m][0])} from {percent(level(results, start))}"
-        for start, found in ends.items()
-        for m in [max(found, key=lambda method: found[method][0])]
-    )
-    told = " ".join(_against_plain(results, ends, method) for method in METHODS if method != PLAIN)
-    return (
-        f"All have {STEPS} steps and the same number of rollouts, the warm-up's included. Plain OPD goes {plain}. {told} The "
-        f"best at each start: {best}. {_elsewhere(results)}What differs from the published setting: toy "
-        f"models, {STEPS} steps, and one of the starts made by a rate that is far too high."
-    )
-
-
-def _elsewhere(results: Results) -> str:
+def _elsewhere(results: Results) -> dict[str, Any] | None:
     """The same question where `methods-navigation` was run: a student that goes astray has to come back."""
     walks = Results(NAVIGATION, results.folder.parent / NAVIGATION.home)
     pairs = {"reverse": ("opd", "skd-k2-rkl"), "forward": ("opd-fkl", "skd-k2-fkl")}
     if not all(walks.has(*pair) for pair in pairs.values()):
-        return ""
-    told = "; ".join(
-        f"with {kl} KL {percent(walks.accuracy(plain))} by plain OPD and {percent(walks.accuracy(skd))} by SKD with K=2"
-        for kl, (plain, skd) in pairs.items()
-    )
-    return f"In the world navigation, from a start of {percent(walks.level('student'))} (`{NAVIGATION.name}`): {told}. "
+        return None
+    found = {kl: [walks.accuracy(arm) for arm in pair] for kl, pair in pairs.items()}
+    return {"student": walks.level("student"), "name": NAVIGATION.name, **found}
 
 
-def _against_plain(results: Results, ends: Mapping[str, Mapping[str, Estimate]], method: str) -> str:
-    both = {start: (found[method], found[PLAIN]) for start, found in ends.items() if method in found}
-    parts = [
-        f"{where} plain OPD from {', '.join(starts)}"
-        for where, starts in (
-            ("above", [percent(level(results, start)) for start, (this, plain) in both.items() if above(this, plain)]),
-            ("below", [percent(level(results, start)) for start, (this, plain) in both.items() if above(plain, this)]),
-        )
-        if starts
-    ]
-    return f"{METHODS[method]}: {' and '.join(parts) or 'not told apart from plain OPD anywhere'}."
+def _against_plain(ends: Grid, method: str, before: Mapping[str, float]) -> dict[str, list[float]]:
+    """The starts, by their accuracy, from which a method ends above plain OPD and below it, by the interval."""
+    both = [(before[start], by[method], by[PLAIN]) for start, by in ends.items() if method in by]
+    return {
+        "above": [start for start, this, plain in both if apart(this, plain)],
+        "below": [start for start, this, plain in both if apart(plain, this)],
+    }
 
 
-def _panels(results: Results, ends: Mapping[str, Mapping[str, Estimate]]) -> tuple[Panel, ...]:
-    lines = [
-        Line(
-            words,
-            [(x + shift, *found[method]) for x, found in enumerate(ends.values()) if method in found],
-            joined=False,
-        )
+def _panels(results: Results, ends: Grid, before: Mapping[str, float]) -> tuple[Panel, ...]:
+    places = {start: float(place) for place, start in enumerate(ends)}
+    found = [
+        Line(words, [(places[start] + shift, *by[method]) for start, by in ends.items() if method in by], joined=False)
         for shift, (method, words) in zip((-0.15, -0.05, 0.05, 0.15), METHODS.items(), strict=True)
     ]
-    before = Line("before", [(x, level(results, start), 0.0) for x, start in enumerate(ends)], joined=False)
+    found.append(Line("before", [(places[start], before[start], 0.0) for start in ends], joined=False))
+    helped = {start: written(results, start) for start, by in ends.items() if SKD in by}
     return (
-        Panel(
-            "where a start leads", "start", "accuracy at the end", [*lines, before],
-            levels={"teacher": results.level("teacher")}, ticks={float(x): start for x, start in enumerate(ends)},
-        ),
-        Panel(
-            "SKD: how much the teacher writes", "step", "tokens of the teacher's",
-            [Line(start, [(step, share, 0.0) for step, share in enumerate(written(results, start), 1)])
-             for start, found in ends.items() if SKD in found],
-        ),
+        Panel("where a start leads", "start", "accuracy at the end", found, {"teacher": results.level("teacher")},
+              ticks={place: start for start, place in places.items()}),
+        Panel("SKD: how much the teacher writes", "step", "tokens of the teacher's",
+              [Line(start, [(step, share, 0.0) for step, share in enumerate(shares, 1)]) for start, shares in helped.items()]),
     )  # fmt: skip
 
 
@@ -230,11 +186,7 @@ EXPERIMENT = Experiment(
     name="weak-start",
     question="How does a student fare that starts weak and learns from its own text, and what cures it?",
     world="arithmetic",
-    recipe={
-        "rollout": {"prompts_per_step": 64, "samples_per_prompt": 1, "max_tokens": 64},
-        "optim": {"warmup_steps": 10},
-        "threads": 1,
-    },
+    recipe=TOY,
     models={
         "student": "arithmetic/student",
         "teacher": "arithmetic/teacher",
@@ -250,11 +202,5 @@ EXPERIMENT = Experiment(
     seeds=5,
     series=("teacher_written",),
     quick_arms=("wrecked", "opd-misled", "opd-wrecked", "skd-wrecked"),
-    claim=Claim(
-        says="A student that starts weak writes bad rollouts, on which the teacher's feedback is bad; a warm-up by SFT, or text "
-        "in which the teacher replaces what it finds unlikely (SKD), cures it.",
-        source="[SKD](https://arxiv.org/abs/2410.11325)",
-        short="a weak start makes bad rollouts and bad feedback; a warm-up or SKD cures it",
-    ),
     find=find,
 )
