@@ -102,7 +102,7 @@ class AMMD:
 
     def _flops(self, values: Adversary, chunks: Sequence[tuple[Tensor, Tokens]]) -> float:
         """Forward and backward of the action values and both heads in each of their steps, and once more in the loss. The
-        student's body is the pass that `scores_with_student` says."""
+        student's body is the pass that `Needs.student_scores` says."""
         num_tokens = sum(len(hidden_CD) for hidden_CD, _ in chunks)
         hidden_CD, tokens = chunks[0]
         width = hidden_CD.shape[-1] + cast(Dense, tokens.signal).hidden_TD.shape[-1]

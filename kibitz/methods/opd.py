@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kibitz.config import OPDConfig
+from kibitz.config import OPDConfig, PolicyConfig
 from kibitz.losses.criteria import PolicyGradient
 from kibitz.losses.policy_gradient import clipped, discounted, distillation_advantage, extrapolated, group_advantages
 from kibitz.methods.distillation import distil, distil_spans
@@ -24,7 +24,7 @@ from kibitz.types import Batch, Prompt, Rollout, Sampled, Scored, Signal, Step, 
 
 @dataclass(frozen=True)
 class SampledTokenOPD:
-    config: OPDConfig
+    config: PolicyConfig
     source: Source
     teacher: Scorer
     chunk_tokens: int | None
@@ -74,11 +74,11 @@ def build(config: OPDConfig, parts: Parts) -> Method:
     source = _source(parts, config)
     if config.alignment != "spans":
         return distil_spans(parts, config, source)
-    if config.support != "sampled":
+    if config.policy is None:
         return distil(parts, config, source)
-    reference = reference_scorer(parts, "sampled") if config.extrapolation != 1 else None
+    reference = reference_scorer(parts, "sampled") if config.policy.extrapolation != 1 else None
     chunk_tokens, group_size = parts.recipe.optim.chunk_tokens, parts.sampling.num_samples
-    return SampledTokenOPD(config, source, scorer(parts, config), chunk_tokens, group_size, reference)
+    return SampledTokenOPD(config.policy, source, scorer(parts, config), chunk_tokens, group_size, reference)
 
 
 def _source(parts: Parts, config: OPDConfig) -> Source:

@@ -250,7 +250,7 @@ class Trainer:
         # Forward; backward to the activations, and to the weights that learn.
         learns, teacher = self.student.num_trainable / self.student.num_parameters, self.setup.teacher
         training = (2 + learns) * self.student.pass_flops(rollouts)
-        if self.recipe.method.scores_with_student():
+        if self.recipe.method.needs().student_scores:
             training += self.student.pass_flops(own)
         self.ledger.add("flops", "student_training", training)
         flops = {Writer.STUDENT: self.student.pass_flops}
@@ -260,7 +260,7 @@ class Trainer:
             if written:
                 read = [(writer == Writer.TEACHER and r.num_seeded) or r.num_tokens for r in written]
                 self.ledger.add("flops", f"{writer.name.lower()}_sampling", flops_of(written, read))
-        if teacher is not None and self.recipe.method.scores_with_teacher():
+        if teacher is not None and self.recipe.method.needs().signals:
             self.ledger.add("flops", "teacher_scoring", teacher.flops(own, ()))
         noted = self.ranks.add({"flops": Counter(self.setup.parts.notes.flops)})["flops"]
         for phase, amount in noted.items():

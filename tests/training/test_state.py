@@ -14,7 +14,7 @@ from support.runs import recipe, timeless
 
 import kibitz
 from kibitz import methods
-from kibitz.config import METHOD_CONFIGS, MethodConfig, OPDConfig
+from kibitz.config import METHOD_CONFIGS, MethodConfig, Needs, OPDConfig
 from kibitz.methods import opd
 from kibitz.training.trainer import NullProgress
 from kibitz.types import Stateful
@@ -23,8 +23,8 @@ from kibitz.types import Stateful
 class DriftConfig(MethodConfig):
     type: Literal["drift"] = "drift"
 
-    def needs_teacher(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return Needs(teacher=True)
 
 
 class Drift:

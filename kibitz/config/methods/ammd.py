@@ -4,9 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from kibitz.config.methods.base import MethodConfig
+from kibitz.config.methods.base import MethodConfig, Needs
 from kibitz.config.sections import RolloutConfig
-from kibitz.config.teachers import SignalKind
 
 
 class AMMDConfig(MethodConfig):
@@ -28,23 +27,16 @@ class AMMDConfig(MethodConfig):
     )
     q_width: int = Field(128, ge=1, description="Of their one hidden layer, on both models' probabilities. 128: ours.")
 
-    def trains_adversary(self) -> bool:
-        return True
-
-    def needs_teacher(self) -> bool:
-        return True
-
-    def asks(self) -> tuple[SignalKind, ...]:
-        return ("dense",)
-
-    def writes_with_teacher(self) -> bool:
-        return self.source == "teacher" and self.on_policy < 1
-
-    def scores_with_student(self) -> bool:
-        return True  # the action values are trained against the student as it is before the step
-
-    def needs_responses(self) -> bool:
-        return self.source == "dataset" and self.on_policy < 1
+    def needs(self) -> Needs:
+        others = self.on_policy < 1
+        return Needs(
+            teacher=True,
+            signals=("dense",),
+            teacher_writes=others and self.source == "teacher",
+            responses=others and self.source == "dataset",
+            student_scores=True,  # the action values are trained against the student as it is before the step
+            adversary=True,
+        )
 
     def check(self, rollout: RolloutConfig) -> None:
         if self.reference_kl:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from kibitz.config.methods.base import MethodConfig
+from kibitz.config.methods.base import MethodConfig, Needs
 from kibitz.config.teachers import SignalKind
 
 DivergenceName = Literal[
@@ -42,13 +42,17 @@ class DistillationConfig(MethodConfig):
         0.5, gt=0, le=1, description="Of entropy and tip: the share of the step's tokens that is learnt. 0.5: TIP."
     )
 
-    def needs_teacher(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return Needs(
+            teacher=True,
+            signals=self.signals(),
+            top_k=self.top_k,
+            temperature=self.temperature,
+            student_scores=self.token_weight != "none",
+        )
 
-    def asks(self) -> tuple[SignalKind, ...]:
+    def signals(self) -> tuple[SignalKind, ...]:
+        """What the divergence can be had from on this support, that with the least work first."""
         if self.support != "top_k" or self.top_k_of == "union":
             return ("dense",)
         return ("top_k", "dense") if self.top_k_of == "teacher" else ("dense", "named")
-
-    def scores_with_student(self) -> bool:
-        return self.token_weight != "none"

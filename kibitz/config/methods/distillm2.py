@@ -4,8 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from kibitz.config.methods.base import MethodConfig
-from kibitz.config.teachers import SignalKind
+from kibitz.config.methods.base import MethodConfig, Needs
 
 
 class DistiLLM2Config(MethodConfig):
@@ -25,14 +24,5 @@ class DistiLLM2Config(MethodConfig):
         1.5, ge=0, le=2, description="b from the middle of the run on, linearly until then. 1.5: the paper."
     )
 
-    def needs_teacher(self) -> bool:
-        return True
-
-    def asks(self) -> tuple[SignalKind, ...]:
-        return ("dense",)
-
-    def writes_with_teacher(self) -> bool:
-        return True
-
-    def scores_with_student(self) -> bool:
-        return self.adaptive
+    def needs(self) -> Needs:
+        return Needs(teacher=True, signals=("dense",), teacher_writes=True, student_scores=self.adaptive)

@@ -1,9 +1,11 @@
 """The section of generalised knowledge distillation."""
 
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
 
+from kibitz.config.methods.base import Needs
 from kibitz.config.methods.distillation import DistillationConfig, DivergenceName
 
 
@@ -20,9 +22,7 @@ class GKDConfig(DistillationConfig):
     )
     source: Literal["dataset", "teacher"] = Field("dataset", description="Who writes the other steps.")
 
-    def needs_responses(self) -> bool:
+    def needs(self) -> Needs:
         end = self.on_policy if self.on_policy_end is None else self.on_policy_end
-        return self.source == "dataset" and min(self.on_policy, end) < 1
-
-    def writes_with_teacher(self) -> bool:
-        return self.source == "teacher"
+        responses = self.source == "dataset" and min(self.on_policy, end) < 1
+        return replace(super().needs(), responses=responses, teacher_writes=self.source == "teacher")

@@ -4,11 +4,12 @@ from typing import Literal
 
 from pydantic import Field
 
+from kibitz.config.methods.base import MethodConfig, Needs
 from kibitz.config.methods.policy_gradient import PolicyGradientConfig, PolicyLossName
 from kibitz.config.sections import RolloutConfig
 
 
-class GroupConfig(PolicyGradientConfig):
+class GroupConfig(PolicyGradientConfig, MethodConfig):
     """What every method shares that compares the rewards of a prompt's samples."""
 
     normalize_std: bool = Field(
@@ -16,8 +17,8 @@ class GroupConfig(PolicyGradientConfig):
     )
     policy_loss: PolicyLossName = Field("ppo_clip", description="ppo_clip: the paper; see opd for the others.")
 
-    def needs_reward(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return Needs(reward=True)
 
     def check(self, rollout: RolloutConfig) -> None:
         name = self.type

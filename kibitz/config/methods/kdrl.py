@@ -1,12 +1,13 @@
 """The section of kdrl."""
 
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
 
+from kibitz.config.methods.base import Needs
 from kibitz.config.methods.grpo import GroupConfig
 from kibitz.config.sections import RolloutConfig
-from kibitz.config.teachers import SignalKind
 
 
 class KDRLConfig(GroupConfig):
@@ -19,11 +20,8 @@ class KDRLConfig(GroupConfig):
         False, description="No teacher's loss on responses of reward 1 or more (KDRL's masking: shorter responses)."
     )
 
-    def needs_teacher(self) -> bool:
-        return True
-
-    def asks(self) -> tuple[SignalKind, ...]:
-        return ("sampled",)
+    def needs(self) -> Needs:
+        return replace(super().needs(), teacher=True, signals=("sampled",))
 
     def check(self, rollout: RolloutConfig) -> None:
         super().check(rollout)

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from kibitz.config.methods.base import MethodConfig
+from kibitz.config.methods.base import MethodConfig, Needs
 from kibitz.config.sections import RolloutConfig
 
 
@@ -24,25 +24,21 @@ class SFTConfig(MethodConfig):
         None, description="JSONL of stored rollouts instead of the data's responses; rollout.store makes such a file."
     )
 
-    def needs_teacher(self) -> bool:
-        return "teacher" in (self.source, self.fill)
-
-    def writes_with_teacher(self) -> bool:
-        return self.needs_teacher()
-
-    def needs_responses(self) -> bool:
-        return self.source == "dataset" and self.rollouts is None
-
-    def fills_gaps(self) -> bool:
-        return self.fill is not None
-
-    def stored_rollouts(self) -> str | None:
-        return self.rollouts
+    def needs(self) -> Needs:
+        asked = "teacher" in (self.source, self.fill)
+        responses = self.source == "dataset" and self.rollouts is None
+        return Needs(
+            teacher=asked,
+            teacher_writes=asked,
+            responses=responses,
+            fills_gaps=self.fill is not None,
+            rollouts=self.rollouts,
+        )
 
     def check(self, rollout: RolloutConfig) -> None:
-        if self.replay and self.needs_responses():
+        if self.replay and self.needs().responses:
             raise ValueError("sft learns the data's responses anyway: drop method.replay")
-        if self.fill is not None and not self.needs_responses():
+        if self.fill is not None and not self.needs().responses:
             raise ValueError(
                 "there are gaps in the data's responses alone: drop method.fill, or write method.source=dataset"
             )

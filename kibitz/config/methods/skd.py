@@ -1,9 +1,11 @@
 """The section of speculative knowledge distillation."""
 
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
 
+from kibitz.config.methods.base import Needs
 from kibitz.config.methods.distillation import DistillationConfig, DivergenceName
 
 
@@ -28,8 +30,5 @@ class SKDConfig(DistillationConfig):
     )
     teacher_top_p: float = Field(1.0, gt=0, le=1, description="Of the teacher's draws. The paper's runs: 0.5.")
 
-    def writes_with_teacher(self) -> bool:
-        return True
-
-    def judges_with_teacher(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return replace(super().needs(), teacher_writes=True, teacher_judges=True)
