@@ -11,7 +11,7 @@ from kibitz.config.guards import GuardConfig
 from kibitz.config.methods import METHOD_CONFIGS
 from kibitz.config.methods.ammd import AMMDConfig
 from kibitz.config.methods.base import MethodConfig, Needs
-from kibitz.config.methods.distillation import DistillationConfig, DivergenceName
+from kibitz.config.methods.distillation import DIVERGENCE_TITLES, DistillationConfig, DivergenceName
 from kibitz.config.methods.distillm2 import DistiLLM2Config
 from kibitz.config.methods.gad import DiscriminatorConfig, GADConfig
 from kibitz.config.methods.gkd import GKDConfig
@@ -50,7 +50,7 @@ from kibitz.config.teachers import (
 )
 
 __all__ = [
-    "METHOD_CONFIGS", "TEACHER_CONFIGS", "AMMDConfig", "Columns", "ContextConfig", "DataConfig",
+    "DIVERGENCE_TITLES", "METHOD_CONFIGS", "TEACHER_CONFIGS", "AMMDConfig", "Columns", "ContextConfig", "DataConfig",
     "DiscriminatorConfig", "DistiLLM2Config", "DistillationConfig", "DivergenceName", "EvalConfig", "FrozenConfig", "GADConfig",
     "GKDConfig", "GRPOConfig", "GroupConfig", "GuardConfig", "KDRLConfig", "LocalTeacherConfig", "LoraConfig",
     "MethodConfig", "MiniLLMConfig", "ModelConfig", "Needs", "OPDConfig", "OptimConfig", "ParallelConfig",

@@ -38,7 +38,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Models:
-    """Whose weights a run holds. Teachers of models of their own; the reference and the judge that some methods have, by the keys of their sections."""
+    """Whose weights a run holds. Teachers of models of their own; the others, by the keys of a method's sections."""
 
     student: Shape
     teachers: Sequence[Shape] = ()

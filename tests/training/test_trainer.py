@@ -393,7 +393,7 @@ def test_rewards_join_the_teachers_advantage(models, tmp_path):
     ("method", "message"),
     [
         ({"baseline": True}, "baseline belongs to the policy gradient"),
-        ({"support": "sampled", "baseline": True, "discount": 0.5}, "write method.discount=0"),
+        ({"support": "sampled", "baseline": True, "discount": 0.5}, "write method.policy.discount=0"),
         ({"support": "sampled", "divergence": "jsd"}, "estimates reverse_kl only"),
     ],
 )

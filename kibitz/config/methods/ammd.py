@@ -1,6 +1,7 @@
 """The section of adversarial moment matching."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -10,6 +11,20 @@ from kibitz.config.sections import RolloutConfig
 
 class AMMDConfig(MethodConfig):
     """Adversarial moment matching: action values learn where the two policies differ most, the student closes that gap."""
+
+    title = "Adversarial moment matching"
+    story = (
+        "The student {student} wrote its own responses to a share of {prompts} and the teacher {teacher} to "
+        "the others, and the student learnt to close the largest difference that an adversary found between "
+        "the two (AMMD)."
+    )
+    stories: ClassVar[Mapping[str, str]] = {
+        "dataset": (
+            "The student {student} wrote its own responses to a share of {prompts} and read given ones to the "
+            "others, and it learnt to close the largest difference that an adversary found between it and the "
+            "teacher {teacher} (AMMD)."
+        ),
+    }
 
     type: Literal["ammd"] = "ammd"
     on_policy: float = Field(

@@ -10,6 +10,16 @@ from kibitz.config.teachers import SignalKind
 DivergenceName = Literal[
     "reverse_kl", "forward_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "adaptive_kl"
 ]
+DIVERGENCE_TITLES: dict[DivergenceName, str] = {
+    "reverse_kl": "reverse KL divergence",
+    "forward_kl": "forward KL divergence",
+    "jsd": "Jensen–Shannon divergence",
+    "skew_kl": "skewed KL divergence",
+    "skew_reverse_kl": "skewed reverse KL divergence",
+    "total_variation": "total variation distance",
+    "adaptive_kl": "KL divergence, forward where the teacher is undecided and reverse elsewhere,",
+}
+"""What a report calls them. `DIVERGENCES` of `kibitz.losses` has the function of each; its options are fields below."""
 
 
 class DistillationConfig(MethodConfig):

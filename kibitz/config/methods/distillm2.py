@@ -10,6 +10,12 @@ from kibitz.config.methods.base import MethodConfig, Needs
 class DistiLLM2Config(MethodConfig):
     """DistiLLM-2: skewed forward KL on the teacher's responses and skewed reverse KL on the student's, together."""
 
+    title = "DistiLLM-2"
+    story = (
+        "The student {student} and the teacher {teacher} each answered {prompts}, and the student learnt from"
+        " a skewed KL divergence on either text (DistiLLM-2)."
+    )
+
     type: Literal["distillm2"] = "distillm2"
     alpha: float = Field(
         0.1, ge=0.01, lt=1, description="The skew of both divergences, the largest where it adapts. 0.1: the paper."

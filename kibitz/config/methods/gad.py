@@ -1,6 +1,7 @@
 """The section of generative adversarial distillation."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -21,6 +22,18 @@ class DiscriminatorConfig(Section):
 
 class GADConfig(PolicyGradientConfig, MethodConfig):
     """Generative adversarial distillation: a judge learns to tell the teacher's text from the student's, and is the reward."""
+
+    title = "Generative adversarial distillation"
+    story = (
+        "The student {student} wrote its own responses to {prompts}, a judge learnt to tell them from the "
+        "given ones, and its score was the reward of the student (GAD)."
+    )
+    stories: ClassVar[Mapping[str, str]] = {
+        "teacher": (
+            "The student {student} wrote its own responses to {prompts}, a judge learnt to tell them from those "
+            "of the teacher {teacher}, and its score was the reward of the student (GAD)."
+        ),
+    }
 
     type: Literal["gad"] = "gad"
     source: Literal["dataset", "teacher"] = Field(

@@ -1,7 +1,8 @@
 """The section of generalised knowledge distillation."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +12,19 @@ from kibitz.config.methods.distillation import DistillationConfig, DivergenceNam
 
 class GKDConfig(DistillationConfig):
     """Generalised KD: a share of the steps on the student's own text, the rest on the data's or the teacher's."""
+
+    title = "Generalised knowledge distillation"
+    story = (
+        "In some steps the student {student} wrote its own responses to {prompts}, in the others it read "
+        "given ones; the teacher {teacher} scored every token of them, and the student learnt from the "
+        "{divergence}."
+    )
+    stories: ClassVar[Mapping[str, str]] = {
+        "teacher": (
+            "In some steps the student {student} wrote its own responses to {prompts}, in the others the teacher "
+            "{teacher} did; the teacher scored every token of them, and the student learnt from the {divergence}."
+        ),
+    }
 
     type: Literal["gkd"] = "gkd"
     divergence: DivergenceName = Field("jsd", description="jsd: the paper (2306.13649).")

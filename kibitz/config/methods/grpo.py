@@ -35,4 +35,10 @@ class GroupConfig(PolicyGradientConfig, MethodConfig):
 class GRPOConfig(GroupConfig):
     """RL with a reward per response: advantages centred in the group of a prompt's samples (GRPO, 2402.03300)."""
 
+    title = "Reinforcement learning with GRPO"
+    story = (
+        "The student {student} wrote its own responses to {prompts}, each was graded as a whole, and all "
+        "tokens of a response shared its reward (GRPO)."
+    )
+
     type: Literal["grpo"] = "grpo"

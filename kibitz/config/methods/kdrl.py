@@ -13,6 +13,12 @@ from kibitz.config.sections import RolloutConfig
 class KDRLConfig(GroupConfig):
     """GRPO with the reverse KL to the teacher as a second loss, which fades as the run goes on."""
 
+    title = "Reinforcement learning beside a teacher"
+    story = (
+        "The student {student} wrote its own responses to {prompts}, each was graded as a whole, and the "
+        "student learnt from its reward and from what the teacher {teacher} said of every token (KDRL)."
+    )
+
     type: Literal["kdrl"] = "kdrl"
     kl_coef: float = Field(5e-3, ge=0, description="Of the teacher's loss, at the first step. 5e-3: KDRL (2506.02208).")
     kl_coef_end: float = Field(1e-3, ge=0, description="At the last step, linearly between. 1e-3: KDRL.")

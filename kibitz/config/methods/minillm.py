@@ -13,6 +13,12 @@ from kibitz.config.teachers import SignalKind
 class MiniLLMConfig(PolicyGradientConfig, MethodConfig):
     """MiniLLM: the reverse KL between whole responses, by policy gradient, on text that student and teacher write mixed."""
 
+    title = "MiniLLM"
+    story = (
+        "The student {student} wrote responses to {prompts}, mixed with the teacher {teacher} as far as the recipe says, and "
+        "learnt from the reverse KL divergence between whole responses (MiniLLM)."
+    )
+
     type: Literal["minillm"] = "minillm"
     teacher_mixed_alpha: float = Field(
         0.2, ge=0, lt=1, description="The teacher's share in each token's distribution. 0.2: the paper (2306.08543)."

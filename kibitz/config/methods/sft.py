@@ -1,6 +1,7 @@
 """The section of supervised fine-tuning."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -10,6 +11,15 @@ from kibitz.config.sections import RolloutConfig
 
 class SFTConfig(MethodConfig):
     """Supervised fine-tuning: cross-entropy on demonstrations, on the teacher's text (off-policy distillation), or its own."""
+
+    title = "Supervised fine-tuning"
+    story = "The student {student} learnt to write the given responses to {prompts}, token by token."
+    stories: ClassVar[Mapping[str, str]] = {
+        "teacher": (
+            "The teacher {teacher} wrote responses to {prompts}, and the student {student} learnt to write them too."
+        ),
+        "student": "The student {student} wrote responses to {prompts}, and learnt to write them again, token by token.",
+    }
 
     type: Literal["sft"] = "sft"
     source: Literal["dataset", "teacher", "student"] = Field(

@@ -12,6 +12,12 @@ from kibitz.config.methods.distillation import DistillationConfig, DivergenceNam
 class SKDConfig(DistillationConfig):
     """Speculative KD: the student drafts, the teacher replaces what is not among its K likeliest tokens, and scores all."""
 
+    title = "Speculative knowledge distillation"
+    story = (
+        "The student {student} drafted responses to {prompts}, the teacher {teacher} replaced what it found "
+        "unlikely and scored every token, and the student learnt from the {divergence}."
+    )
+
     type: Literal["skd"] = "skd"
     divergence: DivergenceName = Field("forward_kl", description="forward_kl: the paper (2410.11325).")
     accept_top_k: int = Field(
