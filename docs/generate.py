@@ -29,7 +29,7 @@ EVIDENCE = PAGE.with_name("evidence.md")
 BLOCK = re.compile(r"(?P<begin><!-- generated: (?P<name>[^>]*?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 NEXT_METHOD = "<!-- the next method's section goes above this line -->"
 CREDIT = ("discount", "clip_advantage", "extrapolation", "baseline", "reward_coef", "normalize_std")
-NEEDS = {"needs_teacher": "a teacher", "needs_reward": "a grader", "needs_responses": "responses in the data"}
+NEEDS = {"teacher": "a teacher", "reward": "a grader", "responses": "responses in the data"}
 SAMPLES = {bool: [True, False], float: [0.0, 1.0], int: [0, 1], str: ["some.file"]}
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
@@ -79,7 +79,8 @@ def _methods() -> str:
         if "divergence" in fields:
             loss = f"`{fields['divergence'].default}`, or another [divergence](#divergences)"
         support = _literals(fields["support"].annotation) if "support" in fields else []
-        credit = [f"`{field}`" for field in CREDIT if field in fields]
+        paths = [path.removeprefix("method.") for path, _ in settings(section, "method")]
+        credit = [f"`{path}`" for name in CREDIT for path in paths if path.split(".")[-1] == name]
         rows.append(
             (f"[`{name}`](#{name})", writes, hears, loss, _codes(support), ", ".join(credit) or "–", _needs(section))
         )
@@ -97,8 +98,8 @@ def _needs(section: type[MethodConfig]) -> str:
     """What the method asks for by default, and the settings that change the answer."""
     found = []
     for question, what in NEEDS.items():
-        asks = getattr(section(), question)()
-        changed = [text for text, other in _variants(section) if getattr(other, question)() != asks]
+        asks = getattr(section().needs(), question)
+        changed = [text for text, other in _variants(section) if getattr(other.needs(), question) != asks]
         if asks:
             found.append(what + (f" (not with {' or '.join(changed)})" if changed else ""))
         elif changed:
@@ -108,14 +109,15 @@ def _needs(section: type[MethodConfig]) -> str:
 
 def _variants(section: type[MethodConfig]) -> Iterator[tuple[str, MethodConfig]]:
     """The section with one setting other than by default, and how that is written."""
-    for name, field in section.model_fields.items():
+    for path, field in settings(section, "method"):
+        name = path.removeprefix("method.")
         plain = _without_none(field.annotation)
         others = _literals(plain) or SAMPLES.get(plain, [])
         for value in others:
             if name == "type" or value == field.default:
                 continue
             try:
-                other = section(**{name: value})
+                other = section.model_validate(_nested(name, value))
             except ValidationError:
                 continue
             if plain is str:
@@ -123,6 +125,13 @@ def _variants(section: type[MethodConfig]) -> Iterator[tuple[str, MethodConfig]]
             else:
                 from_zero = plain in (int, float) and field.default == 0
                 yield (f"`{name}` above 0" if from_zero else f"`{name}: {_value(value)}`"), other
+
+
+def _nested(path: str, value: Any) -> dict[str, Any]:
+    """`a.b` and a value as the dict that a recipe has there."""
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    return value
 
 
 def _settings_of_method(method: str) -> str:
@@ -296,7 +305,7 @@ def _escape_pipes(text: str) -> str:
 
 def _with_codes(text: str) -> str:
     """Settings that a sentence names, as code."""
-    return re.sub(r"\b(?:method|rollout|optim|guards|eval)\.[a-z_]+(?:=[\w.]*\w)?", r"`\g<0>`", text)
+    return re.sub(r"\b(?:method|rollout|optim|guards|eval)(?:\.[a-z_]+)+(?:=[\w.]*\w)?", r"`\g<0>`", text)
 
 
 def _codes(values: Iterable[Any]) -> str:

@@ -22,8 +22,8 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 350, 60, 9
 ROOMS = (
     "types",
     "signals",
-    "report",  # reads the files of a run, and knows nouns at most
     "config",
+    "report",  # reads the files of a run, and knows what its recipe's words mean
     "files",
     "ledger",
     "logprobs",

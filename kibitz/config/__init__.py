@@ -10,8 +10,8 @@ from kibitz.config.base import RecipeError, Section
 from kibitz.config.guards import GuardConfig
 from kibitz.config.methods import METHOD_CONFIGS
 from kibitz.config.methods.ammd import AMMDConfig
-from kibitz.config.methods.base import MethodConfig
-from kibitz.config.methods.distillation import DistillationConfig, DivergenceName
+from kibitz.config.methods.base import MethodConfig, Needs
+from kibitz.config.methods.distillation import DIVERGENCE_TITLES, DistillationConfig, DivergenceName
 from kibitz.config.methods.distillm2 import DistiLLM2Config
 from kibitz.config.methods.gad import DiscriminatorConfig, GADConfig
 from kibitz.config.methods.gkd import GKDConfig
@@ -19,6 +19,7 @@ from kibitz.config.methods.grpo import GroupConfig, GRPOConfig
 from kibitz.config.methods.kdrl import KDRLConfig
 from kibitz.config.methods.minillm import MiniLLMConfig
 from kibitz.config.methods.opd import OPDConfig
+from kibitz.config.methods.opd_policy import PolicyConfig
 from kibitz.config.methods.policy_gradient import PolicyGradientConfig
 from kibitz.config.methods.sft import SFTConfig
 from kibitz.config.methods.skd import SKDConfig
@@ -49,11 +50,11 @@ from kibitz.config.teachers import (
 )
 
 __all__ = [
-    "METHOD_CONFIGS", "TEACHER_CONFIGS", "AMMDConfig", "Columns", "ContextConfig", "DataConfig",
+    "DIVERGENCE_TITLES", "METHOD_CONFIGS", "TEACHER_CONFIGS", "AMMDConfig", "Columns", "ContextConfig", "DataConfig",
     "DiscriminatorConfig", "DistiLLM2Config", "DistillationConfig", "DivergenceName", "EvalConfig", "FrozenConfig", "GADConfig",
     "GKDConfig", "GRPOConfig", "GroupConfig", "GuardConfig", "KDRLConfig", "LocalTeacherConfig", "LoraConfig",
-    "MethodConfig", "MiniLLMConfig", "ModelConfig", "OPDConfig", "OptimConfig", "ParallelConfig",
-    "PolicyGradientConfig", "Recipe", "RecipeError", "RolloutConfig", "SFTConfig", "SKDConfig", "SaveConfig",
+    "MethodConfig", "MiniLLMConfig", "ModelConfig", "Needs", "OPDConfig", "OptimConfig", "ParallelConfig",
+    "PolicyConfig", "PolicyGradientConfig", "Recipe", "RecipeError", "RolloutConfig", "SFTConfig", "SKDConfig", "SaveConfig",
     "Section", "SignalKind", "StoredTeacherConfig", "StudentConfig", "StudentTeacherConfig", "TeacherConfig",
     "TrackConfig", "dump", "json_schema", "load", "register_method",
 ]  # fmt: skip

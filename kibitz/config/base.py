@@ -1,5 +1,8 @@
 """What every section of a recipe shares."""
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -9,3 +12,6 @@ class RecipeError(ValueError):
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    also_here: ClassVar[Mapping[str, str]] = {}
+    """Settings of a section inside this one that may be written in this one too, and the key of that section."""

@@ -54,6 +54,8 @@ def _assign(tree: dict, override: str) -> None:
     except yaml.YAMLError:
         value = text
     *parents, last = path.strip().split(".")
+    if parents[:1] == ["method"]:
+        _drop_twins(tree.get("method"), [*parents[1:], last])
     node: Any = tree
     for name in parents:
         if isinstance(node, list):
@@ -63,6 +65,16 @@ def _assign(tree: dict, override: str) -> None:
             node[name] = {}
         node = node[name]
     node[_place(node, last, override) if isinstance(node, list) else last] = value
+
+
+def _drop_twins(method: Any, place: list[str]) -> None:
+    """What an override says replaces the same setting in the other place where its method lets it stand."""
+    section = METHOD_CONFIGS.get(method_type(method) or "")
+    for name, inner in section.also_here.items() if section is not None and isinstance(method, dict) else ():
+        if place == [name] and isinstance(method.get(inner), dict):
+            method[inner].pop(name, None)
+        elif place in ([inner], [inner, name]):
+            method.pop(name, None)
 
 
 def _place(entries: list, name: str, override: str) -> int:
@@ -113,9 +125,10 @@ def _nearest(location: tuple) -> str:
         section, inside = tags[inside[1]], inside[2:]
     for part in inside:
         section = _section_of(section.model_fields[part].annotation)
-    names = list(section.model_fields)
-    near = difflib.get_close_matches(str(location[-1]), names, 1, cutoff=0.5)
-    return f": did you mean {near[0]}?" if near else f": it has {', '.join(names)}"
+    places = {name: f"{inner}.{name}" for name, inner in section.also_here.items()}
+    places |= {name: name for name in section.model_fields}
+    near = difflib.get_close_matches(str(location[-1]), places, 1, cutoff=0.5)
+    return f": did you mean {places[near[0]]}?" if near else f": it has {', '.join(section.model_fields)}"
 
 
 def _section_of(annotation: Any) -> type[Section]:

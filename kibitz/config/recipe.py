@@ -11,6 +11,7 @@ from kibitz.config.methods.opd import OPDConfig
 from kibitz.config.sections import (
     DataConfig,
     EvalConfig,
+    ModelConfig,
     OptimConfig,
     ParallelConfig,
     RolloutConfig,
@@ -43,15 +44,16 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
-        if self.method.needs_teacher() and self.teacher is None:
+        needs = self.method.needs()
+        if needs.teacher and self.teacher is None:
             raise ValueError(f"method {self.method.type} needs a teacher: write teacher: {{model: folder-or-name}}")
         for teacher in self.teachers:
             self.method.check_teacher(teacher)
             teacher.check(self.student)
         given = [set(teacher.answers()) for teacher in self.teachers]
-        if given and self.method.asks() and not set(self.method.asks()).intersection(*given):
+        if given and needs.signals and not set(needs.signals).intersection(*given):
             raise ValueError(
-                f"teacher: method {self.method.type} asks for {' or '.join(self.method.asks())} signals, and there are none "
+                f"teacher: method {self.method.type} asks for {' or '.join(needs.signals)} signals, and there are none "
                 "that all teachers give: leave one out, or choose another method.support"
             )
         names = [teacher.name for teacher in self.teachers if teacher.name is not None]
@@ -70,11 +72,20 @@ class Recipe(Section):
 
     def wants_demonstrations(self) -> bool:
         """Whether the rows of the data must bring responses: for the method, or for what a teacher reads."""
-        return self.method.wants_demonstrations() or self.teachers_need_responses()
+        return self.method.needs().responses or self.method.replay > 0 or self.teachers_need_responses()
 
     def may_have_gaps(self) -> bool:
         """Whether some rows may have none all the same."""
-        return self.method.fills_gaps() and not self.teachers_need_responses()
+        return self.method.needs().fills_gaps and not self.teachers_need_responses()
+
+    def other_models(self) -> dict[str, ModelConfig]:
+        """What the method loads beside student and teacher, by the key of its section: as that says, or as the student."""
+        found: dict[str, ModelConfig] = {}
+        if self.method.needs_reference():
+            found["reference"] = self.method.reference or self.student
+        for key, name in self.method.needs().models.items():
+            found[key] = self.student if name is None else self.student.model_copy(update={"model": name})
+        return found
 
     def teachers_need_responses(self) -> bool:
         contexts = [teacher.context for teacher in self.teachers if teacher.context is not None]

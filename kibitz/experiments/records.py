@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kibitz import __version__
+from kibitz import __version__, config
 from kibitz.experiments.design import Experiment
 from kibitz.experiments.statistics import cost_at, part_way
 from kibitz.files import JSONL, write_atomically
@@ -47,6 +47,16 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return path
+
+
+def made_with(record: Record) -> Record:
+    """The settings of a run, with its recipe as the same one is written down today."""
+    settings = record["settings"]
+    try:
+        recipe = config.load(settings["recipe"])
+    except config.RecipeError:  # of an older version, that is no recipe any more
+        return settings
+    return settings | {"recipe": recipe.model_dump(mode="json", exclude_unset=True)}
 
 
 def read_all(folder: Path) -> list[Record]:

@@ -23,6 +23,7 @@ from kibitz.experiments.records import (
     best_rate,
     chooser,
     costs_until,
+    made_with,
     name_of,
     read,
     read_all,
@@ -96,14 +97,14 @@ class Study:
         for record in read_all(self.folder):
             if record["arm"] == arm.name:
                 rate, seed = record["lr"], record["seed"]
-                if record["settings"] != self._settings(arm, self.recipe(arm, rate, seed)):
+                if made_with(record) != self._settings(arm, self.recipe(arm, rate, seed)):
                     self._path(arm, rate, seed).unlink()
 
     def trained(self, arm: Arm, rate: float, seed: int) -> Record:
         """A run measured on the dev split: from its file, or made now."""
         path, settings = self._path(arm, rate, seed), self._settings(arm, self.recipe(arm, rate, seed))
         found = read(path)
-        if found is not None and found["settings"] == settings:
+        if found is not None and made_with(found) == settings:
             return found
         return self._train(arm, rate, seed)
 

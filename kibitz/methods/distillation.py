@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 
 from torch import Tensor
 
@@ -53,14 +54,7 @@ def distil_spans(parts: Parts, config: OPDConfig, source: Source, teacher: Score
 
 
 def divergence(config: DistillationConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """The function that a section names, with its options."""
+    """The function that a section names, with its options: those of its arguments that are settings of the section."""
     function = DIVERGENCES[config.divergence]
-    match config.divergence:
-        case "jsd":
-            return partial(function, beta=config.beta)
-        case "skew_kl" | "skew_reverse_kl":
-            return partial(function, alpha=config.alpha)
-        case "adaptive_kl":
-            return partial(function, threshold=config.threshold)
-        case _:
-            return function
+    options = signature(function).parameters.keys() & type(config).model_fields.keys()
+    return partial(function, **{name: getattr(config, name) for name in options}) if options else function

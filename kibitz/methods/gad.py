@@ -116,10 +116,7 @@ def build(config: GADConfig, parts: Parts) -> GAD:
         teacher: Source = Demonstrations(parts.encode_response)
     else:
         teacher = Generated(teacher_engine(parts), replace(parts.sampling, num_samples=1), Writer.TEACHER)
-    section = parts.recipe.student
-    if config.discriminator.model is not None:
-        section = section.model_copy(update={"model": config.discriminator.model})
-    model = load_model(section, "method.discriminator", parts.student.device)
+    model = load_model(parts.recipe.other_models()["discriminator"], "method.discriminator", parts.student.device)
     lr = config.discriminator.lr or parts.recipe.optim.lr
     kept = parts.stateful["discriminator"] = adversary(Judge(model), lr, parts.recipe.optim)
     return GAD(config, parts, Generated(parts.engine, parts.sampling), teacher, kept, model)

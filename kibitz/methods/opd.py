@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kibitz.config import OPDConfig
+from kibitz.config import OPDConfig, PolicyConfig
 from kibitz.engines import OnReady
 from kibitz.losses.criteria import PolicyGradient
 from kibitz.losses.policy_gradient import clipped, discounted, distillation_advantage, extrapolated, group_advantages
@@ -26,7 +26,7 @@ from kibitz.types import Prompt, Rollout, Step, Writer
 
 @dataclass(frozen=True)
 class SampledTokenOPD:
-    config: OPDConfig
+    config: PolicyConfig
     source: Source
     teacher: Scorer
     chunk_tokens: int | None
@@ -83,11 +83,11 @@ def build(config: OPDConfig, parts: Parts) -> Method:
     source = _source(parts, config, prefetch(teacher))
     if config.alignment != "spans":
         return distil_spans(parts, config, source, teacher)
-    if config.support != "sampled":
+    if config.policy is None:
         return distil(parts, config, source, teacher)
-    reference = reference_scorer(parts, "sampled") if config.extrapolation != 1 else None
+    reference = reference_scorer(parts, "sampled") if config.policy.extrapolation != 1 else None
     chunk_tokens, group_size = parts.recipe.optim.chunk_tokens, parts.sampling.num_samples
-    return SampledTokenOPD(config, source, teacher, chunk_tokens, group_size, reference)
+    return SampledTokenOPD(config.policy, source, teacher, chunk_tokens, group_size, reference)
 
 
 def _source(parts: Parts, config: OPDConfig, on_ready: OnReady) -> Source:

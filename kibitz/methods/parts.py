@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kibitz.config import DistillationConfig, MethodConfig, PolicyGradientConfig, Recipe, SignalKind
+from kibitz.config import MethodConfig, PolicyGradientConfig, Recipe, SignalKind
 from kibitz.engines import Engine
 from kibitz.engines.build import ENGINES
 from kibitz.engines.spread import Counted, spread
@@ -84,14 +84,15 @@ def training_request(parts: Parts, kind: SignalKind, phase: str) -> ScoreRequest
 
 
 def scorer(parts: Parts, config: MethodConfig) -> Scorer:
-    """Who scores for a method: its teacher, asked for the first signal of `config.asks()` that it can give."""
+    """Who scores for a method: its teacher, asked for the first of the signals it needs that it can give."""
     assert parts.teacher is not None
-    kind: SignalKind = next(kind for kind in config.asks() if kind in parts.teacher.kinds)
+    needs = config.needs()
+    kind: SignalKind = next(kind for kind in needs.signals if kind in parts.teacher.kinds)
     request = training_request(parts, kind, "teacher_scoring")
-    if isinstance(config, DistillationConfig):
+    if needs.top_k is not None:
         count, size = parts.ledger.reading("student_training"), request.tokens_per_micro_batch
-        candidates = partial(student_top_k, parts.student, config.top_k, size, count=count)
-        request = replace(request, top_k=config.top_k, temperature=config.temperature, candidates=candidates)
+        candidates = partial(student_top_k, parts.student, needs.top_k, size, count=count)
+        request = replace(request, top_k=needs.top_k, temperature=needs.temperature, candidates=candidates)
     return parts.teacher.scorer(request)
 
 

@@ -36,7 +36,7 @@ def build(config: SFTConfig, parts: Parts) -> SFT:
     if config.source == "student":
         return SFT(Generated(parts.engine, parts.sampling), chunk_tokens)
     data = Demonstrations(parts.encode_response)
-    if not config.needs_teacher():
+    if not config.needs().teacher:
         return SFT(data, chunk_tokens)
     teacher = Generated(teacher_engine(parts), parts.sampling, Writer.TEACHER)
     return SFT(Filled(data, teacher) if config.fill else teacher, chunk_tokens)

@@ -7,7 +7,7 @@ few rollouts: does the student read 0 against itself, do engine and trainer agre
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kibitz.config import GADConfig, LocalTeacherConfig, ModelConfig, Recipe, StoredTeacherConfig
+from kibitz.config import LocalTeacherConfig, Recipe, StoredTeacherConfig
 from kibitz.data import load_prompts
 from kibitz.methods import teacher_engine
 from kibitz.models.load import load_model, load_tokenizer, pick_device, pick_dtype
@@ -72,22 +72,11 @@ def _models(recipe: Recipe) -> list[LocalTeacherConfig]:
     return [section for section in recipe.teachers if isinstance(section, LocalTeacherConfig)]
 
 
-def _others(recipe: Recipe) -> dict[str, ModelConfig]:
-    """What the method loads beside student and teacher."""
-    found: dict[str, ModelConfig] = {}
-    if recipe.method.needs_reference():
-        found["reference"] = recipe.method.reference or recipe.student
-    if isinstance(recipe.method, GADConfig):
-        name = recipe.method.discriminator.model or recipe.student.model
-        found["judge"] = recipe.student.model_copy(update={"model": name})
-    return found
-
-
 def _sizes(recipe: Recipe, options: Options, prompt_lengths: list[int]) -> Iterator[Finding]:
     device, sections = pick_device(recipe.device), [recipe.student, *_models(recipe)]
     try:
         shapes = [shape_of(section, pick_dtype(section.dtype, device)) for section in sections]
-        others = {role: shape_of(one, pick_dtype(one.dtype, device)) for role, one in _others(recipe).items()}
+        others = {key: shape_of(one, pick_dtype(one.dtype, device)) for key, one in recipe.other_models().items()}
     except ValueError as error:
         yield Finding("sizes", "amber", f"{error}; lengths, memory and cost are not planned")
         return

@@ -38,12 +38,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class Models:
-    """Whose weights a run holds. Teachers of models of their own; the reference and the judge that some methods have."""
+    """Whose weights a run holds. Teachers of models of their own; the others, by the keys of a method's sections."""
 
     student: Shape
     teachers: Sequence[Shape] = ()
     reference: Shape | None = None
-    judge: Shape | None = None
+    discriminator: Shape | None = None
 
 
 def memory(recipe: Recipe, models: Models, longest_prompt: int, devices: int = 1) -> Memory:
@@ -71,7 +71,12 @@ def memory(recipe: Recipe, models: Models, longest_prompt: int, devices: int = 1
     gradients, together = _gradients(recipe, student, devices)
     phases = {
         "rollouts": {"keys and values": float(rows * length * student.cache_bytes_per_token)},
-        "scoring": {"activations of two layers": two_layers, **visits, **kept, **_judging(models.judge, tokens)},
+        "scoring": {
+            "activations of two layers": two_layers,
+            **visits,
+            **kept,
+            **_judging(models.discriminator, tokens),
+        },
         "training": {"activations": tokens * per_token, "logits": logits, "gradients": gradients, **kept},
     }
     return Memory(_held(recipe, models, devices) | together, phases)
@@ -89,7 +94,7 @@ def _held(recipe: Recipe, models: Models, devices: int) -> dict[str, float]:
         held["teacher made of the student"] = own
     if models.reference is not None and (recipe.method.reference is not None or recipe.student.lora is None):
         held["reference weights"] = _frozen(models.reference, shards if in_parts else 1)
-    if (judge := models.judge) is not None:
+    if (judge := models.discriminator) is not None:
         held["judge weights"] = float(judge.num_parameters * judge.itemsize)
         held["judge's moments and masters"] = (8.0 + (4 if judge.itemsize < 4 else 0)) * judge.num_body
     held["moments of the optimizer"] = _bytes_of_moments(recipe.optim) * trained / shards
@@ -209,9 +214,10 @@ def cost(
     def forward(shape: Shape) -> float:
         return recipe.steps * rollouts * forward_flops(shape.model, length, length**2, response)
 
-    passes = 3 + recipe.method.scores_with_student()
+    needs = recipe.method.needs()
+    passes = 3 + needs.student_scores
     flops = {"student_sampling": forward(student), "student_training": passes * forward(student)}
-    if teachers and recipe.method.scores_with_teacher():
+    if teachers and needs.signals:
         flops["teacher_scoring"] = sum(map(forward, teachers))
     hours = sum(flops.values()) / (flops_per_second * UTILISATION * devices) / 3600
     return Cost(

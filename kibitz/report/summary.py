@@ -1,31 +1,20 @@
 """The head of the report: two sentences made from the recipe, and the measures before and after training."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
+from kibitz.config import DIVERGENCE_TITLES, METHOD_CONFIGS, MethodConfig
 from kibitz.report.costs import total, total_flops
 from kibitz.report.curves import main_split
 from kibitz.report.folder import Row, Run, dig, dig_number
 from kibitz.report.formats import DASH, change, count, flops, percent, plain, safe_lines, seconds
 
-DIVERGENCES = {
-    "reverse_kl": "reverse KL divergence",
-    "forward_kl": "forward KL divergence",
-    "jsd": "Jensen–Shannon divergence",
-    "skew_kl": "skewed KL divergence",
-    "skew_reverse_kl": "skewed reverse KL divergence",
-    "total_variation": "total variation distance",
-    "adaptive_kl": "KL divergence, forward where the teacher is undecided and reverse elsewhere,",
-}
-TITLES = {
-    "opd": "On-policy distillation",
-    "gkd": "Generalised knowledge distillation",
-    "skd": "Speculative knowledge distillation",
-    "sft": "Supervised fine-tuning",
-    "grpo": "Reinforcement learning with GRPO",
-}
+UNTOLD = "The student {student} was trained on {prompts} ({method})."
+UNTOLD_TEACHER = "The student {student} learnt from the teacher {teacher} on {prompts} ({method})."
+"""Of a method whose section tells no story."""
 
 
 # ------------------------------------------------------------------ the two sentences
@@ -34,7 +23,8 @@ TITLES = {
 def title(run: Run) -> str:
     """The method's name for a reader: `On-policy distillation`, or its type in the recipe."""
     kind = str(dig(run.recipe, "method", "type") or "")
-    return TITLES.get(kind, safe_lines(kind) if kind else "A run")
+    section = METHOD_CONFIGS.get(kind, MethodConfig)
+    return section.title or (safe_lines(kind) if kind else "A run")
 
 
 def sentences(run: Run) -> list[Markup]:
@@ -52,25 +42,9 @@ def _what(run: Run) -> Markup:
         "divergence": _divergence(run.recipe.get("method")),
         "method": title(run),
     }
-    match dig(run.recipe, "method", "type"):
-        case "opd":
-            text = (
-                "The student {student} wrote its own responses to {prompts}, the teacher {teacher} scored every "
-                "token of them, and the student learnt from the {divergence}."
-            )
-        case "sft" if dig(run.recipe, "method", "source") == "teacher":
-            text = "The teacher {teacher} wrote responses to {prompts}, and the student {student} learnt to write them too."
-        case "sft":
-            text = "The student {student} learnt to write the given responses to {prompts}, token by token."
-        case "grpo":
-            text = (
-                "The student {student} wrote its own responses to {prompts}, each was graded as a whole, and all "
-                "tokens of a response shared its reward (GRPO)."
-            )
-        case _ if run.recipe.get("teacher"):
-            text = "The student {student} learnt from the teacher {teacher} on {prompts} ({method})."
-        case _:
-            text = "The student {student} was trained on {prompts} ({method})."
+    section = METHOD_CONFIGS.get(str(dig(run.recipe, "method", "type")), MethodConfig)
+    story = section.stories.get(str(dig(run.recipe, "method", "source")), section.story)
+    text = story or (UNTOLD_TEACHER if run.recipe.get("teacher") else UNTOLD)
     return Markup(text).format(**names)
 
 
@@ -110,8 +84,9 @@ def _prompts(data: Any) -> Markup:
 
 
 def _divergence(method: Any) -> str:
+    titles: Mapping[str, str] = {**DIVERGENCE_TITLES}
     kind, support = dig(method, "divergence") or "reverse_kl", dig(method, "support") or "full"
-    name = DIVERGENCES.get(str(kind), safe_lines(str(kind)))
+    name = titles.get(str(kind), safe_lines(str(kind)))
     match support:
         case "full":
             return f"{name} between the two at each token, over the whole vocabulary"

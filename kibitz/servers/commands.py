@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from kibitz.config import DistillationConfig, Recipe
+from kibitz.config import Recipe
 from kibitz.config.teachers import RemoteTeacherConfig
 from kibitz.servers import ServerError
 from kibitz.servers.connection import is_loopback
@@ -100,9 +100,10 @@ def _teacher(recipe: Recipe, teacher: RemoteTeacherConfig, cpu: bool) -> Command
     if cpu:
         arguments += ["--dtype", "float32"]
     arguments += ["--enable-scale-out"]
-    if isinstance(recipe.method, DistillationConfig):
-        arguments += ["--max-logprobs", str(max(20, recipe.method.top_k + 1))]
-        if "named" in recipe.method.asks() and not cpu:
+    needs = recipe.method.needs()
+    if needs.top_k is not None:
+        arguments += ["--max-logprobs", str(max(20, needs.top_k + 1))]
+        if "named" in needs.signals and not cpu:
             environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     return Command("teacher", teacher.url, tuple(arguments), environment)
 

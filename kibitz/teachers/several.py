@@ -57,9 +57,9 @@ def routed(configs: Sequence[TeacherConfig], prompts: Sequence[Prompt], method: 
         speak = [place for place, _ in mix(prompt)]
         for place in speak:
             heard[place].append(prompt)
-        if len(speak) == 1 or not method.writes_with_teacher():
+        if len(speak) == 1 or not method.needs().teacher_writes:
             continue
-        if method.judges_with_teacher():
+        if method.needs().teacher_judges:
             raise ValueError(
                 f"{method.type} has one teacher judge a text, and the task {prompt.task!r} has {len(speak)}: give it one (tasks)"
             )

@@ -89,7 +89,7 @@ def prepare(
     mask_ids = single_tokens(tokenizer, recipe.method.mask_tokens, "method.mask_tokens")
     prompts = load_prompts(recipe.data, tokenizer, recipe.seed, recipe.wants_demonstrations(), recipe.may_have_gaps())
     grader = grader or load_grader(recipe.data, prompts)
-    if recipe.method.needs_reward() and grader is None:
+    if recipe.method.needs().reward and grader is None:
         raise RecipeError(
             f"method {recipe.method.type} needs rewards: give rows an answer, name data.grader, or pass grader="
         )
@@ -130,10 +130,12 @@ def prepare(
 
 
 def _check_other_models(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
-    for role, model in recipe.method.other_models().items():
+    for key, model in recipe.other_models().items():
+        role = f"method.{key}"
         if isinstance(model, FrozenConfig):
             offload.require(model, role)
-        check_same_tokenizer(tokenizer, load_tokenizer(model, role), role)
+        if model is not recipe.student:
+            check_same_tokenizer(tokenizer, load_tokenizer(model, role), role)
 
 
 def _student(
@@ -151,7 +153,7 @@ def _teacher_loader(recipe: Recipe, ranks: Ranks) -> Callable[..., LanguageModel
 
 
 def _stored(recipe: Recipe, prompts: Sequence[Prompt], vocab_size: int) -> dict[str, list[Rollout]] | None:
-    path, wanted = recipe.method.stored_rollouts(), recipe.rollout
+    path, wanted = recipe.method.needs().rollouts, recipe.rollout
     if path is None:
         return None
     return load_rollouts(path, prompts, vocab_size, wanted.samples_per_prompt, wanted.max_tokens)
@@ -185,7 +187,7 @@ def _meet(recipe: Recipe, prompts: Sequence[Prompt]) -> tuple[Ranks, torch.devic
         )
     if recipe.parallel.shard_teacher:
         fsdp.check_shardable(cast(LocalTeacherConfig, recipe.teacher), "teacher", fsdp.WHOLE_TEACHER)
-    if recipe.method.trains_adversary():
+    if recipe.method.needs().adversary:
         raise RecipeError(f"method {recipe.method.type} trains an opponent of the student in one process: start one")
     if not recipe.parallel.whole_copy:
         _check_parts(recipe)
@@ -218,12 +220,11 @@ def _kept_small(config: FrozenConfig) -> bool:
 def _reference(recipe: Recipe, student: LanguageModel, ranks: Ranks) -> Teacher | None:
     """The model that a method holds its student to; never the checkpoint that a run goes on from. In parts, if the student
     is and nothing else is said of how it takes little memory."""
-    method = recipe.method
-    if not method.needs_reference():
+    section, device = recipe.other_models().get("reference"), student.device
+    if section is None:
         return None
-    if method.reference is None and student.adapter is not None:
+    if section is recipe.student and student.adapter is not None:
         return base_teacher(student)
-    section, device = method.reference or recipe.student, student.device
     if isinstance(section, FrozenConfig) and (_kept_small(section) or recipe.parallel.whole_copy):
         return local_teacher(offload.load_frozen(section, "reference", device, student.tokenizer))
     if ranks.size == 1 or recipe.parallel.whole_copy:

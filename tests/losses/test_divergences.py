@@ -2,11 +2,13 @@
 
 import math
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from kibitz.config import DIVERGENCE_TITLES, DivergenceName, GKDConfig
 from kibitz.logprobs import log_probs
 from kibitz.losses.divergences import (
     DIVERGENCES,
@@ -19,6 +21,7 @@ from kibitz.losses.divergences import (
     skew_reverse_kl,
     total_variation,
 )
+from kibitz.methods.distillation import divergence as named
 
 
 def pair(rows=4, size=7, seed=0, scale=2.0):
@@ -205,3 +208,24 @@ def test_any_leading_shape():
     for divergence in DIVERGENCES.values():
         flat = divergence(student, teacher)
         torch.testing.assert_close(divergence(student.view(2, 3, 7), teacher.view(2, 3, 7)), flat.view(2, 3))
+
+
+# ------------------------------------------------------------------ in a recipe
+
+
+def test_a_recipe_can_name_each_of_them_and_no_other():
+    assert set(get_args(DivergenceName)) == set(DIVERGENCES) == set(DIVERGENCE_TITLES)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_the_options_of_a_recipe_reach_the_function(name):
+    """By the names of its arguments; an option that it does not have changes nothing."""
+    student_CS, teacher_CS = pair()
+    student_CS = torch.log_softmax(student_CS, -1)
+    options = {"beta": 0.3, "alpha": 0.4, "threshold": 10.0}
+    own = {"jsd": ["beta"], "skew_kl": ["alpha"], "skew_reverse_kl": ["alpha"], "adaptive_kl": ["threshold"]}
+    want = DIVERGENCES[name](student_CS, teacher_CS, **{option: options[option] for option in own.get(name, [])})
+    asked = named(GKDConfig.model_validate({"divergence": name, **options}))
+    assert torch.equal(asked(student_CS, teacher_CS), want)
+    plain = named(GKDConfig.model_validate({"divergence": name}))(student_CS, teacher_CS)
+    assert torch.equal(plain, want) != (name in own)

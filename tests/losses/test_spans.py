@@ -453,7 +453,7 @@ def test_another_tokenizer_is_refused_with_the_way_out(folders, tmp_path):
         ({"type": "gkd", "on_policy": 1.0}, "write method.support=sampled with method.type=opd"),
         ({"type": "skd"}, "write method.support=sampled with method.type=opd"),
         ({"type": "sft", "source": "teacher"}, "lets the teacher write, and this one cannot"),
-        ({"type": "opd", "support": "sampled", "discount": 0.5}, "drop method.discount"),
+        ({"type": "opd", "support": "sampled", "discount": 0.5}, "drop method.policy.discount"),
         ({"type": "opd", "support": "sampled", "baseline": True}, "asks its teacher for dense or top_k"),
         ({"type": "opd", "support": "sampled", "seed_tokens": 2}, "lets the teacher write"),
         ({"type": "opd", "support": "sampled", "alignment": "alm"}, "write method.support=full"),

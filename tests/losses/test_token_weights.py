@@ -15,7 +15,7 @@ from support.runs import STEP, recipe
 import kibitz
 from kibitz import methods
 from kibitz.batching import pack
-from kibitz.config import GRPOConfig, OPDConfig, RecipeError
+from kibitz.config import GRPOConfig, PolicyConfig, RecipeError
 from kibitz.losses import POLICY_LOSSES, token_weights
 from kibitz.losses.token_weights import by_turn
 from kibitz.models.load import single_tokens
@@ -247,7 +247,7 @@ def test_mismatch_is_the_distance_of_the_log_probabilities(lab, method):
         ({"policy_loss": "one_sided", "max_drop": 0.05}, [0, 1, 1.4, 6]),
     ],
 )
-@pytest.mark.parametrize("section", [OPDConfig, GRPOConfig])
+@pytest.mark.parametrize("section", [PolicyConfig, GRPOConfig])
 def test_the_bounds_of_a_recipe_reach_the_loss(section, options, learns):
     config = section(**{"policy_loss": "sampled_token", **options})
     old_T, ratio_T = torch.full((4,), 0.1), torch.tensor([0.4, 1.0, 1.4, 6.0])
@@ -298,8 +298,11 @@ def test_with_all_tokens_kept_a_run_is_the_plain_one_bit_for_bit(small_models, t
     ("method", "message"),
     [
         ({"policy_loss": "banded"}, "policy_loss belongs to the policy gradient: write method.support=sampled"),
-        ({"support": "sampled", "token_weight": "tip"}, "write method.token_weight=entropy, or method.baseline=true"),
-        ({"support": "sampled", "mask_tokens": ["1"], "discount": 0.5}, "write method.discount=0"),
+        (
+            {"support": "sampled", "token_weight": "tip"},
+            "write method.token_weight=entropy, or method.policy.baseline=true",
+        ),
+        ({"support": "sampled", "mask_tokens": ["1"], "discount": 0.5}, "write method.policy.discount=0"),
         ({"support": "sampled", "policy_loss": "banded", "ratio_floor": 1.5}, "ratio_floor.*less than or equal to 1"),
         ({"support": "sampled", "policy_loss": "clip"}, "policy_loss"),
         ({"token_weight": "entropy", "token_share": 0}, "token_share.*greater than 0"),

@@ -258,7 +258,7 @@ def test_extrapolation_is_a_recipe_and_says_where_it_belongs(small_models, tmp_p
     assert run.metrics[0]["flops"]["reference_scoring"] > 0
     for changes, message in (
         ({"support": "full"}, "extrapolation belongs to the policy gradient"),
-        ({"baseline": True}, "drop it, or write method.discount=0 without extrapolation"),
+        ({"baseline": True}, "drop it, or write method.policy.discount=0 without extrapolation"),
     ):
         with pytest.raises(kibitz.RecipeError, match=message):
             kibitz.train(recipe(*models, tmp_path / "no", method=sampled | changes))

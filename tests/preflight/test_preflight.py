@@ -152,7 +152,7 @@ def test_a_judge_and_a_reference_take_the_memory_that_they_really_have(small_mod
     while not hasattr(judge, "judge"):
         judge = judge.method
     parameters = judge.judge.optimizer.parameters
-    models = budget.Models(shape, [shape], reference=shape, judge=shape)
+    models = budget.Models(shape, [shape], reference=shape, discriminator=shape)
     without, plan = budget.memory(asks, budget.Models(shape, [shape]), 20), budget.memory(asks, models, 20)
     more = {name: size for name, size in plan.held.items() if name not in without.held}
     assert more["reference weights"] == sum(p.nbytes for p in setup.parts.reference.models[0].model.parameters())

@@ -12,11 +12,12 @@ import pytest
 from rich.console import Console
 from support.paths import FIXTURES, script
 
+from kibitz.config import METHOD_CONFIGS
 from kibitz.report import build, formats, heatmap, rollout_page
 from kibitz.report.costs import table
 from kibitz.report.curves import charts, compute_so_far
 from kibitz.report.folder import Run, read_run
-from kibitz.report.summary import comparisons, sentences
+from kibitz.report.summary import comparisons, sentences, title
 from kibitz.report.terminal import print_rollout
 
 synthetic = script(FIXTURES / "report_run" / "synthetic.py")
@@ -422,3 +423,16 @@ def test_what_each_of_several_teachers_says_stands_on_the_tokens_card():
     seven = held["strings"].index("7")
     assert side["tokens"][0][6] == [[-0.5, 0.25, [seven, 0.6]], [-100.0, None, []]]
     assert side["tokens"][1][6] == []
+
+
+@pytest.mark.parametrize("name", METHOD_CONFIGS)
+def test_every_method_has_a_name_and_a_sentence_of_its_own(name):
+    recipe = {"method": {"type": name}, "student": {"model": "small"}, "teacher": {"model": "large"}}
+    assert title(Run("r", recipe=recipe)) != name
+    others = {k: section for k, section in METHOD_CONFIGS.items() if k != name}
+    assert METHOD_CONFIGS[name].title not in {section.title for section in others.values()}
+    for source in ("", *METHOD_CONFIGS[name].stories):
+        recipe["method"]["source"] = source
+        (said,) = sentences(Run("r", recipe=recipe))
+        assert "<code>small</code>" in said and "{" not in said and said.endswith(".")
+        assert said not in {sentences(Run("r", recipe={**recipe, "method": {"type": k}}))[0] for k in others}

@@ -12,7 +12,7 @@ from support.runs import crash_and_resume, recipe, timeless
 
 import kibitz
 from kibitz import methods
-from kibitz.config import METHOD_CONFIGS, MethodConfig, OPDConfig
+from kibitz.config import METHOD_CONFIGS, MethodConfig, Needs, OPDConfig
 from kibitz.methods import opd
 from kibitz.types import Stateful
 
@@ -20,8 +20,8 @@ from kibitz.types import Stateful
 class DriftConfig(MethodConfig):
     type: Literal["drift"] = "drift"
 
-    def needs_teacher(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return Needs(teacher=True)
 
 
 class Drift:

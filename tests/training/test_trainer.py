@@ -282,15 +282,15 @@ def test_a_method_from_outside_the_package(models, tmp_path, monkeypatch):
     from typing import Literal
 
     from kibitz import methods
-    from kibitz.config import METHOD_CONFIGS, MethodConfig, OPDConfig, load
+    from kibitz.config import METHOD_CONFIGS, MethodConfig, Needs, OPDConfig, load
     from kibitz.methods import opd
 
     class HalfConfig(MethodConfig):
         type: Literal["half"] = "half"
         share: float = 0.5
 
-        def needs_teacher(self) -> bool:
-            return True
+        def needs(self) -> Needs:
+            return Needs(teacher=True)
 
     def build(config, parts):
         divergence = lambda s, t: config.share * (s.exp() * (s - t)).sum(-1)  # noqa: E731
@@ -380,7 +380,7 @@ def test_rewards_join_the_teachers_advantage(models, tmp_path):
     ("method", "message"),
     [
         ({"baseline": True}, "baseline belongs to the policy gradient"),
-        ({"support": "sampled", "baseline": True, "discount": 0.5}, "write method.discount=0"),
+        ({"support": "sampled", "baseline": True, "discount": 0.5}, "write method.policy.discount=0"),
         ({"support": "sampled", "divergence": "jsd"}, "estimates reverse_kl only"),
     ],
 )

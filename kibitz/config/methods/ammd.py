@@ -1,16 +1,30 @@
 """The section of adversarial moment matching."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from kibitz.config.methods.base import MethodConfig
+from kibitz.config.methods.base import MethodConfig, Needs
 from kibitz.config.sections import RolloutConfig
-from kibitz.config.teachers import SignalKind
 
 
 class AMMDConfig(MethodConfig):
     """Adversarial moment matching: action values learn where the two policies differ most, the student closes that gap."""
+
+    title = "Adversarial moment matching"
+    story = (
+        "The student {student} wrote its own responses to a share of {prompts} and the teacher {teacher} to "
+        "the others, and the student learnt to close the largest difference that an adversary found between "
+        "the two (AMMD)."
+    )
+    stories: ClassVar[Mapping[str, str]] = {
+        "dataset": (
+            "The student {student} wrote its own responses to a share of {prompts} and read given ones to the "
+            "others, and it learnt to close the largest difference that an adversary found between it and the "
+            "teacher {teacher} (AMMD)."
+        ),
+    }
 
     type: Literal["ammd"] = "ammd"
     on_policy: float = Field(
@@ -28,23 +42,16 @@ class AMMDConfig(MethodConfig):
     )
     q_width: int = Field(128, ge=1, description="Of their one hidden layer, on both models' probabilities. 128: ours.")
 
-    def trains_adversary(self) -> bool:
-        return True
-
-    def needs_teacher(self) -> bool:
-        return True
-
-    def asks(self) -> tuple[SignalKind, ...]:
-        return ("dense",)
-
-    def writes_with_teacher(self) -> bool:
-        return self.source == "teacher" and self.on_policy < 1
-
-    def scores_with_student(self) -> bool:
-        return True  # the action values are trained against the student as it is before the step
-
-    def needs_responses(self) -> bool:
-        return self.source == "dataset" and self.on_policy < 1
+    def needs(self) -> Needs:
+        others = self.on_policy < 1
+        return Needs(
+            teacher=True,
+            signals=("dense",),
+            teacher_writes=others and self.source == "teacher",
+            responses=others and self.source == "dataset",
+            student_scores=True,  # the action values are trained against the student as it is before the step
+            adversary=True,
+        )
 
     def check(self, rollout: RolloutConfig) -> None:
         if self.reference_kl:

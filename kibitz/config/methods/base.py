@@ -1,11 +1,13 @@
-"""What every method's section shares, and what it says of its needs."""
+"""What every method's section shares, and the record in which it says what it needs."""
 
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from kibitz.config.methods.extras import ExtrasConfig
-from kibitz.config.sections import ModelConfig, RolloutConfig
+from kibitz.config.sections import RolloutConfig
 from kibitz.config.teachers import SignalKind, TeacherConfig
 
 HOW_TO_ASK: dict[SignalKind, str] = {
@@ -18,8 +20,49 @@ HOW_TO_ASK: dict[SignalKind, str] = {
 }
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a method, as its section is set, asks of the recipe and of the program around it. By default nothing."""
+
+    teacher: bool = False
+    """The recipe must name a teacher."""
+    signals: tuple[SignalKind, ...] = ()
+    """What the loss can learn from, that with the least work first; none: the teacher scores nothing."""
+    top_k: int | None = None
+    """How many of the likeliest tokens the loss looks at, where it may look at some only."""
+    temperature: float = 1.0
+    """What divides the teacher's logits."""
+    teacher_writes: bool = False
+    """The teacher writes some of the text."""
+    teacher_judges: bool = False
+    """The teacher reads the text while it is written, token by token."""
+    student_scores: bool = False
+    """The student reads the rollouts once more before it learns from them. `kibitz check` counts that pass."""
+    reward: bool = False
+    """There must be a grader."""
+    responses: bool = False
+    """Every row of the data must bring a response."""
+    fills_gaps: bool = False
+    """Somebody answers the prompts to which the data has no response."""
+    rollouts: str | None = None
+    """The file of stored rollouts to learn from, if nobody is to write any."""
+    reference: bool = False
+    """It compares the student with `method.reference`, with or without `reference_kl`."""
+    models: Mapping[str, str | None] = field(default_factory=dict)
+    """Folders or names of other models that it loads, by the key of their section; None: the student's own."""
+    adversary: bool = False
+    """More than the student learns, from all rollouts of a step: they must be in one process."""
+
+
 class MethodConfig(ExtrasConfig):
     """What a method shares with every other one."""
+
+    title: ClassVar[str] = ""
+    """The method's name in a report; its `type` where there is none."""
+    story: ClassVar[str] = ""
+    """What a run of it did, in a sentence of a report: {student}, {teacher}, {prompts}, {divergence} are filled in."""
+    stories: ClassVar[Mapping[str, str]] = {}
+    """The same by the value of `source`, where it decides what was done."""
 
     type: str
     normalize: Literal["token", "sequence"] = Field(
@@ -33,73 +76,37 @@ class MethodConfig(ExtrasConfig):
         "(Revisiting OPD, 2603.25562).",
     )
 
-    def needs_teacher(self) -> bool:
-        """Whether the recipe must name a teacher."""
-        return False
+    def needs(self) -> Needs:
+        """What these settings ask for. A method without an answer of its own asks for nothing."""
+        return Needs()
 
-    def needs_reward(self) -> bool:
-        """Whether there must be a grader."""
-        return False
+    def needs_reference(self) -> bool:
+        """Whether a frozen model is to be loaded that the student is compared with."""
+        return self.reference_kl > 0 or self.needs().reference
 
-    def trains_adversary(self) -> bool:
-        """Whether more than the student learns, and from all rollouts of a step: it then needs them in one process."""
-        return False
-
-    def needs_responses(self) -> bool:
-        """Whether every row of the data must bring a response."""
-        return False
-
-    def wants_demonstrations(self) -> bool:
-        """Whether it reads the data's responses, for itself or for `replay`."""
-        return self.needs_responses() or self.replay > 0
-
-    def fills_gaps(self) -> bool:
-        """Whether somebody answers the prompts to which the data has no response."""
-        return False
-
-    def asks(self) -> tuple[SignalKind, ...]:
-        """The signals that the loss can do with, the one with the least work first; none: no teacher scores."""
-        return ()
-
-    def scores_with_teacher(self) -> bool:
-        """Whether the teacher reads each rollout: its cost then counts."""
-        return bool(self.asks())
-
-    def writes_with_teacher(self) -> bool:
-        """Whether the teacher writes any of the text."""
-        return False
-
-    def judges_with_teacher(self) -> bool:
-        """Whether a teacher reads the text while it is written, token by token."""
-        return False
-
-    def scores_with_student(self) -> bool:
-        """Whether the student reads each rollout once more before it learns, to choose tokens."""
-        return False
-
-    def stored_rollouts(self) -> str | None:
-        """The file of rollouts to learn from, if nobody is to write any."""
-        return None
-
-    def other_models(self) -> dict[str, ModelConfig]:
-        """What it loads beside student and teacher, by the key of the recipe. They must share the student's tokenizer."""
-        return {} if self.reference is None else {"method.reference": self.reference}
+    def check_extras(self) -> None:
+        """Raise ValueError for extras that nothing asks for. For every method, whatever its own `check` says."""
+        if self.reference is not None and not self.needs_reference():
+            raise ValueError(
+                "nothing is compared with method.reference: write method.reference_kl=0.05 too, or drop it"
+            )
 
     def check(self, rollout: RolloutConfig) -> None:
         """Raise ValueError, with what to write instead, for settings that exclude each other."""
 
     def check_teacher(self, teacher: TeacherConfig) -> None:
         """Raise ValueError for a teacher that cannot give what this method asks for."""
-        asked, given = self.asks(), teacher.answers()
+        needs, given = self.needs(), teacher.answers()
+        asked = needs.signals
         if asked and not set(asked) & set(given):
             raise ValueError(
                 f"method {self.type} asks its teacher for {' or '.join(asked)} signals and this one gives "
                 f"{' and '.join(given) or 'none'}: "
                 + (f"write method.support={HOW_TO_ASK[given[0]]}" if given else "choose one that scores tokens")
             )
-        if self.writes_with_teacher() and not teacher.writes():
+        if needs.teacher_writes and not teacher.writes():
             raise ValueError(f"method {self.type} lets the teacher write, and this one cannot: choose one that can")
-        if self.judges_with_teacher() and not teacher.reads_along():
+        if needs.teacher_judges and not teacher.reads_along():
             raise ValueError(
                 f"{self.type} judges a text while it is written: its teacher must be a model of its own in this process that "
                 "reads the student's prompt: write teacher.model without teacher.context, or method.type=opd"

@@ -4,12 +4,22 @@ from typing import Literal
 
 from pydantic import Field
 
-from kibitz.config.methods.base import MethodConfig
+from kibitz.config.methods.base import MethodConfig, Needs
 from kibitz.config.teachers import SignalKind
 
 DivergenceName = Literal[
     "reverse_kl", "forward_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "adaptive_kl"
 ]
+DIVERGENCE_TITLES: dict[DivergenceName, str] = {
+    "reverse_kl": "reverse KL divergence",
+    "forward_kl": "forward KL divergence",
+    "jsd": "Jensen–Shannon divergence",
+    "skew_kl": "skewed KL divergence",
+    "skew_reverse_kl": "skewed reverse KL divergence",
+    "total_variation": "total variation distance",
+    "adaptive_kl": "KL divergence, forward where the teacher is undecided and reverse elsewhere,",
+}
+"""What a report calls them. `DIVERGENCES` of `kibitz.losses` has the function of each; its options are fields below."""
 
 
 class DistillationConfig(MethodConfig):
@@ -42,13 +52,17 @@ class DistillationConfig(MethodConfig):
         0.5, gt=0, le=1, description="Of entropy and tip: the share of the step's tokens that is learnt. 0.5: TIP."
     )
 
-    def needs_teacher(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return Needs(
+            teacher=True,
+            signals=self.signals(),
+            top_k=self.top_k,
+            temperature=self.temperature,
+            student_scores=self.token_weight != "none",
+        )
 
-    def asks(self) -> tuple[SignalKind, ...]:
+    def signals(self) -> tuple[SignalKind, ...]:
+        """What the divergence can be had from on this support, that with the least work first."""
         if self.support != "top_k" or self.top_k_of == "union":
             return ("dense",)
         return ("top_k", "dense") if self.top_k_of == "teacher" else ("dense", "named")
-
-    def scores_with_student(self) -> bool:
-        return self.token_weight != "none"

@@ -4,12 +4,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from kibitz.config.methods.base import MethodConfig
-from kibitz.config.teachers import SignalKind
+from kibitz.config.methods.base import MethodConfig, Needs
 
 
 class DistiLLM2Config(MethodConfig):
     """DistiLLM-2: skewed forward KL on the teacher's responses and skewed reverse KL on the student's, together."""
+
+    title = "DistiLLM-2"
+    story = (
+        "The student {student} and the teacher {teacher} each answered {prompts}, and the student learnt from"
+        " a skewed KL divergence on either text (DistiLLM-2)."
+    )
 
     type: Literal["distillm2"] = "distillm2"
     alpha: float = Field(
@@ -25,14 +30,5 @@ class DistiLLM2Config(MethodConfig):
         1.5, ge=0, le=2, description="b from the middle of the run on, linearly until then. 1.5: the paper."
     )
 
-    def needs_teacher(self) -> bool:
-        return True
-
-    def asks(self) -> tuple[SignalKind, ...]:
-        return ("dense",)
-
-    def writes_with_teacher(self) -> bool:
-        return True
-
-    def scores_with_student(self) -> bool:
-        return self.adaptive
+    def needs(self) -> Needs:
+        return Needs(teacher=True, signals=("dense",), teacher_writes=True, student_scores=self.adaptive)

@@ -40,14 +40,3 @@ class ExtrasConfig(Section):
     replay_coef: float = Field(
         1.0, gt=0, description="Of replay: how much the mean over its tokens counts beside the method's own. 1: alike."
     )
-
-    def needs_reference(self) -> bool:
-        """Whether a frozen model is to be loaded beside student and teacher."""
-        return self.reference_kl > 0
-
-    def check_extras(self) -> None:
-        """Raise ValueError for extras that nothing asks for. For every method, whatever its own `check` says."""
-        if self.reference is not None and not self.needs_reference():
-            raise ValueError(
-                "nothing is compared with method.reference: write method.reference_kl=0.05 too, or drop it"
-            )

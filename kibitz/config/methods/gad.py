@@ -1,12 +1,14 @@
 """The section of generative adversarial distillation."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from kibitz.config.base import Section
+from kibitz.config.methods.base import MethodConfig, Needs
 from kibitz.config.methods.policy_gradient import PolicyGradientConfig, PolicyLossName
-from kibitz.config.sections import ModelConfig, RolloutConfig
+from kibitz.config.sections import RolloutConfig
 
 
 class DiscriminatorConfig(Section):
@@ -18,8 +20,20 @@ class DiscriminatorConfig(Section):
     lr: float | None = Field(None, gt=0, description="Its rate, constant. Off: optim.lr, as in the paper.")
 
 
-class GADConfig(PolicyGradientConfig):
+class GADConfig(PolicyGradientConfig, MethodConfig):
     """Generative adversarial distillation: a judge learns to tell the teacher's text from the student's, and is the reward."""
+
+    title = "Generative adversarial distillation"
+    story = (
+        "The student {student} wrote its own responses to {prompts}, a judge learnt to tell them from the "
+        "given ones, and its score was the reward of the student (GAD)."
+    )
+    stories: ClassVar[Mapping[str, str]] = {
+        "teacher": (
+            "The student {student} wrote its own responses to {prompts}, a judge learnt to tell them from those "
+            "of the teacher {teacher}, and its score was the reward of the student (GAD)."
+        ),
+    }
 
     type: Literal["gad"] = "gad"
     source: Literal["dataset", "teacher"] = Field(
@@ -39,17 +53,10 @@ class GADConfig(PolicyGradientConfig):
     )
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
 
-    def trains_adversary(self) -> bool:
-        return True
-
-    def needs_teacher(self) -> bool:
-        return self.source == "teacher"
-
-    def writes_with_teacher(self) -> bool:
-        return self.source == "teacher"
-
-    def needs_responses(self) -> bool:
-        return self.source == "dataset"
+    def needs(self) -> Needs:
+        asked = self.source == "teacher"
+        judge = {"discriminator": self.discriminator.model}
+        return Needs(teacher=asked, teacher_writes=asked, responses=not asked, models=judge, adversary=True)
 
     def check(self, rollout: RolloutConfig) -> None:
         if rollout.samples_per_prompt < 2:
@@ -58,7 +65,3 @@ class GADConfig(PolicyGradientConfig):
             raise ValueError("gad's importance ratio needs untruncated rollouts: drop rollout.top_p and rollout.top_k")
         if rollout.epsilon:
             raise ValueError("gad's importance ratio starts from the student itself: drop rollout.epsilon")
-
-    def other_models(self) -> dict[str, ModelConfig]:
-        name = self.discriminator.model
-        return super().other_models() | ({} if name is None else {"method.discriminator": ModelConfig(model=name)})

@@ -4,11 +4,12 @@ from typing import Literal
 
 from pydantic import Field
 
+from kibitz.config.methods.base import MethodConfig, Needs
 from kibitz.config.methods.policy_gradient import PolicyGradientConfig, PolicyLossName
 from kibitz.config.sections import RolloutConfig
 
 
-class GroupConfig(PolicyGradientConfig):
+class GroupConfig(PolicyGradientConfig, MethodConfig):
     """What every method shares that compares the rewards of a prompt's samples."""
 
     normalize_std: bool = Field(
@@ -16,8 +17,8 @@ class GroupConfig(PolicyGradientConfig):
     )
     policy_loss: PolicyLossName = Field("ppo_clip", description="ppo_clip: the paper; see opd for the others.")
 
-    def needs_reward(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return Needs(reward=True)
 
     def check(self, rollout: RolloutConfig) -> None:
         name = self.type
@@ -33,5 +34,11 @@ class GroupConfig(PolicyGradientConfig):
 
 class GRPOConfig(GroupConfig):
     """RL with a reward per response: advantages centred in the group of a prompt's samples (GRPO, 2402.03300)."""
+
+    title = "Reinforcement learning with GRPO"
+    story = (
+        "The student {student} wrote its own responses to {prompts}, each was graded as a whole, and all "
+        "tokens of a response shared its reward (GRPO)."
+    )
 
     type: Literal["grpo"] = "grpo"

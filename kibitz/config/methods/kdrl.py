@@ -1,16 +1,23 @@
 """The section of kdrl."""
 
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
 
+from kibitz.config.methods.base import Needs
 from kibitz.config.methods.grpo import GroupConfig
 from kibitz.config.sections import RolloutConfig
-from kibitz.config.teachers import SignalKind
 
 
 class KDRLConfig(GroupConfig):
     """GRPO with the reverse KL to the teacher as a second loss, which fades as the run goes on."""
+
+    title = "Reinforcement learning beside a teacher"
+    story = (
+        "The student {student} wrote its own responses to {prompts}, each was graded as a whole, and the "
+        "student learnt from its reward and from what the teacher {teacher} said of every token (KDRL)."
+    )
 
     type: Literal["kdrl"] = "kdrl"
     kl_coef: float = Field(5e-3, ge=0, description="Of the teacher's loss, at the first step. 5e-3: KDRL (2506.02208).")
@@ -19,11 +26,8 @@ class KDRLConfig(GroupConfig):
         False, description="No teacher's loss on responses of reward 1 or more (KDRL's masking: shorter responses)."
     )
 
-    def needs_teacher(self) -> bool:
-        return True
-
-    def asks(self) -> tuple[SignalKind, ...]:
-        return ("sampled",)
+    def needs(self) -> Needs:
+        return replace(super().needs(), teacher=True, signals=("sampled",))
 
     def check(self, rollout: RolloutConfig) -> None:
         super().check(rollout)

@@ -4,13 +4,20 @@ from typing import Literal
 
 from pydantic import Field
 
+from kibitz.config.methods.base import MethodConfig, Needs
 from kibitz.config.methods.policy_gradient import PolicyGradientConfig, PolicyLossName
 from kibitz.config.sections import RolloutConfig
 from kibitz.config.teachers import SignalKind
 
 
-class MiniLLMConfig(PolicyGradientConfig):
+class MiniLLMConfig(PolicyGradientConfig, MethodConfig):
     """MiniLLM: the reverse KL between whole responses, by policy gradient, on text that student and teacher write mixed."""
+
+    title = "MiniLLM"
+    story = (
+        "The student {student} wrote responses to {prompts}, mixed with the teacher {teacher} as far as the recipe says, and "
+        "learnt from the reverse KL divergence between whole responses (MiniLLM)."
+    )
 
     type: Literal["minillm"] = "minillm"
     teacher_mixed_alpha: float = Field(
@@ -24,17 +31,10 @@ class MiniLLMConfig(PolicyGradientConfig):
     )
     policy_loss: PolicyLossName = Field("ppo_clip", description="ppo_clip: the paper; see opd for the others.")
 
-    def needs_teacher(self) -> bool:
-        return True
-
-    def asks(self) -> tuple[SignalKind, ...]:
-        return ("dense",) if self.single_step else ("sampled",)
-
-    def writes_with_teacher(self) -> bool:
-        return self.teacher_mixed_alpha > 0
-
-    def scores_with_student(self) -> bool:
-        return self.teacher_mixed_alpha > 0
+    def needs(self) -> Needs:
+        mixed = self.teacher_mixed_alpha > 0
+        signals: tuple[SignalKind, ...] = ("dense",) if self.single_step else ("sampled",)
+        return Needs(teacher=True, signals=signals, teacher_writes=mixed, student_scores=mixed)
 
     def check(self, rollout: RolloutConfig) -> None:
         if rollout.truncated or rollout.epsilon or rollout.temperature != 1:

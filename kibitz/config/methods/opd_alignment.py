@@ -41,5 +41,5 @@ class AlignmentConfig(Section):
             )
         if by_token and speaks_of_spans:
             raise ValueError(
-                f"{by_token} credits tokens one by one and this teacher speaks of spans: drop method.{by_token}"
+                f"{by_token} credits tokens one by one and this teacher speaks of spans: drop method.policy.{by_token}"
             )

@@ -32,9 +32,6 @@ class WritingConfig(Section):
         "before training, with the teacher of its SFT. rollout.store makes such a file.",
     )
 
-    def stored_rollouts(self) -> str | None:
-        return self.rollouts
-
     def check_writing(self, rollout: RolloutConfig, sampled: bool) -> None:
         """`sampled`: the loss is the policy gradient of the sampled token."""
         prefix, seed = self.prefix_tokens, self.seed_tokens

@@ -4,12 +4,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from kibitz.config.methods.base import MethodConfig
+from kibitz.config.base import Section
 
 PolicyLossName = Literal["sampled_token", "ppo_clip", "truncated", "banded", "one_sided"]
 
 
-class PolicyGradientConfig(MethodConfig):
+class PolicyGradientConfig(Section):
     """What every method shares that learns from the sampled token alone."""
 
     policy_loss: PolicyLossName = Field(

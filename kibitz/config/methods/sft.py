@@ -1,15 +1,25 @@
 """The section of supervised fine-tuning."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from kibitz.config.methods.base import MethodConfig
+from kibitz.config.methods.base import MethodConfig, Needs
 from kibitz.config.sections import RolloutConfig
 
 
 class SFTConfig(MethodConfig):
     """Supervised fine-tuning: cross-entropy on demonstrations, on the teacher's text (off-policy distillation), or its own."""
+
+    title = "Supervised fine-tuning"
+    story = "The student {student} learnt to write the given responses to {prompts}, token by token."
+    stories: ClassVar[Mapping[str, str]] = {
+        "teacher": (
+            "The teacher {teacher} wrote responses to {prompts}, and the student {student} learnt to write them too."
+        ),
+        "student": "The student {student} wrote responses to {prompts}, and learnt to write them again, token by token.",
+    }
 
     type: Literal["sft"] = "sft"
     source: Literal["dataset", "teacher", "student"] = Field(
@@ -24,25 +34,21 @@ class SFTConfig(MethodConfig):
         None, description="JSONL of stored rollouts instead of the data's responses; rollout.store makes such a file."
     )
 
-    def needs_teacher(self) -> bool:
-        return "teacher" in (self.source, self.fill)
-
-    def writes_with_teacher(self) -> bool:
-        return self.needs_teacher()
-
-    def needs_responses(self) -> bool:
-        return self.source == "dataset" and self.rollouts is None
-
-    def fills_gaps(self) -> bool:
-        return self.fill is not None
-
-    def stored_rollouts(self) -> str | None:
-        return self.rollouts
+    def needs(self) -> Needs:
+        asked = "teacher" in (self.source, self.fill)
+        responses = self.source == "dataset" and self.rollouts is None
+        return Needs(
+            teacher=asked,
+            teacher_writes=asked,
+            responses=responses,
+            fills_gaps=self.fill is not None,
+            rollouts=self.rollouts,
+        )
 
     def check(self, rollout: RolloutConfig) -> None:
-        if self.replay and self.needs_responses():
+        if self.replay and self.needs().responses:
             raise ValueError("sft learns the data's responses anyway: drop method.replay")
-        if self.fill is not None and not self.needs_responses():
+        if self.fill is not None and not self.needs().responses:
             raise ValueError(
                 "there are gaps in the data's responses alone: drop method.fill, or write method.source=dataset"
             )

@@ -1,14 +1,22 @@
 """The section of speculative knowledge distillation."""
 
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
 
+from kibitz.config.methods.base import Needs
 from kibitz.config.methods.distillation import DistillationConfig, DivergenceName
 
 
 class SKDConfig(DistillationConfig):
     """Speculative KD: the student drafts, the teacher replaces what is not among its K likeliest tokens, and scores all."""
+
+    title = "Speculative knowledge distillation"
+    story = (
+        "The student {student} drafted responses to {prompts}, the teacher {teacher} replaced what it found "
+        "unlikely and scored every token, and the student learnt from the {divergence}."
+    )
 
     type: Literal["skd"] = "skd"
     divergence: DivergenceName = Field("forward_kl", description="forward_kl: the paper (2410.11325).")
@@ -28,8 +36,5 @@ class SKDConfig(DistillationConfig):
     )
     teacher_top_p: float = Field(1.0, gt=0, le=1, description="Of the teacher's draws. The paper's runs: 0.5.")
 
-    def writes_with_teacher(self) -> bool:
-        return True
-
-    def judges_with_teacher(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return replace(super().needs(), teacher_writes=True, teacher_judges=True)

@@ -72,13 +72,13 @@ GUARDS = {
         "reverse_kl",
         symptoms.kl_rising,
         "go back to the best checkpoint and lower optim.lr; write method.support=full, or with support: sampled "
-        "method.clip_advantage=3",
+        "method.policy.clip_advantage=3",
     ),
     "reward_falling": Guard(
         "reward",
         symptoms.reward_falling,
         "go back to the best checkpoint and lower optim.lr; with support: sampled write method.support=full or "
-        "method.clip_advantage=3; with a forward KL and a small student write method.divergence=reverse_kl",
+        "method.policy.clip_advantage=3; with a forward KL and a small student write method.divergence=reverse_kl",
     ),
     "student_stuck": Guard(
         "grad_norm",
