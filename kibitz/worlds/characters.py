@@ -26,19 +26,21 @@ def chat_template(assistant: str) -> str:
 
 def tokenizer(characters: str, assistant: str = ASSISTANT, room: int = 128) -> "PreTrainedTokenizerFast":
     """One token a character. Decoding gives back the exact text; a character outside the alphabet becomes `<unk>`."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     vocabulary = {token: i for i, token in enumerate([PAD, BOS, EOS, ASSISTANT, UNKNOWN, *characters])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    backend.decoder = decoders.Fuse()
     return of_a_world(backend, assistant, room)
 
 
 def of_a_world(backend: "Tokenizer", assistant: str = ASSISTANT, room: int = 128) -> "PreTrainedTokenizerFast":
-    """Any tokenizer that has the special tokens of these worlds, with their chat template."""
+    """Any tokenizer that has the special tokens of these worlds, with their chat template; its tokens are put together as they
+    are."""
+    from tokenizers import decoders
     from transformers import PreTrainedTokenizerFast
 
+    backend.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,

@@ -1,12 +1,13 @@
 """The text of a claim: written for the verdict that is computed, filled with numbers, none of which is typed."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from support.paths import ROOT
 
 from kibitz.experiments import EXPERIMENTS, evidence
-from kibitz.experiments.evidence import Finding, finding
+from kibitz.experiments.evidence import finding
 from kibitz.experiments.prose import CLAIMS, filled, prose
 
 CLAIMED = [experiment for experiment in EXPERIMENTS.values() if experiment.find is not None]
@@ -43,6 +44,8 @@ def test_a_number_that_no_run_gave_is_a_dash_in_a_page_and_an_error_in_the_test(
 
 
 def test_other_results_than_the_text_was_written_for_say_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(evidence, "try_finding", lambda *_: Finding("not", {}))
-    told = evidence.markdown(EXPERIMENTS["kl-direction"], tmp_path)
-    assert "**Here: ✘ not.**" in told and "written for results with the verdict *reproduced*" in told
+    experiment = EXPERIMENTS["self-sft"]
+    other = replace(finding(experiment, ROOT / "results"), verdict="reproduced")
+    monkeypatch.setattr(evidence, "try_finding", lambda *_: other)
+    told = evidence.markdown(experiment, tmp_path)
+    assert "**Here: ✔ reproduced.**" in told and "written for results with the verdict *partly*" in told

@@ -33,12 +33,11 @@ PUBLISHED = ("alm", "gold", "uld")
 
 def bpe_tokenizer() -> PreTrainedTokenizerFast:
     """Operators, parentheses and a digit grow together, `+3` or `*(2`: 1.5 characters a token."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     rows = worlds.get("arithmetic-wide").demonstrations("train", 4000, DATA_SEED - 1)
     backend = Tokenizer(models.BPE(unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"=|[-+*]?\(*\d?\)*"), behavior="isolated")
-    backend.decoder = decoders.Fuse()
     trainer = trainers.BpeTrainer(
         vocab_size=NUM_TOKENS,
         special_tokens=[PAD, BOS, EOS, ASSISTANT, UNKNOWN],
