@@ -83,7 +83,7 @@ class ChatEngine:
             "seed": row_seed(sampling.seed, prompt.key, sample) % SEEDS,
         }
         text, ended = _answer(server, server.ask(CHAT, body), self.model)
-        ids = _as_text(server, text, self.tokenizer)
+        ids = as_text(server, text, self.tokenizer)
         ids = [*ids, self.tokenizer.eos_token_id] if ended else ids
         if not ids:
             raise ServerError(f"{server.name} wrote nothing to {prompt.text[:80]!r}: raise rollout.max_tokens")
@@ -116,7 +116,7 @@ def _answer(server: Server, tree: Any, model: str) -> tuple[str, bool]:
     return text, reason == "stop"
 
 
-def _as_text(server: Server, text: str, tokenizer: Any) -> list[int]:
+def as_text(server: Server, text: str, tokenizer: Any) -> list[int]:
     """The student's tokens. Where the text spells a control token, such as the end of a turn, it is spelt by others."""
     try:
         text.encode()
