@@ -121,7 +121,7 @@ def as_text(server: Server, text: str, tokenizer: Any) -> list[int]:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ServerError(f"{server.name} wrote half a sign, a lone surrogate, which is no text") from None
+        raise ServerError(f"{server.name} wrote a lone surrogate, half a character, which is no text") from None
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     controls = {*tokenizer.all_special_ids} - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id})
     if found := controls.intersection(ids):

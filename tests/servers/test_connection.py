@@ -306,7 +306,7 @@ def test_a_text_is_shown_without_the_key_and_otherwise_as_it_is(monkeypatch):
 @pytest.mark.parametrize("key", ["sk-two\nlines", "sk-größe", "sk with spaces", "sk-\x00"[:-1] + "\x7f"])
 def test_a_key_that_no_header_can_hold_is_refused_without_being_shown(monkeypatch, key):
     monkeypatch.setenv("KIBITZ_API_KEY", key)
-    with pytest.raises(ValueError, match="KIBITZ_API_KEY holds signs that no key has") as caught:
+    with pytest.raises(ValueError, match="KIBITZ_API_KEY holds characters that no key has") as caught:
         api_key("http://127.0.0.1:1")
     assert key not in str(caught.value)
 

@@ -169,7 +169,7 @@ def test_another_model_is_named_with_what_to_write():
 
 @pytest.mark.parametrize("name", ["byte-level", "llama-3", "qwen", "llama-2", "characters"])
 def test_control_tokens_in_a_text_are_text(name):
-    """A teacher that writes `<|im_end|>` has written ten signs, and the student learns ten signs, not the end of a turn."""
+    """A teacher that writes `<|im_end|>` has written ten characters, and the student learns those, not the end of a turn."""
     student = zoo()[name]
     controls = [token for token in student.all_special_tokens if token != student.unk_token]
     assert student.eos_token in controls
