@@ -30,7 +30,9 @@ ServerURL = Annotated[str, AfterValidator(checked_url)]
 class ServerConfig(Section):
     """Requests to a server. What a request asks for does not depend on any of it."""
 
-    timeout: float = Field(600.0, gt=0, description="Seconds for one request; a long response takes minutes.")
+    timeout: float = Field(
+        600.0, gt=0, description="Seconds for one request, its answer read to the end; a long one takes minutes."
+    )
     patience: float = Field(
         600.0,
         ge=0,

@@ -23,6 +23,7 @@ ERROR = 2**16  # bytes that are read of an error
 WRITTEN, SCORED, NAMED, READ = 1024, 256, 16, 32
 """Bytes for a written token with its log-probability and text, for one log-probability by name, for one in an .npy array,
 and for a token of the prompt that the answer repeats: two to four times what vLLM sends at the most."""
+APART = 0.002  # seconds between two new connections
 
 
 class Closed(Exception):
@@ -74,6 +75,7 @@ class Connection:
             trust_env=not is_loopback(urlsplit(url).hostname or ""),
         )
         self._lock, self._closed = threading.Lock(), False
+        self._gate = asyncio.Lock()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._run, name=f"kibitz-http-{urlsplit(url).port}", daemon=True).start()
 
@@ -105,7 +107,9 @@ class Connection:
         method, headers = ("GET", {}) if content is None else ("POST", {"Content-Type": "application/json"})
         async with (
             asyncio.timeout(self._timeout),
-            self._client.stream(method, path, content=content, headers=headers) as answer,
+            self._client.stream(
+                method, path, content=content, headers=headers, extensions={"trace": self._apart}
+            ) as answer,
         ):
             well, data = answer.status_code < 300, bytearray()
             if answer.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
@@ -121,6 +125,12 @@ class Connection:
                         )
                     break
             return Fetched(answer.status_code, answer.reason_phrase, bytes(data[: limit if well else ERROR]))
+
+    async def _apart(self, event: str, about: dict[str, Any]) -> None:
+        """New connections one by one: the queue of those that a server has not accepted yet may hold only five."""
+        if event == "connection.connect_tcp.started":
+            async with self._gate:
+                await asyncio.sleep(APART)
 
     async def _end(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}

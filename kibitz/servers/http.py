@@ -78,7 +78,7 @@ class Server:
         except Closed:
             raise ServerError(f"{self.name} is not asked any more") from None
         except (httpx.HTTPError, httpx.StreamError, OSError) as error:
-            raise Passing(f"{self.name} cannot be reached ({shown(str(error))})", reached=False) from None
+            raise Passing(f"{self.name} cannot be reached ({shown(_why(error))})", reached=False) from None
         if answer.status in PASSING:
             raise Passing(f"{self.name} answered {answer.status}: {_message(answer)}", answer.status < 500)
         if 300 <= answer.status < 400:
@@ -115,6 +115,14 @@ class Refused(ServerError):
 
 class Broken(ServerError):
     """The answer arrived in pieces; the next one may be whole."""
+
+
+def _why(error: BaseException) -> str:
+    """What the system said, which stands at the beginning of a chain of errors, or the kind of the last."""
+    first: BaseException = error
+    while (before := first.__cause__ or first.__context__) is not None:
+        first = before
+    return str(first) or str(error) or type(error).__name__
 
 
 def _message(answer: Fetched) -> str:

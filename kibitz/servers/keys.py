@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 NAMES = ("KIBITZ_API_KEY", "OPENAI_API_KEY", "VLLM_API_KEY")
 PART = 4
-"""So many signs of a key in a row are a part of it. A server may repeat a key cut, or by its last four signs."""
+"""So many characters of a key in a row are a part of it. A server may repeat a key cut, or by its last four characters."""
 
 _sent: set[str] = set()
 
@@ -23,7 +23,7 @@ def api_key(url: str) -> str | None:
 
 
 def shown(text: str, limit: int = 300) -> str:
-    """What a server said, on one line of printable signs, fit for a terminal and a log: every part of a key is `***`, and
+    """What a server said, on one line of printable characters, fit for a terminal and a log: every part of a key is `***`, and
     only then the text is cut."""
     text = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
     for key in sorted(_sent | {key for name in NAMES if (key := os.environ.get(name, "").strip())}):
@@ -34,7 +34,7 @@ def shown(text: str, limit: int = 300) -> str:
 def _read(name: str) -> str | None:
     key = os.environ.get(name, "").strip()
     if not re.fullmatch(r"[!-~]*", key):
-        raise ValueError(f"{name} holds signs that no key has: write it again, in ASCII and without spaces")
+        raise ValueError(f"{name} holds characters that no key has: write it again, in ASCII and without spaces")
     return key or None
 
 

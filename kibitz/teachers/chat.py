@@ -91,7 +91,7 @@ class ChatEngine:
             "seed": row_seed(sampling.seed, prompt.key, sample) % SEEDS,
         }
         text, ended = _answer(server, server.ask(CHAT, body), self.model)
-        ids = _as_text(server, text, self.tokenizer)
+        ids = as_text(server, text, self.tokenizer)
         ids = [*ids, self.tokenizer.eos_token_id] if ended else ids
         if not ids:
             raise ServerError(f"{server.name} wrote nothing to {prompt.text[:80]!r}: raise rollout.max_tokens")
@@ -124,12 +124,12 @@ def _answer(server: Server, tree: Any, model: str) -> tuple[str, bool]:
     return text, reason == "stop"
 
 
-def _as_text(server: Server, text: str, tokenizer: Any) -> list[int]:
+def as_text(server: Server, text: str, tokenizer: Any) -> list[int]:
     """The student's tokens. Where the text spells a control token, such as the end of a turn, it is spelt by others."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ServerError(f"{server.name} wrote half a sign, a lone surrogate, which is no text") from None
+        raise ServerError(f"{server.name} wrote a lone surrogate, half a character, which is no text") from None
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     controls = {*tokenizer.all_special_ids} - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id})
     if found := controls.intersection(ids):

@@ -5,6 +5,7 @@ fails.
 """
 
 import logging
+import re
 import socket
 import threading
 import time
@@ -27,6 +28,18 @@ TREE = b'{"data": [{"id": "stub"}]}'
 WHOLE = OK + b"Content-Length: %d\r\n\r\n" % len(TREE) + TREE
 
 
+def question(peer: socket.socket) -> bytes:
+    """The head of a request, whose body is read too."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += peer.recv(65536)
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = re.search(rb"content-length: (\d+)", head.lower())
+    while length and len(body) < int(length[1]):
+        body += peer.recv(65536)
+    return head + b"\r\n"
+
+
 @contextmanager
 def speaking(answer: Callable[[], Iterator[bytes]]) -> Iterator[tuple[str, list[bytes]]]:
     """A socket that reads the head of a request and sends the pieces of `answer`: its address, and what it read."""
@@ -43,11 +56,14 @@ def speaking(answer: Callable[[], Iterator[bytes]]) -> Iterator[tuple[str, list[
     def one(peer: socket.socket) -> None:
         with peer:
             try:
-                heard.append(peer.recv(65536))
+                heard.append(question(peer))
                 for piece in answer():
                     if over.is_set():
                         return
                     peer.sendall(piece)
+                peer.shutdown(socket.SHUT_WR)
+                while peer.recv(65536):
+                    """Until the other end closes too: to close earlier would take back what was sent."""
             except OSError:
                 return
 
@@ -290,7 +306,7 @@ def test_a_text_is_shown_without_the_key_and_otherwise_as_it_is(monkeypatch):
 @pytest.mark.parametrize("key", ["sk-two\nlines", "sk-größe", "sk with spaces", "sk-\x00"[:-1] + "\x7f"])
 def test_a_key_that_no_header_can_hold_is_refused_without_being_shown(monkeypatch, key):
     monkeypatch.setenv("KIBITZ_API_KEY", key)
-    with pytest.raises(ValueError, match="KIBITZ_API_KEY holds signs that no key has") as caught:
+    with pytest.raises(ValueError, match="KIBITZ_API_KEY holds characters that no key has") as caught:
         api_key("http://127.0.0.1:1")
     assert key not in str(caught.value)
 

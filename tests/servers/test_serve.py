@@ -1,5 +1,6 @@
 """`kibitz serve`: the commands say what a recipe needs, hold no key, bind to this machine; processes end with the block."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -65,6 +66,26 @@ def test_a_printed_command_names_the_key_and_does_not_hold_it(tmp_path, monkeypa
     for more in ([], ["--json"]):
         answer = CliRunner().invoke(app, ["serve", str(path), "--cpu", *more])
         assert answer.exit_code == 0 and "$KIBITZ_API_KEY" in answer.output and "sk-very-secret" not in answer.output
+
+
+def test_a_server_that_others_can_reach_and_that_asks_for_no_key_is_warned_of(tmp_path, monkeypatch):
+    monkeypatch.delenv("KIBITZ_API_KEY", raising=False)
+    hosts = dict.fromkeys(("10.0.0.5", "0.0.0.0", "gpu7", "[2001:db8::1]"), True)
+    hosts |= dict.fromkeys(("127.0.0.1", "localhost", "127.0.0.2", "[::1]"), False)
+    for host, warns in hosts.items():
+        path = tmp_path / "recipe.yaml"
+        rollout = {"engine": "vllm", "urls": [f"http://{host}:8000"], "max_tokens": 50}
+        path.write_text(config.dump(config.load(tree(rollout=rollout))))
+        for more in ([], ["--json"], ["--quiet"]):
+            answer = CliRunner().invoke(app, ["serve", str(path), "--gpu", *more])
+            assert answer.exit_code == 0
+            said = f"the student at http://{host}:8000 can be reached from other machines and asks for no key"
+            assert (said in answer.stderr) == warns and "the teacher at" not in answer.stderr
+        monkeypatch.setenv("KIBITZ_API_KEY", "sk-very-secret")
+        assert "warning" not in CliRunner().invoke(app, ["serve", str(path), "--gpu"]).stderr
+        monkeypatch.delenv("KIBITZ_API_KEY")
+    rows = json.loads(CliRunner().invoke(app, ["serve", str(path), "--gpu", "--json"]).stdout)["servers"]
+    assert [row["warning"] for row in rows] == [None, None] and "--host ::1" in rows[0]["command"]
 
 
 def test_servers_are_up_inside_the_block_and_gone_after_it(tmp_path, fake_python):

@@ -10,20 +10,25 @@ from typing import Any
 import pytest
 from support.models import tokenizer
 from support.runs import recipe
+from support.tokenizers_zoo import zoo
 
 import kibitz
 from kibitz.config import RecipeError, load
 from kibitz.config.teachers import ChatTeacherConfig
 from kibitz.servers import ServerError
+from kibitz.servers.http import Server
 from kibitz.teachers import ScoreRequest
-from kibitz.teachers.chat import chat_teacher
+from kibitz.teachers.chat import as_text, chat_teacher
 from kibitz.types import Prompt, Sampling
 
 CHAT = "/v1/chat/completions"
 
 
 def says(text: Any, reason: Any = "stop") -> dict[str, Any]:
-    return {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": reason}]}
+    return {
+        "model": "big",
+        "choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": reason}],
+    }
 
 
 class Endpoint:
@@ -119,20 +124,82 @@ def test_what_was_cut_off_has_no_invented_end():
     assert eos not in by_server.response_ids + by_us.response_ids
 
 
-WOUNDED = [
+def says_also(**more: Any) -> dict[str, Any]:
+    """A good answer with other entries in its message."""
+    tree = says("1")
+    tree["choices"][0]["message"] |= more
+    return tree
+
+
+MALFORMED = [
     {}, [], None, {"choices": []}, {"choices": [{}]}, {"choices": [{"message": {"content": None}, "finish_reason": "stop"}]},
     {"choices": [{"message": {"content": 3}, "finish_reason": "stop"}]}, says("1", None), says("1", "content_filter"),
     says("1", "tool_calls"), {"choices": "1"}, {"error": "\x1b[2Jboo"}, b'{"choices": [', b"\xff\xfe", b"", says("", "length"),
+    says(["1"]), says("1", True), says("half a sign: \ud800"), says("1") | {"model": "evil"}, says("1") | {"model": None},
+    says("1") | {"model": ["big"]}, {"choices": says("1")["choices"]}, {**says("1"), "choices": says("1")["choices"] * 2},
+    {**says("1"), "choices": says("1")["choices"][0]}, says_also(content=None, refusal="no"),
+    says_also(tool_calls=[{"id": "a"}]), [says("1")], {**says("1"), "choices": [{"message": "1", "finish_reason": "stop"}]},
+    says("1") | {"model": "big-2"}, says("1") | {"model": "bigger"}, says("1") | {"model": "big\n"}, says("1") | {"model": "Big"},
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("answer", WOUNDED, ids=lambda answer: repr(answer)[:40])
-def test_a_wounded_answer_is_a_sentence_with_the_address(answer):
+@pytest.mark.parametrize("answer", MALFORMED, ids=lambda answer: repr(answer)[:40])
+def test_a_malformed_answer_is_a_sentence_with_the_address(answer):
     with Endpoint(lambda _: answer) as endpoint:
-        engine = teacher_at(endpoint.url).writer(lambda _: None)
+        teacher = teacher_at(endpoint.url)
         with pytest.raises(ServerError, match="127.0.0.1") as refusal:
+            teacher.writer(lambda _: None).generate(PROMPTS[:1], Sampling(max_tokens=5))
+        teacher.close()
+    assert str(refusal.value).isprintable()
+
+
+@pytest.mark.parametrize("model", ["big", "big-0613", "big-20240806", "big-2024-08-06"])
+def test_a_dated_name_is_the_same_model(model):
+    with Endpoint(lambda _: says("1") | {"model": model}) as endpoint:
+        (rollout,) = teacher_at(endpoint.url).writer(lambda _: None).generate(PROMPTS[:1], Sampling(max_tokens=5))
+    assert rollout.text == "1"
+
+
+def test_another_model_is_named_with_what_to_write():
+    with Endpoint(lambda _: says("1") | {"model": "small"}) as endpoint:
+        engine = teacher_at(endpoint.url).writer(lambda _: None)
+        with pytest.raises(ServerError, match="answered as 'small', and 'big' was asked.*as teacher.model"):
             engine.generate(PROMPTS[:1], Sampling(max_tokens=5))
-    assert "\x1b" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["byte-level", "llama-3", "qwen", "llama-2", "characters"])
+def test_control_tokens_in_a_text_are_text(name):
+    """A teacher that writes `<|im_end|>` has written ten characters, and the student learns those, not the end of a turn."""
+    student = zoo()[name]
+    controls = [token for token in student.all_special_tokens if token != student.unk_token]
+    assert student.eos_token in controls
+    server = Server("http://127.0.0.1:1", "teacher", 1.0)
+    for text in [f"5+{token}4 ({token}{token}" for token in controls] + controls:
+        ids = as_text(server, text, student)
+        assert not {student.convert_tokens_to_ids(token) for token in controls} & set(ids)
+        assert student.decode(ids).strip() == text or student.unk_token_id in ids
+    server.close()
+
+
+def test_a_control_token_that_cannot_be_spelt_is_refused():
+    """A Unigram model holds its control tokens as pieces of text too, and takes them for those."""
+    student, server = zoo()["unigram"], Server("http://127.0.0.1:1", "teacher", 1.0)
+    assert student.eos_token_id not in as_text(server, "the student </ s>", student)
+    with pytest.raises(
+        ServerError, match="wrote '</s>', which the student's tokenizer can only read as a control token"
+    ):
+        as_text(server, "the </s> student", student)
+    server.close()
+
+
+def test_a_spelt_end_is_no_end():
+    """The end of a demonstration is the student's own, once, and stands last."""
+    with Endpoint(lambda _: says("1<eos>2")) as endpoint:
+        teacher = teacher_at(endpoint.url)
+        (rollout,) = teacher.writer(lambda _: None).generate(PROMPTS[:1], Sampling(max_tokens=20))
+        teacher.close()
+    assert rollout.response_ids.count(tokenizer().eos_token_id) == 1
+    assert rollout.response_ids[-1] == tokenizer().eos_token_id
 
 
 METHODS = [{"type": "sft", "source": "teacher"}, {"type": "gad", "source": "teacher"}]

@@ -9,7 +9,8 @@ from functools import partial
 
 import pytest
 import torch
-from support.models import language_model
+from safetensors.torch import load_file, save_file
+from support.models import language_model, make_model
 from support.runs import recipe as small_recipe
 from support.vllm_stub import Stub
 
@@ -92,6 +93,31 @@ def test_the_students_tokens_give_the_loss_that_a_local_teacher_gives(two_models
         bodies = [body["sampling_params"] for path, _, body in stub.asked if "generate" in path]
     assert torch.allclose(*losses, atol=1e-5) and losses[0].mean() > 0.1
     assert all(len(body["prompt_logprob_token_ids"][0]) == 4 for body in bodies[-len(rollouts) :])
+
+
+def test_a_confident_teacher_gives_the_same_loss(tmp_path, two_models, student, teacher):
+    """The written token is named beside the K likeliest, and may be one of them: with p = 0.9 it must not count as 1.8."""
+    sharp = make_model(tmp_path / "sharp", seed=0)
+    weights = load_file(sharp / "model.safetensors")
+    save_file(
+        {**weights, "model.norm.weight": 3 * weights["model.norm.weight"]},
+        sharp / "model.safetensors",
+        {"format": "pt"},
+    )
+    own = language_model(sharp, "teacher")
+    rollouts = TorchEngine(own).generate(PROMPTS, Sampling(max_tokens=9, stop_ids=(2,), num_samples=2))
+    local, criterion, losses = local_teacher(own), Divergence(support="student", top_k=3), []
+    with Stub(sharp) as stub:
+        ask = ScoreRequest("named", top_k=3, candidates=partial(student_top_k, student, 3, 999))
+        named = teacher(stub).scorer(ask).score(rollouts)
+    for signals in (local.scorer(ScoreRequest("dense")).score(rollouts), named):
+        batch = pack([Scored(r, r.weight_T(), s) for r, s in zip(rollouts, signals, strict=True)])
+        _, values = student(batch, lambda h, head, b=batch: over_chunks(criterion, h, head, b.tokens, 64))
+        losses.append(values["loss"])
+    # A server tells K log-probabilities, and what is left of 1 after 0.999 has three digits less.
+    assert torch.allclose(*losses, atol=1e-3) and losses[0].mean() > 0.1
+    twice = [signal.logp_TK[(signal.ids_TK[:, 1:] == signal.ids_TK[:, :1]).any(-1), 0] for signal in named]
+    assert torch.cat(twice).exp().max() > 0.8, "a written token that is likely, and among the student's likeliest"
 
 
 def test_a_server_that_scores_no_named_tokens_falls_back_loudly(two_models, student, rollouts, teacher, caplog):
@@ -257,7 +283,7 @@ VALUES = [
 
 
 def bend_somewhere(tree, rng: random.Random):
-    """One random wound: a value replaced, dropped, doubled or put in another place; or the text of it cut or smeared."""
+    """One random mutation: a value replaced, dropped, doubled or put in another place; or the text of it cut or smeared."""
     if rng.random() < 0.15:
         data = json.dumps(tree).encode()
         cut = rng.randrange(len(data))
@@ -291,8 +317,8 @@ def bend_somewhere(tree, rng: random.Random):
 
 @pytest.mark.parametrize("kind", ["top_k", "sampled", "named"])
 def test_no_mutated_answer_trains_silently(two_models, student, rollouts, teacher, kind):
-    """100 wounds for each kind of question, 300 in all: either a sentence with the address, or numbers that are within the
-    truth, because what was wounded says nothing of them (a rank, a decoded token, the text of a choice)."""
+    """100 mutations for each kind of question, 300 in all: either a sentence with the address, or numbers that are within the
+    truth, because what was changed says nothing of them (a rank, a decoded token, the text of a choice)."""
     rng, refused = random.Random(kind), 0
     ask, one = ScoreRequest(kind, top_k=3, candidates=partial(student_top_k, student, 3, 999)), rollouts[:1]
     with Stub(two_models[1]) as stub:
@@ -312,7 +338,7 @@ def test_no_mutated_answer_trains_silently(two_models, student, rollouts, teache
                 assert stub.url in str(caught) and str(caught).isprintable()
                 refused += 1
             else:
-                assert num_wrong_rows(signal, truth) <= 1, "a wound touches one number, and no other token's"
+                assert num_wrong_rows(signal, truth) <= 1, "a mutation touches one number, and no other token's"
     assert refused > 20
 
 
@@ -320,3 +346,20 @@ def num_wrong_rows(signal, truth) -> int:
     ours, theirs = ((s.logp_T[:, None] if isinstance(s, Sampled) else s.logp_TK) for s in (signal, truth))
     assert ours.shape == theirs.shape and ours.isfinite().all() and (ours <= 0).all()
     return int(((ours - theirs).abs() > 1e-3).any(-1).sum())
+
+
+def test_a_teacher_that_writes_0_for_everything_trains_nothing(folders, tmp_path):
+    """`sampled` has one number a token, and certainty about all of them is no teacher's."""
+
+    def zeros(path, answer):
+        for row in (answer.get("prompt_logprobs") or []) if isinstance(answer, dict) else []:
+            for entry in (row or {}).values():
+                entry |= {"logprob": 0.0, "rank": 1}
+        return answer
+
+    with Stub(folders[1], bend=zeros) as stub:
+        tree = small_recipe(folders[0], None, tmp_path / "run", method={"type": "opd", "support": "sampled"}, steps=1)
+        with pytest.raises(ServerError, match=f"{stub.url} finds every token certain"):
+            kibitz.train({**tree, "teacher": {"url": stub.url}})
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert not metrics.exists() or metrics.read_text() == ""
