@@ -1,13 +1,11 @@
 """Graders of form and of code. The programs here attack the sandbox, but do no harm where a wall is broken."""
 
 import importlib.util
-import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -16,7 +14,6 @@ import pytest
 from kibitz import graders
 from kibitz.graders import sandbox
 from kibitz.graders.code import judge, program_of
-from kibitz.graders.patterns import matches
 from kibitz.graders.sandbox import Limits
 from kibitz.types import Prompt
 
@@ -31,32 +28,6 @@ def _all_walls(monkeypatch):
 
 def a_prompt(**columns) -> Prompt:
     return Prompt((1,), "q", "k", columns=columns)
-
-
-def test_math_off_the_main_thread_gives_no_advice(caplog):
-    def grade():
-        with caplog.at_level(logging.WARNING):
-            rewards.append(graders.math(Prompt((1,), "q", "k", answer="1/2"), "it is 0.5"))
-
-    rewards = []
-    thread = threading.Thread(target=grade)
-    thread.start()
-    thread.join()
-    assert rewards == [1.0] and not caplog.records
-
-
-def test_only_the_advice_is_silenced(caplog):
-    def say():
-        logging.getLogger("math_verify.parser").warning("Timeout during parsing: x")
-        logging.getLogger("math_verify.parser").warning("Timeout is disabled as nobody set one")
-
-    graders.math(Prompt((1,), "q", "k", answer="1"), "1")
-    thread = threading.Thread(target=say)
-    thread.start()
-    thread.join()
-    say()
-    timeouts = [record.getMessage()[:16] for record in caplog.records if record.name == "math_verify.parser"]
-    assert timeouts == ["Timeout during p", "Timeout during p", "Timeout is disab"]
 
 
 # ------------------------------------------------------------------ constraints
@@ -107,9 +78,12 @@ def test_a_share_or_all_of_them():
 @pytest.mark.parametrize(
     ("constraints", "message"),
     [
-        (None, "prompt k has no constraints"),
-        ("max_words", "has no constraints"),
-        ([{"type": "max_word", "count": 1}], "prompt k: there is no constraint 'max_word': did you mean max_words?"),
+        (None, "prompt k: no constraints"),
+        ("max_words", "no constraints"),
+        (
+            [{"type": "max_word", "count": 1}],
+            "prompt k: constraints: there is no constraint 'max_word': did you mean max_words?",
+        ),
         ([{"type": "zzzzz"}], "there are min_words, "),
         ([{"count": 1}], 'a constraint is {"type"'),
         ([{"type": "max_words"}], "the constraint max_words takes count: int: missing"),
@@ -125,14 +99,6 @@ def test_a_share_or_all_of_them():
 def test_a_constraint_that_is_none_is_an_error(constraints, message):
     with pytest.raises(ValueError, match=message):
         graders.constraints(a_prompt(constraints=constraints), "text")
-
-
-def test_a_pattern_that_takes_forever_is_no_match():
-    begin = time.monotonic()
-    assert not matches("(a+)+$", "a" * 60 + "b", seconds=0.2)
-    assert time.monotonic() - begin < 20  # undisturbed: 2**60 steps
-    assert matches("(a+)+$", "a" * 60)
-    assert not matches("a", "a" * 100_001)
 
 
 # ------------------------------------------------------------------ code that is right or wrong
@@ -218,7 +184,7 @@ def test_output(program, given, expected, passed):
 
 
 def test_sets_come_out_in_one_order():
-    program = {"source": "print({str(i) for i in range(99)})", "tests": None, "nonce": None}
+    program = {"source": "print({str(i) for i in range(99)})"}
     assert sandbox.run(program, b"", SLOW) == sandbox.run(program, b"", SLOW)
 
 
@@ -232,8 +198,8 @@ def test_the_grader_reads_the_row():
 @pytest.mark.parametrize(
     ("tests", "message"),
     [
-        (None, "prompt k has no tests"),
-        (["assert f( == 3"], "prompt k: the test 'assert f\\( == 3' is not Python"),
+        (None, "prompt k: no tests"),
+        (["assert f( == 3"], "prompt k: tests: the test 'assert f\\( == 3' is not Python"),
         ([{"input": "1"}], "a test is a text of Python or"),
         ([3], "a test is a text"),
     ],
@@ -286,17 +252,6 @@ def test_frauds_do_not_pass_by_output():
         assert not judge(program, [{"input": "1", "output": "42"}], SLOW).passed
 
 
-def test_what_is_documented_as_not_prevented():
-    """A test that runs in the program's interpreter believes an `__eq__`, and a program that finds the secret."""
-    assert judge(FRAUDS["equal to all"], ["y = 3\nassert f(2) == y"], SLOW).passed
-    thief = (
-        "import os, sys\ndef f(x):\n  frame = sys._getframe()\n  while 'nonce' not in frame.f_locals: frame = frame.f_back\n"
-        "  os.write(frame.f_locals['results'], (frame.f_locals['nonce'] + ' 1 {}').format('3').encode())\n  os._exit(0)"
-    )
-    assert judge(thief, ["y = 3\nassert f(2) == y"], SLOW).passed
-    assert not judge(thief, ["y = 4", "assert f(2) == 4"], SLOW).passed
-
-
 # ------------------------------------------------------------------ programs that break out
 
 
@@ -304,7 +259,7 @@ def report_of(attack: str, limits: Limits = SLOW) -> sandbox.Outcome:
     """What happened to an attack: the name of its error, or `done`."""
     lines = "".join(f"    {line}\n" for line in attack.splitlines())
     source = f"try:\n{lines}except BaseException as error:\n    print(type(error).__name__)\nelse:\n    print('done')\n"
-    return sandbox.run({"source": source, "tests": None, "nonce": None}, b"", limits)
+    return sandbox.run({"source": source}, b"", limits)
 
 
 @pytest.mark.parametrize(
