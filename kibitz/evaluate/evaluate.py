@@ -3,8 +3,10 @@
 The evaluation has its own seed, so two evaluations of one run differ by the weights only.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from statistics import fmean, stdev
 from typing import Any
 
@@ -16,7 +18,7 @@ from kibitz.data import load_grader, load_prompts
 from kibitz.engines import Engine
 from kibitz.engines.torch import TorchEngine
 from kibitz.evaluate.statistics import pass_at_k, wilson
-from kibitz.graders import Grader
+from kibitz.graders import Grader, is_graded
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import ReverseKL
 from kibitz.models import LanguageModel
@@ -48,7 +50,7 @@ class Evaluator:
         sampled = self.engine.generate(self.prompts, sampling)
         row: dict[str, Any] = {"split": self.split, "num_prompts": len(self.prompts)}
         grade(self.grader, self.student, sampled, self.ranks)
-        if self.grader is not None:
+        if self.grader is not None and any(rollout.reward is not None for rollout in sampled):
             greedy = self.engine.generate(self.prompts, replace(sampling, temperature=0.0, num_samples=1))
             grade(self.grader, self.student, greedy, self.ranks)
             row |= {"sampled": accuracy(sampled), "greedy": accuracy(greedy), "pass_at_k": _pass_at_k(sampled)}
@@ -69,19 +71,32 @@ def grade(grader: Grader | None, student: LanguageModel, rollouts: Sequence[Roll
             rollout.reward = reward
 
 
-def _reward(grader: Grader, rollout: Rollout) -> float:
+def _reward(grader: Grader, rollout: Rollout) -> float | None:
+    """None for a row that holds nothing to grade against."""
+    if not is_graded(grader, rollout.prompt):
+        return None
     try:
-        return float(grader(rollout.prompt, rollout.text))
+        reward = grader(rollout.prompt, rollout.text)
     except Exception as error:
         raise RuntimeError(
             f"the grader failed on prompt {rollout.prompt.text[:200]!r}, response {rollout.text[:200]!r}"
         ) from error
+    try:
+        number = float(reward) if isinstance(reward, Real | torch.Tensor) else math.nan
+    except (OverflowError, RuntimeError):  # a number too large, a tensor of several
+        number = math.nan
+    if not math.isfinite(number):
+        raise RuntimeError(
+            f"the grader gave {reward!r:.100} for the response {rollout.text[:200]!r} of prompt {rollout.prompt.text[:200]!r}: "
+            "a reward is a finite number"
+        )
+    return number
 
 
 def accuracy(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Mean reward with its 95% interval: Wilson's for a share; the normal one where a grader's rewards leave [0, 1].
 
-    Several samples of one prompt count as one observation."""
+    Several samples of one prompt count as one observation; prompts without a reward count for nothing."""
     means = [fmean(rewards) for rewards in _by_prompt(rollouts)]
     mean, num = fmean(means), len(means)
     if all(0.0 <= value <= 1.0 for value in means):
@@ -106,7 +121,8 @@ def _by_prompt(rollouts: Sequence[Rollout]) -> list[list[float]]:
     is two prompts: its rows may have different answers."""
     groups: list[list[float]] = []
     for rollout in rollouts:
-        assert rollout.reward is not None
+        if rollout.reward is None:
+            continue
         if rollout.sample == 0:
             groups.append([])
         groups[-1].append(rollout.reward)

@@ -12,7 +12,7 @@ from kibitz.graders.code import code, tests_of
 from kibitz.graders.constraints import constraints, constraints_of, constraints_strict
 from kibitz.types import Prompt
 
-__all__ = ["GRADERS", "Grader", "check", "choice", "code", "constraints", "constraints_strict", "exact", "math", "pick"]
+__all__ = ["GRADERS", "Grader", "choice", "code", "constraints", "constraints_strict", "exact", "math", "pick"]
 
 Grader = Callable[[Prompt, str], float]
 
@@ -24,16 +24,16 @@ GRADERS: dict[str, Grader] = {
     "constraints_strict": constraints_strict,
     "code": code,
 }
-CHECKS: dict[Grader, Callable[[Prompt], object]] = {
-    exact: check_answer,
-    math: check_math,
-    choice: check_choice,
-    constraints: constraints_of,
-    constraints_strict: constraints_of,
-    code: tests_of,
-}
-COLUMNS: dict[Grader, str] = {constraints: "constraints", constraints_strict: "constraints", code: "tests"}
-"""What a grader reads in place of the answer."""
+ANSWERS = (exact, math, choice)
+CHECKS: tuple[tuple[Grader, Callable[[Prompt], object]], ...] = (
+    (exact, check_answer),
+    (math, check_math),
+    (choice, check_choice),
+    (constraints, constraints_of),
+    (constraints_strict, constraints_of),
+    (code, tests_of),
+)
+"""Each grader of ours, and what raises ValueError for a row that it cannot read."""
 
 SAMPLE = 500
 """Answers that `auto` looks at, spread over the rows: each can take milliseconds to parse."""
@@ -65,23 +65,34 @@ def _by_answers(prompts: Sequence[Prompt]) -> Grader | None:
     return math if all(map(is_math, answers[:: -(-len(answers) // SAMPLE)])) else exact
 
 
-def graded(grader: Grader, prompt: Prompt) -> bool:
-    """Whether the row has what the grader compares with."""
-    if grader not in CHECKS:
-        return True
-    column = COLUMNS.get(grader)
-    return prompt.answer is not None if column is None else prompt.columns.get(column) is not None
+def is_graded(grader: Grader, prompt: Prompt) -> bool:
+    """Whether the row has what a grader of ours compares with; a grader of others takes every row."""
+    if any(grader is own for own in ANSWERS):
+        return prompt.answer is not None
+    column = "tests" if grader is code else "constraints"
+    return not any(grader is own for own, _ in CHECKS) or prompt.columns.get(column) is not None
 
 
-def check(grader: Grader, prompts: Sequence[Prompt], all_of_them: bool) -> None:
-    """ValueError, which names the row, for the first row that a grader of ours cannot read. Rows that hold nothing for it are
-    left to go ungraded, unless `all_of_them` must have a reward."""
-    test = CHECKS.get(grader)
+def check(grader: Grader, prompts: Sequence[Prompt], need_all: bool = False) -> None:
+    """ValueError, which names the row, for the first row that a grader of ours cannot read. Rows that hold nothing for it go
+    ungraded, unless all `need` a reward."""
+    test = next((test for own, test in CHECKS if own is grader), None)
     if test is None:
         return
     for number, prompt in enumerate(prompts, 1):
-        if all_of_them or graded(grader, prompt):
+        if need_all or is_graded(grader, prompt):
             try:
                 test(prompt)
             except ValueError as error:
                 raise ValueError(f"row {number} ({prompt.text[:60]!r}): {error}") from None
+
+
+def describe(name: str, grader: Grader | None, prompts: Sequence[Prompt]) -> list[str]:
+    """What a person should know about rewards: which grader `auto` chose, and how many rows get none."""
+    own = next((own for own, grader_of_ours in GRADERS.items() if grader_of_ours is grader), None)
+    if grader is None or own is None:
+        return []
+    ungraded = sum(not is_graded(grader, prompt) for prompt in prompts)
+    said = f"responses are graded by data.grader={own}" + (", by what the answers are" if name == "auto" else "")
+    rest = f"{ungraded} of {len(prompts)} prompts hold nothing to grade against and get no reward"
+    return [f"{said}; {rest}" if ungraded else said] if ungraded or name == "auto" else []

@@ -6,6 +6,9 @@ from functools import lru_cache
 from kibitz.graders.worker import Worker
 from kibitz.types import Prompt
 
+MAX_CHARACTERS = 50_000
+"""From the end of a text, in which `choice` looks for letters."""
+
 MATH_SECONDS = 2.0
 """For one text, of CPU time; an expression can be made to take forever. One that takes longer is wrong."""
 
@@ -46,6 +49,7 @@ def choice(prompt: Prompt, text: str) -> float:
 
 def chosen(text: str) -> str | None:
     """The option that a text settles on."""
+    text = text[-MAX_CHARACTERS:]
     for pattern in (BOXED_LETTER, ANSWER_LETTER):
         said = [match[1] for match in pattern.finditer(text) if not _is_word(match[1], text, match.end(1))]
         if said:

@@ -40,10 +40,12 @@ def mathematics(answer, text):
     from math_verify import parse, verify
 
     wanted = parsed_gold(answer)
-    if verify(wanted, parse(last_box(text), parsing_timeout=0), timeout_seconds=0):
-        return True
-    several = any(hasattr(part, "args") and type(part).__name__ in ("FiniteSet", "Tuple") for part in wanted)
-    return several and bool(verify(wanted, parse(text, parsing_timeout=0), timeout_seconds=0))
+    several = any(type(part).__name__ in ("FiniteSet", "Tuple") for part in wanted)
+    try:
+        boxed = verify(wanted, parse(last_box(text), parsing_timeout=0), timeout_seconds=0)
+        return boxed or (several and verify(wanted, parse(text, parsing_timeout=0), timeout_seconds=0))
+    except Exception:  # a text that the parser chokes on is no expression
+        return False
 
 
 def parsed_gold(answer):

@@ -81,7 +81,7 @@ def public(act):
     return checked
 
 
-FOR_THE_TESTS = {"call": call, "get": public(getattr), "set": public(setattr)}
+FOR_THE_TESTS = {"call": call, "bool": bool, "get": public(getattr), "set": public(setattr)}
 """What a program may do with the functions and objects that the tests gave it."""
 
 
