@@ -41,12 +41,16 @@ def load_prompts(
     return prompts
 
 
-def load_grader(config: DataConfig, prompts: Sequence[Prompt]) -> Grader | None:
-    """Return the grader that `data.grader` names; a world brings its own."""
-    if config.world is None:
-        return graders.pick(config.grader, prompts)
-    world = worlds.get(config.world)
-    return graders.pick(config.grader, prompts, lambda prompt, text: world.grade(dict(prompt.columns), text))
+def load_grader(config: DataConfig, prompts: Sequence[Prompt], need_all: bool = False) -> Grader | None:
+    """Return the grader that `data.grader` names; a world brings its own. ValueError for a row that it cannot read, and for
+    one without anything to grade against where all need a reward (`need_all`), or where none has it."""
+    if config.world is not None:
+        world = worlds.get(config.world)
+        return graders.pick(config.grader, prompts, lambda prompt, text: world.grade(dict(prompt.columns), text))
+    grader = graders.pick(config.grader, prompts)
+    if grader is not None:
+        graders.check(grader, prompts, need_all or not any(graders.is_graded(grader, prompt) for prompt in prompts))
+    return grader
 
 
 # ------------------------------------------------------------------ rows

@@ -114,7 +114,8 @@ class DataConfig(Section):
     grader: str = Field(
         "auto",
         description="exact, math, choice, constraints, constraints_strict, code (unit tests in a confined process), or "
-        "auto: the world's own, else math if rows have an answer.",
+        "auto: the world's own, else by what the answers are: choice for letters, math where each answer is right by itself, "
+        "exact for others.",
     )
     limit: int | None = Field(None, ge=1, description="Use only so many rows; a world makes this many (default 20000).")
     pick: Literal["first", "random"] = Field(

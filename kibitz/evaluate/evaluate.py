@@ -3,8 +3,10 @@
 The evaluation has its own seed, so two evaluations of one run differ by the weights only.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from statistics import fmean
 from typing import Any
 
@@ -16,7 +18,7 @@ from kibitz.data import apart, joined, load_grader, load_prompts
 from kibitz.engines import Engine
 from kibitz.engines.torch import TorchEngine
 from kibitz.evaluate.statistics import interval, pass_at_k
-from kibitz.graders import Grader
+from kibitz.graders import Grader, is_graded
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import ReverseKL
 from kibitz.models import LanguageModel
@@ -48,7 +50,7 @@ class Evaluator:
         sampling = replace(self.sampling, temperature=1.0, top_p=1.0, top_k=0, epsilon=0.0)
         sampled = grade(self.grader, self.student, self._written(sampling), self.ranks)
         row: dict[str, Any] = {"split": self.split, "num_prompts": len(self.prompts)}
-        if self.grader is not None:
+        if self.grader is not None and any(rollout.reward is not None for rollout in sampled):
             greedy = self._written(replace(sampling, temperature=0.0, num_samples=1))
             greedy = grade(self.grader, self.student, greedy, self.ranks)
             row |= {"sampled": accuracy(sampled), "greedy": accuracy(greedy), "pass_at_k": _pass_at_k(sampled)}
@@ -76,17 +78,30 @@ def grade(
     return [replace(rollout, reward=reward) for rollout, reward in zip(graded, rewards, strict=True)]
 
 
-def _reward(grader: Grader, rollout: Rollout) -> float:
+def _reward(grader: Grader, rollout: Rollout) -> float | None:
+    """None for a row that holds nothing to grade against."""
+    if not is_graded(grader, rollout.prompt):
+        return None
     try:
-        return float(grader(rollout.prompt, rollout.text))
+        reward = grader(rollout.prompt, rollout.text)
     except Exception as error:
         raise RuntimeError(
             f"the grader failed on prompt {rollout.prompt.text[:200]!r}, response {rollout.text[:200]!r}"
         ) from error
+    try:
+        number = float(reward) if isinstance(reward, Real | torch.Tensor) else math.nan
+    except (OverflowError, RuntimeError):  # a number too large, a tensor of several
+        number = math.nan
+    if not math.isfinite(number):
+        raise RuntimeError(
+            f"the grader gave {reward!r:.100} for the response {rollout.text[:200]!r} of prompt {rollout.prompt.text[:200]!r}: "
+            "a reward is a finite number"
+        )
+    return number
 
 
 def accuracy(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """The mean reward with its 95% interval, and the number of different prompts: see `statistics.interval`."""
+    """The mean reward with its 95% interval, and the number of different prompts that have one: see `statistics.interval`."""
     groups = _by_prompt(rollouts)
     mean, low, high = interval(groups)
     return {"accuracy": mean, "low": low, "high": high, "num": len(groups)}
@@ -103,8 +118,8 @@ def _by_prompt(rollouts: Sequence[Rollout]) -> list[list[float]]:
     """The rewards of all samples of each prompt. Rows that ask the same and have the same answer are one prompt."""
     groups: dict[tuple[str, str | None], list[float]] = {}
     for rollout in rollouts:
-        assert rollout.reward is not None
-        groups.setdefault((rollout.prompt.key, rollout.prompt.answer), []).append(rollout.reward)
+        if rollout.reward is not None:
+            groups.setdefault((rollout.prompt.key, rollout.prompt.answer), []).append(rollout.reward)
     return list(groups.values())
 
 

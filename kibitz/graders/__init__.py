@@ -1,14 +1,15 @@
 """From a response to a reward: `(prompt, text) -> float`.
 
-A grader sees text only. One that raises stops the run: a reward that is silently 0 teaches the wrong thing.
+A grader sees text only. One that raises, or gives what is no number, stops the run: a reward that is silently 0 teaches the
+wrong thing. So does a row that its grader cannot read, which `check` finds before any weights load.
 """
 
 from collections.abc import Callable, Sequence
 
 from kibitz.graders import sandbox
-from kibitz.graders.answers import choice, exact, math
-from kibitz.graders.code import code
-from kibitz.graders.constraints import constraints, constraints_strict
+from kibitz.graders.answers import check_answer, check_choice, check_math, choice, exact, is_math, math, option_of
+from kibitz.graders.code import code, tests_of
+from kibitz.graders.constraints import constraints, constraints_of, constraints_strict
 from kibitz.types import Prompt
 
 __all__ = ["GRADERS", "Grader", "choice", "code", "constraints", "constraints_strict", "exact", "math", "pick"]
@@ -23,6 +24,19 @@ GRADERS: dict[str, Grader] = {
     "constraints_strict": constraints_strict,
     "code": code,
 }
+ANSWERS = (exact, math, choice)
+CHECKS: tuple[tuple[Grader, Callable[[Prompt], object]], ...] = (
+    (exact, check_answer),
+    (math, check_math),
+    (choice, check_choice),
+    (constraints, constraints_of),
+    (constraints_strict, constraints_of),
+    (code, tests_of),
+)
+"""Each grader of ours, and what raises ValueError for a row that it cannot read."""
+
+SAMPLE = 500
+"""Answers that `auto` looks at, spread over the rows: each can take milliseconds to parse."""
 
 
 def pick(name: str, prompts: Sequence[Prompt], world_grader: Grader | None = None) -> Grader | None:
@@ -30,7 +44,7 @@ def pick(name: str, prompts: Sequence[Prompt], world_grader: Grader | None = Non
 
     `code` is refused here, before any weights load, where programs cannot be confined."""
     if name == "auto":
-        return world_grader or (math if any(prompt.answer is not None for prompt in prompts) else None)
+        return world_grader or _by_answers(prompts)
     if name not in GRADERS:
         names = ", ".join(["auto", *GRADERS])
         raise ValueError(
@@ -39,3 +53,46 @@ def pick(name: str, prompts: Sequence[Prompt], world_grader: Grader | None = Non
     if name == "code":
         sandbox.check()
     return GRADERS[name]
+
+
+def _by_answers(prompts: Sequence[Prompt]) -> Grader | None:
+    """The first grader that calls each answer right that is its own response: options, then mathematics, then any text."""
+    answers = sorted({prompt.answer for prompt in prompts if prompt.answer is not None})
+    if not answers:
+        return None
+    if len(answers) > 1 and all(len(option := option_of(answer)) == 1 and option in "ABCDEFGHIJ" for answer in answers):
+        return choice
+    return math if all(map(is_math, answers[:: -(-len(answers) // SAMPLE)])) else exact
+
+
+def is_graded(grader: Grader, prompt: Prompt) -> bool:
+    """Whether the row has what a grader of ours compares with; a grader of others takes every row."""
+    if any(grader is own for own in ANSWERS):
+        return prompt.answer is not None
+    column = "tests" if grader is code else "constraints"
+    return not any(grader is own for own, _ in CHECKS) or prompt.columns.get(column) is not None
+
+
+def check(grader: Grader, prompts: Sequence[Prompt], need_all: bool = False) -> None:
+    """ValueError, which names the row, for the first row that a grader of ours cannot read. Rows that hold nothing for it go
+    ungraded, unless all `need` a reward."""
+    test = next((test for own, test in CHECKS if own is grader), None)
+    if test is None:
+        return
+    for number, prompt in enumerate(prompts, 1):
+        if need_all or is_graded(grader, prompt):
+            try:
+                test(prompt)
+            except ValueError as error:
+                raise ValueError(f"row {number} ({prompt.text[:60]!r}): {error}") from None
+
+
+def describe(name: str, grader: Grader | None, prompts: Sequence[Prompt]) -> list[str]:
+    """What a person should know about rewards: which grader `auto` chose, and how many rows get none."""
+    own = next((own for own, grader_of_ours in GRADERS.items() if grader_of_ours is grader), None)
+    if grader is None or own is None:
+        return []
+    ungraded = sum(not is_graded(grader, prompt) for prompt in prompts)
+    said = f"responses are graded by data.grader={own}" + (", by what the answers are" if name == "auto" else "")
+    rest = f"{ungraded} of {len(prompts)} prompts hold nothing to grade against and get no reward"
+    return [f"{said}; {rest}" if ungraded else said] if ungraded or name == "auto" else []

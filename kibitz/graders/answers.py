@@ -1,13 +1,32 @@
 """Graders that compare a response with the row's answer."""
 
-import logging
 import re
-import threading
+from functools import lru_cache
 
+from kibitz.graders.worker import Worker
 from kibitz.types import Prompt
 
-MATH_SECONDS = 5
-"""For parsing a text and for comparing two expressions, each; an expression can be made to take forever."""
+MAX_CHARACTERS = 50_000
+"""From the end of a text, in which `choice` looks for letters."""
+
+MATH_SECONDS = 2.0
+"""For one text, of CPU time; an expression can be made to take forever. One that takes longer is wrong."""
+
+NUMBER = re.compile(r"[-+]?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?(/[1-9]\d*)?")
+WORD = re.compile(r"[^\W\d_]{2,}")
+LATEX = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s?\{[^{}]*\}|\\[A-Za-z]+|\b(?:sin|cos|tan|log|ln|exp|sqrt|pi|mod)\b")
+
+BOXED_LETTER = re.compile(r"\\boxed\s?\{\s?(?:\\(?:text|mathrm|textbf)\s?\{)?\s?\(?([A-J])\)?[.:)]?\s?\}")
+ANSWER_LETTER = re.compile(
+    r"\b[Aa]nswer(?:\s(?:is|would be):?|:)(?:\s(?:option|choice))?[\s*$]{0,4}\(?([A-J])\)?(?![A-Za-z])"
+)
+LETTER = re.compile(r"(?<![A-Za-z])(\()?([A-J])(?!['’]?[A-Za-z])\)?")
+PRONOUN = re.compile(r"\s(?!(?:is|are)\b)[a-z]")
+ARTICLE = re.compile(
+    r"\s(?!(?:is|was|has|would|because|since|and|or|but|as|seems|looks|fits|matches|cannot|does)\b)[a-z]"
+)
+
+_worker = Worker("mathematics", MATH_SECONDS)
 
 
 def exact(prompt: Prompt, text: str) -> float:
@@ -16,39 +35,89 @@ def exact(prompt: Prompt, text: str) -> float:
 
 
 def math(prompt: Prompt, text: str) -> float:
-    """1 if the last mathematical expression of the text equals the answer, by math-verify.
+    """1 if the last `\\boxed{...}` of the text, or else its last mathematical expression, equals the answer, by math-verify.
 
-    GSM8K's answers, worked solutions that end in `#### 18`, are understood. Outside the main thread there is no
-    limit of time."""
-    from math_verify import parse, verify
-
-    for module in ("parser", "grader"):
-        logging.getLogger(f"math_verify.{module}").addFilter(_worth_saying)
-    # math-verify bounds its time by an alarm signal, which only the main thread can have.
-    seconds = MATH_SECONDS if _in_main_thread() else 0
-    answer = _answer(prompt).rsplit("####", 1)[-1].strip()
-    gold = parse(f"${answer}$", parsing_timeout=seconds) or parse(answer, parsing_timeout=seconds)
-    return float(verify(gold, parse(text, parsing_timeout=seconds), timeout_seconds=seconds))
+    GSM8K's answers, worked solutions that end in `#### 18`, are understood."""
+    return float(_worker.ask(ask="mathematics", answer=_final(_answer(prompt)), text=text) is True)
 
 
 def choice(prompt: Prompt, text: str) -> float:
-    """1 if the last letter standing alone, A to J, is the answer."""
-    letters = re.findall(r"(?<![A-Za-z])\(?([A-J])\)?(?![A-Za-z])", text)
-    return float(bool(letters) and letters[-1] == _answer(prompt).strip().strip("()").upper())
+    """1 if the option that the text settles on, A to J, is the answer: its last boxed letter, or else the last after `answer
+    is` or `answer:`, or else the last that stands alone and is neither the pronoun `I` nor the article `A`."""
+    return float(chosen(text) == option_of(_answer(prompt)))
+
+
+def chosen(text: str) -> str | None:
+    """The option that a text settles on."""
+    text = text[-MAX_CHARACTERS:]
+    for pattern in (BOXED_LETTER, ANSWER_LETTER):
+        said = [match[1] for match in pattern.finditer(text) if not _is_word(match[1], text, match.end(1))]
+        if said:
+            return said[-1]
+    letters = [m[2] for m in LETTER.finditer(text) if m[1] or not _is_word(m[2], text, m.end(2))]
+    return letters[-1] if letters else None
+
+
+def option_of(answer: str) -> str:
+    """The letter of an answer such as `b`, `(B)` or `B.`; the answer itself, in capitals, if it is none."""
+    return answer.strip().strip("().:").upper()
+
+
+def _is_word(letter: str, text: str, end: int) -> bool:
+    return bool({"I": PRONOUN, "A": ARTICLE}[letter].match(text, end)) if letter in "IA" else False
+
+
+# ------------------------------------------------------------------ what a row must hold
+
+
+def check_answer(prompt: Prompt) -> None:
+    """ValueError for a row that has nothing to compare with."""
+    if prompt.answer is None:
+        raise ValueError("no answer to grade against: add the column, or choose prompts that have it")
+    if not prompt.answer.strip():
+        raise ValueError("answer: it is empty: write what a response must say, or leave the row out")
+
+
+def check_choice(prompt: Prompt) -> None:
+    """ValueError for an answer that is no letter from A to J."""
+    check_answer(prompt)
+    if not re.fullmatch("[A-J]", option_of(_answer(prompt))):
+        raise ValueError(f"answer: the grader `choice` needs a letter from A to J, not {prompt.answer!r:.100}")
+
+
+def check_math(prompt: Prompt) -> None:
+    """ValueError for an answer that is no mathematical expression."""
+    check_answer(prompt)
+    if not _is_expression(_final(_answer(prompt))):
+        raise ValueError(
+            f"answer: the grader `math` cannot read {prompt.answer!r:.200}: write a number or an expression, or data.grader=exact"
+        )
+
+
+def is_math(answer: str) -> bool:
+    """Whether `math` is the grader for an answer: its last line is a number, or an expression without words, that is right by
+    itself."""
+    final = _final(answer)
+    if NUMBER.fullmatch(final):
+        return True
+    if len(final) == 1 or WORD.search(LATEX.sub(" ", final)):
+        return False
+    return _worker.ask(ask="mathematics", answer=final, text=f"\\boxed{{{final}}}") is True
+
+
+@lru_cache(maxsize=1 << 16)
+def _is_expression(final: str) -> bool:
+    return bool(NUMBER.fullmatch(final)) or _worker.ask(ask="gold", answer=final) is True
+
+
+def _final(answer: str) -> str:
+    return answer.rsplit("####", 1)[-1].strip()
 
 
 def _answer(prompt: Prompt) -> str:
-    if prompt.answer is None:
-        raise ValueError(
-            f"prompt {prompt.key} has no answer to grade against: add the column, or choose prompts that have it"
-        )
+    try:
+        check_answer(prompt)
+    except ValueError as error:
+        raise ValueError(f"prompt {prompt.key}: {error}") from None
+    assert prompt.answer is not None
     return prompt.answer
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
-
-
-def _worth_saying(record: logging.LogRecord) -> bool:
-    """All that math-verify logs but the advice to set a timeout, where none can be set."""
-    return _in_main_thread() or not str(record.msg).startswith("Timeout is disabled")

@@ -3,51 +3,48 @@
 `tests` is a list. An entry {"input": ..., "output": ...} runs the program once; its output must be equal up to white
 space at the ends of lines. A text holds Python statements, one or more, such as `assert add(1, 2) == 3`.
 
-What a program can do to be called correct without being it:
+A program that is judged by output never sees the output expected. One that is judged by statements runs in a confined
+process of its own; the statements run in another, with builtins, modules and expected values of their own, and call the
+program over a line that carries plain data (numbers, texts, lists, dicts, dates, fractions and the like). So shadowed or
+patched builtins and modules, `__eq__`, `sys.exit`, forged reports, frames, memory and exit hooks of the program decide nothing.
 
-- by output: nothing; it never sees the expected output.
-- a test that compares an expression with a literal (`assert f(2) == 3`): nothing but giving the expected value. The
-  literal stays here; the sandbox gives the expression's value back as plain data, and the comparison is ours, so
-  `__eq__`, patched builtins, `sys.exit` and forged reports are of no use. The value must be plain: None, numbers,
-  strings, bytes, and lists, tuples, sets, dicts of them. What stands in the expression beside the call, such as
-  the `abs(...)` of `assert abs(f(2) - 3.5) < 1e-6`, is computed where the program could tamper with it.
-- any other test (`assert all(...)`, `assert f(x) == g(x)`, a `check(candidate)` function) runs in the program's own
-  interpreter. It must report with a secret of this run, builtins are those of before the program, and leaving early
-  or printing success is failing. But a value with an `__eq__` that says yes, or a program that searches the
-  interpreter's frames or memory for the secret, is believed: write tests of the other two kinds where it matters.
+The names of a test are looked up in the tests first, then in Python's builtins, then in the program: a program that is to
+define a `sum` cannot be tested by that name. A name used as a module (`math.isclose`) is Python's module, imported or not.
+
+What a program can still do to be called correct without being it:
+
+- answer the tests alone, as by a table of their arguments where it can guess them.
+- define what a test takes from it beside the function in question: `isclose` where the test does not import it.
+- define the class that it is asked for with an `__eq__` that says yes, where a test compares two objects of the program's
+  (`assert P(1) == P(1)`); an object and plain data are equal only if the data in it are.
+- change an argument in place (`x.clear()`) that the test compares with later.
+
+A correct program fails where a test needs more than the line carries: coroutines, operators between an object of the
+program's class and plain data whose outcome is data, `in` for a class without `__iter__`, inheriting from the program's classes.
 """
 
 import ast
+import builtins
 import json
-import operator
 import re
-import secrets
+import sys
 import textwrap
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kibitz.graders import sandbox
 from kibitz.graders.sandbox import Limits
+from kibitz.graders.worker import Patience
 from kibitz.types import Prompt
 
-BLOCK = re.compile(
-    r"^[ \t]*```[ \t]*(?P<language>[\w+-]*)[^\n]*\n(?P<body>.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE
-)
+LANGUAGE = re.compile(r"[\w+-]+")
 PYTHON = ("python", "py", "python3")
+RESPONSE_SECONDS = 30.0
+"""For all runs of one response together."""
 
-COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.Is: operator.is_,
-    ast.IsNot: operator.is_not,
-    ast.In: lambda value, literal: value in literal,
-    ast.NotIn: lambda value, literal: value not in literal,
-}
+_patience = Patience()
 
 
 @dataclass(frozen=True)
@@ -59,32 +56,58 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Statement:
-    """One statement. With a comparison its `source` is an expression, whose value is judged outside the sandbox."""
+class Tests:
+    """Statements, the names that may be the program's or are modules of Python's, and whether they need the program at all."""
 
-    text: str
-    source: str
-    compare: Callable[[Any, Any], bool] | None = None
-    literal: Any = None
+    statements: tuple[str, ...]
+    names: tuple[str, ...]
+    modules: tuple[str, ...]
+    ask: bool
 
 
 def code(prompt: Prompt, text: str) -> float:
     """1 if the last fenced Python block of the text, or the whole of it, passes all the row's `tests`."""
+    try:
+        tests = tests_of(prompt)
+    except ValueError as error:
+        raise ValueError(f"prompt {prompt.key}: {error}") from None
+    limits = Limits()
+    limits = replace(limits, wall_seconds=_patience.seconds(limits.wall_seconds))
+    begin = time.monotonic()
+    verdict = judge(program_of(text), tests, limits)
+    _patience.remember(stopped=time.monotonic() - begin > limits.wall_seconds)
+    return float(verdict.passed)
+
+
+def tests_of(prompt: Prompt) -> list[Any]:
+    """The row's tests, each of which can be read. ValueError if there are none, or if they ask nothing of a program."""
     tests = prompt.columns.get("tests")
     if not tests:
         raise ValueError(
-            f"prompt {prompt.key} has no tests: the grader `code` needs a column `tests`, a list of assert statements or of "
+            "no tests: the grader `code` needs a column `tests`, a list of assert statements or of "
             '{"input": ..., "output": ...}'
         )
+    tests = [tests] if isinstance(tests, str | dict) else tests
+    if not isinstance(tests, Sequence):
+        raise ValueError(
+            f'tests: a list of assert statements or of {{"input": ..., "output": ...}}, not {tests!r:.100}'
+        )
     try:
-        return float(judge(program_of(text), [tests] if isinstance(tests, str | dict) else tests).passed)
+        pairs = [_read_pair(entry) for entry in tests if not isinstance(entry, str)]
+        read = read_tests([entry for entry in tests if isinstance(entry, str)])
     except ValueError as error:
-        raise ValueError(f"prompt {prompt.key}: {error}") from None
+        raise ValueError(f"tests: {error}") from None
+    if not pairs and not read.ask:
+        raise ValueError(
+            "tests: they ask nothing of a program, since all their names are their own or Python's: name what the program "
+            "defines otherwise than Python's builtins"
+        )
+    return list(tests)
 
 
 def program_of(text: str) -> str:
     """The last fenced block marked as Python, else the last one not marked at all, else the text."""
-    blocks = [(match["language"].lower(), match["body"]) for match in BLOCK.finditer(text)]
+    blocks = _blocks(text)
     for languages in (PYTHON, ("",)):
         for language, body in reversed(blocks):
             if language in languages:
@@ -92,18 +115,38 @@ def program_of(text: str) -> str:
     return text
 
 
-def judge(program: str, tests: Sequence[str | dict[str, str]], limits: Limits | None = None) -> Verdict:
+def _blocks(text: str) -> list[tuple[str, str]]:
+    """Language and body of each fenced block; the last may lack its end."""
+    blocks: list[tuple[str, list[str]]] = []
+    inside = False
+    for line in text.split("\n"):
+        if not line.lstrip(" \t").startswith("```"):
+            if inside:
+                blocks[-1][1].append(line + "\n")
+            continue
+        if not inside:
+            language = LANGUAGE.match(line.strip().lstrip("`").lstrip())
+            blocks.append((language[0].lower() if language else "", []))
+        inside = not inside
+    if inside and blocks[-1][1]:
+        blocks[-1][1][-1] = blocks[-1][1][-1].removesuffix("\n")  # the text ends here, not the line
+    return [(language, "".join(body)) for language, body in blocks]
+
+
+def judge(program: str, tests: Sequence[Any], limits: Limits | None = None) -> Verdict:
     """Run a program against its tests, up to the first that fails. `limits` are for each run of the program.
 
     ValueError for tests that cannot be read, RuntimeError where programs cannot be confined."""
-    limits = limits or Limits()
-    statements = [test for entry in tests if isinstance(entry, str) for test in read_tests(entry)]
+    limits, end = limits or Limits(), time.monotonic() + RESPONSE_SECONDS
+    statements = read_tests([entry for entry in tests if isinstance(entry, str)])
     pairs = [_read_pair(entry) for entry in tests if not isinstance(entry, str)]
-    verdict = _judge_tests(program, statements, limits) if statements else Verdict(True)
+    verdict = _judge_statements(program, statements, limits) if statements.statements else Verdict(True)
     for given, expected in pairs:
         if not verdict.passed:
             break
-        verdict = _judge_output(program, given, expected, limits)
+        if (left := end - time.monotonic()) <= 0:
+            return Verdict(False, f"its tests took longer than {RESPONSE_SECONDS} seconds")
+        verdict = _judge_output(program, given, expected, replace(limits, wall_seconds=min(limits.wall_seconds, left)))
     return verdict
 
 
@@ -113,12 +156,13 @@ def judge(program: str, tests: Sequence[str | dict[str, str]], limits: Limits | 
 def _read_pair(entry: Any) -> tuple[str, str]:
     match entry:
         case {"input": str(given), "output": str(expected)}:
+            given.encode()  # the error for half a character is a ValueError
             return given, expected
     raise ValueError(f'a test is a text of Python or {{"input": "...", "output": "..."}}, not {str(entry)[:200]}')
 
 
 def _judge_output(program: str, given: str, expected: str, limits: Limits) -> Verdict:
-    outcome = sandbox.run({"source": program, "tests": None, "nonce": None}, given.encode(), limits)
+    outcome = sandbox.run({"source": program}, given.encode(), limits)
     if outcome.stopped:
         return Verdict(False, f"on input {given[:100]!r} {outcome.stopped}")
     if _lines(outcome.output.decode(errors="replace")) != _lines(expected):
@@ -133,77 +177,50 @@ def _lines(text: str) -> list[str]:
 # ------------------------------------------------------------------ by statements
 
 
-def read_tests(text: str) -> list[Statement]:
-    """The statements of a text, each a test of its own."""
+def read_tests(texts: Sequence[str]) -> Tests:
+    """The statements of all texts, each a test of its own."""
+    bodies = []
+    for text in texts:
+        try:
+            bodies += ast.parse(text).body
+            statements = tuple(ast.unparse(statement) for statement in bodies)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise ValueError(f"the test {text[:200]!r} is not Python: {error}") from None
+    nodes = [node for statement in bodies for node in ast.walk(statement)]
+    names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    dotted = {node.value.id for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
+    own = _made(bodies)
+    modules = (dotted & set(sys.stdlib_module_names)) - called - own
+    names -= set(vars(builtins)) | modules | own
+    local = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    local |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    return Tests(statements if bodies else (), tuple(sorted(names)), tuple(sorted(modules)), bool(names - local))
+
+
+def _made(statements: Sequence[ast.stmt]) -> set[str]:
+    """Names that the tests make before any of their statements uses them, by a definition, an import or an assignment."""
+    made: set[str] = set()
+    used: set[str] = set()
+    for statement in statements:
+        loads = {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        match statement:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                made |= {name} - used
+            case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
+                made |= {(alias.asname or alias.name).split(".")[0] for alias in aliases} - used
+            case ast.Assign(targets=targets):
+                parts = {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+                made |= parts - used - loads
+        used |= loads
+    return made
+
+
+def _judge_statements(program: str, tests: Tests, limits: Limits) -> Verdict:
+    job = {"tests": tests.statements, "names": tests.names, "modules": tests.modules}
+    outcome = sandbox.run_tests(program, job, limits)
     try:
-        return [_read_test(statement) for statement in ast.parse(text).body]
-    except (SyntaxError, ValueError, RecursionError) as error:
-        raise ValueError(f"the test {text[:200]!r} is not Python: {error}") from None
-
-
-def _read_test(statement: ast.stmt) -> Statement:
-    text = ast.unparse(statement)
-    match statement:
-        case ast.Assert(test=ast.Compare(left=left, ops=[operation], comparators=[right])) if _comparable(
-            operation, right
-        ):
-            return Statement(text, ast.unparse(left), COMPARISONS[type(operation)], ast.literal_eval(right))
-        case ast.Assert(test=ast.Compare(left=left, ops=[ast.Eq()], comparators=[right])) if _is_literal(left):
-            return Statement(text, ast.unparse(right), operator.eq, ast.literal_eval(left))
-    return Statement(text, text)
-
-
-def _comparable(operation: ast.cmpop, right: ast.expr) -> bool:
-    """Whether comparing with a copy is the same as comparing in place; identity is only for None, True and False."""
-    if isinstance(operation, ast.Is | ast.IsNot):
-        return isinstance(right, ast.Constant) and (right.value is None or isinstance(right.value, bool))
-    return _is_literal(right)
-
-
-def _is_literal(expression: ast.expr) -> bool:
-    try:
-        ast.literal_eval(expression)
-    except (ValueError, TypeError):
-        return False
-    return True
-
-
-def _judge_tests(program: str, tests: list[Statement], limits: Limits) -> Verdict:
-    nonce = secrets.token_hex(16)
-    sources = [("value" if test.compare else "run", test.source) for test in tests]
-    outcome = sandbox.run({"source": program, "tests": sources, "nonce": nonce}, b"", limits)
-    reports = outcome.output.decode(errors="replace").split("\n")
-    for number, test in enumerate(tests):
-        begin = f"{nonce} {number} "
-        if number >= len(reports) or not reports[number].startswith(begin):
-            return Verdict(False, f"{test.text[:200]} did not report: {outcome.stopped or 'it raised, or left early'}")
-        if test.compare is not None and not _holds(test, reports[number].removeprefix(begin)):
-            return Verdict(False, f"{test.text[:200]}: got {reports[number].removeprefix(begin)[:100]}")
-    return Verdict(not outcome.stopped, outcome.stopped)
-
-
-def _holds(test: Statement, report: str) -> bool:
-    assert test.compare is not None
-    try:
-        return bool(test.compare(_from_plain(json.loads(report)), test.literal))
-    except (ValueError, TypeError, RecursionError):  # values that do not compare, or data that is none
-        return False
-
-
-def _from_plain(data: Any) -> Any:
-    """The value that `plain` in confined.py wrote."""
-    match data:
-        case {"list": parts}:
-            return [_from_plain(part) for part in parts]
-        case {"tuple": parts}:
-            return tuple(_from_plain(part) for part in parts)
-        case {"set": parts}:
-            return {_from_plain(part) for part in parts}
-        case {"dict": pairs}:
-            return {_from_plain(key): _from_plain(value) for key, value in pairs}
-        case {"bytes": text}:
-            return bytes.fromhex(text)
-        case {"complex": [real, imaginary]}:
-            return complex(real, imaginary)
-        case _:
-            return data
+        said = json.loads(outcome.output)
+    except ValueError:
+        return Verdict(False, outcome.stopped or "the tests ended without a verdict")
+    return Verdict(said["passed"] and not outcome.stopped, said["reason"] or outcome.stopped)

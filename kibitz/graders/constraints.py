@@ -10,17 +10,18 @@ of the text without white space around it. An empty response satisfies nothing.
 
 import difflib
 import inspect
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kibitz.graders.patterns import matches
+from kibitz.graders.inside.forms import CONSTRAINTS, KINDS
+from kibitz.graders.worker import Worker
 from kibitz.types import Prompt
 
-BULLET = re.compile(r"^[ \t]*(?:[-*+•]|\d+[.)])[ \t]+\S", re.MULTILINE)
-SENTENCE_END = re.compile(r"[.!?]+(?=\s|$|[\"')\]”’])|[。！？]+|…(?=\s|$)")
-FENCE = re.compile(r"\A```\w*\s*\n(.*)\n```\Z", re.DOTALL)
+SECONDS = 1.0
+"""For one constraint on one text, of CPU time; a pattern of the row's own can take forever. One that takes longer fails."""
+
+_worker = Worker("forms", SECONDS)
 
 
 def constraints(prompt: Prompt, text: str) -> float:
@@ -36,25 +37,36 @@ def constraints_strict(prompt: Prompt, text: str) -> float:
 
 def check(prompt: Prompt, text: str) -> list[bool]:
     """Which of the row's constraints the text satisfies. ValueError for a constraint that is none."""
-    rows = prompt.columns.get("constraints")
-    if not rows or isinstance(rows, str | Mapping):
-        raise ValueError(
-            f'prompt {prompt.key} has no constraints: the column `constraints` is a list of {{"type": ..., ...}}'
-        )
     try:
-        bound = [_bind(row) for row in rows]
+        rows = constraints_of(prompt)
     except ValueError as error:
         raise ValueError(f"prompt {prompt.key}: {error}") from None
     text = text.strip()
-    return [bool(text) and function(text, **options) for function, options in bound]
+    return [bool(text) and satisfies(text, name, options) for name, options in rows]
 
 
-def _bind(row: Any) -> tuple[Callable[..., bool], dict[str, Any]]:
-    """The function of a constraint and its options. Columns of a table hold None where a row leaves an option out."""
+def satisfies(text: str, name: str, options: Mapping[str, Any]) -> bool:
+    """Whether a text satisfies a constraint; it does not if that cannot be told in time."""
+    return _worker.ask(ask="constraint", name=name, text=text, options=options) is True
+
+
+def constraints_of(prompt: Prompt) -> list[tuple[str, dict[str, Any]]]:
+    """Name and options of each of the row's constraints. ValueError for one that is none."""
+    rows = prompt.columns.get("constraints")
+    if not rows or isinstance(rows, str | Mapping) or not isinstance(rows, Sequence):
+        raise ValueError('no constraints: the column `constraints` is a list of {"type": ..., ...}')
+    try:
+        return [_bind(row) for row in rows]
+    except ValueError as error:
+        raise ValueError(f"constraints: {error}") from None
+
+
+def _bind(row: Any) -> tuple[str, dict[str, Any]]:
+    """The name of a constraint and its options. Columns of a table hold None where a row leaves an option out."""
     if not isinstance(row, Mapping) or "type" not in row:
         raise ValueError(f'a constraint is {{"type": ..., ...}}, not {str(row)[:100]}')
     name = row["type"]
-    if name not in CONSTRAINTS:
+    if not isinstance(name, str) or name not in CONSTRAINTS:
         near = difflib.get_close_matches(str(name), CONSTRAINTS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(CONSTRAINTS)}"
         raise ValueError(f"there is no constraint {name!r}: {hint}")
@@ -66,7 +78,7 @@ def _bind(row: Any) -> tuple[Callable[..., bool], dict[str, Any]]:
         raise ValueError(f"the constraint {name} takes {_options(function)}: {error}") from None
     for option, value in options.items():
         _check_option(name, option, value)
-    return function, options
+    return name, options
 
 
 def _options(function: Callable[..., bool]) -> str:
@@ -92,135 +104,3 @@ def _check_option(name: str, option: str, value: Any) -> None:
             raise ValueError(
                 f"the constraint {name} has a pattern that is no regular expression, {value!r}: {error}"
             ) from None
-
-
-# ------------------------------------------------------------------ how much
-
-
-def min_words(text: str, count: int) -> bool:
-    return len(text.split()) >= count
-
-
-def max_words(text: str, count: int) -> bool:
-    return len(text.split()) <= count
-
-
-def min_characters(text: str, count: int) -> bool:
-    return len(text) >= count
-
-
-def max_characters(text: str, count: int) -> bool:
-    return len(text) <= count
-
-
-def num_sentences(text: str, count: int) -> bool:
-    """Ends of sentences, and a last one that is not ended. Abbreviations count as ends."""
-    ends = list(SENTENCE_END.finditer(text))
-    rest = text[ends[-1].end() :] if ends else text
-    return len(ends) + bool(re.search(r"\w", rest)) == count
-
-
-def num_bullets(text: str, count: int) -> bool:
-    """Lines that begin with -, *, +, • or a number with a dot or a bracket."""
-    return len(BULLET.findall(text)) == count
-
-
-def num_paragraphs(text: str, count: int) -> bool:
-    """What blank lines separate."""
-    return len(re.split(r"\n\s*\n", text)) == count
-
-
-def num_lines(text: str, count: int) -> bool:
-    """Lines that are not blank."""
-    return sum(bool(line.strip()) for line in text.splitlines()) == count
-
-
-# ------------------------------------------------------------------ what
-
-
-def contains(text: str, keywords: list[str], whole_words: bool = False) -> bool:
-    """All keywords occur, in capitals or not."""
-    return all(_count(text, keyword, whole_words) > 0 for keyword in keywords)
-
-
-def not_contains(text: str, keywords: list[str], whole_words: bool = False) -> bool:
-    """No keyword occurs, in capitals or not."""
-    return all(_count(text, keyword, whole_words) == 0 for keyword in keywords)
-
-
-def num_occurrences(text: str, keyword: str, count: int, whole_words: bool = False) -> bool:
-    return _count(text, keyword, whole_words) == count
-
-
-def _count(text: str, keyword: str, whole_words: bool) -> int:
-    if not whole_words:
-        return text.casefold().count(keyword.casefold())
-    return len(re.findall(rf"(?<!\w){re.escape(keyword.casefold())}(?!\w)", text.casefold()))
-
-
-def starts_with(text: str, prefix: str) -> bool:
-    return text.startswith(prefix.strip())
-
-
-def ends_with(text: str, suffix: str) -> bool:
-    return text.endswith(suffix.strip())
-
-
-def regex(text: str, pattern: str, whole: bool = False) -> bool:
-    """The pattern is found, or describes the whole text. A search of more than a second fails."""
-    return matches(pattern, text, whole)
-
-
-def all_lowercase(text: str) -> bool:
-    """No capitals, and at least one letter that has two forms."""
-    return text.islower()
-
-
-def all_uppercase(text: str) -> bool:
-    return text.isupper()
-
-
-def is_json(text: str) -> bool:
-    """JSON as the standard has it, NaN left out; one fence of Markdown around it is no matter."""
-    fenced = FENCE.match(text)
-    try:
-        json.loads(fenced[1] if fenced else text, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-CONSTRAINTS: dict[str, Callable[..., bool]] = {
-    "min_words": min_words,
-    "max_words": max_words,
-    "min_characters": min_characters,
-    "max_characters": max_characters,
-    "num_sentences": num_sentences,
-    "num_bullets": num_bullets,
-    "num_paragraphs": num_paragraphs,
-    "num_lines": num_lines,
-    "contains": contains,
-    "not_contains": not_contains,
-    "num_occurrences": num_occurrences,
-    "starts_with": starts_with,
-    "ends_with": ends_with,
-    "regex": regex,
-    "all_lowercase": all_lowercase,
-    "all_uppercase": all_uppercase,
-    "json": is_json,
-}
-
-KINDS: dict[str, type] = {
-    "count": int,
-    "keywords": list,
-    "keyword": str,
-    "whole_words": bool,
-    "prefix": str,
-    "suffix": str,
-    "pattern": str,
-    "whole": bool,
-}

@@ -5,16 +5,18 @@ and for others, with no right that an ordinary user lacks:
 
 - one process of one thread: no fork, no other program, no thread; so nothing is left when it is killed, which it is
   at its end, at its limit of time, and when its parent dies
-- no sockets, hence no network; no signals to other processes; no shared memory
+- no sockets, hence no network; no signals to other processes, neither sent nor ordered from the kernel (`fcntl` and
+  `ioctl` with F_SETOWN, O_ASYNC and their kin, timers, message queues); no shared memory
 - files: reads of Python's standard library and the system's libraries; reads and writes in an empty working
-  directory without subdirectories, which is deleted. Nothing else can be opened, /proc and /dev/shm included
+  directory without subdirectories, which is deleted. Nothing can be removed or renamed there, so that all that lies on the
+  disk has a name to be counted by. Nothing else can be opened, /proc and /dev/shm included
 - wall time, CPU time, address space, bytes a file, output; the directory's bytes and number of files, looked at
-  twenty times a second
+  fifty times a second, so that what is written between two looks comes on top
 - an environment of four harmless variables; one seed for hashes; no packages but the standard library
 
 Not guaranteed: against defects of the kernel in the system calls that are left, or of CPU caches. What exists can be
 asked (names, sizes, dates of files), though not read. The host's name and its load can be read. A correct program that needs
-threads or subprocesses fails. Each limit is per program: several at once multiply.
+threads or subprocesses, or removes files, fails. Each limit is per process: a program and its tests are two.
 
 Where a layer is missing, programs are refused. KIBITZ_UNSAFE_CODE=1 runs them with the layers there are, under a
 warning that names the others: for a machine that holds nothing of worth.
@@ -29,7 +31,8 @@ import sys
 import tempfile
 import time
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -38,7 +41,8 @@ START_SECONDS = 60.0
 """For the interpreter to start and confine itself; the program's own time begins after that."""
 
 MAX_FILES = 256
-TICK_MILLISECONDS = 50
+SCRIPT = Path(__file__).parent / "inside" / "confined.py"
+TICK_MILLISECONDS = 20
 UNSAFE = "KIBITZ_UNSAFE_CODE"
 
 # -I but for -E, which would ignore the seed for hashes; the environment holds nothing but what `run` puts there.
@@ -67,24 +71,55 @@ class Outcome:
 
 def run(job: dict, stdin: bytes, limits: Limits) -> Outcome:
     """Run what `confined.py` understands. RuntimeError where programs cannot be confined."""
-    header = json.dumps({**job, "limits": asdict(limits), "unsafe": _unsafe()}).encode()
+    with _started(job, stdin, limits) as (process, folder):
+        _wait_until_confined(process)
+        return _watch(process, [folder], limits)
+
+
+def run_tests(program: str, tests: dict, limits: Limits) -> Outcome:
+    """Run the job `tests` against a program in a confined process of its own, and return what the tests wrote."""
+    ends: list[int] = []
+    try:
+        ends += os.pipe()
+        ends += os.pipe()
+        theirs, ours = (ends[0], ends[3]), (ends[2], ends[1])
+        with (
+            _started({"role": "program", "source": program}, b"", limits, theirs) as (other, other_folder),
+            _started({"role": "tests", **tests}, b"", limits, ours) as (process, folder),
+        ):
+            while ends:
+                os.close(ends.pop())  # each process sees the end of the other
+            _wait_until_confined(other)
+            _wait_until_confined(process)
+            return _watch(process, [folder, other_folder], limits)
+    finally:
+        while ends:
+            os.close(ends.pop())
+
+
+@contextmanager
+def _started(
+    job: dict, stdin: bytes, limits: Limits, channel: tuple[int, ...] = ()
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A process that confines itself and does the job, and its working directory; both end with the block."""
+    header = json.dumps({**job, "channel": channel, "limits": asdict(limits), "unsafe": _unsafe()}).encode()
     # A file, not a pipe: it needs nobody to fill it, and a program that does not read blocks nobody.
     with tempfile.TemporaryDirectory(prefix="kibitz-") as folder, tempfile.TemporaryFile() as standard_input:
         standard_input.write(b"%010d" % len(header) + header + stdin)
         standard_input.seek(0)
         process = subprocess.Popen(
-            [os.path.realpath(sys.executable), *OPTIONS, str(Path(__file__).with_name("confined.py"))],
+            [os.path.realpath(sys.executable), *OPTIONS, str(SCRIPT)],
             stdin=standard_input,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd=folder,
             env={"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"},
             start_new_session=True,
+            pass_fds=channel,
         )
         with process:
             try:
-                _wait_until_confined(process)
-                return _watch(process, folder, limits)
+                yield process, folder
             finally:
                 _kill(process)
 
@@ -96,7 +131,7 @@ def check() -> None:
         raise RuntimeError(
             "the grader `code` runs programs on Linux only: run kibitz there, or take another data.grader"
         )
-    run({"source": "", "tests": None, "nonce": None}, b"", Limits())
+    run({"source": ""}, b"", Limits())
 
 
 def _wait_until_confined(process: subprocess.Popen[bytes]) -> None:
@@ -116,12 +151,12 @@ def _wait_until_confined(process: subprocess.Popen[bytes]) -> None:
         warnings.warn(f"{UNSAFE}=1: programs of the student run without {rest}", RuntimeWarning, stacklevel=3)
 
 
-def _watch(process: subprocess.Popen[bytes], folder: str, limits: Limits) -> Outcome:
+def _watch(process: subprocess.Popen[bytes], folders: list[str], limits: Limits) -> Outcome:
     """Collect the output until the program ends or goes over a limit."""
     assert process.stdout is not None
     output, deadline, ended = bytearray(), time.monotonic() + limits.wall_seconds, False
     while time.monotonic() < deadline:
-        if _folder_is_full(folder, limits):
+        if any(_folder_is_full(folder, limits) for folder in folders):
             return Outcome(bytes(output), "it filled its working directory")
         if ended:
             if process.poll() is None:

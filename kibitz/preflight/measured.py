@@ -166,7 +166,7 @@ def loss_temperature(first: TopK, second: TopK) -> Finding:
 
 def task(setup: Setup, teacher_rollouts: Sequence[Rollout] | None, rollouts: Sequence[Rollout]) -> Finding | None:
     """Whether the teacher is better at what the student should learn."""
-    if setup.grader is None:
+    if setup.grader is None or all(rollout.reward is None for rollout in rollouts):
         return None
     ours = accuracy(rollouts)
     if teacher_rollouts is None:

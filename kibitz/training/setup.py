@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kibitz import config, optim
+from kibitz import config, graders, optim
 from kibitz.config import DataConfig, FrozenConfig, LocalTeacherConfig, Recipe, RecipeError, StudentTeacherConfig
 from kibitz.data import PromptStream, encode_response, load_grader, load_prompts
 from kibitz.engines import Engine
@@ -88,13 +88,15 @@ def prepare(
     _check_other_models(recipe, tokenizer)
     mask_ids = single_tokens(tokenizer, recipe.method.mask_tokens, "method.mask_tokens")
     prompts = load_prompts(recipe.data, tokenizer, recipe.seed, recipe.wants_demonstrations(), recipe.may_have_gaps())
-    grader = grader or load_grader(recipe.data, prompts)
+    grader = grader or load_grader(recipe.data, prompts, recipe.method.needs().reward)
     if recipe.method.needs().reward and grader is None:
         raise RecipeError(
             f"method {recipe.method.type} needs rewards: give rows an answer, name data.grader, or pass grader="
         )
     stored = _stored(recipe, prompts, len(tokenizer))
     held_out = _held_out(recipe, tokenizer)
+    if grader is not None:
+        graders.check(grader, held_out)
     teacher_tokenizers = teachers.check_all(recipe, tokenizer, [*prompts, *held_out])
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)

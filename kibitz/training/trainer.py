@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kibitz import methods
+from kibitz import graders, methods
 from kibitz.batching import micro_batches, pack
 from kibitz.config import Recipe
 from kibitz.evaluate.annotate import annotate
@@ -125,7 +125,8 @@ class Trainer:
     def run(self) -> None:
         recipe = self.recipe
         self.progress.start(recipe, self.done)
-        for text in self.folder.notes:
+        about_rewards = graders.describe(recipe.data.grader, self.setup.grader, self.setup.stream.prompts)
+        for text in (*self.folder.notes, *about_rewards):
             self.progress.note(text)
         try:
             with _stop_between_steps(self):
