@@ -90,7 +90,7 @@ def _reward(grader: Grader, rollout: Rollout) -> float | None:
         ) from error
     try:
         number = float(reward) if isinstance(reward, Real | torch.Tensor) else math.nan
-    except (OverflowError, RuntimeError):  # a number too large, a tensor of several
+    except (OverflowError, ValueError, RuntimeError):  # a number too large, a tensor of several
         number = math.nan
     if not math.isfinite(number):
         raise RuntimeError(

@@ -49,10 +49,11 @@ _patience = Patience()
 
 @dataclass(frozen=True)
 class Verdict:
-    """`reason` says what went wrong, and is empty if all tests passed."""
+    """`reason` says what went wrong, and is empty if all tests passed. `late`: the program was stopped at its limit of time."""
 
     passed: bool
     reason: str = ""
+    late: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,8 @@ def code(prompt: Prompt, text: str) -> float:
         raise ValueError(f"prompt {prompt.key}: {error}") from None
     limits = Limits()
     limits = replace(limits, wall_seconds=_patience.seconds(limits.wall_seconds))
-    begin = time.monotonic()
     verdict = judge(program_of(text), tests, limits)
-    _patience.remember(stopped=time.monotonic() - begin > limits.wall_seconds)
+    _patience.remember(verdict.late)
     return float(verdict.passed)
 
 
@@ -145,7 +145,7 @@ def judge(program: str, tests: Sequence[Any], limits: Limits | None = None) -> V
         if not verdict.passed:
             break
         if (left := end - time.monotonic()) <= 0:
-            return Verdict(False, f"its tests took longer than {RESPONSE_SECONDS} seconds")
+            return Verdict(False, f"its tests took longer than {RESPONSE_SECONDS} seconds", late=True)
         verdict = _judge_output(program, given, expected, replace(limits, wall_seconds=min(limits.wall_seconds, left)))
     return verdict
 
@@ -164,7 +164,7 @@ def _read_pair(entry: Any) -> tuple[str, str]:
 def _judge_output(program: str, given: str, expected: str, limits: Limits) -> Verdict:
     outcome = sandbox.run({"source": program}, given.encode(), limits)
     if outcome.stopped:
-        return Verdict(False, f"on input {given[:100]!r} {outcome.stopped}")
+        return Verdict(False, f"on input {given[:100]!r} {outcome.stopped}", outcome.late)
     if _lines(outcome.output.decode(errors="replace")) != _lines(expected):
         return Verdict(False, f"on input {given[:100]!r} it wrote {outcome.output[:100]!r}")
     return Verdict(True)
@@ -222,5 +222,5 @@ def _judge_statements(program: str, tests: Tests, limits: Limits) -> Verdict:
     try:
         said = json.loads(outcome.output)
     except ValueError:
-        return Verdict(False, outcome.stopped or "the tests ended without a verdict")
+        return Verdict(False, outcome.stopped or "the tests ended without a verdict", outcome.late)
     return Verdict(said["passed"] and not outcome.stopped, said["reason"] or outcome.stopped)

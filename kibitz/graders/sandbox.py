@@ -63,10 +63,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the program wrote, and how it was stopped; `stopped` is empty if it left by itself with status 0."""
+    """What the program wrote, and how it was stopped; `stopped` is empty if it left by itself with status 0, `late` says
+    that it was stopped at its limit of time."""
 
     output: bytes
     stopped: str = ""
+    late: bool = False
 
 
 def run(job: dict, stdin: bytes, limits: Limits) -> Outcome:
@@ -171,7 +173,7 @@ def _watch(process: subprocess.Popen[bytes], folders: list[str], limits: Limits)
             ended = not chunk
         if len(output) > limits.output_bytes:
             return Outcome(bytes(output[: limits.output_bytes]), f"it wrote more than {limits.output_bytes} bytes")
-    return Outcome(bytes(output), f"it took longer than {limits.wall_seconds} seconds")
+    return Outcome(bytes(output), f"it took longer than {limits.wall_seconds} seconds", late=True)
 
 
 def _readable(file: int, deadline: float) -> bool:

@@ -332,3 +332,10 @@ def test_any_json_value_goes_there_and_back(values):
     assert judge("def same(x): return x", tests, SLOW).passed
     verdict = judge(f"def same(x): return {[*values, 'more']!r}", tests[-1:], SLOW)
     assert not verdict.passed
+
+
+def test_a_program_that_never_ends_is_late_and_one_that_is_wrong_is_not():
+    limits = Limits(wall_seconds=1.0)
+    for tests in (["assert f(2) == 3"], [{"input": "", "output": "3"}]):
+        assert judge("def f(x): return 0", tests, SLOW).late is False
+        assert judge("while True: pass", tests, limits).late is True

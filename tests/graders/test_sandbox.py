@@ -109,8 +109,12 @@ def report_of(attack: str, limits: Limits = SLOW) -> sandbox.Outcome:
                 ),
                 *(0x40000000 | 72, 0x40000000 | 520),
             )
+<<<<<<< HEAD
         ),
         # x86_64: ptrace, rt_sigqueueinfo, prctl, tkill, timer_create, mq_open and _notify, keyctl, unshare, rt_tgsigqueueinfo,
+=======
+        ),  # x86_64: ptrace, rt_sigqueueinfo, prctl, tkill, timer_create, mq_open and _notify, keyctl, rt_tgsigqueueinfo,
+>>>>>>> graders
         # perf_event_open, process_vm_*, kcmp, memfd_create, bpf, userfaultfd, pidfd_*, io_uring_setup, openat2; x32
         ("import os\nos.open('.', os.O_TMPFILE | os.O_RDWR)", "PermissionError"),
         ("import os\nopen('a', 'w').close()\nos.remove('a')", "PermissionError"),
@@ -170,12 +174,12 @@ SIGNALS = {
 @pytest.mark.parametrize("layers", ["both", "Landlock", "seccomp"])
 def test_no_signal_reaches_another_process(way, layers, monkeypatch, tmp_path):
     """Nor if one of the two layers that stop it were away."""
-    source = Path(sandbox.SCRIPT).read_text()
+    source = sandbox.SCRIPT.read_text()
     if layers == "Landlock":
         source = source.replace('("seccomp", restrict_system_calls)', '("seccomp", lambda: None)')
     elif layers == "seccomp":
         source = source.replace("version < 4 else 16 if version < 6 else 24", "version < 4 else 16")
-    assert layers == "both" or source != Path(sandbox.SCRIPT).read_text()
+    assert (layers == "both") == (source == sandbox.SCRIPT.read_text())
     (tmp_path / "confined.py").write_text(source)
     monkeypatch.setattr(sandbox, "SCRIPT", tmp_path / "confined.py")
     with subprocess.Popen(["sleep", "60"], start_new_session=True) as victim:

@@ -233,6 +233,30 @@ def test_a_grader_that_raises_stops_the_run_and_names_the_prompt(models, tmp_pat
         kibitz.train(recipe(*models, tmp_path / "run"), grader=broken)
 
 
+@pytest.mark.parametrize("reward", [float("nan"), float("-inf"), None, "1", 10**400, torch.ones(2), 1j])
+def test_a_reward_that_is_no_finite_number_is_named(reward, models, tmp_path):
+    with pytest.raises(RuntimeError, match=r"the grader gave .* of prompt '.*': a reward is a finite number"):
+        kibitz.train(recipe(*models, tmp_path / "run"), grader=lambda prompt, text: reward)
+
+
+def test_rows_without_an_answer_go_ungraded_where_no_reward_is_needed(models, tmp_path):
+    path = tmp_path / "p.jsonl"
+    rows = [{"prompt": f"{i}+2", **({"answer": str(i + 2)} if i % 2 else {})} for i in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"prompts": str(path), "world": None, "grader": "exact"}
+    tree = recipe(*models, tmp_path / "run", steps=1, data=data, eval={"prompts": str(path), "num_prompts": 4})
+    run = kibitz.train(tree, ["rollout.prompts_per_step=4"])
+    assert run.evals[-1]["sampled"]["num"] == 2 and run.evals[-1]["num_prompts"] == 4
+    path.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    tree = recipe(*models, tmp_path / "none", steps=1, data=data)
+    with pytest.raises(ValueError, match=r"row 1 \('0\+2'\): no answer to grade against"):
+        kibitz.train(tree)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = recipe(models[0], None, tmp_path / "grpo", steps=1, data=data, method={"type": "grpo"})
+    with pytest.raises(ValueError, match=r"row 1 \('0\+2'\): no answer to grade against"):
+        kibitz.train(tree)
+
+
 def test_training_outside_the_main_thread_works(models, tmp_path):
     """Signals can be handled in the main thread only."""
     runs = []

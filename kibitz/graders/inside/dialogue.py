@@ -87,7 +87,7 @@ FOR_THE_TESTS = {"call": call, "bool": bool, "get": public(getattr), "set": publ
 
 def content(value: Any):
     """A list, tuple, set or dict for an object of a class made from one; TypeError for any other."""
-    kind = next((kind for kind in (list, tuple, set, frozenset) if isinstance(value, kind)), None)
+    kind: Any = next((kind for kind in (list, tuple, set, frozenset) if isinstance(value, kind)), None)
     if kind is not None:
         return kind(kind.__iter__(value))
     if isinstance(value, dict):
@@ -177,7 +177,7 @@ class Line:
     # -------------------------------------------------------------- values
 
     def encode(self, value: Any):
-        kind = type(value)
+        kind: Any = type(value)
         if value is None or kind in (bool, float, str):
             return value
         if isinstance(value, int) and kind is not bool:
@@ -187,7 +187,8 @@ class Line:
         if isinstance(value, str):
             return str.__str__(value)
         if kind in (list, tuple, set, frozenset):
-            return {kind.__name__: [self.encode(part) for part in value]}
+            parts: Any = value
+            return {kind.__name__: [self.encode(part) for part in parts]}
         if kind in (dict, collections.defaultdict):
             return {"dict": [[self.encode(key), self.encode(part)] for key, part in value.items()]}
         if kind in (bytes, bytearray):
@@ -316,9 +317,9 @@ def serve(run, channel):
 def run_tests(tests, names, modules, channel, verdict):
     """The tests' end: statements one after another, up to the first that fails."""
 
-    def leave(reason, leave=os._exit, write=os.write):
-        write(verdict, json.dumps({"passed": not reason, "reason": reason}).encode())
-        leave(0)
+    def leave(reason: str) -> NoReturn:
+        os.write(verdict, json.dumps({"passed": not reason, "reason": reason}).encode())
+        os._exit(0)
 
     now = "the program"
     line = Line(channel, FOR_THE_TESTS, lambda reason: leave(f"{now}: {reason}"), holds_tests=True)
