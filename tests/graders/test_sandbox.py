@@ -109,12 +109,7 @@ def report_of(attack: str, limits: Limits = SLOW) -> sandbox.Outcome:
                 ),
                 *(0x40000000 | 72, 0x40000000 | 520),
             )
-<<<<<<< HEAD
-        ),
-        # x86_64: ptrace, rt_sigqueueinfo, prctl, tkill, timer_create, mq_open and _notify, keyctl, unshare, rt_tgsigqueueinfo,
-=======
         ),  # x86_64: ptrace, rt_sigqueueinfo, prctl, tkill, timer_create, mq_open and _notify, keyctl, rt_tgsigqueueinfo,
->>>>>>> graders
         # perf_event_open, process_vm_*, kcmp, memfd_create, bpf, userfaultfd, pidfd_*, io_uring_setup, openat2; x32
         ("import os\nos.open('.', os.O_TMPFILE | os.O_RDWR)", "PermissionError"),
         ("import os\nopen('a', 'w').close()\nos.remove('a')", "PermissionError"),
