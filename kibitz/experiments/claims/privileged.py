@@ -30,7 +30,7 @@ from kibitz.worlds import arithmetic
 
 SHOWN = "{{ prompt }}={{ response }}"
 SUCCESS = "{{ prompt }}{% if success %}={{ success }}{% endif %}"
-FIXED = "opsd"
+FIXED = "opsd-fixed"
 """The family of the arms whose teacher is the student as it began."""
 LESSON_STEPS, LESSONS_A_STEP = 300, 64
 
