@@ -96,33 +96,37 @@ def _sizes(recipe: Recipe, options: Options, prompt_lengths: list[int]) -> Itera
 def _measured(setup: Setup, options: Options) -> Iterator[Finding]:
     try:
         rollouts = measured.write(setup, options.prompts)
-        yield measured.endings(rollouts, setup.recipe.rollout.max_tokens)
+        yield measured.endings(rollouts, setup.parts.recipe.rollout.max_tokens)
         yield measured.itself(setup, rollouts)
         yield measured.engine_gap(setup, rollouts)
-        if setup.teacher is not None:
-            yield from _of_teacher(setup, setup.teacher, rollouts, options)
+        if setup.parts.teacher is not None:
+            yield from _of_teacher(setup, setup.parts.teacher, rollouts, options)
         written = None
-        if setup.teacher is not None and setup.grader and all(section.writes() for section in setup.recipe.teachers):
+        if (
+            setup.parts.teacher is not None
+            and setup.grader
+            and all(section.writes() for section in setup.parts.recipe.teachers)
+        ):
             written = measured.write_with(setup, teacher_engine(setup.parts), options.prompts)
         finding = measured.task(setup, written, rollouts)
         if finding is not None:
             yield finding
     finally:
         setup.engine.close()
-        if setup.teacher is not None:
-            setup.teacher.close()
+        if setup.parts.teacher is not None:
+            setup.parts.teacher.close()
 
 
 def _of_teacher(setup: Setup, teacher: Teacher, rollouts: list[Rollout], options: Options) -> Iterator[Finding]:
     """What it says of these rollouts; a chat endpoint says nothing, and stored scores know other rollouts."""
-    if not teacher.kinds or any(isinstance(section, StoredTeacherConfig) for section in setup.recipe.teachers):
+    if not teacher.kinds or any(isinstance(section, StoredTeacherConfig) for section in setup.parts.recipe.teachers):
         return
-    signals = teacher.score(rollouts, setup.recipe.optim.tokens_per_micro_batch)
+    signals = teacher.score(rollouts, setup.parts.recipe.optim.tokens_per_micro_batch)
     yield from measured.opinions(setup, rollouts, signals)
     if options.local_teacher is not None:
         if "sampled" not in teacher.kinds:
             raise ValueError("--local-teacher compares the written tokens' probabilities, and this teacher tells none")
-        copy = load_model(LocalTeacherConfig(model=options.local_teacher), "teacher", setup.student.device)
+        copy = load_model(LocalTeacherConfig(model=options.local_teacher), "teacher", setup.parts.student.device)
         both = [
             scorer.score(rollouts)
             for scorer in (teacher.scorer(ScoreRequest("sampled")), LocalScorer(copy, ScoreRequest("sampled")))

@@ -48,17 +48,17 @@ def write(setup: Setup, num_prompts: int) -> list[Rollout]:
 
 def write_with(setup: Setup, engine: Engine, num_prompts: int) -> list[Rollout]:
     """The same with an engine of the teacher's."""
-    sampling = replace(setup.parts.sampling, num_samples=1, seed=setup.recipe.seed)
+    sampling = replace(setup.parts.sampling, num_samples=1, seed=setup.parts.recipe.seed)
     prompts = setup.stream.prompts[:num_prompts]
     rollouts = joined(prompts, engine.generate(apart(prompts), sampling))
-    return grade(setup.grader, setup.student, rollouts)
+    return grade(setup.grader, setup.parts.student, rollouts)
 
 
 def itself(setup: Setup, rollouts: Sequence[Rollout], model: LanguageModel | None = None) -> Finding:
     """A student that is its own teacher has nothing to learn: shift, masks, vocabulary and precision are straight."""
-    tokens = setup.recipe.optim.tokens_per_micro_batch
-    signals = LocalScorer(model or setup.student, ScoreRequest(tokens_per_micro_batch=tokens)).score(rollouts)
-    kl_T = values_of(setup.student, rollouts, signals, Divergence(), tokens)["reverse_kl"]
+    tokens = setup.parts.recipe.optim.tokens_per_micro_batch
+    signals = LocalScorer(model or setup.parts.student, ScoreRequest(tokens_per_micro_batch=tokens)).score(rollouts)
+    kl_T = values_of(setup.parts.student, rollouts, signals, Divergence(), tokens)["reverse_kl"]
     most = kl_T.abs().max().item()
     if most == 0.0:
         return Finding("student against itself", "green", "reads 0 at every token", {"reverse_kl": 0.0})
@@ -73,8 +73,8 @@ def engine_gap(setup: Setup, rollouts: Sequence[Rollout]) -> Finding:
         return Finding(
             "engine against trainer", "green", "not compared: rollouts are not from the student's own distribution"
         )
-    tokens = setup.recipe.optim.tokens_per_micro_batch
-    signals = LocalScorer(setup.student, ScoreRequest("sampled", tokens_per_micro_batch=tokens)).score(rollouts)
+    tokens = setup.parts.recipe.optim.tokens_per_micro_batch
+    signals = LocalScorer(setup.parts.student, ScoreRequest("sampled", tokens_per_micro_batch=tokens)).score(rollouts)
     gaps = torch.cat([(s.logp_T.cpu() - r.logp_T).abs() for s, r in zip(signals, rollouts, strict=True)])  # type: ignore
     mean, most = gaps.mean().item(), gaps.max().item()
     text = f"log-probabilities differ by {mean:.1e} nats on average, {most:.1e} at most"
@@ -99,7 +99,9 @@ def teacher_gap(remote: Sequence[Signal], local: Sequence[Signal]) -> Finding:
 
 def opinions(setup: Setup, rollouts: Sequence[Rollout], signals: Sequence[Signal]) -> list[Finding]:
     """How far apart the two models are where the student goes, and whether the teacher's numbers look like a teacher's."""
-    values = values_of(setup.student, rollouts, signals, _criterion(signals), setup.recipe.optim.tokens_per_micro_batch)
+    values = values_of(
+        setup.parts.student, rollouts, signals, _criterion(signals), setup.parts.recipe.optim.tokens_per_micro_batch
+    )
     means = {name: value_T.mean().item() for name, value_T in values.items()}
     findings = [_distance(means)]
     if "top_k_overlap" in means:

@@ -46,25 +46,24 @@ from kibitz.types import Prompt, Rollout, Sampling
 
 @dataclass
 class Setup:
-    recipe: Recipe
+    """All that a run needs: what methods are made of, and what the loop has around them."""
+
+    parts: Parts
     folder: RunFolder
     resumed_from: Path | None
-    student: LanguageModel
     learner: LanguageModel
     """The student that is trained: the same, or beside a whole one in several processes its sharded copy."""
-    teacher: Teacher | None
     engine: Engine
+    """That of `parts`, whose passes nobody counts: for evaluation, and to hand it weights."""
     stream: PromptStream
     grader: Grader | None
     evaluator: Evaluator | None
-    parts: Parts
-    ranks: Ranks
 
     def close(self) -> None:
         """Let go of servers and of what the teacher holds."""
         self.engine.close()
-        if self.teacher is not None:
-            self.teacher.close()
+        if self.parts.teacher is not None:
+            self.parts.teacher.close()
 
 
 def prepare(
@@ -126,9 +125,7 @@ def prepare(
     parts = Parts(recipe, student, counted, teacher, sampling, encode, loss, mask_ids, stored, reference, ranks, ledger)
     parts.stateful.update({} if teacher is None else teacher.stateful)
     stream = PromptStream(prompts, recipe.seed, recipe.data.shuffle)
-    return Setup(
-        recipe, folder, resumed_from, student, learner, teacher, engine, stream, grader, evaluator, parts, ranks
-    )
+    return Setup(parts, folder, resumed_from, learner, engine, stream, grader, evaluator)
 
 
 def _check_other_models(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -83,7 +83,7 @@ def train(
     """
     Gauge(torch.device("cuda" if torch.cuda.is_initialized() else "cpu")).reset()  # loading begins
     setup = prepare(recipe, overrides, loss=loss, grader=grader, resume=resume, overwrite=overwrite)
-    watcher = Tracked((progress if setup.ranks.is_main else None) or NullProgress())
+    watcher = Tracked((progress if setup.parts.ranks.is_main else None) or NullProgress())
     try:
         Trainer(setup, watcher).run()
     finally:
@@ -102,9 +102,9 @@ class Trainer:
     stopped_by: Alarm | None = None
 
     def __post_init__(self) -> None:
-        self.recipe, self.student, self.folder = self.setup.recipe, self.setup.student, self.setup.folder
+        self.recipe, self.student, self.folder = self.setup.parts.recipe, self.setup.parts.student, self.setup.folder
         self.method = methods.build(self.setup.parts)
-        self.learner, self.ranks = self.setup.learner, self.setup.ranks
+        self.learner, self.ranks = self.setup.learner, self.setup.parts.ranks
         rounded = self.learner.model.dtype != self.student.model.dtype
         self.optimizer = Optimizer(self.learner.model, self.recipe.optim, keep_weights=rounded)
         assert "optimizer" not in self.setup.parts.stateful, "that is the name of the student's own"
@@ -120,7 +120,7 @@ class Trainer:
         self.ledger.note_peaks("loading")
         self.saved = self.done
         self.ranks.gather(None)  # all have loaded what an overwritten run may hold
-        self.folder.begin(self.done, self.student, self.setup.teacher)
+        self.folder.begin(self.done, self.student, self.setup.parts.teacher)
 
     def run(self) -> None:
         recipe = self.recipe
@@ -174,8 +174,8 @@ class Trainer:
         with ledger.timed("sampling"):
             copy_weights(self.learner, self.student)
             self.setup.engine.sync(self.student)
-            if self.setup.teacher is not None:
-                self.setup.teacher.sync(self.student)
+            if self.setup.parts.teacher is not None:
+                self.setup.parts.teacher.sync(self.student)
         self.done += 1
         if recipe.rollout.store:
             self.folder.store(self.done, [r for r in rollouts if not r.objective])
@@ -245,8 +245,8 @@ class Trainer:
             "flops": costs["flops"],
             **highest(self.ranks.gather(costs)),
         }
-        if self.setup.teacher is not None:
-            row |= self.setup.teacher.metrics()
+        if self.setup.parts.teacher is not None:
+            row |= self.setup.parts.teacher.metrics()
         self.folder.metrics.append(row)
         self.progress.step(row)
         self._sound(self.guards.watch_step(row))

@@ -404,7 +404,7 @@ def set_up(tmp_path, monkeypatch):
         setup = prepare(recipe(student, teacher, tmp_path / name, **sections))
         if method is not None:
             methods.METHODS["skd"] = skd.build
-            setup.parts = replace(setup.parts, recipe=setup.recipe.model_copy(update={"method": method}))
+            setup.parts = replace(setup.parts, recipe=setup.parts.recipe.model_copy(update={"method": method}))
         return setup
 
     return build
@@ -412,7 +412,7 @@ def set_up(tmp_path, monkeypatch):
 
 def test_the_loss_covers_the_first_token_the_teachers_tokens_and_the_end_and_nothing_else(set_up):
     setup = set_up("run", SKDConfig(accept_top_k=4))
-    method, student, teacher = methods.build(setup.parts), setup.student, teacher_model(setup)
+    method, student, teacher = methods.build(setup.parts), setup.parts.student, teacher_model(setup)
     rollouts = method.rollout(setup.stream.take(8), Step(0, 1, seed=1))
     assert 0.0 < share_of_teacher(rollouts) < 1.0
     scored = method.signal(rollouts, STEP)

@@ -55,8 +55,8 @@ def test_an_end_token_that_pads_too_is_learnt(tmp_path):
         tok.pad_token = tok.eos_token
         tok.save_pretrained(folder)
     one = Lab(tmp_path, tmp_path / "run", {"type": "sft"})
-    end = one.setup.student.tokenizer.eos_token_id
-    assert one.setup.student.tokenizer.pad_token_id == end
+    end = one.setup.parts.student.tokenizer.eos_token_id
+    assert one.setup.parts.student.tokenizer.pad_token_id == end
     assert all(r.response_ids[-1] == end for r in one.rollouts)
     losses = [-of_written(one.both(rollout)[0], rollout) for rollout in one.rollouts]
     assert one.values()[0] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)

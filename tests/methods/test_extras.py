@@ -33,7 +33,7 @@ def test_the_hold_adds_the_kl_to_the_reference_at_every_token(lab, small_models,
     """Loss and gradient, against the plain method and a sum over the vocabulary in float64."""
     other = {"reference": {"model": str(small_models / "teacher")}}
     held = lab(METHODS[name] | other | {"reference_kl": 0.3})
-    plain_method = methods.build(replace(held.parts, recipe=lab(METHODS[name], "plain").setup.recipe))
+    plain_method = methods.build(replace(held.parts, recipe=lab(METHODS[name], "plain").setup.parts.recipe))
     plain_loss, plain_gradient = held.values(plain_method.signal(held.rollouts, STEP), plain_method)
     loss, gradient = held.values()
     held.student.zero_grad()
@@ -157,7 +157,7 @@ def test_replay_adds_the_mean_cross_entropy_of_gold_responses(lab, name, normali
     plain = lab(METHODS[name] | {"normalize": normalize}, "plain")
     losses = [-of_written(mixed.both(r)[0], r) for r in gold]
     each = torch.stack([x.mean() for x in losses]) if normalize == "sequence" else torch.cat(losses)
-    method = methods.build(replace(mixed.parts, recipe=plain.setup.recipe))
+    method = methods.build(replace(mixed.parts, recipe=plain.setup.parts.recipe))
     plain_loss, _ = mixed.values(method.signal(own, STEP), method)
     assert mixed.values()[0] == pytest.approx(plain_loss + 0.7 * each.mean().item(), rel=1e-4)
 

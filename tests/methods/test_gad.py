@@ -96,8 +96,8 @@ def test_the_policy_gradient_of_its_score_is_exact_in_expectation(models, tmp_pa
     words, prompt = [4, 5, 6, 7, 8], Prompt((3, 9), "", "key")
     with torch.no_grad():
         scores = method._scores([answer([word], prompt.ids) for word in words])
-        hidden = setup.student.hidden(torch.tensor([prompt.ids]))[0, -1]
-        sampled = torch.log_softmax(setup.student.head(hidden[None])[0, words].double(), -1)
+        hidden = setup.parts.student.hidden(torch.tensor([prompt.ids]))[0, -1]
+        sampled = torch.log_softmax(setup.parts.student.head(hidden[None])[0, words].double(), -1)
     logits = sampled.clone().requires_grad_()  # a student of five words
     (wanted,) = torch.autograd.grad(-(torch.softmax(logits, -1) @ scores.double()), logits)
 

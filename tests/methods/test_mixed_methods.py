@@ -167,7 +167,7 @@ def test_without_its_parts_minillm_is_the_published_opd(lab):
 def test_with_nothing_to_come_minillm_is_the_exact_reverse_kl(lab):
     """discount 0 and the single-step term: the advantage is zero, and GKD's reverse KL is left."""
     one = lab({"type": "minillm", "teacher_mixed_alpha": 0.0, "discount": 0.0, "whiten": False})
-    plain = methods.build(replace(one.parts, recipe=lab({"type": "opd"}, "opd").setup.recipe))
+    plain = methods.build(replace(one.parts, recipe=lab({"type": "opd"}, "opd").setup.parts.recipe))
     loss, gradient = one.values(plain.signal(one.rollouts, STEP), plain)
     same_loss, same_gradient = one.values()
     assert same_loss == pytest.approx(loss, rel=1e-6)
@@ -262,7 +262,7 @@ def test_kdrl_is_grpo_and_k2_which_fades(lab, number, skip):
     rollouts = one.method.rollout(one.setup.stream.take(8), step := Step(number, 4, 11))
     for i, rollout in enumerate(rollouts):
         rollout.reward = float(i % 3) / 2
-    grpo = methods.build(replace(one.parts, recipe=lab({"type": "grpo"}, "grpo").setup.recipe))
+    grpo = methods.build(replace(one.parts, recipe=lab({"type": "grpo"}, "grpo").setup.parts.recipe))
     plain_loss, plain_gradient = one.values(grpo.signal(rollouts, step), grpo)
     loss, gradient = one.values(one.method.signal(rollouts, step))
     one.student.zero_grad()

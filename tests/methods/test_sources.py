@@ -30,8 +30,8 @@ LIMIT = 12  # rollout.max_tokens of `support.recipe`
 def world(models, tmp_path_factory) -> SimpleNamespace:
     """Loaded models, prompts, and both as sources: `student` and `teacher`."""
     setup = prepare(recipe(*models, tmp_path_factory.mktemp("world") / "run"))
-    setup.student.requires_grad_(False)
-    engines = {"student": TorchEngine(setup.student), "teacher": TorchEngine(teacher_model(setup))}
+    setup.parts.student.requires_grad_(False)
+    engines = {"student": TorchEngine(setup.parts.student), "teacher": TorchEngine(teacher_model(setup))}
     student = Generated(engines["student"], setup.parts.sampling)
     teacher = Generated(engines["teacher"], setup.parts.sampling, Writer.TEACHER)
     return SimpleNamespace(setup=setup, prompts=setup.stream.prompts[:8], student=student, teacher=teacher)
@@ -225,7 +225,7 @@ def test_everybody_wrote_what_the_marks_say(world):
         token_T1 = torch.tensor(rollout.response_ids)[:, None]
         student_T, teacher_T = (
             m.model(ids).logits[0, first:-1, : m.vocab_size].log_softmax(-1).gather(-1, token_T1)[:, 0]
-            for m in (world.setup.student, teacher_model(world.setup))
+            for m in (world.setup.parts.student, teacher_model(world.setup))
         )
         want_T = torch.where(rollout.writer_T == Writer.TEACHER, teacher_T, student_T)
         torch.testing.assert_close(rollout.logp_T, want_T.detach(), rtol=1e-4, atol=1e-4)
@@ -291,14 +291,14 @@ def test_the_loss_of_a_seeded_step_is_that_of_the_students_tokens(models, tmp_pa
     setup = prepare(recipe(*models, tmp_path / "run", method={"type": "opd", "seed_tokens": 4, **method}))
     built = methods.build(setup.parts)
     scored = built.signal(built.rollout(setup.stream.take(4), NOW), NOW)
-    loss, _ = built.loss(setup.student, pack(scored, setup.student.device))
+    loss, _ = built.loss(setup.parts.student, pack(scored, setup.parts.student.device))
     want = 0.0
     for rollout in (one.rollout for one in scored):
         ids, first = torch.tensor([[*rollout.prompt.ids, *rollout.response_ids]]), len(rollout.prompt.ids) - 1
         with torch.no_grad():
             student_TV, teacher_TV = (
                 m.model(ids).logits[0, first:-1, : m.vocab_size].double().log_softmax(-1)
-                for m in (setup.student, teacher_model(setup))
+                for m in (setup.parts.student, teacher_model(setup))
             )
         gap_TV = (student_TV - teacher_TV)[rollout.num_seeded :]
         if not method:
@@ -396,7 +396,7 @@ def test_rollouts_come_back_as_they_were_stored(world, tmp_path):
     ]
     rollouts[0].writer_T = torch.tensor([Writer.ENVIRONMENT] + [Writer.STUDENT] * (rollouts[0].num_tokens - 1))
     save_rollouts(tmp_path / "r.jsonl", rollouts)
-    found = load_rollouts(tmp_path / "r.jsonl", world.prompts, world.setup.student.vocab_size, 4, LIMIT)
+    found = load_rollouts(tmp_path / "r.jsonl", world.prompts, world.setup.parts.student.vocab_size, 4, LIMIT)
     back = [r for prompt in world.prompts for r in found[prompt.key]]
     want = [r for prompt in world.prompts for r in rollouts if r.prompt.key == prompt.key]
     for one, other in zip(back, want, strict=True):
@@ -437,7 +437,7 @@ def test_stored_rollouts_that_do_not_fit_are_refused(world, tmp_path, change, me
     rows[1] = {"text": "hello"} if change is None else rows[1] | change
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(ValueError, match=message):
-        load_rollouts(tmp_path / "r.jsonl", world.prompts, world.setup.student.vocab_size, 2, LIMIT)
+        load_rollouts(tmp_path / "r.jsonl", world.prompts, world.setup.parts.student.vocab_size, 2, LIMIT)
 
 
 def test_stored_rollouts_are_refused_before_weights_load(models, written, tmp_path, monkeypatch):

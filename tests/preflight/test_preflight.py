@@ -157,7 +157,7 @@ def test_a_judge_and_a_reference_take_the_memory_that_they_really_have(small_mod
     more = {name: size for name, size in plan.held.items() if name not in without.held}
     assert more["reference weights"] == sum(p.nbytes for p in setup.parts.reference.models[0].model.parameters())
     assert more["judge weights"] == sum(p.nbytes for p in judge.model.model.parameters())
-    width = setup.student.model.config.hidden_size
+    width = setup.parts.student.model.config.hidden_size
     learnt = sum(p.nbytes for p in parameters) - 4 * width  # but for the number on top
     assert more["judge's moments and masters"] == 2 * learnt
     assert plan.phases["scoring"]["judge's gradients"] == learnt
@@ -214,7 +214,7 @@ def test_an_adapter_is_as_large_as_the_one_that_is_trained(targets, small_models
     tree["student"]["lora"] = {"rank": 4, "targets": targets}
     asks = config.load(tree, [])
     shape = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32)
-    trained = prepare(asks, overwrite=True).student.num_trainable
+    trained = prepare(asks, overwrite=True).parts.student.num_trainable
     assert shape.lora_parameters(4, targets) == trained
     assert budget.memory(asks, budget.Models(shape), 20).held["moments of the optimizer"] == 8 * trained
 
@@ -325,7 +325,7 @@ def setup(small_models):
 def test_a_student_reads_zero_against_itself_and_not_against_other_weights(setup):
     rollouts = measured.write(setup, 6)
     assert measured.itself(setup, rollouts).light == "green"
-    other = copy.deepcopy(setup.student)
+    other = copy.deepcopy(setup.parts.student)
     with torch.no_grad():
         other.model.get_output_embeddings().weight[3, 3] += 0.5
     assert measured.itself(setup, rollouts, other).light == "red"
@@ -344,7 +344,7 @@ def test_an_engine_with_other_weights_is_red(setup):
 
 def test_a_teacher_that_ignores_the_temperature_is_red(setup):
     rollouts = measured.write(setup, 2)
-    scores = [setup.teacher.scorer(ScoreRequest("top_k", 5, tau)).score(rollouts)[0] for tau in (1.0, 2.0)]
+    scores = [setup.parts.teacher.scorer(ScoreRequest("top_k", 5, tau)).score(rollouts)[0] for tau in (1.0, 2.0)]
     assert all(isinstance(score, TopK) for score in scores)
     assert measured.loss_temperature(*scores).light == "green"
     assert measured.loss_temperature(scores[0], scores[0]).light == "red"
@@ -353,14 +353,14 @@ def test_a_teacher_that_ignores_the_temperature_is_red(setup):
 def test_distance_from_every_kind_of_signal(setup):
     rollouts = measured.write(setup, 6)
     exact, coarse, sampled = (
-        measured.opinions(setup, rollouts, setup.teacher.scorer(ScoreRequest(kind, 4)).score(rollouts))
+        measured.opinions(setup, rollouts, setup.parts.teacher.scorer(ScoreRequest(kind, 4)).score(rollouts))
         for kind in ("dense", "top_k", "sampled")
     )
     kl = [found[0].numbers["reverse_kl"] for found in (exact, coarse, sampled)]
     assert 0 < kl[1] < kl[0]
     assert kl[2] > 0
     assert exact[0].numbers["teacher_logp"] == pytest.approx(sampled[0].numbers["teacher_logp"], abs=1e-4)
-    same = measured.opinions(setup, rollouts, LocalScorer(setup.student, ScoreRequest()).score(rollouts))
+    same = measured.opinions(setup, rollouts, LocalScorer(setup.parts.student, ScoreRequest()).score(rollouts))
     assert same[0].light == "amber"
     assert "nothing to learn" in same[0].text
 

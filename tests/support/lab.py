@@ -25,7 +25,7 @@ class Lab:
         sections["optim"] = {"tokens_per_micro_batch": 200, **sections.get("optim", {})}
         tree = recipe(models / "student", models / "teacher", output, method=method, **sections)
         self.setup = setup.prepare(tree, grader=odd)
-        self.parts, self.student = self.setup.parts, self.setup.student
+        self.parts, self.student = self.setup.parts, self.setup.parts.student
         self.method = methods.build(self.parts)
         if own:
             sampling = replace(self.parts.sampling, seed=5)

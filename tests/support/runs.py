@@ -48,7 +48,7 @@ def model_of(teacher) -> Any:
 
 
 def teacher_model(setup) -> Any:
-    return model_of(setup.teacher)
+    return model_of(setup.parts.teacher)
 
 
 def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -47,8 +47,10 @@ def only(teacher, kind):
 
 def test_evaluation_takes_the_most_telling_signal(setup, rollouts):
     """Exact from a dense one; from the top K a lower bound, which is exact for K = V; from the sampled token the k3 estimate."""
-    exact = mean_reverse_kl(setup.student, setup.teacher, rollouts)
-    bound = mean_reverse_kl(setup.student, only(setup.teacher, "top_k"), rollouts)  # asked for 64 of 21 tokens: all
+    exact = mean_reverse_kl(setup.parts.student, setup.parts.teacher, rollouts)
+    bound = mean_reverse_kl(
+        setup.parts.student, only(setup.parts.teacher, "top_k"), rollouts
+    )  # asked for 64 of 21 tokens: all
     assert bound == pytest.approx(exact, rel=1e-4)
     total, num = 0.0, 0
     for r, mine, theirs in zip(
@@ -57,13 +59,13 @@ def test_evaluation_takes_the_most_telling_signal(setup, rollouts):
         gap_T = theirs - mine
         total += (gap_T.exp() - 1 - gap_T).sum().item()
         num += r.num_tokens
-    assert mean_reverse_kl(setup.student, only(setup.teacher, "sampled"), rollouts) == pytest.approx(
+    assert mean_reverse_kl(setup.parts.student, only(setup.parts.teacher, "sampled"), rollouts) == pytest.approx(
         total / num, rel=1e-4
     )
 
 
 def _sampled(setup, who, rollouts):
-    model = setup.student if who == "student" else setup.teacher.writer(lambda model: model)
+    model = setup.parts.student if who == "student" else setup.parts.teacher.writer(lambda model: model)
     for r in rollouts:
         ids, first = torch.tensor([[*r.prompt.ids, *r.response_ids]]), len(r.prompt.ids) - 1
         with torch.no_grad():
@@ -73,7 +75,8 @@ def _sampled(setup, who, rollouts):
 
 def test_the_heat_map_shows_what_the_teacher_can_tell(setup, rollouts):
     dense, top_k, sampled = (
-        annotate(setup.student, only(setup.teacher, kind), rollouts[:3]) for kind in ("dense", "top_k", "sampled")
+        annotate(setup.parts.student, only(setup.parts.teacher, kind), rollouts[:3])
+        for kind in ("dense", "top_k", "sampled")
     )
     for exact, bound, single in zip(dense, top_k, sampled, strict=True):
         assert exact["fork"] == bound["fork"] == single["fork"]
@@ -138,4 +141,4 @@ def test_a_mistake_in_the_teachers_section_is_told_without_its_kind():
 
 def test_a_run_without_a_teacher_needs_none(models, tmp_path):
     setup = prepare(recipe(models / "student", None, tmp_path / "run", method={"type": "sft"}))
-    assert setup.teacher is None and setup.evaluator.teacher is None
+    assert setup.parts.teacher is None and setup.evaluator.teacher is None

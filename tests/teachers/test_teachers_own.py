@@ -89,17 +89,17 @@ def test_start_stays_what_the_run_found_also_when_it_goes_on(models, tmp_path):
 def test_the_average_is_that_of_the_weights_after_each_step(models, tmp_path):
     setup = prepare(tree(models, tmp_path, {"student": "ema", "decay": 0.75}))
     trainer = Trainer(setup, NullProgress())
-    want = {name: p.detach().double().clone() for name, p in setup.student.model.named_parameters()}
+    want = {name: p.detach().double().clone() for name, p in setup.parts.student.model.named_parameters()}
     for _ in range(3):
         trainer.step()
-        want = {n: 0.75 * want[n] + 0.25 * p.detach().double() for n, p in setup.student.model.named_parameters()}
+        want = {n: 0.75 * want[n] + 0.25 * p.detach().double() for n, p in setup.parts.student.model.named_parameters()}
     average = setup.parts.stateful["teacher"]
     for name, p in average.model.model.named_parameters():
         torch.testing.assert_close(p.double(), want[name], rtol=0, atol=1e-6)
         assert not p.requires_grad
     r = some_rollouts(setup.stream.prompts[:1])
-    assert setup.student.head is not average.model.head
-    torch.testing.assert_close(said(setup.teacher, r)[0], plain_logp(average.model, r[0]))
+    assert setup.parts.student.head is not average.model.head
+    torch.testing.assert_close(said(setup.parts.teacher, r)[0], plain_logp(average.model, r[0]))
 
 
 def test_a_run_with_an_average_goes_on_bit_for_bit(models, tmp_path):
@@ -123,12 +123,12 @@ def test_an_adapters_average_shares_the_base(models, tmp_path):
     source = tree(models, tmp_path, {"student": "ema"}, student={"lora": LORA})
     setup = prepare(source)
     average = setup.parts.stateful["teacher"]
-    ours, theirs = (dict(m.model.named_parameters()) for m in (setup.student, average.model))
+    ours, theirs = (dict(m.model.named_parameters()) for m in (setup.parts.student, average.model))
     assert {n for n in ours if ours[n].data_ptr() == theirs[n].data_ptr()} == {n for n in ours if "lora" not in n}
     assert set(average.state()) == {n for n in ours if "lora" in n}
     trainer = Trainer(setup, NullProgress())
     trainer.step()
-    a, b = (dict(m.model.named_parameters()) for m in (setup.student, average.model))
+    a, b = (dict(m.model.named_parameters()) for m in (setup.parts.student, average.model))
     name = next(n for n in a if "lora_B" in n)
     torch.testing.assert_close(b[name], 0.05 * a[name])  # B began at 0
 
@@ -143,16 +143,16 @@ def test_the_base_teaches_an_adapter_without_a_second_copy(models, tmp_path, kin
     trainer.step()
     monkeypatch.undo()
     fresh = language_model(models / "student")
-    for one, logp in zip(r, said(setup.teacher, r), strict=True):
+    for one, logp in zip(r, said(setup.parts.teacher, r), strict=True):
         torch.testing.assert_close(logp, plain_logp(fresh, one, hinted(one)), rtol=0, atol=1e-5)
-        assert (plain_logp(setup.student, one, hinted(one)) - logp).abs().max() > 1e-4  # and is on again
+        assert (plain_logp(setup.parts.student, one, hinted(one)) - logp).abs().max() > 1e-4  # and is on again
     sampling = Sampling(max_tokens=8, seed=3)
-    ours = setup.teacher.writer(TorchEngine).generate([r[0].prompt], sampling)
+    ours = setup.parts.teacher.writer(TorchEngine).generate([r[0].prompt], sampling)
     alone = TorchEngine(fresh).generate([replace(r[0].prompt, ids=hinted(r[0]))], sampling)
     assert ours[0].response_ids == alone[0].response_ids
-    (signal,) = setup.teacher.scorer(ScoreRequest()).score(r[:1])
-    assert signal.head.projection.weight is setup.student.model.get_output_embeddings().weight
-    assert len(loaded) == 1 and setup.teacher.num_parameters == setup.student.num_parameters
+    (signal,) = setup.parts.teacher.scorer(ScoreRequest()).score(r[:1])
+    assert signal.head.projection.weight is setup.parts.student.model.get_output_embeddings().weight
+    assert len(loaded) == 1 and setup.parts.teacher.num_parameters == setup.parts.student.num_parameters
 
 
 def test_the_same_weights_with_the_same_prompt_read_zero(models, tmp_path):
