@@ -296,7 +296,7 @@ def test_the_loss_of_a_seeded_step_is_that_of_the_students_tokens(models, tmp_pa
     """Against full forward passes in float64. No credit flows from the seed either: it comes first."""
     setup = prepare(recipe(*models, tmp_path / "run", method={"type": "opd", "seed_tokens": 4, **method}))
     built = methods.build(setup.parts)
-    scored = built.signal(built.rollout(setup.stream.take(4), NOW), NOW)
+    scored = built.signal(built.rollout(setup.stream.take(4), NOW))
     loss, _ = built.loss(setup.student, pack(scored, setup.student.device))
     want = 0.0
     for rollout in (one.rollout for one in scored):
