@@ -91,8 +91,9 @@ def _only_one(_: Prompt) -> Sequence[Voice]:
 class Teacher:
     """All that a run knows of its teacher. `kinds` are the signals that it can give, the most telling first.
 
-    `scorer(request)` scores for training. `examiner(request)` scores for evaluations and heat-maps, which fill no store;
-    None where nobody can, because the teacher knows certain rollouts only. `voices(prompt)`: several teachers one by one.
+    `scorer(request)` scores for training. `examiner(request)` scores for evaluations and heat-maps, and fills no store;
+    None where these do without the teacher: it is behind a server, or knows certain rollouts only. `voices(prompt)`:
+    several teachers one by one.
 
     `writer(make)`: an engine that writes as this teacher; a model in this process is driven by what `make` makes of it,
     and who cannot do that raises ValueError. `check(prompts, max_tokens)` raises ValueError where the longest do not fit.
@@ -114,6 +115,6 @@ class Teacher:
     voices: Callable[[Prompt], Sequence[Voice]] = _only_one
 
     def score(self, rollouts: Sequence[Rollout], tokens_per_micro_batch: int = 16384) -> list[Signal]:
-        """The most telling signals that it has, at temperature 1: for evaluation and the heat-map."""
-        assert self.examiner is not None, "this teacher knows certain rollouts only"
-        return self.examiner(ScoreRequest(self.kinds[0], tokens_per_micro_batch=tokens_per_micro_batch)).score(rollouts)
+        """The most telling signals that it has, at temperature 1: for evaluation, the heat-map and checks."""
+        scorer = self.examiner or self.scorer
+        return scorer(ScoreRequest(self.kinds[0], tokens_per_micro_batch=tokens_per_micro_batch)).score(rollouts)
