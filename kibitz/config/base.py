@@ -1,4 +1,4 @@
-"""What every section of a recipe shares."""
+"""The base class of every section of a recipe, and the error for a recipe that is wrong."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class RecipeError(ValueError):
-    """What is wrong with a recipe, where, and what to write instead."""
+    """A recipe is wrong. The message says what is wrong, where, and what to write instead."""
 
 
 class Section(BaseModel):

@@ -1,4 +1,4 @@
-"""When a run is called sick, and what then."""
+"""The `guards` section: the thresholds at which a collapse guard raises an alarm, and the action that follows."""
 
 from typing import Annotated, Any, Literal
 
@@ -25,10 +25,10 @@ RolloutGuardAction = Annotated[Literal["off", "warn", "mask", "stop"], BeforeVal
 
 
 class GuardConfig(Section):
-    """Collapse guards. Each compares the last steps with the run's first or best ones and speaks once per problem.
+    """Collapse guards. Each compares the last steps with the run's first or best ones and reports each problem once.
 
-    A field that bears a guard's name is its action: off, warn, stop (after the step, with a checkpoint), or mask: warn, and
-    learn nothing, in any step, from the rollouts that show the symptom themselves."""
+    A field with a guard's name is its action: off, warn, stop (after the step, with a checkpoint), or mask (warn, and learn
+    nothing, in any step, from the rollouts that show the symptom themselves)."""
 
     early: int = Field(
         20,

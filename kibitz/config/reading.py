@@ -1,4 +1,4 @@
-"""From YAML and `a.b=value` to a checked recipe, and back; mistakes become sentences."""
+"""Read a recipe from YAML and `a.b=value` overrides, check it, and write it back. Mistakes are reported as sentences."""
 
 import difflib
 import json
@@ -18,7 +18,7 @@ TAGGED: dict[str, dict[str, Any]] = {"method": METHOD_CONFIGS, "teacher": TEACHE
 
 
 def load(source: "str | Path | dict | Recipe", overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """A checked recipe from a YAML file, a dict or a recipe, with `a.b=value` overrides (values are YAML)."""
+    """Return a checked recipe from a YAML file, a dict or a recipe, with `a.b=value` overrides (values are YAML)."""
     if isinstance(source, Recipe):
         tree = source.model_dump(mode="json", exclude_unset=True)
     elif isinstance(source, dict):
@@ -68,7 +68,7 @@ def _assign(tree: dict, override: str) -> None:
 
 
 def _drop_twins(method: Any, place: list[str]) -> None:
-    """What an override says replaces the same setting in the other place where its method lets it stand."""
+    """Remove the same setting from the other place in which its method allows it, so that the override replaces it."""
     section = METHOD_CONFIGS.get(method_type(method) or "")
     for name, inner in section.also_here.items() if section is not None and isinstance(method, dict) else ():
         if place == [name] and isinstance(method.get(inner), dict):
@@ -78,7 +78,7 @@ def _drop_twins(method: Any, place: list[str]) -> None:
 
 
 def _place(entries: list, name: str, override: str) -> int:
-    """Of an entry in a list, such as the 1 of `teacher.1.weight`."""
+    """Return the index of an entry in a list, such as the 1 of `teacher.1.weight`."""
     if not name.isdecimal() or int(name) >= len(entries):
         raise RecipeError(
             f"cannot read the override {override!r}: {name} is none of the {len(entries)} entries, 0 and on"
@@ -137,10 +137,10 @@ def _section_of(annotation: Any) -> type[Section]:
 
 
 def dump(recipe: Recipe) -> str:
-    """The whole recipe as YAML, defaults included, so that a run folder says all that was used."""
+    """Return the whole recipe as YAML, defaults included, so that a run folder records every setting."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def json_schema() -> dict:
-    """For editors: put `# yaml-language-server: $schema=recipe.schema.json` at the head of a recipe."""
+    """Return the JSON schema of a recipe. Editors use it after the line `# yaml-language-server: $schema=recipe.schema.json`."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}

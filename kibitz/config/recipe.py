@@ -65,21 +65,22 @@ class Recipe(Section):
 
     @property
     def teachers(self) -> tuple[TeacherConfig, ...]:
-        """All of them: none, one, or those of the list."""
+        """All teachers: none, one, or those of the list."""
         if self.teacher is None:
             return ()
         return tuple(self.teacher) if isinstance(self.teacher, list) else (self.teacher,)
 
     def wants_demonstrations(self) -> bool:
-        """Whether the rows of the data must bring responses: for the method, or for what a teacher reads."""
+        """Return True if the rows of the data must have responses, for the method or for a teacher's context."""
         return self.method.needs().responses or self.method.replay > 0 or self.teachers_need_responses()
 
     def may_have_gaps(self) -> bool:
-        """Whether some rows may have none all the same."""
+        """Return True if some of these rows may lack a response."""
         return self.method.needs().fills_gaps and not self.teachers_need_responses()
 
     def other_models(self) -> dict[str, ModelConfig]:
-        """What the method loads beside student and teacher, by the key of its section: as that says, or as the student."""
+        """Return the sections of the models that the method loads besides student and teacher, by key. A model without a section
+        of its own is loaded like the student."""
         found: dict[str, ModelConfig] = {}
         if self.method.needs_reference():
             found["reference"] = self.method.reference or self.student

@@ -31,7 +31,7 @@ class ModelConfig(Section):
 
 
 class FrozenConfig(ModelConfig):
-    """A model that is only read, and what keeps it small."""
+    """A frozen model, with settings that reduce its memory."""
 
     quantize: Literal["int8"] | None = Field(
         None,
@@ -49,7 +49,7 @@ class FrozenConfig(ModelConfig):
     @model_validator(mode="after")
     def _not_compiled(self) -> "FrozenConfig":
         if self.compile and (self.quantize or self.offload):
-            raise ValueError("weights of 8 bits or that come and go are not compiled: leave out compile")
+            raise ValueError("a model with quantize (8 bits) or offload cannot be compiled: leave out compile")
         return self
 
 
@@ -83,7 +83,7 @@ class LoraConfig(Section):
 
 
 class StudentConfig(ModelConfig):
-    """The model that plays: it writes the rollouts and is trained."""
+    """The model that writes the rollouts and is trained."""
 
     lora: LoraConfig | None = Field(
         None, description="Train adapters only, such as {rank: 32}. Without it every weight learns."
@@ -101,7 +101,7 @@ class Columns(Section):
 
 
 class DataConfig(Section):
-    """Where the prompts come from: a file, a `datasets` name, or a toy world."""
+    """The source of the prompts: a file, a `datasets` name, or a toy world."""
 
     prompts: str | None = Field(None, description="JSONL, parquet, or a name for `datasets.load_dataset`.")
     world: str | None = Field(None, description="A toy world that a CPU can learn; see `kibitz worlds`.")
@@ -121,9 +121,11 @@ class DataConfig(Section):
     pick: Literal["first", "random"] = Field(
         "first", description="Which rows `limit` leaves: random ones are the same for every seed of the run."
     )
-    max_prompt_tokens: int = Field(1024, ge=1, description="Of the rendered prompt. 1024: Thinking Machines' cookbook.")
+    max_prompt_tokens: int = Field(
+        1024, ge=1, description="Limit on the rendered prompt. 1024: Thinking Machines' cookbook."
+    )
     too_long: Literal["error", "drop"] = Field(
-        "error", description="What becomes of a longer prompt. drop: it is left out; `kibitz check` says how many are."
+        "error", description="The treatment of a longer prompt. drop: it is left out; `kibitz check` says how many are."
     )
     shuffle: bool = Field(True, description="A new order each epoch, decided by the seed.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the world, such as {corrupted: 0.9}.")
@@ -161,7 +163,7 @@ class RolloutServerConfig(ServerConfig):
 
 
 class RolloutConfig(Section):
-    """How responses are written. One step takes `prompts_per_step` x `samples_per_prompt` rollouts."""
+    """The sampling of responses. One step takes `prompts_per_step` x `samples_per_prompt` rollouts."""
 
     engine: Literal["torch", "vllm"] = Field(
         "torch", description="torch: the embedded engine, on the student's own weights; vllm: the servers at urls."
@@ -208,7 +210,7 @@ class RolloutConfig(Section):
 
     @property
     def truncated(self) -> bool:
-        """Whether tokens are drawn from less than the whole distribution."""
+        """True if `top_p` or `top_k` cuts tokens from the distribution that is sampled."""
         return self.top_p < 1 or self.top_k > 0
 
 
@@ -249,7 +251,7 @@ class OptimConfig(Section):
     )
     hidden_states: Literal["auto", "device", "cpu"] = Field(
         "auto",
-        description="Where the teacher's hidden states of a step wait for the loss. cpu: in page-locked memory, from where each "
+        description="Place of the teacher's hidden states until the loss needs them. cpu: page-locked memory, from where each "
         "chunk of the loss takes its own. auto: cpu if models are on a GPU and a step keeps more than 1 GiB, which takes longer "
         "to compute than to carry. The loss does not depend on it; signal_bytes in metrics.jsonl says how large they are.",
     )
@@ -266,7 +268,7 @@ class OptimConfig(Section):
 
 
 class EvalConfig(Section):
-    """When and on what the student is measured: T=1, greedy, pass@k, reverse KL to the teacher."""
+    """The evaluation of the student: accuracy at T=1 and greedy, pass@k, and reverse KL to the teacher."""
 
     every: int = Field(20, ge=0, description="In steps; 0: only before and after. 20: the cookbook.")
     prompts: str | None = Field(None, description="File or dataset; without it the world's dev split, or none.")
@@ -278,7 +280,7 @@ class EvalConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the processes that torchrun started divide one student (FSDP2); see docs/machines.md."""
+    """The division of one student over the processes that torchrun started (FSDP2); see docs/machines.md."""
 
     shard: int | None = Field(
         None, ge=1, description="Processes that hold one copy of the weights and moments between them; all, if not set."
@@ -306,7 +308,7 @@ class SaveConfig(Section):
 
 
 class TrackConfig(Section):
-    """Where else the metrics go. Keys for it stand in the environment (WANDB_API_KEY), never in a recipe."""
+    """A tracker that also gets the metrics. Its keys stand in the environment (WANDB_API_KEY), never in a recipe."""
 
     to: Literal["tensorboard", "wandb", "trackio"] = Field(
         description="tensorboard: files in the folder of the run; wandb; trackio: a local database. Extras of the same names."

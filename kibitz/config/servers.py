@@ -9,7 +9,7 @@ from kibitz.config.base import Section
 
 
 def checked_url(url: str) -> str:
-    """An address of a server, without anything secret in it: recipes are written into run folders."""
+    """Return a server's address in its plain form. It must hold no secret, because recipes are written into run folders."""
     try:
         parts = urlsplit(url)
         bad = parts.scheme not in ("http", "https") or not parts.hostname or (parts.port or 1) < 1
@@ -20,7 +20,7 @@ def checked_url(url: str) -> str:
             "an address holds no user, password or query: put the key into the environment, KIBITZ_API_KEY"
         )
     if bad or not url.isprintable() or " " in url:
-        raise ValueError(f"{url!r:.100} is no address of a server: write one such as http://127.0.0.1:8000")
+        raise ValueError(f"{url!r:.100} is not the address of a server: write one such as http://127.0.0.1:8000")
     return url.rstrip("/").removesuffix("/v1")
 
 
@@ -28,7 +28,7 @@ ServerURL = Annotated[str, AfterValidator(checked_url)]
 
 
 class ServerConfig(Section):
-    """Requests to a server. What a request asks for does not depend on any of it."""
+    """Requests to a server. These settings do not change a request's content."""
 
     timeout: float = Field(
         600.0, gt=0, description="Seconds for one request, its answer read to the end; a long one takes minutes."

@@ -10,15 +10,16 @@ from kibitz.config.sections import FrozenConfig, StudentConfig
 from kibitz.config.servers import ServerConfig, ServerURL
 
 SignalKind = Literal["dense", "top_k", "named", "sampled", "spans", "span_distributions"]
-"""What a teacher can say of a token: its whole distribution, the K likeliest tokens, those that it is asked about, or the
-written one's probability. With a tokenizer of its own, the probability of a span of text, alone or with a distribution
-over its first token."""
+"""The kinds of signal that a teacher can give for a token: its whole distribution (dense), its K likeliest tokens (top_k), the
+tokens that it is asked about (named), or the sampled token's log-probability (sampled). A teacher with its own tokenizer
+gives the log-probability of a span of text, alone (spans) or with a distribution over its first token (span_distributions)."""
 
 
 class ContextConfig(Section):
-    """What the teacher reads and the student does not. Templates are Jinja's, in a sandbox. They know the row's columns,
-    `prompt`, `answer`, `response` (the demonstration) and `task`; and of the rollout that is scored `attempt` (its text),
-    `reward`, and `success`: another response to the same prompt, of this step, with reward 1, or none."""
+    """Privileged context: text that the teacher reads and the student does not. Templates are Jinja's, in a sandbox. Their
+    variables are the row's columns, `prompt`, `answer`, `response` (the demonstration) and `task`; and, from the rollout that
+    is scored, `attempt` (its text), `reward`, and `success` (another response of this step to the same prompt, with reward 1,
+    or none)."""
 
     prompt: str = Field(
         "{{ prompt }}", description="Takes the place of the last user message, in the teacher's prompt."
@@ -29,7 +30,7 @@ class ContextConfig(Section):
     )
 
     def names(self) -> set[str]:
-        """What the templates speak of."""
+        """Return the names of the variables that the templates use."""
         from jinja2 import TemplateSyntaxError, meta, sandbox
 
         environment = sandbox.ImmutableSandboxedEnvironment()
@@ -41,15 +42,15 @@ class ContextConfig(Section):
 
 
 class TeacherConfig(Section):
-    """What a teacher shares with every other one."""
+    """The settings that all teachers share."""
 
     store: str | None = Field(
         None,
-        description="Folder that keeps what the teacher says, so that it need not read the same rollout again, in this run or "
+        description="Folder that keeps the teacher's scores, so that it need not read the same rollout again, in this run or "
         "another (Lightning OPD, 2604.13010). Whole distributions take 2-4 bytes x its width for each token.",
     )
     name: str | None = Field(
-        None, description="What the heat-map calls it, and a row's column `route`. Off: its number."
+        None, description="Its name in the heat-map and in a row's column `route`. Off: its number."
     )
     tasks: list[str] = Field(
         default_factory=list,
@@ -63,24 +64,25 @@ class TeacherConfig(Section):
     )
     context: Annotated[
         ContextConfig | None, BeforeValidator(lambda value: {"prompt": value} if isinstance(value, str) else value)
-    ] = Field(None, description="What its prompt has and the student's has not; a text is the template of the prompt.")
+    ] = Field(None, description="Privileged context, for its prompt alone; a text is the template of the prompt.")
 
     def says_by(self) -> dict[str, Any]:
-        """The settings that change what it says: a store of its scores is refused to a teacher with others. Its context is
-        not among them: the store sees the prompt that came of it."""
+        """Return the settings that change its scores. A store of scores is refused to a teacher with other settings. The context
+        is not among them, because the store compares the prompt that was rendered with it."""
         silent = {"store", "model", "trust_remote_code", "name", "tasks", "weight", "context", "offload"}
         return self.model_dump(mode="json", exclude=silent, exclude_defaults=True)
 
     def answers(self) -> tuple[SignalKind, ...]:
-        """The kinds of signal that it can give, the most telling first."""
+        """Return the kinds of signal that it can give, the most informative first."""
         return ("dense", "top_k", "sampled")
 
     def writes(self) -> bool:
-        """Whether it can write responses."""
+        """Return True if it can write responses."""
         return True
 
     def reads_along(self) -> bool:
-        """Whether it is a model in this process that reads what the student reads, so that several can write one text."""
+        """Return True if it is a model in this process that reads the student's own prompt. Then several teachers can write one
+        text together."""
         return self.context is None
 
     def check(self, student: StudentConfig) -> None:
@@ -116,12 +118,12 @@ class LocalTeacherConfig(FrozenConfig, TeacherConfig):
     @model_validator(mode="after")
     def _keeps_tokens(self) -> "LocalTeacherConfig":
         if self.tokenizer == "own" and self.store is not None:
-            raise ValueError("a store keeps what is said of tokens, and this teacher speaks of spans: leave out store")
+            raise ValueError("a store keeps scores of tokens, and this teacher scores spans of text: leave out store")
         return self
 
 
 class StoredTeacherConfig(TeacherConfig):
-    """What some teacher said earlier of certain rollouts, and nothing else: no model is loaded."""
+    """Stored scores of some teacher for certain rollouts. No model is loaded."""
 
     stored: str = Field(description="A folder that `kibitz score --out` or `teacher.store` made.")
 
@@ -157,7 +159,7 @@ class RemoteTeacherConfig(TeacherConfig, ServerConfig):
 
 
 class ChatTeacherConfig(TeacherConfig, ServerConfig):
-    """A model of which only its text can be had: an OpenAI-compatible chat endpoint. For sft and gad."""
+    """A black-box teacher that gives text only, behind an OpenAI-compatible chat endpoint. For sft and gad."""
 
     chat: ServerURL = Field(description="Its address, without /v1/chat/completions.")
     model: str | None = Field(None, description="The name that it is served under; without it the only one served.")
@@ -190,7 +192,7 @@ class StudentTeacherConfig(TeacherConfig):
                 "teacher.student: base is a student without its adapter: write student.lora, or teacher.student=start"
             )
         if self.student == "current" and self.context is None:
-            raise ValueError("teacher.student: current says what the student says itself: write teacher.context")
+            raise ValueError("teacher.student: current gives the student's own distribution: write teacher.context")
         if self.student != "start" and self.store is not None:
             raise ValueError("teacher.store keeps what is said for good, and this teacher changes: drop teacher.store")
         if self.student != "ema" and self.decay != type(self).model_fields["decay"].default:
@@ -207,13 +209,14 @@ TEACHER_CONFIGS: dict[str, type[TeacherConfig]] = {
     "student": StudentTeacherConfig,
     "stored": StoredTeacherConfig,
 }
-"""By the key that a teacher of this kind must have; the first one that is there says which kind it is."""
+"""The classes of teachers by the key that such a section must have. The first key that is present decides."""
 
 SEVERAL = "several"
 
 
 def teacher_key(value: Any) -> str:
-    """Which kind of teacher a section is, read or not; what says nothing is taken for a model, to be told so."""
+    """Return the key of a teacher's section, parsed or raw. A section without any key counts as `model`, so that the error says
+    that `model` is missing."""
     if isinstance(value, list | tuple):
         return SEVERAL
     for key, section in TEACHER_CONFIGS.items():

@@ -25,8 +25,8 @@ def ladder(
     samples: int = 1,
     rates: tuple[float, ...] = (),
 ) -> tuple[Arm, ...]:
-    """For each budget of rollouts an arm a batch, of which the best on the dev split is taken. Each is a run of its own,
-    with its own decay and its own sweep of rates. `samples` of a prompt."""
+    """Return one arm for each budget of rollouts and each of its batch sizes; the best batch size on the dev split is taken. Each
+    arm is a run of its own, with its own learning-rate decay and sweep. `samples`: responses per prompt."""
     return tuple(
         Arm(
             f"{name}-{rollouts}-b{batch}",
@@ -88,8 +88,8 @@ def cheapest(results: Results, name: str) -> float:
 
 
 def ratio(results: Results, dear: str, cheap: str, count: Count, target: float) -> tuple[float, float, float]:
-    """How many times more one ladder costs than another up to an accuracy, and the 95% interval: from 0 where the dear one's
-    lowest budget is beyond that accuracy, because it may get there for less than was tried."""
+    """Return the ratio of two ladders' costs up to an accuracy, with its 95% interval. The interval starts at 0 where the dear
+    ladder's lowest budget is above that accuracy already, because it may get there for less than was tried."""
     problems = results.runs(rungs(results, dear)[0])[0]["test"]["num_prompts"]
     curves = (
         tuple((cost, tuple(shares)) for cost, shares in curve(results, name, count).items()) for name in (dear, cheap)
@@ -105,7 +105,7 @@ def _ratio(dear: Points, cheap: Points, target: float, problems: int) -> tuple[f
 
 
 def points(results: Results, name: str, count: Count) -> list[tuple[float, float, float]]:
-    """Of a plot: cost, accuracy and half its interval."""
+    """Return the points of a plot: cost, accuracy and half its interval."""
     return [(results.mean(arm, count)[0], *results.accuracy(arm)) for arm in rungs(results, name)]
 
 
@@ -120,7 +120,7 @@ def panel(
 
 
 def spent(results: Results, ladders: Mapping[str, str]) -> list[dict[str, Any]]:
-    """What was run, a row for each budget: its best batch and rate, what it reached, and its costs."""
+    """Return a row for each budget that was run: its best batch and rate, its accuracy, and its costs."""
     return [
         {
             "about": about,

@@ -1,4 +1,4 @@
-"""What an experiment is: one recipe, arms that change it, and the models and problems that it is run on."""
+"""The data of an experiment: one recipe, arms that change it, and the models and problems that it is run on."""
 
 import difflib
 import hashlib
@@ -206,7 +206,7 @@ class Subject:
         return self.models.get(role, role)
 
     def model(self, role: str) -> str:
-        """Where the weights of a role are; what is no role is a folder or a hub name."""
+        """Return the folder of a role's weights. A name that is no role is a folder or a hub name already."""
         name = self.called(role)
         world, _, shipped = name.partition("/")
         return str(worlds.get(world).checkpoint(shipped)) if world in worlds.WORLDS else name
@@ -235,7 +235,7 @@ def known(experiment: str, what: str, names: Sequence[str] | Mapping[str, Any], 
 
 
 def is_made(section: Mapping[str, Any]) -> bool:
-    """Whether a source of prompts is a file that the experiment's own code writes."""
+    """Return True if a source of prompts is a file that the experiment's own code writes."""
     return str(section.get("prompts", "")).startswith(MADE)
 
 
@@ -264,7 +264,7 @@ def models_of(tree: Any) -> Iterator[str]:
 
 
 def shape(name: str) -> dict[str, int]:
-    """Of `blank:64x3`: the width and the number of layers; the MLP is 8/3 as wide, in steps of 16."""
+    """Return the sizes that `blank:64x3` stands for: width 64 and 3 layers. The MLP is 8/3 as wide, rounded up to 16."""
     width, _, layers = name.removeprefix(BLANK).partition("x")
     inner = 16 * -(-int(width) * 8 // (3 * 16))
     return {"hidden_size": int(width), "num_hidden_layers": int(layers), "intermediate_size": inner}

@@ -1,4 +1,4 @@
-"""What an experiment says about a published claim, and the page that lays the two side by side. No number of ours is typed."""
+"""The finding of an experiment about a published claim, and the page that compares the two. No number of ours is typed."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ class Finding:
 
 
 def finding(experiment: Experiment, results: Path) -> Finding:
-    """What the files below `results` say about the experiment's claim. Raises NotRun if they do not suffice."""
+    """Compute the experiment's finding from the files below `results`. Raises NotRun if they do not suffice."""
     assert experiment.find is not None, f"{experiment.name} has no claim"
     return experiment.find(Results(experiment, results / experiment.home))
 

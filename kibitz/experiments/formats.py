@@ -1,4 +1,4 @@
-"""How numbers and tables of experiments are written. Templates of claims have these functions as filters."""
+"""The formats of numbers and tables of experiments. Templates of claims have these functions as filters."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf, isinf, isnan

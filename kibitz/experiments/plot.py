@@ -53,6 +53,6 @@ def _dots(axes, found: list[Row], how: str, offset: float, colour: str) -> None:
 
 
 def _floor(found: list[Row], others: list[float]) -> int:
-    """Where the axis begins, in percent: a multiple of ten below all that is shown."""
+    """Return the start of the axis, in percent: a multiple of ten below all values that are shown."""
     lows = [row.sampled[0] - row.sampled[1] for row in found if row.sampled]
     return max(0, 10 * floor(10 * min(lows + others, default=0.0)))

@@ -44,7 +44,7 @@ LENIENT, STRICT = _environment(Missing), _environment(StrictUndefined)
 
 @dataclass(frozen=True)
 class Prose:
-    """What a claim's Markdown file says. `ours`, `headline` and `body` are templates."""
+    """The contents of a claim's Markdown file. `ours`, `headline` and `body` are templates."""
 
     published: str
     source: str

@@ -1,4 +1,4 @@
-"""What came out, as files: one JSON for each run. Tables and plots are made from these alone."""
+"""The results as files: one JSON for each run. Tables and plots are made from these alone."""
 
 import json
 import os
@@ -60,20 +60,20 @@ def made_with(record: Record) -> Record:
 
 
 def read_all(folder: Path) -> list[Record]:
-    """Of the runs of an experiment, in the order of their names; models that were only measured are not among them."""
+    """Return the records of an experiment's runs, in the order of their names. Models that were only measured are left out."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     return [record for record in found if "arm" in record]
 
 
 def probes(folder: Path) -> list[Record]:
-    """What was looked at beside training, a record for each seed: `probe-SEED.json`, or `seed-SEED.json`, an earlier name."""
+    """Return the probes' records, one for each seed, from `probe-SEED.json` or, in older folders, `seed-SEED.json`."""
     paths = sorted(folder.glob(f"{PROBE}-*.json")) or sorted(folder.glob("seed-*.json"))
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
 def score(record: Record, judge: Sequence[str] = ()) -> float:
-    """What a rate is chosen by: accuracy at temperature 1 on the dev split, or nearness to the teacher without answers.
-    `judge` names the measures whose mean it is, the main one if empty."""
+    """Return the score by which a rate is chosen: accuracy at temperature 1 on the dev split or, without answers, the negative
+    reverse KL to the teacher in nats. It is the mean over the measures in `judge`; the main measure if empty."""
     found = [measure(record["dev"], name) for name in judge or ("",)]
     return fmean(row["sampled"]["accuracy"] if "sampled" in row else -row["reverse_kl"] for row in found)
 
@@ -87,8 +87,8 @@ Key = Callable[[Sequence[Record]], tuple[float, ...]]
 
 
 def chooser(experiment: Experiment, folder: Path) -> Key:
-    """What a rate or batch is chosen by, from its runs, one a seed: the larger, the better. Their mean score, or, of an
-    experiment that goes until a target, first whether their mean got there, then with how few FLOPs; on the dev split."""
+    """Return the key by which a rate or batch is chosen, the larger the better; it takes the runs of all seeds. The key is their
+    mean score on the dev split. With a target (`until`), runs whose mean reaches it come first, those with fewest FLOPs ahead."""
     judges = {arm.name: arm.judge for arm in experiment.arms}
     levels = [read(folder / f"{role}.json") for role in ("student", "teacher")]
 
@@ -158,7 +158,7 @@ def half_of_seeds(values: list[float]) -> float:
 
 
 def about_the_run(run: "Run", cpu_seconds: float, series: Sequence[str] = ()) -> Record:
-    """Where, when and by which code, and what it cost."""
+    """Return the provenance of a run (code, versions, machine, date) and its costs."""
     info = read(run.folder / "run.json") or {}
     found = {
         "commit": info.get("commit"),

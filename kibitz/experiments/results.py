@@ -1,4 +1,4 @@
-"""What an experiment's files say, by name: what a claim's finding is made from."""
+"""The results of an experiment, by name. A claim's finding is computed from them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ class Results:
         return max((name for name in names if len(self.finals[name]) == most), key=lambda name: key(self.finals[name]))
 
     def probes(self) -> list[Record]:
-        """What the experiment looked at beside training, a record for each seed. Raises NotRun if there is none."""
+        """Return the probes' records, one for each seed. Raises NotRun if there is none."""
         if not (found := probes(self.folder)):
             raise NotRun(PROBE)
         return found
@@ -94,7 +94,7 @@ class Results:
         return share_with_interval(shares, measure(self.runs(arm)[0]["test"], name)["num_prompts"])
 
     def difference(self, arm: str, other: str, name: str = "") -> Estimate:
-        """By how much an arm's accuracy is above another's, seed by seed, with the interval of seeds: both met the same
+        """Return the mean difference of two arms' accuracies, seed by seed, with the interval over seeds: both met the same
         problems."""
         pairs = zip(self.shares(arm, name=name), self.shares(other, name=name), strict=False)
         found = [above - below for above, below in pairs]
@@ -116,7 +116,7 @@ def gflop(record: Record, *kinds: str) -> float:
 
 
 def steps(record: Record) -> int:
-    """Of the run; where it stopped at its best checkpoint, of that one."""
+    """Return the number of steps of the run, or of its best checkpoint where it stopped there."""
     return record.get("step") or record["settings"]["recipe"].get("steps", 150)
 
 

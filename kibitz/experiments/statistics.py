@@ -60,8 +60,8 @@ def interval(draws: Sequence[float]) -> tuple[float, float]:
 def cost_ratio(
     dear: Curve, cheap: Curve, target: float, num_problems: int, seed: int = 0
 ) -> tuple[float, float, float]:
-    """How many times more `dear` costs than `cheap` up to a target accuracy, and the 95% bootstrap interval over seeds and
-    problems. Infinite where `dear` does not get there; a draw in which neither gets there counts as 1."""
+    """Return the ratio of the costs of `dear` and `cheap` up to a target accuracy, and its 95% bootstrap interval over seeds and
+    problems. It is infinite where `dear` does not get there; a draw in which neither gets there counts as 1."""
     rng = random.Random(seed)
 
     def ratio(above: Sequence[tuple[float, float]], below: Sequence[tuple[float, float]]) -> float:
@@ -90,11 +90,11 @@ def bootstrap(
 
 
 def apart(above: Estimate, below: Estimate) -> bool:
-    """Whether one mean lies above another by more than the 95% interval of their difference; each is a mean and half its own."""
+    """Return True if one mean is above another by more than the 95% interval of their difference."""
     return above[0] - below[0] > math.hypot(above[1], below[1])
 
 
 def share_of_way(start: float, end: Estimate, top: float) -> Estimate:
-    """How much of the way from one accuracy to another an arm went, and half its interval; 0 where there is no way."""
+    """Return the share of the gap from `start` to `top` that an arm closed, and half its interval; 0 where there is no gap."""
     way = top - start
     return ((end[0] - start) / way, abs(end[1] / way)) if way else (0.0, 0.0)

@@ -130,7 +130,7 @@ class Study:
     # -------------------------------------------------------------- models
 
     def place(self, name: str, seed: int) -> str:
-        """Where the weights are that a recipe calls by a role or by an arm, or that have a shape only."""
+        """Return the folder of a model that a recipe names by a role, by an arm, or by a shape (`blank:64x3`)."""
         name = self.subject.called(name)
         if name.startswith(BLANK):
             return str(blank(self.work / name.replace(":", "-"), shape(name), 0, self.experiment.world))
@@ -142,7 +142,7 @@ class Study:
         return str(_whole(self._checkpoint(arm, rate, self._seed_of(arm, seed))))
 
     def made(self, name: str) -> str:
-        """Where a model or a file is that the experiment's own code writes."""
+        """Return the path of a model or a file that the experiment's own code writes."""
         return self.experiment.made[name.removeprefix(MADE)](self).as_posix()
 
     def _seed_of(self, arm: Arm, seed: int) -> int:
@@ -154,7 +154,7 @@ class Study:
         return self.best([arm for arm in self.experiment.arms if arm.family == name] or [self.experiment.arm(name)])
 
     def _checkpoint(self, arm: Arm, rate: float, seed: int) -> Path:
-        """What the arm's run left, or, if it stops where it is best, the checkpoint of that step."""
+        """Return the last checkpoint of the arm's run or, if the arm stops where it is best, the checkpoint of that step."""
         work = self.work / self._path(arm, rate, seed).stem
         step = self.trained(arm, rate, seed).get("step")
         found = [path for path in checkpoints(work) if step is None or path.name == f"step-{step:06d}"]
@@ -246,7 +246,7 @@ class Study:
         return None if name is None else self.place(name, seed)
 
     def _model(self, role: str, recipe: Recipe) -> None:
-        """What a model can do as it is."""
+        """Evaluate an untrained model on the test split, unless its file is up to date."""
         path = self.folder / f"{role}.json"
         settings = (
             {"model": self.subject.models[role]} | self._problems() | self._made_of([self.subject.models[role]], 0)
@@ -257,7 +257,7 @@ class Study:
             write(path, {"settings": settings, "test": test})
 
     def _probed(self, seed: int) -> None:
-        """What the experiment looks at beside training."""
+        """Run the experiment's probe for one seed, unless its file is up to date."""
         assert self.experiment.probe is not None
         arms = [f"{OF_ARM}{arm.name}" for arm in self.experiment.arms if not arm.family]
         settings = {"recipe": self.experiment.recipe, **self.subject.models, "seed": seed} | self._problems()
@@ -294,18 +294,18 @@ class Study:
         return found | self._made_of(made, recipe.seed)
 
     def _made_of(self, names: Iterable[str], seed: int) -> dict[str, Any]:
-        """Of models that arms leave, what made them."""
+        """Return digests of the settings that made the models that arms leave, by name."""
         arms = [name.removeprefix(OF_ARM) for name in names if name.startswith(OF_ARM)]
         return {"on": {name: self._digest(name, seed) for name in dict.fromkeys(arms)}} if arms else {}
 
     def _digest(self, name: str, seed: int) -> str:
-        """Of the settings of another arm's run, so that what was made of it is made again where they change."""
+        """Return a digest of the settings of another arm's run. Results that depend on it are made again where it changes."""
         arm, rate = self.chosen(name)
         text = json.dumps(self._settings(arm, self.recipe(arm, rate, self._seed_of(arm, seed))), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def _problems(self) -> dict[str, Any]:
-        """What it is measured on."""
+        """Return the settings of the problems that the experiment is measured on."""
         found: dict[str, Any] = {"dev": self.experiment.dev_problems, "test": self.experiment.test_problems}
         if self.subject.files:
             return found | {"prompts": self.subject.prompts}

@@ -1,4 +1,4 @@
-"""From the files of an experiment to one row an arm, and to Markdown. No number comes from anywhere else."""
+"""Tables of an experiment, one row an arm, made from its files alone, and their Markdown."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Row:
     cpu_seconds: float
 
     def against(self, other: "Row") -> Estimate | None:
-        """How much better it is at temperature 1. The two met the same problems, so the interval is on the safe side."""
+        """Return the difference in accuracy at temperature 1. Both met the same problems, so the interval is conservative."""
         if self.sampled is None or other.sampled is None:
             return None
         return self.sampled[0] - other.sampled[0], (self.sampled[1] ** 2 + other.sampled[1] ** 2) ** 0.5
@@ -86,7 +86,7 @@ def _nats(values: list[float]) -> Estimate:
 
 
 def _gflop(records: list[Record], who: str) -> float:
-    """Of the student's phases, the teacher's, or those of others."""
+    """Return the mean GFLOP over the records of the phases of the student, the teacher, or other models."""
     sums = [sum(v for kind, v in record["flops"].items() if _spender(kind) == who) for record in records]
     return fmean(sums) / 1e9
 
@@ -138,7 +138,7 @@ def _once(test: Record) -> Estimate | None:
 
 
 def _separation(experiment: Experiment, found: list[Row]) -> str:
-    """Who is above, below or not told apart from the reference at temperature 1."""
+    """Name the arms that are above, below or not told apart from the reference, by accuracy at temperature 1."""
     reference = next((row for row in found if row.arm == experiment.reference), None)
     if reference is None or reference.sampled is None:
         return ""
@@ -153,7 +153,7 @@ def _separation(experiment: Experiment, found: list[Row]) -> str:
 
 
 def _at_the_edge(experiment: Experiment, folder: Path) -> str:
-    """Whose best rate may lie beyond what was tried."""
+    """Name the arms whose best rate is the lowest or highest tried, so that a better one may lie beyond."""
     key, names = chooser(experiment, folder), {arm.name for arm in experiment.arms}
     found = {arm: sweep for arm, sweep in sweeps(read_all(folder)).items() if len(sweep) > 1 and arm in names}
     edges = [arm for arm, sweep in found.items() if best_rate(sweep, key) in (min(sweep), max(sweep))]

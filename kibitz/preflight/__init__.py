@@ -29,9 +29,9 @@ REFUSED = ("tokenizer", "lengths")
 
 @dataclass(frozen=True)
 class Options:
-    """What a check may assume. `price` is of one device for one hour; `teraflops` what one really does in matrix products
-    (measured if not said); `gibibytes` its memory; `prompts` how many are answered by both models; `local_teacher` a copy
-    of the teacher to compare a server's numbers with."""
+    """The assumptions of a check. `price` is the price of one device for one hour; `teraflops` is the speed in TFLOP/s that a
+    device reaches in matrix products (measured if None); `gibibytes` is a device's memory (read from it if None); `prompts`
+    is the number of prompts that both models answer; `local_teacher` is a copy of the teacher to compare a server with."""
 
     price: float | None = None
     teraflops: float | None = None
@@ -42,7 +42,7 @@ class Options:
 
 
 def check(recipe: Recipe, options: Options = Options()) -> Iterator[Finding]:
-    """All findings, one after another as they are made. Mistakes of the recipe raise ValueError as in training."""
+    """Yield all findings, each as soon as it is made. Mistakes in the recipe raise ValueError as in training."""
     findings = list(check_files(recipe, options))
     yield from findings
     if worst(findings) != "red":  # what is loaded now could not be trained
@@ -50,7 +50,7 @@ def check(recipe: Recipe, options: Options = Options()) -> Iterator[Finding]:
 
 
 def check_files(recipe: Recipe, options: Options = Options()) -> Iterator[Finding]:
-    """The short form, before weights load: what `kibitz train` says of itself."""
+    """Yield the findings that need no weights. `kibitz train` prints them before it starts."""
     student = load_tokenizer(recipe.student, "student")
     prompts = load_prompts(recipe.data, student, recipe.seed, recipe.wants_demonstrations(), recipe.may_have_gaps())
     for section in _models(recipe):
@@ -118,14 +118,15 @@ def _measured(setup: Setup, options: Options) -> Iterator[Finding]:
 
 
 def _of_teacher(setup: Setup, teacher: Teacher, rollouts: list[Rollout], options: Options) -> Iterator[Finding]:
-    """What it says of these rollouts; a chat endpoint says nothing, and stored scores know other rollouts."""
+    """Yield the findings about the teacher's scores of these rollouts. A chat endpoint scores nothing, and stored scores are of
+    other rollouts: neither gives a finding."""
     if not teacher.kinds or any(isinstance(section, StoredTeacherConfig) for section in setup.parts.recipe.teachers):
         return
     signals = teacher.score(rollouts, setup.parts.recipe.optim.tokens_per_micro_batch)
     yield from measured.opinions(setup, rollouts, signals)
     if options.local_teacher is not None:
         if "sampled" not in teacher.kinds:
-            raise ValueError("--local-teacher compares the written tokens' probabilities, and this teacher tells none")
+            raise ValueError("--local-teacher compares the written tokens' probabilities, and this teacher gives none")
         copy = load_model(LocalTeacherConfig(model=options.local_teacher), "teacher", setup.parts.student.device)
         both = [
             scorer.score(rollouts)

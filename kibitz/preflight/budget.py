@@ -23,7 +23,7 @@ UTILISATION = 0.35
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device, by phase; `held` is there all the time."""
+    """Bytes on one device, by phase of a step. `held` is occupied in all phases."""
 
     held: dict[str, float]
     phases: dict[str, dict[str, float]]
@@ -38,7 +38,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class Models:
-    """Whose weights a run holds. Teachers of models of their own; the others, by the keys of a method's sections."""
+    """The shapes of the models whose weights a run holds. `teachers` are those with a model of their own; the fields after it
+    have the keys of a method's sections."""
 
     student: Shape
     teachers: Sequence[Shape] = ()
@@ -47,9 +48,10 @@ class Models:
 
 
 def memory(recipe: Recipe, models: Models, longest_prompt: int, devices: int = 1) -> Memory:
-    """One step's memory on one of `devices`, as docs/machines.md says what each process holds: a whole copy of the student
-    beside its part of float32 weights and moments, and gradients that are whole while micro-batches add up; or of all this
-    its part only, and of the whole no more than the layer that is computed, the next one, and what stands around them."""
+    """Estimate the memory of one step on one of `devices`, in bytes. docs/machines.md says what each process holds. With
+    `whole_copy` it holds a whole copy of the student, its shard of the float32 weights and moments, and whole gradients while
+    micro-batches accumulate. Without, it holds its shard of all these, and of whole weights only the layer that is computed,
+    the next one, and the weights outside the layers."""
     student, optim, rollout = models.student, recipe.optim, recipe.rollout
     responses = -(-rollout.prompts_per_step * rollout.samples_per_prompt // devices)
     length = longest_prompt + rollout.max_tokens
@@ -83,7 +85,7 @@ def memory(recipe: Recipe, models: Models, longest_prompt: int, devices: int = 1
 
 
 def _held(recipe: Recipe, models: Models, devices: int) -> dict[str, float]:
-    """Weights and what optimizers keep beside them."""
+    """Return the bytes of weights and optimizer states, by name."""
     student, shards, parallel = models.student, _shards(recipe, devices), recipe.parallel
     trained, itemsize = _trained(recipe, student), student.itemsize
     in_parts = devices > 1 and not parallel.whole_copy
@@ -106,13 +108,14 @@ def _held(recipe: Recipe, models: Models, devices: int) -> dict[str, float]:
 
 
 def _frozen(shape: Shape, shards: float) -> float:
-    """Of a model that learns nothing, only the layers are divided. Those that come for a visit are not held."""
+    """Return the bytes that a frozen model holds. Only its layers are sharded; offloaded layers are not held."""
     layers = 0.0 if shape.visits else shape.bytes_in_layers
     return layers / shards + shape.itemsize * shape.num_around
 
 
 def _gradients(recipe: Recipe, student: Shape, devices: int) -> tuple[float, dict[str, float]]:
-    """Their bytes, and by name those of weights that are together while a layer is computed, of a student in parts."""
+    """Return the bytes of the gradients and, for a sharded student, by name those of weights that are gathered while a layer is
+    computed."""
     trained = _trained(recipe, student)
     if devices == 1 or recipe.parallel.whole_copy:
         return 4.0 * trained, {}
@@ -124,7 +127,7 @@ def _gradients(recipe: Recipe, student: Shape, devices: int) -> tuple[float, dic
 
 
 def _judging(judge: Shape | None, tokens: float) -> dict[str, float]:
-    """What a judge's step takes, on micro-batches as long as the student's."""
+    """Return the bytes of a training step of the discriminator, on micro-batches as long as the student's."""
     if judge is None:
         return {}
     return {
@@ -134,7 +137,7 @@ def _judging(judge: Shape | None, tokens: float) -> dict[str, float]:
 
 
 def _shards(recipe: Recipe, devices: int) -> float:
-    """Over how many devices weights are divided; with copies of them (HSDP) over fewer than there are."""
+    """Return the number of devices that share one copy of the weights. With replicas (HSDP) it is less than all devices."""
     return max(1, devices // recipe.parallel.replicate)
 
 
@@ -144,7 +147,8 @@ def _trained(recipe: Recipe, student: Shape) -> int:
 
 
 def _made_of_student(recipe: Recipe, student: Shape) -> float:
-    """Its beginning is a second model, unless the base of an adapter is that; an average has a float32 one beside it."""
+    """Return the bytes of teachers made of the student. `start` is a second model, unless the adapter's base serves as it; `ema`
+    is a second model with a float32 average beside it."""
     kinds = [section.student for section in recipe.teachers if isinstance(section, StudentTeacherConfig)]
     start = student.num_parameters * student.itemsize if recipe.student.lora is None else 0
     average = (student.itemsize + 4) * _trained(recipe, student)
@@ -152,7 +156,7 @@ def _made_of_student(recipe: Recipe, student: Shape) -> float:
 
 
 def _bytes_of_moments(optim: OptimConfig) -> int:
-    """For each number that is trained. Two moments, one, or none; in 8 bits or in float32."""
+    """Return the bytes of optimizer moments per trained parameter: two moments, one, or none, in 8 bits or in float32."""
     match optim.name:
         case "adamw_8bit":
             return 2
@@ -163,7 +167,7 @@ def _bytes_of_moments(optim: OptimConfig) -> int:
 
 
 def memory_finding(plan: Memory, room: float | None, what: str) -> Finding:
-    """`room` in bytes of one device, if it is known."""
+    """Compare a plan with the memory of one device: `room` in bytes, if known; `what` names the device."""
     phase = max(plan.phases, key=lambda name: sum(plan.phases[name].values()))
     text = f"about {plan.peak / GIB:.3g} GiB at the peak ({phase}), {sum(plan.held.values()) / GIB:.3g} of them all the time"
     numbers = {"peak": plan.peak, "room": room, "bytes": plan.as_numbers()}
@@ -193,7 +197,7 @@ def memory_finding(plan: Memory, room: float | None, what: str) -> Finding:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a whole run."""
+    """The cost of a whole run: response tokens, FLOPs by kind, hours, and the price if one is given."""
 
     tokens: float
     flops: dict[str, float]
@@ -205,7 +209,7 @@ def cost(
     recipe: Recipe, student: Shape, teachers: Sequence[Shape], prompt_lengths: list[int], flops_per_second: float,
     price: float | None, devices: int = 1,
 ) -> Cost:  # fmt: skip
-    """Tokens, floating-point operations, hours and money, if every response were as long as it may be. `price` is of one
+    """Estimate tokens, FLOPs, hours and money of a run in which every response has the maximum length. `price` is that of one
     device for one hour."""
     rollouts = recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt
     response = recipe.rollout.max_tokens
@@ -237,7 +241,7 @@ def cost_finding(estimate: Cost, flops_per_second: float) -> Finding:
 
 
 def device_room(device: torch.device) -> tuple[float | None, str]:
-    """Bytes of the device, or of the machine where the device is the CPU, and what to call it."""
+    """Return the memory in bytes of the device (of the machine, for the CPU; None if unknown), and its name."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory), torch.cuda.get_device_name(device)
     try:
@@ -247,7 +251,7 @@ def device_room(device: torch.device) -> tuple[float | None, str]:
 
 
 def matrix_speed(device: torch.device, size: int = 1024) -> float:
-    """Floating-point operations per second of one large matrix product, in the type that models have on this device."""
+    """Measure the FLOP/s of a square matrix product, [size, size], in the dtype that models have on this device."""
     dtype = pick_dtype("auto", device)
     one = torch.ones(size, size, dtype=dtype, device=device)
     best = math.inf

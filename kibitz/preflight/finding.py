@@ -1,4 +1,4 @@
-"""What one check found: a light, a sentence, and the numbers behind it."""
+"""The result of one check: a light, a sentence, and the numbers behind it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,5 +26,5 @@ class Finding:
 
 
 def worst(findings: Sequence[Finding]) -> Light:
-    """The light of the whole: that of the worst finding."""
+    """Return the light of the worst finding; green if there is none."""
     return ORDER[max((ORDER.index(finding.light) for finding in findings), default=0)]

@@ -1,5 +1,5 @@
-"""Checks with the loaded models, on a few rollouts of the student: the numbers a run would start from, and whether the
-machinery between the two models is straight."""
+"""Checks with the loaded models, on a few rollouts of the student: the numbers that a run would start from, and the consistency
+of student, engine and teacher."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,7 +31,7 @@ LARGE_GAP, HUGE_GAP = 0.02, 0.2
 def values_of(
     student: LanguageModel, rollouts: Sequence[Rollout], signals: Sequence[Signal], criterion: Criterion, tokens: int
 ) -> dict[str, Tensor]:
-    """What a criterion says of every token that counts, in no particular order."""
+    """Return a criterion's values, by name, at the tokens with weight above 0: tensors [T] on the CPU, in the batches' order."""
     found: dict[str, list[Tensor]] = {}
     for indices in group(rollouts, tokens):
         batch = pack([Scored(rollouts[i], rollouts[i].weight_T(), signals[i]) for i in indices], student.device)
@@ -42,12 +42,12 @@ def values_of(
 
 
 def write(setup: Setup, num_prompts: int) -> list[Rollout]:
-    """One response of the student to each of the first prompts, as the run would write it, graded."""
+    """Sample one response of the student to each of the first prompts, as the run would, and grade it."""
     return write_with(setup, setup.engine, num_prompts)
 
 
 def write_with(setup: Setup, engine: Engine, num_prompts: int) -> list[Rollout]:
-    """The same with an engine of the teacher's."""
+    """Sample and grade one response to each of the first prompts with the given engine."""
     sampling = replace(setup.parts.sampling, num_samples=1, seed=setup.parts.recipe.seed)
     prompts = setup.stream.prompts[:num_prompts]
     rollouts = joined(prompts, engine.generate(apart(prompts), sampling))
@@ -55,7 +55,7 @@ def write_with(setup: Setup, engine: Engine, num_prompts: int) -> list[Rollout]:
 
 
 def itself(setup: Setup, rollouts: Sequence[Rollout], model: LanguageModel | None = None) -> Finding:
-    """A student that is its own teacher has nothing to learn: shift, masks, vocabulary and precision are straight."""
+    """Check that the student's reverse KL to itself is 0: token shift, masks, vocabulary and precision are then right."""
     tokens = setup.parts.recipe.optim.tokens_per_micro_batch
     signals = LocalScorer(model or setup.parts.student, ScoreRequest(tokens_per_micro_batch=tokens)).score(rollouts)
     kl_T = values_of(setup.parts.student, rollouts, signals, Divergence(), tokens)["reverse_kl"]
@@ -67,7 +67,7 @@ def itself(setup: Setup, rollouts: Sequence[Rollout], model: LanguageModel | Non
 
 
 def engine_gap(setup: Setup, rollouts: Sequence[Rollout]) -> Finding:
-    """What sampled the tokens and what trains on them must mean the same model."""
+    """Check that engine and trainer give the sampled tokens the same log-probabilities, in nats."""
     sampling = setup.parts.sampling
     if sampling.temperature != 1 or sampling.top_p < 1 or sampling.top_k or sampling.epsilon:
         return Finding(
@@ -87,7 +87,7 @@ def engine_gap(setup: Setup, rollouts: Sequence[Rollout]) -> Finding:
 
 
 def teacher_gap(remote: Sequence[Signal], local: Sequence[Signal]) -> Finding:
-    """A server against a copy of its model here: the written tokens' log-probabilities."""
+    """Compare a server with a local copy of its model: the sampled tokens' log-probabilities, in nats."""
     gaps = torch.cat([(a.logp_T.cpu() - b.logp_T.cpu()).abs() for a, b in zip(remote, local, strict=True)])  # type: ignore
     mean, most = gaps.mean().item(), gaps.max().item()
     text = f"log-probabilities differ by {mean:.1e} nats on average, {most:.1e} at most"
@@ -98,7 +98,7 @@ def teacher_gap(remote: Sequence[Signal], local: Sequence[Signal]) -> Finding:
 
 
 def opinions(setup: Setup, rollouts: Sequence[Rollout], signals: Sequence[Signal]) -> list[Finding]:
-    """How far apart the two models are where the student goes, and whether the teacher's numbers look like a teacher's."""
+    """Report the distance between the two models on the student's text, and check the teacher's overlap and entropy."""
     values = values_of(
         setup.parts.student, rollouts, signals, _criterion(signals), setup.parts.recipe.optim.tokens_per_micro_batch
     )
@@ -156,8 +156,8 @@ def _sharpness(teacher: float, student: float) -> Finding:
 
 
 def loss_temperature(first: TopK, second: TopK) -> Finding:
-    """A teacher's top k at temperatures 1 and 2. Log-ratios between two tokens must halve, whatever k is: log-probabilities
-    are logits minus a constant. A server that leaves out the temperature, or applies it twice, does not pass."""
+    """Compare a teacher's top k at temperatures 1 and 2. Log-ratios between two tokens must halve, for every k, because
+    log-probabilities are logits minus a constant. A server that ignores the temperature, or applies it twice, fails."""
     ratios = [signal.logp_TK - signal.logp_TK[:, :1] for signal in (first, second)]
     gap = (ratios[0] / 2 - ratios[1]).abs().max().item()
     if gap < 1e-3:
@@ -167,7 +167,7 @@ def loss_temperature(first: TopK, second: TopK) -> Finding:
 
 
 def task(setup: Setup, teacher_rollouts: Sequence[Rollout] | None, rollouts: Sequence[Rollout]) -> Finding | None:
-    """Whether the teacher is better at what the student should learn."""
+    """Compare the teacher's accuracy with the student's on the task; None if nothing can be graded."""
     if setup.grader is None or all(rollout.reward is None for rollout in rollouts):
         return None
     ours = accuracy(rollouts)
@@ -189,7 +189,7 @@ def task(setup: Setup, teacher_rollouts: Sequence[Rollout] | None, rollouts: Seq
 
 
 def endings(rollouts: Sequence[Rollout], limit: int) -> Finding:
-    """How long the responses are, and how many never end."""
+    """Report the mean length of the responses, in tokens, and the share that is cut off."""
     cut, mean = fmean(r.cut_off for r in rollouts), fmean(r.num_tokens for r in rollouts)
     numbers = {"mean": mean, "cut_off": cut}
     text = f"{mean:.0f} tokens on average, {cut:.0%} cut off at {limit}"

@@ -1,4 +1,4 @@
-"""Models without weights: how large they are, and what training them keeps in memory.
+"""Models without weights: their sizes, and the memory that training them takes.
 
 A model is built on torch's `meta` device from its config.json alone, so that a plan for 32 billion parameters takes seconds
 and no memory. What the backward pass keeps is counted, not guessed: one forward pass on `meta` with a hook on every saved
@@ -23,7 +23,7 @@ PROBED_TOKENS = 64
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's sizes. `model` has no weights; `section` says what keeps those of a model small that is only read."""
+    """The sizes of a model. `model` has no weights; `section` has the quantization and offloading of a frozen model."""
 
     model: Any
     section: ModelConfig | None = None
@@ -38,29 +38,29 @@ class Shape:
 
     @cached_property
     def num_body(self) -> int:
-        """Without the output head, where that has a matrix of its own."""
+        """The number of parameters without the output head; a tied head counts as the embedding."""
         return sum(parameter.numel() for parameter in self.model.base_model.parameters())
 
     @cached_property
     def num_in_layer(self) -> int:
-        """Of the largest of the layers that are split over processes."""
+        """The number of parameters in the largest transformer layer. Layers are the units of sharding."""
         layers = layers_of(self.model)
         return max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0)
 
     @cached_property
     def num_around(self) -> int:
-        """What stands around these layers: embedding, head, norms."""
+        """The number of parameters outside the layers: embedding, output head, norms."""
         return self.num_parameters - sum(p.numel() for layer in layers_of(self.model) for p in layer.parameters())
 
     @property
     def bytes_in_layers(self) -> float:
-        """Of the weights of its layers, which may have 8 bits; norms are too few to count."""
+        """The bytes of the layers' weights, which may have 8 bits. Norms are counted like matrices."""
         rounded = isinstance(self.section, FrozenConfig) and self.section.quantize == "int8"
         return float((1 if rounded else self.itemsize) * (self.num_parameters - self.num_around))
 
     @property
     def visits(self) -> float:
-        """Bytes that come to the device while it is read with, and are not there otherwise."""
+        """The bytes of offloaded weights that are on the device only during a forward pass."""
         how = self.section.offload if isinstance(self.section, FrozenConfig) else None
         if how == "layers":
             return self.bytes_in_layers * self.num_in_layer / max(1, self.num_parameters - self.num_around)
@@ -80,7 +80,7 @@ class Shape:
 
     @property
     def rows(self) -> int:
-        """Of the output layer: the tokenizer's size, padded."""
+        """The rows of the output layer: the size of the vocabulary, padded."""
         return self.model.get_output_embeddings().weight.shape[0]
 
     @property
@@ -88,7 +88,7 @@ class Shape:
         return next(self.model.parameters()).element_size()
 
     def lora_parameters(self, rank: int, targets: str | list[str]) -> int:
-        """Of adapters on the linear layers that are named, or on all but the output head."""
+        """Return the number of parameters of LoRA adapters on the named linear layers, or on all but the output head."""
         head = self.model.get_output_embeddings()
         linear = [(name, m) for name, m in self.model.named_modules() if isinstance(m, nn.Linear) and m is not head]
         chosen = [m for name, m in linear if targets == "all-linear" or name.rpartition(".")[2] in targets]
@@ -96,7 +96,7 @@ class Shape:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """Keys and values of all layers."""
+        """The bytes of keys and values per token, over all layers."""
         config = self.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -104,7 +104,7 @@ class Shape:
 
     @cached_property
     def activation_bytes_per_token(self) -> float:
-        """What the body keeps of each token until the backward pass, without gradient checkpointing."""
+        """The bytes of activations per token that the body keeps for the backward pass, without gradient checkpointing."""
         kept: dict[int, Tensor] = {}
         parameters = {p.untyped_storage()._cdata for p in self.model.parameters()}
 
@@ -121,7 +121,7 @@ class Shape:
 
 
 def shape_of(config: ModelConfig, dtype: torch.dtype) -> Shape:
-    """The model of a recipe's section, without its weights. ValueError for an architecture that cannot be built so."""
+    """Build the model of a recipe's section without its weights. Raise ValueError for an architecture that cannot be built so."""
     try:
         architecture = AutoConfig.from_pretrained(
             lora.base_or_self(config.model), trust_remote_code=config.trust_remote_code

@@ -19,7 +19,7 @@ PROBE = [{"role": "user", "content": "What is 2+2?"}]
 
 
 def tokenizers(student: Any, teacher: Any) -> Finding:
-    """One vocabulary; the models may pad it differently, and are cut to the tokenizer's size."""
+    """Check that both models have the same vocabulary. They may pad it differently: logits are cut to the tokenizer's size."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     numbers = {"student_tokens": len(ours), "teacher_tokens": len(theirs)}
     if ours == theirs:
@@ -33,7 +33,7 @@ def tokenizers(student: Any, teacher: Any) -> Finding:
 
 
 def aligned(student: Any, teacher: Any, prompts: Sequence[Prompt]) -> Finding:
-    """Another tokenizer, aligned, tried on the prompts' texts; each model reads its own template and ends by its own token."""
+    """Report the share of the prompts' tokens at which the models can be compared, if the teacher has its own tokenizer."""
     aligner, tokens, heard = Aligner(student, teacher), 0, 0
     for prompt in prompts[:16]:
         ids = student(prompt.text, add_special_tokens=False)["input_ids"]
@@ -45,8 +45,8 @@ def aligned(student: Any, teacher: Any, prompts: Sequence[Prompt]) -> Finding:
 
 
 def ends(student: Any, teacher: Any, student_stop: set[int], teacher_stop: set[int]) -> Finding:
-    """The token that ends the teacher's answers must end the student's rollouts: else their length explodes, because the
-    teacher pushes towards a token after which the student goes on."""
+    """Check that the tokens that end the teacher's answers also end the student's rollouts. Otherwise responses grow without end,
+    because the teacher pushes the student towards a token after which it goes on."""
 
     def names(tokenizer: Any, ids: set[int]) -> str:
         return ", ".join(repr(tokenizer.decode([i])) for i in sorted(ids))
@@ -64,7 +64,7 @@ def ends(student: Any, teacher: Any, student_stop: set[int], teacher_stop: set[i
 
 @no_progress_bars()
 def stop_tokens(config: ModelConfig, tokenizer: Any, stop: list[str]) -> set[int]:
-    """All tokens that end a response of a model, from its files alone."""
+    """Return the ids of all tokens that end a model's response, from its files alone."""
     folder = lora.base_or_self(config.model)
     try:
         settings: Any = GenerationConfig.from_pretrained(folder)
@@ -74,7 +74,7 @@ def stop_tokens(config: ModelConfig, tokenizer: Any, stop: list[str]) -> set[int
 
 
 def first_token(student: Any, teacher: Any, prompts: Sequence[Prompt]) -> Finding:
-    """BOS once, and for both models or for neither."""
+    """Check that prompts begin with at most one BOS, and that both tokenizers add it or neither does."""
     doubled = [p.text for p in prompts if student.bos_token_id is not None and p.ids[:2] == (student.bos_token_id,) * 2]
     if doubled:
         text = f"{len(doubled)} prompts begin with two {student.bos_token!r}: the chat template and the tokenizer each add one"
@@ -90,7 +90,7 @@ def first_token(student: Any, teacher: Any, prompts: Sequence[Prompt]) -> Findin
 
 
 def chat_template(recipe: Recipe, student: Any, teacher: Any, messages: Sequence[dict[str, str]] = PROBE) -> Finding:
-    """The same conversation, written by each model's own template: what the teacher was trained to read."""
+    """Compare the two chat templates on the same conversation. The teacher was trained on its own."""
     if teacher.chat_template is None:
         return Finding("chat template", "green", "the teacher has no chat template: it reads the student's prompt")
     if student.chat_template is None:
@@ -116,7 +116,7 @@ def chat_template(recipe: Recipe, student: Any, teacher: Any, messages: Sequence
 
 
 def thinking(recipe: Recipe, student: Any, messages: Sequence[dict[str, str]] = PROBE) -> Finding:
-    """A template with a thinking mode has a default, and few know which."""
+    """Report whether the chat template's thinking mode is on. Its default is easily overlooked."""
     template = student.chat_template or ""
     if "enable_thinking" not in template:
         return Finding("thinking mode", "green", "the student's template has none to choose")
@@ -151,7 +151,7 @@ def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]], template: dict
 
 
 def lengths(recipe: Recipe, prompt_lengths: Sequence[int], rooms: Sequence[int | None]) -> Finding:
-    """Prompts and responses against the positions of the models."""
+    """Compare the lengths of prompts and responses, in tokens, with the models' maximum positions."""
     sizes, longest, limit = prompt_lengths, max(prompt_lengths), recipe.rollout.max_tokens
     numbers = {"prompts": len(sizes), "median": median(sizes), "longest": longest, "max_tokens": limit}
     room = min((r for r in rooms if r is not None), default=None)

@@ -472,7 +472,7 @@ def test_stored_rollouts_are_refused_before_weights_load(models, written, tmp_pa
         ({"seed_decays": True}, "seed_decays needs a beginning"),
         ({"learn_seed": True}, "learn_seed needs a beginning"),
         ({"seed_tokens": 3, "learn_seed": True, "support": "sampled"}, "write method.support=full"),
-        ({"rollouts": "r.jsonl", "support": "sampled"}, "stored ones are of earlier"),
+        ({"rollouts": "r.jsonl", "support": "sampled"}, "stored ones are of an earlier one"),
         ({"rollouts": "r.jsonl", "prefix_tokens": 3}, "drop method.prefix_tokens or method.rollouts"),
         ({"rollouts": "r.jsonl", "seed_tokens": 3}, "drop method.seed_tokens or method.rollouts"),
         ({"prefix_tokens": 3, "support": "sampled", "reward_coef": 1.0}, "reward_coef rewards whole responses"),

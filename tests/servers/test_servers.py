@@ -81,7 +81,7 @@ def test_an_address_holds_nothing_secret_and_nothing_strange():
         "http://h\x1b[31m",
         "http://h:99999999",
     ):
-        with pytest.raises(ValueError, match="no address of a server"):
+        with pytest.raises(ValueError, match="not the address of a server"):
             checked_url(strange)
 
 

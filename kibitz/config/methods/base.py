@@ -1,4 +1,4 @@
-"""What every method's section shares, and the record in which it says what it needs."""
+"""The base class of every method's section, and the record in which a section says what it needs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,20 +22,20 @@ HOW_TO_ASK: dict[SignalKind, str] = {
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method, as its section is set, asks of the recipe and of the program around it. By default nothing."""
+    """The requirements of a method, with its settings, on the recipe and on the training program. The default is none."""
 
     teacher: bool = False
     """The recipe must name a teacher."""
     signals: tuple[SignalKind, ...] = ()
-    """What the loss can learn from, that with the least work first; none: the teacher scores nothing."""
+    """The kinds of signal that the loss can learn from, the cheapest first. Empty: the teacher scores nothing."""
     top_k: int | None = None
-    """How many of the likeliest tokens the loss looks at, where it may look at some only."""
+    """The K of a top-k loss. It is ignored where the loss reads the whole distribution."""
     temperature: float = 1.0
-    """What divides the teacher's logits."""
+    """The softmax temperature: the teacher's logits are divided by it."""
     teacher_writes: bool = False
     """The teacher writes some of the text."""
     teacher_judges: bool = False
-    """The teacher reads the text while it is written, token by token."""
+    """The teacher judges the text while it is generated, token by token."""
     student_scores: bool = False
     """The student reads the rollouts once more before it learns from them. `kibitz check` counts that pass."""
     reward: bool = False
@@ -43,7 +43,7 @@ class Needs:
     responses: bool = False
     """Every row of the data must bring a response."""
     fills_gaps: bool = False
-    """Somebody answers the prompts to which the data has no response."""
+    """The teacher answers the prompts that have no response in the data."""
     rollouts: str | None = None
     """The file of stored rollouts to learn from, if nobody is to write any."""
     reference: bool = False
@@ -51,18 +51,18 @@ class Needs:
     models: Mapping[str, str | None] = field(default_factory=dict)
     """Folders or names of other models that it loads, by the key of their section; None: the student's own."""
     adversary: bool = False
-    """More than the student learns, from all rollouts of a step: they must be in one process."""
+    """A second model is trained beside the student, on all rollouts of a step: they must be in one process."""
 
 
 class MethodConfig(ExtrasConfig):
-    """What a method shares with every other one."""
+    """The settings that all methods share."""
 
     title: ClassVar[str] = ""
     """The method's name in a report; its `type` where there is none."""
     story: ClassVar[str] = ""
-    """What a run of it did, in a sentence of a report: {student}, {teacher}, {prompts}, {divergence} are filled in."""
+    """A sentence for the report that says what a run did; {student}, {teacher}, {prompts} and {divergence} are filled in."""
     stories: ClassVar[Mapping[str, str]] = {}
-    """The same by the value of `source`, where it decides what was done."""
+    """Other sentences, by the value of `source`, for methods in which `source` decides what was done."""
 
     type: str
     normalize: Literal["token", "sequence"] = Field(
@@ -77,15 +77,15 @@ class MethodConfig(ExtrasConfig):
     )
 
     def needs(self) -> Needs:
-        """What these settings ask for. A method without an answer of its own asks for nothing."""
+        """Return what these settings require. The default is nothing."""
         return Needs()
 
     def needs_reference(self) -> bool:
-        """Whether a frozen model is to be loaded that the student is compared with."""
+        """Return True if a frozen reference model must be loaded."""
         return self.reference_kl > 0 or self.needs().reference
 
     def check_extras(self) -> None:
-        """Raise ValueError for extras that nothing asks for. For every method, whatever its own `check` says."""
+        """Raise ValueError for extras that have no effect. This runs for every method, besides its own `check`."""
         if self.reference is not None and not self.needs_reference():
             raise ValueError(
                 "nothing is compared with method.reference: write method.reference_kl=0.05 too, or drop it"
@@ -95,7 +95,7 @@ class MethodConfig(ExtrasConfig):
         """Raise ValueError, with what to write instead, for settings that exclude each other."""
 
     def check_teacher(self, teacher: TeacherConfig) -> None:
-        """Raise ValueError for a teacher that cannot give what this method asks for."""
+        """Raise ValueError for a teacher that cannot give what this method requires."""
         needs, given = self.needs(), teacher.answers()
         asked = needs.signals
         if asked and not set(asked) & set(given):

@@ -1,4 +1,4 @@
-"""What the sections of methods share that learn a divergence to the teacher at each token."""
+"""The settings of methods whose loss is a divergence to the teacher at each token."""
 
 from typing import Literal
 
@@ -19,11 +19,11 @@ DIVERGENCE_TITLES: dict[DivergenceName, str] = {
     "total_variation": "total variation distance",
     "adaptive_kl": "KL divergence, forward where the teacher is undecided and reverse elsewhere,",
 }
-"""What a report calls them. `DIVERGENCES` of `kibitz.losses` has the function of each; its options are fields below."""
+"""The divergences' names in a report. `kibitz.losses.DIVERGENCES` has their functions; their options are fields below."""
 
 
 class DistillationConfig(MethodConfig):
-    """What every method shares that learns a divergence to the teacher at each token."""
+    """The settings that all methods with a per-token divergence share."""
 
     divergence: DivergenceName = Field("reverse_kl", description="reverse_kl: Thinking Machines 2025, MiniLLM.")
     support: Literal["full", "top_k"] = Field(
@@ -62,7 +62,7 @@ class DistillationConfig(MethodConfig):
         )
 
     def signals(self) -> tuple[SignalKind, ...]:
-        """What the divergence can be had from on this support, that with the least work first."""
+        """Return the kinds of signal from which the divergence can be computed on this support, the cheapest first."""
         if self.support != "top_k" or self.top_k_of == "union":
             return ("dense",)
         return ("top_k", "dense") if self.top_k_of == "teacher" else ("dense", "named")

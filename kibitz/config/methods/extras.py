@@ -1,4 +1,4 @@
-"""What may join any method: a hold on a reference model, and gold responses beside what it learns from."""
+"""Extras for any method: a KL penalty to a reference model, weights of turns, and replay of the data's responses."""
 
 from typing import Literal
 
@@ -13,7 +13,7 @@ class ReferenceConfig(FrozenConfig):
 
 
 class ExtrasConfig(Section):
-    """What may join any method. Both together, with opd, are StableOPD (2604.08527)."""
+    """Extras for any method. `reference_kl` and `replay` together, with opd, are StableOPD (2604.08527)."""
 
     reference_kl: float = Field(
         0.0,

@@ -10,7 +10,7 @@ from kibitz.config.sections import RolloutConfig
 
 
 class GroupConfig(PolicyGradientConfig, MethodConfig):
-    """What every method shares that compares the rewards of a prompt's samples."""
+    """The settings that all methods with group-relative advantages share: they compare the rewards of a prompt's samples."""
 
     normalize_std: bool = Field(
         False, description="Divide by the group's deviation. Off: it favours extreme prompts (2503.20783)."

@@ -1,4 +1,4 @@
-"""What is learnt from a teacher with a tokenizer of its own."""
+"""The settings of opd for a teacher with its own tokenizer."""
 
 from typing import Literal
 
@@ -9,7 +9,7 @@ from kibitz.config.teachers import SignalKind, TeacherConfig
 
 
 class AlignmentConfig(Section):
-    """Of spans of text that are whole tokens for both models; see docs/tokenizers.md."""
+    """Alignment by spans of text that are whole tokens for both models; see docs/tokenizers.md."""
 
     alignment: Literal["spans", "alm", "gold", "uld"] = Field(
         "spans",
@@ -21,7 +21,7 @@ class AlignmentConfig(Section):
     )
 
     def asks_for_spans(self) -> tuple[SignalKind, ...]:
-        """What a loss of its own asks for; none: it is the policy gradient's affair."""
+        """Return the kinds of signal that the alignment's own loss needs; empty if it has none (`spans`)."""
         kinds: dict[str, tuple[SignalKind, ...]] = {"spans": (), "alm": ("spans",)}
         return kinds.get(self.alignment, ("span_distributions",))
 
@@ -29,10 +29,12 @@ class AlignmentConfig(Section):
         if self.alignment != "spans" and support != "full":
             raise ValueError(f"alignment: {self.alignment} has a loss of its own: write method.support=full")
         if self.alignment != "spans" and temperature != 1:
-            raise ValueError(f"alignment: {self.alignment} is of probabilities as they are: drop method.temperature")
+            raise ValueError(
+                f"alignment: {self.alignment} compares probabilities at temperature 1: drop method.temperature"
+            )
 
     def check_aligned(self, teacher: TeacherConfig, by_token: str | None) -> None:
-        """Against the teacher; `by_token` is a setting that credits tokens one by one, if there is one."""
+        """Raise ValueError if the alignment does not fit the teacher. `by_token`: a setting that credits single tokens."""
         speaks_of_spans = "spans" in teacher.answers()
         if self.alignment != "spans" and not speaks_of_spans:
             raise ValueError(
@@ -41,5 +43,5 @@ class AlignmentConfig(Section):
             )
         if by_token and speaks_of_spans:
             raise ValueError(
-                f"{by_token} credits tokens one by one and this teacher speaks of spans: drop method.policy.{by_token}"
+                f"{by_token} credits tokens one by one and this teacher scores spans of text: drop method.policy.{by_token}"
             )

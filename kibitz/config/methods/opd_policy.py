@@ -1,4 +1,4 @@
-"""The policy gradient of `support: sampled`: what the student learns from the sampled token alone."""
+"""The policy gradient of `support: sampled`: the student learns from the sampled token alone."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -32,11 +32,11 @@ class PolicyConfig(PolicyGradientConfig):
     )
 
     def changed(self) -> list[str]:
-        """The settings that are not as by default."""
+        """Return the names of the settings that differ from their defaults."""
         return [name for name, info in type(self).model_fields.items() if getattr(self, name) != info.default]
 
     def by_token(self) -> str | None:
-        """A setting that credits tokens one by one, if there is one."""
+        """Return the name of a setting that credits single tokens, or None."""
         return "discount" if self.discount else "extrapolation" if self.extrapolation != 1 else None
 
     def check(self, rollout: RolloutConfig) -> None:
@@ -61,7 +61,7 @@ IDLE = {"kl_coef", "clip_ratio", "ratio_cap", "ratio_floor", "max_drop"}
 
 
 class SampledConfig(Section):
-    """What may be set where `support` is sampled, and only there: a `policy` says `support: sampled`."""
+    """Settings that are allowed only with `support: sampled`. A `policy` section implies that support."""
 
     also_here: ClassVar[Mapping[str, str]] = dict.fromkeys(PolicyConfig.model_fields, "policy")
 

@@ -1,4 +1,4 @@
-"""Who writes what opd learns from: the student whole, its beginnings, the student after the teacher, or an earlier run."""
+"""The source of opd's responses: the student, whole or a prefix; the student after a teacher's beginning; or stored rollouts."""
 
 from pydantic import Field
 
@@ -33,7 +33,7 @@ class WritingConfig(Section):
     )
 
     def check_writing(self, rollout: RolloutConfig, sampled: bool) -> None:
-        """`sampled`: the loss is the policy gradient of the sampled token."""
+        """Raise ValueError for settings that exclude each other. `sampled`: the loss is a policy gradient on sampled tokens."""
         prefix, seed = self.prefix_tokens, self.seed_tokens
         for name, size in (("prefix_tokens", prefix or 0), ("seed_tokens", seed)):
             if size > rollout.max_tokens:
@@ -46,7 +46,9 @@ class WritingConfig(Section):
                     f"rollouts are stored and nobody writes {name} of them: drop method.{name} or method.rollouts"
                 )
         if prefix is None and not self.prefix_grows:
-            raise ValueError("prefix_grows: false keeps a prefix that is not there: write method.prefix_tokens=N")
+            raise ValueError(
+                "prefix_grows: false fixes the length of a prefix, and there is none: write method.prefix_tokens=N"
+            )
         for name in ("seed_decays", "learn_seed"):
             if getattr(self, name) and not seed:
                 raise ValueError(f"{name} needs a beginning of the teacher's: write method.seed_tokens=N")
@@ -62,6 +64,6 @@ class WritingConfig(Section):
             )
         if sampled and self.rollouts is not None:
             raise ValueError(
-                "support: sampled needs rollouts of the student as it is now, and stored ones are of earlier: "
+                "support: sampled needs rollouts of the current student, and stored ones are of an earlier one: "
                 "write method.support=full or top_k"
             )

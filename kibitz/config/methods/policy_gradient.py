@@ -1,4 +1,4 @@
-"""What the sections of methods share that learn from the sampled token alone."""
+"""The settings of methods that use a policy gradient on the sampled token."""
 
 from typing import Literal
 
@@ -10,11 +10,11 @@ PolicyLossName = Literal["sampled_token", "ppo_clip", "truncated", "banded", "on
 
 
 class PolicyGradientConfig(Section):
-    """What every method shares that learns from the sampled token alone."""
+    """The settings that all policy-gradient methods share."""
 
     policy_loss: PolicyLossName = Field(
         "sampled_token",
-        description="What becomes of a token whose probability has moved since it was sampled. sampled_token: weighed by the "
+        description="The treatment of a token whose probability has moved since it was sampled. sampled_token: weighed by the "
         "ratio; ppo_clip: no gain past the bound; truncated: weighed by at most ratio_cap; banded: dropped outside "
         "the band; one_sided: dropped once it has fallen by max_drop. All alike at a ratio of 1.",
     )

@@ -50,7 +50,7 @@ class SFTConfig(MethodConfig):
             raise ValueError("sft learns the data's responses anyway: drop method.replay")
         if self.fill is not None and not self.needs().responses:
             raise ValueError(
-                "there are gaps in the data's responses alone: drop method.fill, or write method.source=dataset"
+                "only the data's responses can have gaps to fill: drop method.fill, or write method.source=dataset"
             )
         if self.rollouts is not None and self.source != "dataset":
             raise ValueError(

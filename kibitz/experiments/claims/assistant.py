@@ -27,7 +27,7 @@ PUBLISHED = {
 
 
 def find(results: Results) -> Finding:
-    """What mid-training took from instruction following, what OPD brought back, and what that cost in facts."""
+    """Measure the loss of instruction following in mid-training, its recovery by OPD, and the facts lost in the recovery."""
     learnt, recovered = f"documents-{MIXED}", f"recover-{MIXED}"
     abouts = {arm.name: arm.about for arm in results.experiment.arms}
     mixes = [name for share in SHARES if results.has(name := f"documents-{share}")]
@@ -76,8 +76,8 @@ def _chain(results: Results, recovering: bool) -> list[str]:
 
 
 def verdict(gained: Estimate, lost: Estimate, back: Estimate, facts: Estimate) -> Verdict:
-    """From four changes: facts by mid-training, instructions by mid-training, instructions by OPD, facts by OPD. Reproduced,
-    if OPD brings back half of what was lost or more, as in the publication, and the facts stay."""
+    """Judge four changes: facts by mid-training, instructions by mid-training, instructions by OPD, facts by OPD. Reproduced if
+    OPD recovers at least half of what was lost, as in the publication, and the facts stay."""
     if not (clear(gained) and clear(back)):
         return "not"
     kept = not clear(facts, below=True) or -facts[0] < 0.25 * gained[0]
@@ -85,7 +85,7 @@ def verdict(gained: Estimate, lost: Estimate, back: Estimate, facts: Estimate) -
 
 
 def clear(change: Estimate, below: bool = False) -> bool:
-    """Whether it is above 0, or below, by more than its interval."""
+    """Return True if the change is above 0 (or below) by more than its interval."""
     mean, half = change
     return mean + half < 0 if below else mean - half > 0
 

@@ -1,4 +1,4 @@
-"""What accuracy costs: distillation on the student's own text, fine-tuning on the teacher's text, and RL, each with its own
+"""The cost of accuracy: distillation on the student's own text, fine-tuning on the teacher's text, and RL, each with its own
 budgets, batch and rate; counted in every way that was published."""
 
 from collections.abc import Callable, Mapping, Sequence

@@ -75,7 +75,7 @@ def written_texts(study: Any) -> Path:
 
 
 def find(results: Results) -> Finding:
-    """Which alignments bring the student anywhere, against the teacher of its own tokenizer and against the teacher's text."""
+    """Compare the gain by each alignment with the gains by a teacher of the student's tokenizer and by SFT on teacher text."""
     student = results.model("student")
     before = share_with_interval([student["sampled"]["accuracy"]], student["num_prompts"])
     shares = {arm.name: results.accuracy(arm.name) for arm in results.experiment.arms if results.has(arm.name)}

@@ -100,8 +100,8 @@ def find(results: Results) -> Finding:
 
 
 def verdict(ratios: Mapping[int, Ratios]) -> Verdict:
-    """Whether what RL costs more grows from the shortest to the longest that was learnt: reproduced if it does beyond the
-    intervals, by episodes and by FLOPs; partly if the ratio of episodes rises."""
+    """Reproduced if the ratio of RL's cost to OPD's grows from the shortest to the longest episodes that were learnt, beyond the
+    intervals, in episodes and in FLOPs; partly if the ratio in episodes rises."""
     if len(ratios) < 2:
         return "not"
     shortest, longest = ratios[min(ratios)], ratios[max(ratios)]
@@ -137,7 +137,7 @@ def _problems(length: int) -> int:
 
 
 def _ratios(results: Results, length: int) -> Ratios | None:
-    """How much more RL needs than OPD, each at its best batch; None where neither gets there."""
+    """Return the ratios of RL's cost to OPD's, each at its best batch; None where neither reaches the target."""
     runs = {method: results.runs(results.of_family(f"{method}-k{length}")) for method in METHODS}
     if all(math.isinf(_until(of_method, results, length)["steps"]) for of_method in runs.values()):
         return None
@@ -174,7 +174,7 @@ def _seed_0(results: Results, method: str, length: int, batch: int) -> Record | 
 
 
 def _pair(results: Results, length: int, batch: int) -> tuple[dict[str, float], dict[str, float]] | None:
-    """What RL and OPD cost, at the same number of episodes a step."""
+    """Return the costs of RL and OPD up to the target, at the same number of episodes a step; None if one was not run."""
     runs = [_seed_0(results, method, length, batch) for method in ("grpo", "opd")]
     if runs[0] is None or runs[1] is None:
         return None
@@ -183,7 +183,7 @@ def _pair(results: Results, length: int, batch: int) -> tuple[dict[str, float], 
 
 
 def _equals(results: Results) -> list[dict[str, Any]]:
-    """What RL and OPD need at the same number of episodes a step, and at the same number of tokens."""
+    """Return the costs of RL and OPD at the same number of episodes a step, and at the same number of tokens."""
     rows = []
     for length in LENGTHS:
         for what, batch in (("episodes", EQUAL), ("tokens", EQUAL // length)):

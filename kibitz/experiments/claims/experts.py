@@ -102,7 +102,7 @@ def probe(study: Any, seed: int) -> Record:
 
 
 def find(results: Results) -> Finding:
-    """What each model can do, of each kind."""
+    """Report the accuracy of each model on each kind of problem."""
     runs = results.probes()
     seeds = {name: {task: [run["accuracy"][name][task] for run in runs] for task in OPERATORS} for name in ABOUT}
     shares = {

@@ -66,8 +66,8 @@ def _answer_at(rollout: Rollout) -> int:
 
 
 def _looked_at(row: Record, known: Callable[[str, str], int | None] | None) -> Record | None:
-    """Of one solution: penalties of the token where it goes wrong, of its last token, and of the others. Without a judge of
-    steps the token that is punished most stands for the first. None where no step is wrong, or none that was written."""
+    """Return the penalties, in nats, of one solution: of the first wrong token, of the last token, and of the others. Without a
+    judge of steps the token with the largest penalty stands for the first wrong one. None where no written step is wrong."""
     costs = [penalty(token) or 0.0 for token in row["tokens"]]
     worst = max(range(len(costs)), key=costs.__getitem__)
     wrong = worst if known is None else token_at(row["tokens"], known(row["prompt"], row["response"]))
@@ -111,7 +111,7 @@ def holders(costs: Sequence[float], share: float = MOST) -> set[int]:
 
 
 def _summary(found: list[Record]) -> Record:
-    """Of all solutions of a seed; empty if there are none."""
+    """Summarize all solutions of a seed; `num` is 0 if there are none."""
     if not found:
         return {"num": 0}
     later = [one for one in found if one["answer"] is not None]
@@ -160,7 +160,7 @@ MEASURED = ("exact", "chance", "later", "tokens", "median_rank", "wrong_nats", "
 
 
 def find(results: Results) -> Finding:
-    """How often the first wrong token is the one that is punished most, and whether the final answer is punished."""
+    """Report how often the first wrong token has the largest penalty, and how often the final answer is punished."""
     seeds = [record for record in results.probes() if record["solutions"]["num"]]
     if not seeds:
         raise NotRun("solution that is wrong")
@@ -219,7 +219,7 @@ def _mean(seeds: list[Record], name: str) -> Estimate:
 
 
 def _share(seeds: list[Record], name: str, of: str) -> Estimate:
-    """With the noise of the number of solutions. Seeds sample other problems, so all of them count."""
+    """Return a share of the solutions with its interval. Seeds sample different problems, so all their solutions count."""
     total = sum(record["solutions"][of] for record in seeds)
     return share_with_interval([record["solutions"][name] for record in seeds], max(1, total))
 

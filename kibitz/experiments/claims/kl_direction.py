@@ -25,7 +25,7 @@ DIVERGENCES = {"reverse": reverse_kl, "forward": forward_kl}
 
 
 def find(results: Results) -> Finding:
-    """Who is best of the four corners, and what a student of one hill makes of a teacher of two."""
+    """Compare the four pairs of writer and divergence, and fit a student with one mode to a teacher with two."""
     corners = {writer: {kl: results.accuracy(arm) for kl, arm in arms.items()} for writer, arms in ARMS.items()}
     hills = {kl: one_hill(kl) for kl in DIVERGENCES}
     numbers = {

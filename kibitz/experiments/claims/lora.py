@@ -1,4 +1,4 @@
-"""What a low rank costs: LoRA's gap to full fine-tuning after supervised fine-tuning, and after on-policy distillation."""
+"""The cost of a low rank: LoRA's gap to full fine-tuning after supervised fine-tuning, and after on-policy distillation."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -43,13 +43,13 @@ ARMS = tuple(_arm(stage, start, rank) for start, ranks in STARTS.items() for ran
 
 
 def gap(results: Results, stage: str, place: Place) -> Estimate:
-    """By how much full fine-tuning is better."""
+    """Return the accuracy of full fine-tuning minus LoRA's."""
     start, rank = place
     return results.difference(name(stage, start, None), name(stage, start, rank))
 
 
 def narrows(gaps: dict[str, Estimate]) -> bool | None:
-    """Whether the gap after OPD is smaller, by the interval of the difference; None if it is not told."""
+    """Return True if the gap after OPD is smaller, False if it is larger; None if the difference is within its interval."""
     (before, half), (after, other) = gaps["sft"], gaps["opd"]
     if abs(before - after) <= math.hypot(half, other):
         return None
@@ -92,7 +92,7 @@ def find(results: Results) -> Finding:
 
 
 def _cells(results: Results, start: str, rank: int | None, gaps: Mapping[str, Estimate]) -> list[tuple[Any, ...]]:
-    """Of each stage: the accuracy, the gap, the rate."""
+    """Return accuracy, gap and learning rate of each stage."""
     arms = {stage: name(stage, start, rank) for stage in STAGES}
     return [(results.accuracy(arm), gaps.get(stage), results.rate(arm)) for stage, arm in arms.items()]
 

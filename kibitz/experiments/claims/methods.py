@@ -1,4 +1,4 @@
-"""Which method, when each has the same number of student steps and rollouts and the learning rate that suits it best?"""
+"""The comparison of methods at equal student steps and rollouts, each at its best learning rate."""
 
 from kibitz.experiments.design import TOY, Arm, Experiment, merged
 

@@ -49,7 +49,7 @@ def _name(kind: str, count: int, which: str = "") -> str:
 
 
 def find(results: Results) -> Finding:
-    """How far each number of prompts brings a student on problems that it was not trained on."""
+    """Measure the student's gain on held-out problems for each number of training prompts."""
     kinds = [kind for kind in LENGTHS if results.has(_name(kind, 1), _name(kind, 0))]
     if not kinds:
         raise NotRun(_name("short", 1))
@@ -81,8 +81,8 @@ def find(results: Results) -> Finding:
 
 
 def verdict(ways: Mapping[str, Mapping[int, Estimate]]) -> Verdict:
-    """From prompts of each kind, how many -> the share of the way. Reproduced if one prompt of some kind helps, by more than its
-    interval, and brings most of what ever new ones bring; partly if it helps."""
+    """`ways`: kind of prompts -> number of prompts -> share of the gap closed. Reproduced if one prompt of some kind helps, by
+    more than its interval, and gives most of the gain of always new prompts; partly if it helps."""
     gains = [by for by in ways.values() if by[1][0] > by[1][1]]
     if any(by[1][0] >= ENOUGH * by[0][0] for by in gains):
         return "reproduced"
@@ -100,7 +100,7 @@ def way(results: Results, arm: str, kind: str) -> Estimate:
 
 
 def _rows(results: Results, kind: str) -> list[dict[str, Any]]:
-    """What each arm of a kind was trained on, and where it ends."""
+    """Return a row for each arm of a kind: its training data and its accuracy."""
     rows = []
     for arm in results.experiment.arms:
         if arm.name.partition("-")[0] == kind and results.has(arm.name):

@@ -71,7 +71,7 @@ def verdict(levels: Mapping[str, Mapping[str, Estimate]]) -> Verdict:
 
 
 def find(results: Results) -> Finding:
-    """What each stage can do, and what it says when one talks to it."""
+    """Report the accuracy of each stage, and its answers in a chat."""
     levels = {stage: {kind: level(results, stage, kind) for kind in BOTH} for stage in STAGES}
     made = results.made("pretrained")
     seconds = {"student": made[0]["cpu_seconds"] if made else 0.0}

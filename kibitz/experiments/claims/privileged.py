@@ -69,8 +69,8 @@ READER = Arm(
 
 
 def probe(study: Any, seed: int) -> Record:
-    """How often the student is right, and how often it writes again what it is shown, at temperature 1: without a solution, with
-    a right one, with one that is misread wherever it can be."""
+    """Measure how often the student is right, and how often it repeats the solution that it is shown, at temperature 1: without a
+    solution, with a right one, and with one that is misread at every possible step."""
     config, num = ModelConfig(model=study.place("student", seed)), study.experiment.test_problems
     tokenizer = load_tokenizer(config, "student")
     loaded = load_model(config, "student", pick_device(), tokenizer)
@@ -95,7 +95,7 @@ def probe(study: Any, seed: int) -> Record:
 
 
 def find(results: Results) -> Finding:
-    """What the student gains from itself, and what SFT on the same solutions brings."""
+    """Compare the student's gain from itself as the teacher with the gain by SFT on the same solutions."""
     student, best = results.model("student"), results.of_family(FIXED)
     before = share_with_interval([student["sampled"]["accuracy"]], student["num_prompts"])
     shares = {arm.name: results.accuracy(arm.name) for arm in results.experiment.arms if results.has(arm.name)}
@@ -126,7 +126,7 @@ def verdict(before: Estimate, after: Estimate) -> Verdict:
 
 
 def _reading(results: Results) -> dict[str, Any]:
-    """Of the first seed's probe, or of the file that was written before there were any."""
+    """Return the first seed's probe or, without probes, the record in `reading.json`."""
     earlier = read(results.folder / "reading.json")
     try:
         return results.probes()[0]["test"]

@@ -33,7 +33,7 @@ def name_of(method: str, optimizer: str, level: str) -> str:
 
 
 def find(results: Results) -> Finding:
-    """Which runs end below the model that they began with."""
+    """Find the runs that end below the model that they began with."""
     start = results.level("student")
     pairs = [(optimizer, level) for optimizer in RATES for level in LEVELS]
     found = grid(results, pairs, METHODS, lambda pair, method: name_of(method, *pair))
@@ -57,14 +57,14 @@ def find(results: Results) -> Finding:
 
 
 def verdict(own: list[bool], taught: list[bool]) -> Verdict:
-    """From which pairs of optimizer and rate lose, for self-SFT and for OPD."""
+    """Judge by the pairs of optimizer and rate at which the student loses: `own` for self-SFT, `taught` for OPD."""
     if all(own) and not any(taught):
         return "reproduced"
     return "partly" if sum(own) / len(own) > sum(taught) / len(taught) else "not"
 
 
 def below(share: Estimate, start: float) -> bool:
-    """Whether it ended below the start by more than its interval."""
+    """Return True if a run ended below the start by more than its interval."""
     return share[0] + share[1] < start
 
 

@@ -63,7 +63,7 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        """Whether the two differ by no more than their intervals allow."""
+        """Return True if the two accuracies differ by no more than their intervals allow."""
         gap = self.reached[0] - self.foretold[0]
         sides = (self.foretold[2] - self.foretold[0], self.reached[0] - self.reached[1])
         if gap < 0:
@@ -84,13 +84,13 @@ def foretold(drawn: Points, size: float) -> float:
 
 
 def growth(drawn: Points, gain: float) -> float:
-    """How many times the data a gain in accuracy costs, by the line; infinite if it does not rise."""
+    """Return the factor in data that a gain in accuracy costs by the fitted line; infinite if the line does not rise."""
     slope = fit(drawn)[1]
     return 2 ** (gain / slope) if slope > gain / MOST_DOUBLINGS else inf
 
 
 def needed(part: Mapping[float, Sequence[float]], problems: int, check: Check) -> Estimate:
-    """How many times the largest fitted size the line asks for what a larger one really reached."""
+    """Return the data that the line needs for a larger size's accuracy, as a multiple of the largest fitted size."""
     largest = max(part)
     return bootstrap(part, problems, lambda drawn: growth(drawn, max(0.0, check.reached[0] - foretold(drawn, largest))))
 

@@ -101,7 +101,7 @@ def as_answer(mistake: Rollout) -> Prompt:
 
 
 def inherited(results: Results, name: str, what: str = "mistake") -> Estimate:
-    """Of the problems that the misled teacher gets wrong, the share that a model answers by the same mistake."""
+    """Return the share of the misled teacher's wrong problems that a model answers with the same mistake."""
     seeds = [record for record in results.probes() if name in record["models"]]
     if not any(record["num_mistakes"] for record in results.probes()):
         return 0.0, 0.0
@@ -129,7 +129,7 @@ def repairs(shares: Mapping[str, Estimate], mistakes: Mapping[str, Estimate]) ->
 
 
 def find(results: Results) -> Finding:
-    """What each arm makes of the problems that the misled teacher gets wrong."""
+    """Report the answers of each arm to the problems that the misled teacher gets wrong."""
     arms = {arm.name: arm.about for arm in results.experiment.arms if results.has(arm.name)}
     shares = {name: results.accuracy(name) for name in arms}
     if ALONE not in shares:

@@ -1,4 +1,4 @@
-"""How much the settings of a run matter: temperature of the rollouts, prompts and samples of a step, learning rate."""
+"""The effect of a run's settings: temperature of the rollouts, prompts and samples of a step, learning rate."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,8 +54,8 @@ SETTINGS = (
 
 
 def judged(setting: Setting, found: Mapping[float, Estimate]) -> bool | None:
-    """Whether the best of the published values beats every other by the interval of the difference; False if one of the others
-    beats all of them so; None if neither is told."""
+    """Return True if the best published value beats every other value by the interval of the difference; False if one of the
+    others beats all published ones so; None if neither holds."""
     inside = {value: e for value, e in found.items() if setting.is_good(value)}
     outside = {value: e for value, e in found.items() if not setting.is_good(value)}
     if not inside or not outside:
@@ -73,7 +73,7 @@ def verdict(judgements: Sequence[bool | None]) -> Verdict:
 
 
 def rates(results: Results) -> bool | None:
-    """Whether OPD's best rate is below SFT's and not below a quarter of it; None if they are the same."""
+    """Return True if OPD's best rate is below SFT's and at least a quarter of it; None if they are the same."""
     ratio = results.rate(BASE.name) / results.rate("sft")
     return None if ratio == 1 else 0.25 <= ratio < 1
 

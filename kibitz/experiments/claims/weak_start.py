@@ -1,4 +1,4 @@
-"""What becomes of a student that starts weak, when it learns from its own text, and what helps it."""
+"""A student that starts weak and learns from its own text: its outcome, and remedies."""
 
 from collections.abc import Mapping
 from statistics import fmean
