@@ -16,19 +16,17 @@ from kibitz.types import Rollout
 Book = dict[str, dict[str, float]]
 
 Count = Callable[[Any, Sequence[Rollout]], object]
-"""Hears of each forward pass: the model (anything with `pass_flops`), and the rollouts that it reads."""
+"""Called for each forward pass with the model (anything with `pass_flops`) and the rollouts that it reads."""
 
 
 def uncounted(model: Any, rollouts: Sequence[Rollout]) -> None:
-    """For passes that are no part of a method's cost: those of an evaluation or a check."""
+    """Count nothing: the passes of an evaluation or a check are no part of a method's cost."""
 
 
 UNITS = ("seconds", "flops", "tokens")
 
-
 PEAKS = ("peak_bytes", "host_peak_bytes")
-
-"""Of these the largest counts, not the sum. The second is the process's own beside a GPU."""
+"""The largest of these counts, not their sum. The second is the process's own memory beside a GPU."""
 
 
 class Watch(Protocol):

@@ -1,4 +1,4 @@
-"""What is known of each response token: what a teacher said of it, and what else the loss needs.
+"""Signals: a teacher's scores of each response token, and what else the loss needs.
 
 A signal consists of columns, tensors with one entry for each token of a rollout or of a batch. Joining, cutting, moving,
 page-locking and measuring them is written once, on `Columns`. Who asks for a signal's kind does so because the
@@ -18,7 +18,7 @@ from kibitz.types import Rollout
 @dataclass
 class Columns:
     """Every field that is a tensor is a column `[T, ...]`, and so is every field that consists of columns itself. What
-    else there is (a head, a temperature) is said of all tokens together.
+    else there is (a head, a temperature) belongs to all tokens together.
 
     Like a tensor, it has `nbytes`, goes `to` a device, and is indexed by tokens."""
 
@@ -55,8 +55,8 @@ class Dense(Columns):
 class TopK(Columns):
     """The teacher's log-probabilities of K tokens per position; what is left of 1 is the tail bucket.
 
-    `temperature` is the one that the teacher's logits were divided by. `named`: who asked said which tokens (the
-    student's likeliest), or agreed to the teacher's in their place."""
+    `temperature` is the one that the teacher's logits were divided by. `named`: the asker chose the tokens (the
+    student's likeliest), or accepted the teacher's in their place."""
 
     ids_TK: Tensor
     logp_TK: Tensor
@@ -75,7 +75,7 @@ class Sampled(Columns):
 class FirstTokens(Columns):
     """At each token, the teacher's distribution over the *first* of its own tokens in the span, `dense`, and its
     log-probability of the later ones. `shared` are the ids, of the student and of the teacher, of tokens that mean the same:
-    no columns, and the same for all that one teacher says."""
+    no columns, and the same for all signals of one teacher."""
 
     dense: Dense
     rest_logp_T: Tensor
@@ -84,8 +84,8 @@ class FirstTokens(Columns):
 
 @dataclass
 class Spans(Columns):
-    """From a teacher with another tokenizer. A span is a stretch of text that is whole tokens for both models (see
-    `kibitz.teachers.alignment`); what is known of it stands at each of its tokens, so that any part of them will do.
+    """The scores of a teacher with another tokenizer. A span is a stretch of text that is whole tokens for both models (see
+    `kibitz.teachers.alignment`). Its numbers stand at each of its tokens, so that a batch may be cut anywhere.
 
     `student_logp_T` is as it was sampled, and both log-probabilities are of the whole span. `comparable_T` is 0 where the two
     cannot be compared, and the two are equal there."""
@@ -122,7 +122,7 @@ def cat_signals(signals: Sequence[Kind]) -> Kind:
 
 
 def _cat(columns: list[Any]) -> Any:
-    """What was page-locked stays so: a GPU takes chunks of it while it computes."""
+    """Join columns. Page-locked ones stay page-locked: a GPU takes chunks of them while it computes."""
     first = columns[0]
     if isinstance(first, Columns):
         return cat_signals(columns)
@@ -143,7 +143,7 @@ def locked(column: Any) -> Any:
 
 @dataclass
 class Anchor(Columns):
-    """What holds the student back: `coefficient` times the KL to the model whose signal this is joins the loss."""
+    """The pull that holds the student back: `coefficient` times the KL to the model whose signal this is joins the loss."""
 
     signal: Signal
     coefficient: float
@@ -171,7 +171,7 @@ class Scored:
 
     @classmethod
     def from_signal(cls, rollout: Rollout, signal: Signal) -> "Scored":
-        """By the teacher, at every token that the student wrote and that the teacher could hear."""
+        """Score a rollout by a teacher's signal, at every token that the student wrote and that the teacher could score."""
         weight_T = rollout.weight_T()
         if isinstance(signal, Spans):
             weight_T = weight_T * signal.comparable_T.to(weight_T)
@@ -179,8 +179,8 @@ class Scored:
 
     @property
     def signal_bytes(self) -> int:
-        """What was said of the rollout, as it waits for the loss."""
-        return sum(said.nbytes for said in (self.signal, self.anchor) if said is not None)
+        """The bytes of the rollout's signals, as they wait for the loss."""
+        return sum(part.nbytes for part in (self.signal, self.anchor) if part is not None)
 
 
 @dataclass

@@ -132,16 +132,16 @@ class Rollout:
 
 
 def share_of_teacher(rollouts: Sequence[Rollout]) -> float:
-    """Of the response tokens, those that the teacher wrote. Under speculative KD that is the share of judged drafts that
-    it rejected, 1 - accepted / judged: those behind a rejected one are thrown away unjudged and do not count."""
+    """Return the share of the response tokens that the teacher wrote. Under speculative KD that is the share of judged drafts
+    that it rejected, 1 - accepted / judged: those behind a rejected one are thrown away unjudged and do not count."""
     written = sum(int((r.writer_T == Writer.TEACHER).sum()) for r in rollouts if r.writer_T is not None)
     return written / max(1, sum(r.num_tokens for r in rollouts))
 
 
 @runtime_checkable
 class Stateful(Protocol):
-    """What changes from step to step and is no part of the student: an optimizer's moments, a discriminator, an average of
-    the student. A run that goes on from a checkpoint needs it back."""
+    """A state that changes from step to step and is no part of the student: an optimizer's moments, a discriminator, an average
+    of the student. A run that goes on from a checkpoint needs it back."""
 
     def state(self) -> dict[str, Tensor]:
         """All of it, fit for safetensors: on the CPU, contiguous, no two tensors in the same memory."""

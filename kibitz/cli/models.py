@@ -1,4 +1,4 @@
-"""`kibitz eval`, `score` and `export`: what a model can do, what a teacher says about one text, and a model for others."""
+"""`kibitz eval`, `score` and `export`: what a model can do, how a teacher scores one text, and a model for others."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -107,7 +107,7 @@ def score(
     kind: Annotated[str, typer.Option(help="Of the scores to keep: dense, top_k or sampled.")] = "dense",
     top_k: Annotated[int, typer.Option(min=1, help="K of --kind top_k.")] = 64,
 ) -> None:
-    """Let a teacher comment on every token of a response, and mark where it went wrong; or keep all that it says of a
+    """Let a teacher score every token of a response, and mark where it went wrong; or keep all its scores of a
     file of rollouts, for runs without the teacher."""
     if (rollouts is None) != (out is None):
         raise ValueError("--rollouts FILE and --out FOLDER belong together")

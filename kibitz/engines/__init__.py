@@ -11,7 +11,7 @@ OnReady = Callable[[Sequence[Rollout]], object]
 
 
 def nobody_waits(rollouts: Sequence[Rollout]) -> None:
-    """For rollouts with which nobody can begin before all are there."""
+    """Do nothing with finished rollouts: the caller waits until all are written."""
 
 
 class Engine(Protocol):
@@ -21,7 +21,7 @@ class Engine(Protocol):
         self, prompts: Sequence[Prompt], sampling: Sampling, on_ready: OnReady = nobody_waits, count: Count = uncounted
     ) -> list[Rollout]:
         """The rollouts in the order of the prompts, the samples of one prompt next to each other. `on_ready` gets each of
-        them once, in the process that writes it; `count` hears there which models have read which rollouts."""
+        them once, in the process that writes it; `count` is called there with each model and the rollouts that it has read."""
         ...
 
     def sync(self, student: Any) -> None:

@@ -1,4 +1,4 @@
-"""How a model judges a block of drafted tokens: one forward pass over the new tokens of every row, on a KV cache.
+"""A model judges a block of drafted tokens in one forward pass over the new tokens of every row, on a KV cache.
 
 To roll back is to do nothing. The slot of a token is its position, a query sees no slot behind its own position, and
 what stands behind a rejected token is written over by the next block before a query may look at it.
@@ -155,8 +155,8 @@ def block_error(decoder: BlockDecoder, model: PreTrainedModel, vocab_size: int) 
 
 
 def rank(logits_NQV: Tensor, token_NQ: Tensor) -> Tensor:
-    """How many tokens come before this one. Of equal logits the lower id comes first, so that exactly K tokens have a
-    rank below K: in bfloat16 equal logits are common. Among NaNs every rank is V, which no K lets pass."""
+    """Return how many tokens come before this one, `[N, Q]`. Of equal logits the lower id comes first, so that exactly K
+    tokens have a rank below K: in bfloat16 equal logits are common. Among NaNs every rank is V, which no K lets pass."""
     logit_NQ1 = logits_NQV.gather(-1, token_NQ[..., None])
     id_V = torch.arange(logits_NQV.shape[-1], device=logits_NQV.device)
     behind_NQV = (logits_NQV < logit_NQ1) | (logits_NQV == logit_NQ1) & (id_V >= token_NQ[..., None])

@@ -1,4 +1,4 @@
-"""From the recipe's `rollout` to the engine that it names. To add one is to enter it in `ENGINES` and in the section."""
+"""Build the engine that the recipe's `rollout` names. To add one, enter it in `ENGINES` and in the section."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""How the embedded engine asks an HF model for the next logits: with a preallocated KV cache, or with none at all.
+"""Decoders ask an HF model for the next logits: with a preallocated KV cache, or with none at all.
 
 A `Decoder` keeps rows of tokens; the row's slot of a token is its position. The engine decides which rows exist;
 rows 0..N-1 are the live ones. It first puts all but the last token of each prompt into rows (`prefill`), and then
@@ -17,7 +17,7 @@ PREFILL_TOKENS = 16384  # the most tokens, padding included, in one forward pass
 
 
 class Rows(Protocol):
-    """What every decoder does with its rows."""
+    """The operations on rows that every decoder has."""
 
     def start(self, num_rows: int, num_slots: int) -> None:
         """Make room. Called at the beginning of a `generate`."""
@@ -213,7 +213,7 @@ class PlainDecoder:
 
 
 def selects_logits(model: PreTrainedModel) -> bool:
-    """Whether the forward pass can be kept from computing logits that nobody reads. peft hides that it can."""
+    """Return whether the forward pass can skip the logits that nobody reads. peft hides that it can."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(base.forward).parameters
 

@@ -1,4 +1,4 @@
-"""How a token is drawn: one uniform number per (seed, prompt key, sample, position), then the inverse of the CDF.
+"""A token is drawn with one uniform number per (seed, prompt key, sample, position), and the inverse of the CDF.
 
 Nothing here depends on the batch, on the device or on torch's generators, so that a prompt gives the same rollout
 alone and among others, here and in a re-implementation. The algorithm, completely:

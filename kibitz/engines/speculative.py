@@ -141,7 +141,7 @@ class _Row:
 
     @property
     def position(self) -> int:
-        """Of the pending token."""
+        """The position of the pending token, counted from the prompt's first."""
         return len(self.prompt.ids) + len(self.ids) - 1
 
     def write(self, ids: list[int], logps: list[float], writer: Writer) -> None:

@@ -1,4 +1,4 @@
-"""What goes around an engine: its work over several processes, and its cost into the ledger."""
+"""Wrappers of an engine: one spreads its work over several processes, one enters its cost in the ledger."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,8 +66,7 @@ class _Spread:
 
 @dataclass(frozen=True)
 class _OfFirst:
-    """Nobody hears early of what the first process has written for all: whoever asks about a rollout is in the process
-    whose share it is."""
+    """The first process writes for all and reports no rollout early: each is scored in the process whose share it is."""
 
     engines: Sequence[Engine]  # one, or none
     ranks: Ranks

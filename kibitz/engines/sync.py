@@ -121,8 +121,8 @@ def carrier(config: RolloutServerConfig, root: Path, student: LanguageModel) -> 
 
 @dataclass
 class _Held:
-    """What a server was last seen to hold: the version, how often it had been lost by then, and its answers to the probe
-    beside what the student then thought of them."""
+    """The last known state of a server: the version that it holds, how often it had been lost by then, and its answers to the
+    probe, with the log-probabilities that the student gave them then."""
 
     version: int
     lost: int
@@ -132,7 +132,7 @@ class _Held:
 
 
 class Weights:
-    """Which version every server holds. `ask(server)` lets it answer the probe."""
+    """Tracks which version of the weights every server holds. `ask(server)` lets it answer the probe."""
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ from kibitz.types import Prompt, Rollout, Sampling
 
 
 class Student(Protocol):
-    """What the engine needs to know. `vocab_size` is the tokenizer's: logits beyond it belong to padding."""
+    """The parts of a model that the engine needs. `vocab_size` is the tokenizer's: logits beyond it belong to padding."""
 
     model: PreTrainedModel
     vocab_size: int

@@ -79,7 +79,7 @@ class VLLMEngine:
         return written(server.name, answer, model, sampling.num_samples, self.student.vocab_size, sampling.max_tokens)
 
     def _answers(self, server: Server, probe: Sequence[Prompt]) -> list[Rollout]:
-        """What the server writes to the probe: the same question after each sync."""
+        """Return the server's responses to the probe, which is the same after each sync."""
         sampling = Sampling(max_tokens=16)
         return [
             Rollout(prompt, response.ids, response.logp_T, finished=False)
@@ -96,7 +96,7 @@ class VLLMEngine:
             self._processed[server.url] = bool((one.logp_T > -1e-5).all())
         if not self._processed[server.url]:
             raise ServerError(
-                f"{server.name} tells log-probabilities from before temperature and truncation: start it with "
+                f"{server.name} returns log-probabilities from before temperature and truncation: start it with "
                 "--logprobs-mode processed_logprobs, or write rollout.temperature=1 without top_p and top_k"
             )
 

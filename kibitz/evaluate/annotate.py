@@ -64,7 +64,7 @@ def _one_by_one(
     shown: list[dict[str, Any]],
     top: int,
 ) -> list[dict[str, Any]]:
-    """Add to each token, as `teachers`, what each of several teachers says of it, and return their names and weights."""
+    """Add to each token, as `teachers`, the scores of each of several teachers, and return their names and weights."""
     for token in shown:
         token["teachers"] = []
     for voice in voices:

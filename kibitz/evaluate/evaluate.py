@@ -135,22 +135,22 @@ def distance(
     dense signal, a lower bound from the teacher's top K and their tail, the k3 estimate from the sampled token or span.
 
     Of a teacher with another tokenizer also `reverse_kl_per_byte`, which students of different tokenizers can be compared
-    by, and `unaligned`, the share of tokens that it could say nothing about."""
-    total, num_bytes, heard, written = 0.0, 0.0, 0.0, 0.0
+    by, and `unaligned`, the share of tokens that it could not score."""
+    total, num_bytes, scored_tokens, written = 0.0, 0.0, 0.0, 0.0
     part = ranks.part(rollouts)
     for indices in group(part, max_tokens):
         members = [part[i] for i in indices]
         signals = teacher.score(members, max_tokens)
         scored = [Scored.from_signal(r, s) for r, s in zip(members, signals, strict=True)]
         total += _sum_of_reverse_kl(student, scored)
-        heard += sum(s.weight_T.sum().item() for s in scored)
+        scored_tokens += sum(s.weight_T.sum().item() for s in scored)
         written += sum(r.weight_T().sum().item() for r in members)
         num_bytes += sum((s.bytes_T / s.size_T * s.comparable_T).sum().item() for s in signals if isinstance(s, Spans))
-    sums = ranks.gather((total, num_bytes, heard, written))
-    total, num_bytes, heard, written = (sum(values) for values in zip(*sums, strict=True))
-    row = {"reverse_kl": total / max(1.0, heard)}
+    sums = ranks.gather((total, num_bytes, scored_tokens, written))
+    total, num_bytes, scored_tokens, written = (sum(values) for values in zip(*sums, strict=True))
+    row = {"reverse_kl": total / max(1.0, scored_tokens)}
     if num_bytes:
-        row |= {"reverse_kl_per_byte": total / num_bytes, "unaligned": 1 - heard / written}
+        row |= {"reverse_kl_per_byte": total / num_bytes, "unaligned": 1 - scored_tokens / written}
     return row
 
 

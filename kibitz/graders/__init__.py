@@ -1,4 +1,4 @@
-"""From a response to a reward: `(prompt, text) -> float`.
+"""Graders turn a response into a reward: `(prompt, text) -> float`.
 
 A grader sees text only. One that raises, or gives what is no number, stops the run: a reward that is silently 0 teaches the
 wrong thing. So does a row that its grader cannot read, which `check` finds before any weights load.
@@ -66,7 +66,7 @@ def _by_answers(prompts: Sequence[Prompt]) -> Grader | None:
 
 
 def is_graded(grader: Grader, prompt: Prompt) -> bool:
-    """Whether the row has what a grader of ours compares with; a grader of others takes every row."""
+    """Return whether the row has what a built-in grader compares with; a user's own grader takes every row."""
     if any(grader is own for own in ANSWERS):
         return prompt.answer is not None
     column = "tests" if grader is code else "constraints"
@@ -88,7 +88,7 @@ def check(grader: Grader, prompts: Sequence[Prompt], need_all: bool = False) -> 
 
 
 def describe(name: str, grader: Grader | None, prompts: Sequence[Prompt]) -> list[str]:
-    """What a person should know about rewards: which grader `auto` chose, and how many rows get none."""
+    """Return notes on the rewards: which grader `auto` chose, and how many rows get none."""
     own = next((own for own, grader_of_ours in GRADERS.items() if grader_of_ours is grader), None)
     if grader is None or own is None:
         return []

@@ -95,8 +95,8 @@ def check_math(prompt: Prompt) -> None:
 
 
 def is_math(answer: str) -> bool:
-    """Whether `math` is the grader for an answer: its last line is a number, or an expression without words, that is right by
-    itself."""
+    """Return whether `math` is the grader for an answer: its last line is a number, or an expression without words that is
+    right when compared with itself."""
     final = _final(answer)
     if NUMBER.fullmatch(final):
         return True

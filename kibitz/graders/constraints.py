@@ -36,7 +36,7 @@ def constraints_strict(prompt: Prompt, text: str) -> float:
 
 
 def check(prompt: Prompt, text: str) -> list[bool]:
-    """Which of the row's constraints the text satisfies. ValueError for a constraint that is none."""
+    """Return for each of the row's constraints whether the text satisfies it. Raise ValueError for an unknown constraint."""
     try:
         rows = constraints_of(prompt)
     except ValueError as error:
@@ -46,7 +46,7 @@ def check(prompt: Prompt, text: str) -> list[bool]:
 
 
 def satisfies(text: str, name: str, options: Mapping[str, Any]) -> bool:
-    """Whether a text satisfies a constraint; it does not if that cannot be told in time."""
+    """Return whether a text satisfies a constraint; False if that cannot be decided in time."""
     return _worker.ask(ask="constraint", name=name, text=text, options=options) is True
 
 

@@ -51,7 +51,7 @@ OPTIONS = ("-P", "-s", "-S", "-B", "-X", "utf8")
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use. `memory_bytes` is address space, of which Python itself takes about 30 MB."""
+    """The limits of one program. `memory_bytes` is address space, of which Python itself takes about 30 MB."""
 
     wall_seconds: float = 10.0
     cpu_seconds: int = 10
@@ -63,8 +63,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the program wrote, and how it was stopped; `stopped` is empty if it left by itself with status 0, `late` says
-    that it was stopped at its limit of time."""
+    """The output of a program, and how it was stopped. `stopped` is empty if it left by itself with status 0; `late` means that
+    it was stopped at its time limit."""
 
     output: bytes
     stopped: str = ""

@@ -25,7 +25,7 @@ SCRIPT = Path(__file__).parent / "inside" / "bounded.py"
 
 
 class Patience:
-    """How long one text may take, by how many of the last ones were stopped."""
+    """Limits the seconds that one text may take, by how many of the last texts were stopped."""
 
     LAST, MANY, SHARE = 64, 16, 8
 

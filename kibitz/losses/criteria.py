@@ -153,8 +153,8 @@ class PolicyGradient:
                 raise ValueError("The policy gradient has neither an advantage nor a teacher's signal to learn from.")
             if signal is None:
                 return given_C, _student_metrics(plain_CV, tokens)
-            return given_C, self._heard(student_CV, plain_CV, tokens, signal)[2]
-        teacher_C, kl_C, metrics = self._heard(student_CV, plain_CV, tokens, signal)
+            return given_C, self._scores(student_CV, plain_CV, tokens, signal)[2]
+        teacher_C, kl_C, metrics = self._scores(student_CV, plain_CV, tokens, signal)
         sampled_C = tokens.logp_T
         if isinstance(signal, Spans):  # the joint probability of a span is what all of its tokens are credited with
             sampled_C, teacher_C = signal.student_logp_T, signal.teacher_logp_T
@@ -167,7 +167,7 @@ class PolicyGradient:
             distilled_C, metrics["advantage_clipped"] = policy_gradient.clipped(distilled_C, *self.advantage_clip)
         return (distilled_C if given_C is None else given_C + distilled_C), metrics
 
-    def _heard(
+    def _scores(
         self, student_CV: Tensor, plain_CV: Tensor, tokens: Tokens, signal: Signal
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """The teacher's log-probability of each token, the reverse KL where it can be had, and the metrics."""

@@ -49,7 +49,7 @@ def distillation_advantage(sampled_logp_T: Tensor, teacher_logp_T: Tensor, coeff
 
 
 def extrapolated(teacher_logp_T: Tensor, reference_logp_T: Tensor, factor: float) -> Tensor:
-    """log T + (factor - 1) (log T - log R): what a teacher would say that had gone further from the reference R.
+    """log T + (factor - 1) (log T - log R): the score of a teacher that had gone further from the reference R.
 
     In `distillation_advantage` it gives ExOPD's factor (log T - log R) - (log S - log R) (2602.12125, factor 1.25); at
     1 it is the teacher's own. With the student's start as R, the teacher's advance over it counts `factor` times."""

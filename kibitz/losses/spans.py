@@ -1,6 +1,6 @@
 """Losses on spans: the same stretch of text in the tokens of two vocabularies (see `kibitz.teachers.alignment`).
 
-The span advantage needs nothing of its own: it is the policy gradient, told the two log-probabilities of a span. The
+The span advantage needs nothing of its own: it is the policy gradient, given the two log-probabilities of a span. The
 losses here go by gradients through the student's probability of a span. Each is given once per span; criteria share it
 equally among the span's tokens. `_S` is one entry per span; teachers carry no gradient.
 """

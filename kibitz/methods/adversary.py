@@ -1,4 +1,4 @@
-"""What plays against the student: a module with an optimizer of its own, as one thing to step and to keep."""
+"""The student's adversary: a module and its optimizer, to be stepped and stored together."""
 
 from dataclasses import dataclass
 

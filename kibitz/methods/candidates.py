@@ -1,4 +1,4 @@
-"""Which tokens a teacher is to be asked about: at each position the student's K likeliest, and the one that was written."""
+"""The tokens that a teacher is asked to score: at each position the student's K likeliest, and the one that was written."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Generative adversarial distillation (2511.10643): of the teacher there is text only. A judge learns to tell it from the
+"""Generative adversarial distillation (2511.10643): the teacher gives text only. A judge learns to tell it from the
 student's answers to the same prompts, and its score of an answer is the reward that the student learns from.
 """
 
@@ -50,7 +50,7 @@ class GAD:
     comparisons: list[Comparison] = field(default_factory=list)  # of this step
 
     def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
-        """What is learnt from in this step. The other side's answers are for the judge alone."""
+        """Return the rollouts that the student learns from in this step. The other side's answers are for the judge alone."""
         own = self.student.rollout(prompts, step)
         theirs = self.teacher.rollout(prompts, replace(step, seed=~step.seed))  # not the student's random numbers
         size = len(own) // len(prompts)
@@ -58,7 +58,8 @@ class GAD:
         return theirs if self._warming_up(step) else own
 
     def signal(self, rollouts: Sequence[Rollout], step: Step) -> list[Scored]:
-        """Scores are those of the judge before it learns from them; a duel is one group of GRPO."""
+        """Score with the judge as it was before it learns from these answers. The student's answers in a comparison are one
+        group of GRPO."""
         rewards_GN = self._judge()
         if self._warming_up(step):
             return [Scored(rollout, rollout.weight_T()) for rollout in rollouts]
@@ -77,7 +78,8 @@ class GAD:
         return step.number < round(self.config.warmup * step.total)
 
     def _judge(self) -> Tensor:
-        """One step of the judge on all duels; its scores `[G, N]` of the student's answers, from before that step."""
+        """Train the judge by one step on all comparisons, and return its scores `[G, N]` of the student's answers from before
+        that step."""
         size = len(self.comparisons[0])
         scores_GM = torch.zeros(len(self.comparisons), size)
         num_pairs, total = len(self.comparisons) * (size - 1), 0.0

@@ -1,6 +1,6 @@
-"""On-policy distillation: the student writes, the teacher says at every token what it would have done there.
+"""On-policy distillation: the student writes, the teacher scores every token that it wrote.
 
-With `support: sampled` the teacher speaks of the written token only, and the student learns by policy gradient: the
+With `support: sampled` the teacher scores the written token only, and the student learns by policy gradient: the
 published form, which rewards, a discount and a baseline can join.
 """
 
@@ -50,7 +50,7 @@ class SampledTokenOPD:
         return self._rewarded(scored) if self.config.reward_coef else scored
 
     def _rewarded(self, scored: list[Scored]) -> list[Scored]:
-        """With each response's reward, minus the mean of its prompt's group, added to the advantage of its tokens."""
+        """Add each response's reward, minus the mean of its prompt's group, to the advantage of its tokens."""
         rewards_GN = torch.tensor([one.rollout.reward for one in scored]).view(-1, self.group_size)
         added = []
         for one, advantage in zip(scored, group_advantages(rewards_GN).flatten(), strict=True):

@@ -1,4 +1,4 @@
-"""What a method is, and what it is made of."""
+"""The interface of a method, and the parts that methods are made of."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,11 +31,11 @@ class Method(Protocol):
     """Rewards, where there is a grader, stand in the rollouts before `signal` is called."""
 
     def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
-        """What is learnt from in one step, in the same order for the same seed; schedules follow `step.progress`."""
+        """Return the rollouts of one step, in the same order for the same seed; schedules follow `step.progress`."""
         ...
 
     def signal(self, rollouts: Sequence[Rollout], step: Step) -> list[Scored]:
-        """What each token is told; one entry per rollout, in order. `step` is the one whose rollouts these are."""
+        """Score the rollouts: one entry for each, in order. `step` is the one whose rollouts these are."""
         ...
 
     def loss(self, student: LanguageModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -45,17 +45,17 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """What methods are made of. `divergence` is the user's own `(student_CS, teacher_CS) -> loss_C`, if one was passed;
-    `mask_ids` are the tokens that nobody learns, `stored` the rollouts by prompt key that the method's section names,
-    `reference` the frozen model that it compares the student with. The passes of `engine`, and of whatever is made of the
-    functions below, enter themselves in the `ledger`; what else a method reads it enters with `ledger.reading` or `spend`,
-    in the process that does it, and numbers for the step's row in `ledger.metrics`.
+    """The parts that methods are made of. `divergence` is the user's own `(student_CS, teacher_CS) -> loss_C`, if one was
+    passed; `mask_ids` are the tokens that are never learnt, `stored` the rollouts by prompt key that the method's section
+    names, `reference` the frozen model that it compares the student with. The passes of `engine`, and of whatever the
+    functions below make, enter themselves in the `ledger`. A method enters its other passes with `ledger.reading` or `spend`,
+    in the process that runs them, and numbers for the step's row in `ledger.metrics`.
 
-    Who has a state beyond the student's enters it in `stateful` while the method is built; a `Stateful` method is entered as
-    "method". Checkpoints hold each as training/NAME.safetensors.
+    A part with a state beyond the student's is entered in `stateful` while the method is built; a `Stateful` method is
+    entered as "method". Checkpoints hold each as training/NAME.safetensors.
 
-    Of several processes, each has its `rollout` and `signal` asked for the prompts of all and the rollouts of its own;
-    what compares rollouts of different prompts does so through `ranks`."""
+    With several processes, `rollout` gets the prompts of all, and `signal` the rollouts of its own process; what compares
+    rollouts of different prompts does so through `ranks`."""
 
     recipe: Recipe
     student: LanguageModel
@@ -73,7 +73,7 @@ class Parts:
 
 
 def training_request(parts: Parts, kind: SignalKind, phase: str) -> ScoreRequest:
-    """What is asked about a step's rollouts, by the settings of the optimizer. The ledger counts it as `phase`."""
+    """Return the request to score a step's rollouts, by the settings of the optimizer. The ledger counts it as `phase`."""
     optim = parts.recipe.optim
     return ScoreRequest(
         kind,
@@ -84,7 +84,7 @@ def training_request(parts: Parts, kind: SignalKind, phase: str) -> ScoreRequest
 
 
 def scorer(parts: Parts, config: MethodConfig) -> Scorer:
-    """Who scores for a method: its teacher, asked for the first of the signals it needs that it can give."""
+    """Return the scorer of a method: its teacher's, for the first of the signals it needs that the teacher can give."""
     assert parts.teacher is not None
     needs = config.needs()
     kind: SignalKind = next(kind for kind in needs.signals if kind in parts.teacher.kinds)
@@ -117,14 +117,14 @@ def _written_logp(rollout: Rollout, signal: Signal) -> Tensor:
 
 
 def teacher_engine(parts: Parts) -> Engine:
-    """Who writes as the teacher."""
+    """Return the engine that writes as the teacher."""
     assert parts.teacher is not None
     engine = parts.teacher.writer(lambda model: TorchEngine(model, parts.recipe.rollout.max_rows))
     return Counted(spread(engine, parts.ranks), parts.ledger.reading("teacher_sampling"))
 
 
 def joint_engine(parts: Parts, make: MakeEngine) -> Engine:
-    """Who writes as student and teacher together: what `make` makes of the teacher's model, beside the student's."""
+    """Return the engine that writes as student and teacher together: `make` builds it from the teacher's model."""
     assert parts.teacher is not None
     if not ENGINES[parts.recipe.rollout.engine].in_process:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Who writes the tokens: each source turns the prompts of a step into rollouts, the same ones for the same step."""
+"""Sources write the tokens: each turns the prompts of a step into rollouts, the same ones for the same step."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -170,7 +170,7 @@ def _written_by(writer: Writer, rollout: Rollout) -> Rollout:
 
 
 def _as_prompt(seed: Rollout) -> Prompt:
-    """What the student reads to go on. Its key is of its own: a draw of the student's must not repeat one of the seed's."""
+    """Return the prompt that the student continues. Its key differs, so that the student's draws never repeat the seed's."""
     key = f"{seed.prompt.key}|{seed.sample}|seeded"
     return replace(seed.prompt, ids=(*seed.prompt.ids, *seed.response_ids), key=key)
 

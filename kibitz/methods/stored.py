@@ -133,7 +133,7 @@ def _learnt_before(row: Mapping[str, Any]) -> torch.Tensor | None:
 
 
 def _check_fields(place: str, row: Any) -> None:
-    """That the line is whole, so that nothing after this has to guess."""
+    """Raise ValueError unless the line is complete, so that later code can rely on its fields."""
     if not isinstance(row, dict) or not row.keys() >= _NEEDED.keys():
         missing = ", ".join(_NEEDED) if not isinstance(row, dict) else ", ".join(k for k in _NEEDED if k not in row)
         raise ValueError(f"{place} is no rollout, it lacks {missing}: a run with rollout.store=true writes such a file")

@@ -1,4 +1,4 @@
-"""How much each token counts: the weights that a recipe asks for, around any method.
+"""Token weights: how much each token counts, as a recipe asks, around any method.
 
 They are settled for the whole step, before there are micro-batches, so that none depends on how a step is cut up.
 """
@@ -94,14 +94,14 @@ class Selection:
                 weights = self.ranks.with_all(self._most_entropy, pairs)
             case "tip":
                 triples = list(zip(values["student_entropy"], values["reverse_kl"], weights, strict=True))
-                weights = self.ranks.with_all(self._most_told, triples)
+                weights = self.ranks.with_all(self._highest_tip, triples)
         return [replace(s, weight_T=weight_T) for s, weight_T in zip(scored, weights, strict=True)]
 
     def _most_entropy(self, sequences: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         entropies, weights = zip(*sequences, strict=True)
         return self._kept(torch.cat(entropies), weights)
 
-    def _most_told(self, sequences: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+    def _highest_tip(self, sequences: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
         entropies, divergences, weights = zip(*sequences, strict=True)
         return self._kept(tip_score(torch.cat(entropies), torch.cat(divergences), torch.cat(weights)), weights)
 
@@ -112,7 +112,7 @@ class Selection:
 
     @torch.no_grad()
     def _values(self, method: Method, scored: Sequence[Scored]) -> dict[str, list[Tensor]]:
-        """By name, what the loss says of the tokens of each rollout, in the order of the rollouts."""
+        """Return the loss's values of each token by name: a `[T]` for each rollout, in the order of the rollouts."""
         found: dict[str, dict[int, Tensor]] = {}
         for indices in micro_batches(scored, self.tokens_per_micro_batch):
             batch = pack([scored[i] for i in indices], self.student.device)

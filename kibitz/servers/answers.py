@@ -1,4 +1,4 @@
-"""What a server answered, taken apart: every number is looked at before anything is learnt from it.
+"""Parse a server's answers: every number is checked before anything is learnt from it.
 
 An answer that cannot be right raises ServerError with the server's address: other lengths than were asked for, ids outside
 the vocabulary, numbers that are no log-probabilities, or that do not fit their ranks or one another. vLLM writes -9999 for the
@@ -36,7 +36,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Said:
-    """What a teacher said of some tokens: of each one's K likeliest, and of the one that stands there. A place without a
+    """A teacher's log-probabilities at some positions: of the K likeliest tokens, and of the written one. A place without a
     token repeats the first of its row, whose probability then counts once."""
 
     ids_TK: Tensor
@@ -67,8 +67,8 @@ def written(name: str, answer: Any, model: str, num: int, vocab_size: int, max_t
 
 
 def said(name: str, answer: Any, model: str, ids: Sequence[int], start: int, top_k: int, vocab_size: int) -> Said:
-    """What `prompt_logprobs` says of the tokens `ids[start:]`; `answer` is that of either endpoint. `top_k` 0: the tokens
-    themselves only."""
+    """Read the log-probabilities of the tokens `ids[start:]` from `prompt_logprobs`; `answer` is that of either endpoint. With
+    `top_k` 0 they are of the written tokens only."""
     tree = _object(name, answer, model)
     if "prompt_logprobs" not in tree:
         tree = _dict(name, _list(name, tree.get("choices"), "choices", 1)[0], "a choice")
@@ -175,7 +175,7 @@ def _entries(name: str, row: Any, wanted: int) -> dict[int, tuple[float, int | N
 
 
 def _row(name: str, row: Any, token: int, wanted: int, vocab_size: int) -> tuple[list[tuple[int, float]], float]:
-    """Of one position: the `wanted` likeliest tokens with their log-probabilities, first the likeliest, and the token's own."""
+    """Read one position: the `wanted` likeliest tokens with their log-probabilities, likeliest first, and the token's own."""
     entries = _entries(name, row, wanted)
     if token not in entries:
         raise ServerError(f"{name} said nothing of the token {token} that stands there: was the text another?")

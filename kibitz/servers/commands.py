@@ -34,13 +34,13 @@ class Command:
     environment: dict[str, str] = field(default_factory=dict)
 
     def line(self, python: str = "python") -> str:
-        """For a shell. A key stands there by its name only."""
+        """Return the command as a shell line. It names a key's variable, never the key."""
         settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         keys = ['VLLM_API_KEY="$KIBITZ_API_KEY"'] if os.environ.get("KIBITZ_API_KEY") else []
         return " ".join([*settings, *keys, shlex.join([python, "-m", MODULE, *self.arguments])])
 
     def warning(self) -> str | None:
-        """What is to be known before the command is run: a server that others can reach, and that asks for no key."""
+        """Return a warning if other machines can reach the server and it asks for no key."""
         host = urlsplit(self.url).hostname or ""
         if is_loopback(host) or os.environ.get("KIBITZ_API_KEY", "").strip():
             return None
@@ -168,7 +168,7 @@ def _await(command: Command, process: subprocess.Popen, timeout: float) -> None:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """With its children, which hold the model; by force if it takes too long."""
+    """Stop a process and its children, which hold the model; by force if it takes too long."""
     for number, seconds in ((signal.SIGTERM, 15), (signal.SIGKILL, 15)):
         try:
             os.killpg(process.pid, number)

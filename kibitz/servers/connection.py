@@ -42,7 +42,7 @@ class Fetched:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address of this name is reached from this machine only."""
+    """Return whether the host name is reachable from this machine only."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -27,7 +27,7 @@ BROKEN_ANSWERS = 3
 
 
 class Passing(Exception):
-    """What may be gone at the next attempt; `reached` says whether the server itself answered."""
+    """A fault that may be gone at the next attempt; `reached` is whether the server itself answered."""
 
     def __init__(self, text: str, reached: bool):
         super().__init__(text)
@@ -118,7 +118,7 @@ class Broken(ServerError):
 
 
 def _why(error: BaseException) -> str:
-    """What the system said, which stands at the beginning of a chain of errors, or the kind of the last."""
+    """Return the message of the first error in a chain, which is the system's, or the kind of the last."""
     first: BaseException = error
     while (before := first.__cause__ or first.__context__) is not None:
         first = before
@@ -141,7 +141,7 @@ def _message(answer: Fetched) -> str:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of two values under one name nobody knows which is meant."""
+    """Return a JSON object. Raise ValueError if a name occurs twice: nobody knows which value is meant."""
     tree = dict(pairs)
     if len(tree) != len(pairs):
         raise ValueError("one name twice in an object")

@@ -23,8 +23,8 @@ def api_key(url: str) -> str | None:
 
 
 def shown(text: str, limit: int = 300) -> str:
-    """What a server said, on one line of printable characters, fit for a terminal and a log: every part of a key is `***`, and
-    only then the text is cut."""
+    """Return a server's text on one line of printable characters, fit for a terminal and a log. Every part of a key becomes
+    `***` before the text is cut to `limit` characters."""
     text = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
     for key in sorted(_sent | {key for name in NAMES if (key := os.environ.get(name, "").strip())}):
         text = _without(text, key)

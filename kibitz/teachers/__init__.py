@@ -1,9 +1,9 @@
-"""Teachers: rollouts in, what they say about each token out.
+"""Teachers turn rollouts into signals: scores of each token.
 
 A `Teacher` is a value. One file here makes each kind of it from its section of the recipe, and what several kinds have
 in common is put around it, as `replace(teacher, scorer=...)` does. From the outside in:
 
-    several teachers      who speaks about which rollout, and how several voices become one
+    several teachers      who scores which rollout, and how several signals become one
     context               what this teacher's prompt has and the student's has not
     a store of signals    of one teacher, so that a change of one leaves the others' stored; found by what it read
     another tokenizer     the response's tokens become the teacher's, and their scores go back to the student's
@@ -30,10 +30,10 @@ from kibitz.types import Prompt, Rollout, Stateful
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """What somebody wants to hear. `top_k` belongs to the signal of that name; `temperature` divides the teacher's logits
-    in all but a dense one, which has no temperature yet. `tokens_per_micro_batch` is the asker's own, so that a
-    teacher that equals its student reads the same micro-batches and gives bit-equal numbers. `hidden_states`: where those of
-    a dense signal wait until they are used. `count` hears of each text that a model reads for it."""
+    """The signal that a teacher is asked for. `top_k` belongs to the signal of that name; `temperature` divides the teacher's
+    logits in all but a dense one, which has no temperature yet. `tokens_per_micro_batch` is the asker's own, so that a
+    teacher that equals its student reads the same micro-batches and gives bit-equal numbers. `hidden_states` is where those
+    of a dense signal wait until they are used. `count` is called with each text that a model reads for it."""
 
     kind: SignalKind = "dense"
     top_k: int = 64
@@ -55,12 +55,12 @@ class Prefetching(Protocol):
     """A scorer that can begin before it is asked."""
 
     def prefetch(self, rollouts: Sequence[Rollout]) -> None:
-        """These are written, and will be asked about; others are not written yet."""
+        """Begin to score these rollouts, which are written while others are not; `score` will ask for them."""
         ...
 
 
 def prefetch(scorer: Scorer) -> OnReady:
-    """What an engine should call with finished rollouts: a scorer behind a server begins with them, others wait for all."""
+    """Return what an engine calls with finished rollouts: a scorer behind a server begins with them, others wait for all."""
     return scorer.prefetch if isinstance(scorer, Prefetching) else nobody_waits
 
 
@@ -71,8 +71,8 @@ MakeScorer = Callable[[ScoreRequest], Scorer]
 
 
 class Voice(NamedTuple):
-    """One of several teachers, as a heat-map shows it beside the others. Its `weight` is 0 where it has no say about a
-    prompt and can be asked all the same."""
+    """One of several teachers, as a heat-map shows it beside the others. Its `weight` is 0 if it is none of a prompt's
+    teachers and can score it all the same."""
 
     name: str
     weight: float
@@ -80,7 +80,7 @@ class Voice(NamedTuple):
 
 
 def _nothing(*_: object) -> None:
-    """For teachers that need not be told."""
+    """Do nothing: the default for teachers that need no call."""
 
 
 def _only_one(_: Prompt) -> Sequence[Voice]:

@@ -1,7 +1,7 @@
-"""A teacher with a tokenizer of its own: it reads the student's text in its own tokens, and is heard span by span.
+"""A teacher with a tokenizer of its own: it reads the student's text in its own tokens, and scores span by span.
 
 It reads the prompt as its own chat template renders it, so that only the response is ever compared; the templates' tokens
-are nobody's to learn. What it says is of one way to cut the text into tokens, its own, not of all ways: less than the
+are nobody's to learn. Its score is of one way to cut the text into tokens, its own, not of all ways: less than the
 probability of the text, by little for the usual tokenizers.
 """
 
@@ -29,7 +29,7 @@ MANY_INCOMPARABLE = 0.1
 
 @dataclass
 class Coverage:
-    """How many response tokens there were, and of how many the teacher could say something."""
+    """Counts the response tokens, and those that the teacher could not score."""
 
     tokens: int = 0
     incomparable: int = 0
@@ -55,7 +55,7 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Reader:
-    """From the student's rollouts to the teacher's, kept for as long as the same ones are asked for."""
+    """Turns the student's rollouts into the teacher's, and keeps them as long as the same ones are asked for."""
 
     aligner: Aligner
     template: dict[str, Any]
@@ -151,7 +151,7 @@ class SpanScorer:
 
 
 def _sums(logp_T: Tensor, parts: Sequence[tuple[int, int]]) -> Tensor:
-    """Of each stretch of tokens; parts follow each other and may be empty."""
+    """Return the sum of each stretch of tokens, `[S]`; parts follow each other and may be empty."""
     index_T = torch.repeat_interleave(torch.tensor([end - start for start, end in parts])).to(logp_T.device)
     return logp_T.new_zeros(len(parts)).index_add(0, index_T, logp_T[: len(index_T)])
 

@@ -1,4 +1,4 @@
-"""From the recipe's `teacher` to a `Teacher`: first what can be refused without weights, then the weights."""
+"""Build a `Teacher` from the recipe's section: first refuse what can be refused without weights, then load them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,8 +32,8 @@ from kibitz.types import Prompt
 
 @dataclass(frozen=True)
 class StudentInfo:
-    """Whom a teacher is for: some are made of the student, or must know its tokenizer. `load` is how a model of the teacher's
-    own is had."""
+    """The student that a teacher is for: some teachers are made of it, or must know its tokenizer. `load` loads the teacher's own
+    model."""
 
     tokenizer: Any
     template: Mapping[str, Any] = field(default_factory=dict)

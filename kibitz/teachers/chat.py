@@ -1,7 +1,7 @@
 """A teacher of which only its text can be had: an OpenAI-compatible chat endpoint, without log-probabilities.
 
 It cannot score. It writes what `sft` and `gad` learn from: each prompt's messages go out as they are, and what comes back is
-cut into the student's tokens, with the student's EOS where the server says that the answer ended by itself.
+cut into the student's tokens, with the student's EOS where the server reports that the answer ended by itself.
 """
 
 import re
@@ -48,7 +48,7 @@ def chat_teacher(config: ChatTeacherConfig, tokenizer: Any) -> Teacher:
 
 def _scores_nothing(request: ScoreRequest) -> Scorer:
     raise ValueError(
-        "a chat endpoint tells no log-probabilities: write method.type=sft or gad, or a teacher that scores"
+        "a chat endpoint gives no log-probabilities: write method.type=sft or gad, or a teacher that scores"
     )
 
 

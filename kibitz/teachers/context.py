@@ -1,4 +1,4 @@
-"""Privileged context: a teacher whose prompt says more than the student's (a solution, feedback, a system prompt).
+"""Privileged context: a teacher whose prompt holds more than the student's (a solution, feedback, a system prompt).
 
 OPSD (2601.18734), SDFT (2601.19897), SDPO (2601.20802) and context distillation (2602.12275) are this, around a teacher made
 of the student. The rollout is scored after the teacher's own prompt, rendered by the teacher's own chat template; the
@@ -25,7 +25,7 @@ NOTHING_YET: dict[str, Any] = {"attempt": None, "reward": None, "success": None}
 
 
 class Rendering:
-    """From the student's prompt to the teacher's."""
+    """Turns the student's prompt into the teacher's."""
 
     def __init__(self, config: ContextConfig, tokenizer: Any):
         self.config, self.tokenizer = config, tokenizer
@@ -34,7 +34,7 @@ class Rendering:
         self.system = None if config.system is None else environment.from_string(config.system)
 
     def messages(self, prompt: Prompt, seen: dict[str, Any] = NOTHING_YET) -> list[dict[str, str]]:
-        """The teacher's conversation; `seen` is what there is to say of a rollout."""
+        """The teacher's conversation; `seen` is what is known of a rollout."""
         known = {"answer": prompt.answer, "response": prompt.response, "task": prompt.task}
         known = {name: value for name, value in known.items() if value is not None}
         columns = {**prompt.columns, **known, "prompt": prompt.text, **seen}
@@ -60,7 +60,7 @@ class Rendering:
 
 
 def check_context(config: ContextConfig, prompts: Sequence[Prompt]) -> None:
-    """Raise ValueError for a row that lacks what the templates speak of."""
+    """Raise ValueError for a row that lacks a column that the templates use."""
     rendering = Rendering(config, None)
     for prompt in prompts:
         rendering.messages(prompt)
@@ -85,7 +85,7 @@ def in_context(teacher: Teacher, config: ContextConfig, tokenizer: Any) -> Teach
 
 
 def seen_of(rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
-    """Of each rollout: its text and reward, and another one of the same prompt that got all of it, if there is one."""
+    """Return the context of each rollout: its text and reward, and another one of the same prompt with full reward, if any."""
     right: dict[str, list[Rollout]] = {}
     for rollout in rollouts:
         if rollout.reward is not None and rollout.reward >= 1.0:

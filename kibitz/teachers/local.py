@@ -68,8 +68,8 @@ class LocalScorer:
         return locked(signal) if waits else signal
 
     def _waits(self, rollouts: Sequence[Rollout]) -> bool:
-        """Whether hidden states leave the device until the loss takes them. Where the head cannot be called alone they are
-        logits, which nobody would bring back."""
+        """Return whether hidden states are offloaded to the CPU until the loss takes them. Without a head that can be called
+        alone the signal holds logits, which stay on the device."""
         if self.request.kind != "dense":
             return False
         if self.request.hidden_states != "auto" or self.model.device.type != "cuda":
@@ -80,8 +80,8 @@ class LocalScorer:
 
 
 def reduced(dense: Dense, token_T: Tensor, request: ScoreRequest, chunk_tokens: int = CHUNK_TOKENS) -> Signal:
-    """What was asked for, of a whole distribution, chunk by chunk: a dense signal as it is, its `top_k` likeliest tokens,
-    or the written token's log-probability."""
+    """Reduce a whole distribution to the requested signal, chunk by chunk: a dense signal as it is, its `top_k` likeliest
+    tokens, or the written token's log-probability."""
     if request.kind == "dense":
         return dense
     parts: list[Signal] = []

@@ -1,6 +1,6 @@
 """Several teachers about one token: sum_i w_i T_i, exactly, in probability space.
 
-A `Dense` signal of it holds the hidden states of those who speak side by side, and a number that says who they are; its
+A `Dense` signal of it holds the hidden states of its teachers side by side, and a number that identifies their mix; its
 head gives each its part, and mixes what comes out. So signals of differently routed rollouts stay cuttable and joinable
 like any other, and a token with one teacher has that teacher's logits as they are.
 """
@@ -17,7 +17,7 @@ from kibitz.signals import Dense
 from kibitz.teachers.local import CHUNK_TOKENS
 
 Mix = tuple[tuple[int, float], ...]
-"""Who speaks: the place of each teacher, and the log of its weight; the weights add up to 1."""
+"""The place of each teacher, and the log of its weight; the weights add up to 1."""
 
 
 class MixedHead:
@@ -30,7 +30,7 @@ class MixedHead:
         self.mixes: list[Mix] = []
 
     def packed(self, mix: Mix, said: Mapping[int, Dense], width: int) -> Dense:
-        """One signal of those who speak, `width` numbers a token."""
+        """Return one signal of a mix's teachers, `width` numbers a token."""
         for place, signal in said.items():
             self.heads[place], self.dtypes[place] = signal.head, signal.hidden_TD.dtype
             self.widths[place] = signal.hidden_TD.shape[-1]

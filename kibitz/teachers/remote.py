@@ -115,7 +115,7 @@ def _check_tokenizer(server: Server, model: str, tokenizer: Any) -> None:
 def _possible(served: Served, request: ScoreRequest) -> ScoreRequest:
     if request.temperature != 1:
         raise ValueError(
-            "a server tells log-probabilities at temperature 1: write method.temperature=1, or a teacher in this process"
+            "a server gives log-probabilities at temperature 1: write method.temperature=1, or a teacher in this process"
         )
     if request.kind == "named" and not served.names:
         log.warning(
@@ -161,7 +161,7 @@ class RemoteScorer:
         assert self._early is not None
         candidates: Sequence[Tensor | None] = [None] * len(rollouts)
         if self.request.kind == "named" and self.served.names:
-            assert self.request.candidates is not None, "nobody said which tokens"
+            assert self.request.candidates is not None, "a request for named tokens needs candidates"
             candidates = self.request.candidates(rollouts)
         jobs = [
             self._early.get(_text(rollout)) or self._submit(rollout, ids_TK)
@@ -171,10 +171,10 @@ class RemoteScorer:
         return self.served.servers.gather(jobs)
 
     def _submit(self, rollout: Rollout, ids_TK: Tensor | None) -> Future:
-        work = self._say if ids_TK is None else partial(self._name, ids_TK=ids_TK.cpu())
+        work = self._score if ids_TK is None else partial(self._name, ids_TK=ids_TK.cpu())
         return self.served.servers.submit(lambda server: work(server, rollout))
 
-    def _say(self, server: Server, rollout: Rollout) -> Signal:
+    def _score(self, server: Server, rollout: Rollout) -> Signal:
         served, ids, start = self.served, [*rollout.prompt.ids, *rollout.response_ids], len(rollout.prompt.ids)
         top_k = 0 if self.request.kind == "sampled" else min(self.request.top_k, served.vocab_size)
         params = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": top_k}
@@ -182,13 +182,13 @@ class RemoteScorer:
             body = {"model": served.model, "token_ids": ids, "sampling_params": params | {"detokenize": False}}
         else:
             body = {"model": served.model, "prompt": ids, **params}
-        told = said(server.name, server.ask(served.path, body), served.model, ids, start, top_k, served.vocab_size)
+        answer = said(server.name, server.ask(served.path, body), served.model, ids, start, top_k, served.vocab_size)
         if self.request.kind == "sampled":
-            return Sampled(told.logp_T)
+            return Sampled(answer.logp_T)
         token_T = torch.tensor(rollout.response_ids)
         return TopK(
-            torch.cat([told.ids_TK, token_T[:, None]], dim=-1),
-            torch.cat([told.logp_TK, told.logp_T[:, None]], dim=-1),
+            torch.cat([answer.ids_TK, token_T[:, None]], dim=-1),
+            torch.cat([answer.logp_TK, answer.logp_T[:, None]], dim=-1),
             named=self.request.kind == "named",
         )
 

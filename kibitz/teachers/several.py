@@ -1,5 +1,5 @@
 """Several teachers: each prompt has one or more of them, by its row, its task or none of these, and those of one prompt
-speak together, as a mixture in probability space."""
+score it together, as a mixture in probability space."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ def name_of(config: TeacherConfig, place: int) -> str:
 
 
 def mix_for(configs: Sequence[TeacherConfig], prompt: Prompt) -> Mix:
-    """Who speaks about a prompt: the one that its row names; else those whose task it is; else those without tasks."""
+    """Return the teachers of a prompt: the one that its row names; else those of its task; else those without tasks."""
     names = [name_of(config, place) for place, config in enumerate(configs)]
     if prompt.route is not None:
         if prompt.route not in names:
@@ -43,14 +43,14 @@ def mix_for(configs: Sequence[TeacherConfig], prompt: Prompt) -> Mix:
     mix = mix_of({place: configs[place].weight_on(prompt.task) for place in places})
     if not mix:
         raise ValueError(
-            f"no teacher speaks about the task {prompt.task!r}: enter it in the tasks of one, leave the tasks of one out, or "
+            f"no teacher scores the task {prompt.task!r}: enter it in the tasks of one, leave the tasks of one out, or "
             "give one of those that could a weight above 0"
         )
     return mix
 
 
 def routed(configs: Sequence[TeacherConfig], prompts: Sequence[Prompt], method: MethodConfig) -> list[list[Prompt]]:
-    """The prompts on which each teacher speaks; ValueError where one would have no teacher, or more than the method can
+    """Return the prompts of each teacher. Raise ValueError if a prompt would have no teacher, or more than the method can
     take."""
     mix, heard = remembered(configs), [[] for _ in configs]
     for prompt in prompts:
@@ -86,7 +86,8 @@ def several(members: Sequence[Teacher], configs: Sequence[TeacherConfig]) -> Tea
                 member.check([prompts[i] for i in own], max_tokens)
 
     def voices(prompt: Prompt) -> list[Voice]:
-        """Those who speak about a prompt, and the others who could: one with a context reads columns of its own rows."""
+        """Return the teachers of a prompt, and the others that could score it: one with a context reads columns of its own
+        rows."""
         speak = dict(mix(prompt))
         return [
             Voice(name_of(config, place), math.exp(speak[place]) if place in speak else 0.0, member)
@@ -164,7 +165,7 @@ class SeveralScorer:
         return [self._joined(*parts) for parts in zip(rollouts, mixes, said, whole, strict=True)]
 
     def _kind(self, mix: Mix) -> SignalKind:
-        """What to ask the teachers for: a mixture takes whole distributions where it can have them."""
+        """Return the signal to ask the teachers for: a mixture takes whole distributions if all can give them."""
         if len(mix) == 1 or not all("dense" in self.members[place].kinds for place, _ in mix):
             return self.request.kind
         return "dense"
@@ -233,7 +234,7 @@ class SeveralEngine:
             engine.close()
 
     def _engine(self, mix: Mix) -> tuple[Engine, list[Student]]:
-        """Who writes for these teachers, and the models that read along."""
+        """Return the engine that writes for these teachers, and the models that read along."""
         if len(mix) == 1:
             return self.members[mix[0][0]].writer(self.make), []
         engines = [self.members[place].writer(self.make) for place, _ in mix]

@@ -1,12 +1,12 @@
-"""Signals on disk: what a teacher has said once need not be computed again, in this run, its resumption, or another one.
+"""Signals on disk: what a teacher has scored once need not be computed again, in this run, its resumption, or another one.
 
-    store.json          who spoke: hashes of weights, tokenizer and chat template, the teacher's settings
+    store.json          the teacher: hashes of weights, tokenizer and chat template, the teacher's settings
     head.safetensors    the output head, if whole distributions are held (as hidden states)
     index.jsonl         one line for each rollout: key, kind, file, first row, number of tokens
     NAME.safetensors    the numbers of one call, rollout after rollout
 
 A signal is found by its content: the ids of prompt and response, and what was asked for. So it does not matter which run, step
-or epoch wrote the rollout. A store speaks for one teacher: another one is refused, and told which of its parts differs.
+or epoch wrote the rollout. A store belongs to one teacher: another one is refused, with the parts that differ.
 """
 
 import hashlib
@@ -34,14 +34,14 @@ from kibitz.types import Rollout
 
 PARTS = ("weights", "tokenizer", "chat template")
 KINDS: tuple[SignalKind, ...] = ("dense", "top_k", "sampled")
-"""What a model of this process says of its own tokens, and what can be kept."""
+"""The signals that a model of this process gives of its own tokens, and that can be stored."""
 
 
 # ------------------------------------------------------------------ who spoke
 
 
 def identity(model: LanguageModel) -> dict[str, Any]:
-    """What makes a teacher this one: hashes of all its numbers, of its vocabulary and of its chat template."""
+    """Return what identifies a teacher: hashes of all its numbers, of its vocabulary and of its chat template."""
     weights = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.model.state_dict().items()):
         weights.update(name.encode())
@@ -226,7 +226,7 @@ def _refuse_another(folder: Path, held: Mapping[str, Any], who: Mapping[str, Any
 
 @dataclass
 class Tally:
-    """Of one step: how many rollouts were looked up, and the ones that the teacher had to read."""
+    """Counts one step: how many rollouts were looked up, and which the teacher had to read."""
 
     looked_up: int = 0
     read: set[str] = field(default_factory=set)
@@ -239,7 +239,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class StoredScorer:
-    """What is held is read from disk; the rest is asked of `inner`, all together, and held from then on."""
+    """Reads stored signals from disk; `inner` scores the others, all together, and they are stored from then on."""
 
     store: Store
     request: ScoreRequest
@@ -277,11 +277,11 @@ def _content(rollout: Rollout) -> str:
 
 
 def with_store(teacher: Teacher, folder: Path, settings: Mapping[str, Any], device: torch.device) -> Teacher:
-    """`teacher`, which is never asked twice. `settings` are those of its section that change what it says. Its examiner
+    """`teacher`, which never scores a text twice. `settings` are those of its section that change its scores. Its examiner
     stays as it is: what is measured once need not fill the disk."""
     if len(teacher.models) != 1 or teacher.stateful:
         raise ValueError(
-            "teacher.store: this teacher changes or has no name, so what it says cannot be kept: leave out store"
+            "teacher.store: this teacher changes or has no name, so its scores cannot be stored: leave out store"
         )
     store, tally = Store(folder, {**identity(teacher.models[0]), "settings": dict(settings)}, device), Tally()
     return replace(
@@ -292,14 +292,14 @@ def with_store(teacher: Teacher, folder: Path, settings: Mapping[str, Any], devi
 
 
 def check(folder: Path, tokenizer: Any) -> None:
-    """ValueError unless the folder holds scores of the student's tokens."""
+    """Raise ValueError unless the folder holds scores of the student's tokens."""
     who = Store(folder, None, torch.device("cpu")).who
     if who["tokenizer"] != hash_of_vocabulary(tokenizer):
         raise ValueError(f"teacher.stored: the scores at {folder} are of another tokenizer than the student's")
 
 
 def stored_teacher(folder: Path, device: torch.device) -> Teacher:
-    """A teacher that is nothing but its store: it has read certain rollouts, and has nothing to say about others."""
+    """A teacher that is nothing but its store: it has read certain rollouts, and cannot score others."""
     store, tally = Store(folder, None, device), Tally()
 
     def writer(make: MakeEngine) -> Engine:

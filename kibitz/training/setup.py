@@ -217,8 +217,8 @@ def _kept_small(config: FrozenConfig) -> bool:
 
 
 def _reference(recipe: Recipe, student: LanguageModel, ranks: Ranks) -> Teacher | None:
-    """The model that a method holds its student to; never the checkpoint that a run goes on from. In parts, if the student
-    is and nothing else is said of how it takes little memory."""
+    """The model that a method holds its student to; never the checkpoint that a run goes on from. It is sharded if the
+    student is, unless its section asks for another way to take little memory."""
     section, device = recipe.other_models().get("reference"), student.device
     if section is None:
         return None

@@ -84,7 +84,7 @@ def test_who_speaks_about_a_prompt():
         assert mix == pytest.approx({place: w for place, w in enumerate(weights) if w})
     with pytest.raises(ValueError, match=r"route is 'four' and the teachers are 'one', 'two', 'three'"):
         mix_for(CONFIGS, rollout("sum", [2], route="four").prompt)
-    with pytest.raises(ValueError, match="no teacher speaks about the task 'else'"):
+    with pytest.raises(ValueError, match="no teacher scores the task 'else'"):
         mix_for(CONFIGS[:2], ROLLOUTS[3].prompt)
     with pytest.raises(ValueError, match="no teacher speaks"):
         mix_for([section(weight=0.0)], ROLLOUTS[3].prompt)
@@ -267,7 +267,7 @@ def test_what_cannot_be_routed_is_refused_before_weights_load(models, tmp_path, 
     monkeypatch.setattr("kibitz.training.setup.load_student", lambda *_: pytest.fail("weights were loaded"))
     data = {"world": None, "prompts": rows(tmp_path), "limit": None}
     tree = recipe(models / "student", None, tmp_path / "run", data=data)
-    with pytest.raises(ValueError, match="no teacher speaks about the task 'both'"):
+    with pytest.raises(ValueError, match="no teacher scores the task 'both'"):
         prepare({**tree, "teacher": [{**entry, "tasks": entry["tasks"][:1]} for entry in entries(models)]})
     with pytest.raises(ValueError, match="a row's route is 'one'"):
         prepare({**tree, "teacher": [{"model": str(models / n)} for n in ("one", "two")]})

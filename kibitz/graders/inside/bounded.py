@@ -19,7 +19,7 @@ MAX_BOXES, MAX_BOX = 8, 20_000
 
 
 def search(pattern, text, whole):
-    """Whether the pattern is found in the text, or describes the whole of it."""
+    """Return whether the pattern is found in the text; with `whole`, whether it matches all of it."""
     return bool((re.fullmatch if whole else re.search)(pattern, text))
 
 
@@ -30,12 +30,12 @@ def constraint(name, text, options):
 
 
 def gold(answer):
-    """Whether an answer is a mathematical expression."""
+    """Return whether an answer is a mathematical expression."""
     return any(not isinstance(part, str) for part in parsed_gold(answer))
 
 
 def mathematics(answer, text):
-    """Whether the last expression of a text equals the answer. Where the answer is several values, they may stand in
+    """Return whether the last expression of a text equals the answer. If the answer is several values, they may stand in
     several boxes."""
     from math_verify import parse, verify
 

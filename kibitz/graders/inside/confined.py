@@ -1,4 +1,4 @@
-"""What runs inside the sandbox: confine this process for good, then run one program, or the tests of one.
+"""The script inside the sandbox: it confines its process for good, then runs one program, or the tests of one.
 
 `kibitz.graders.sandbox` starts this file as a script in a fresh interpreter; nothing imports it. Standard input
 holds a job (ten digits of length, then JSON), and behind it what the program reads. The steps in their order:

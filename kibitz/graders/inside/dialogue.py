@@ -1,4 +1,4 @@
-"""What two confined processes say to each other: one holds the tests of a program, the other the program.
+"""The protocol of two confined processes: one holds the tests of a program, the other the program.
 
 The tests run with an interpreter, builtins and expected values of their own, and call the program's names as if they were
 there. Lines of JSON go both ways, one at a time: `ask` for something to be done, then its `value` or what it `raised`. Plain
@@ -205,7 +205,7 @@ class Line:
         return self.encode_object(value)
 
     def encode_object(self, value):
-        """What is not copied. Python's own types and, towards the program, functions are called by their names."""
+        """Encode a value that is not copied. Python's own types and, towards the program, functions are called by their names."""
         name = getattr(value, "__name__", None) if getattr(value, "__module__", None) == "builtins" else None
         known = value in TYPES or is_error(value) if isinstance(value, type) else self.holds_tests
         if isinstance(name, str) and known and getattr(builtins, name, None) is value:
@@ -290,7 +290,7 @@ def is_error(value):
 
 
 def plain_error(kind):
-    """Whether one text makes it: the errors of Unicode ask for more."""
+    """Return whether one text is enough to construct the error: those of Unicode need more."""
     return not issubclass(kind, (UnicodeError, BaseExceptionGroup)) or kind is UnicodeError
 
 

@@ -42,7 +42,7 @@ def num_bullets(text: str, count: int) -> bool:
 
 
 def num_paragraphs(text: str, count: int) -> bool:
-    """What blank lines separate."""
+    """Paragraphs are the parts of the text that blank lines separate."""
     return len(re.split(r"\n\s*\n", text)) == count
 
 

@@ -15,7 +15,7 @@ from kibitz.teachers.alignment.token_bytes import Pieces
 class Span:
     """Tokens [start, end) of the student and of the teacher that stand for the same text.
 
-    `comparable`: both say exactly these bytes, so that their probabilities are of one event. Where they do not (text that
+    `comparable`: both stand for exactly these bytes, so that their probabilities are of one event. Where they do not (text that
     the teacher reads changed or not at all, broken characters, a special token that it lacks), nothing is learnt."""
 
     student: tuple[int, int]

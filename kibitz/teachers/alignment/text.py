@@ -1,4 +1,4 @@
-"""From what the student wrote, bytes that may be no text, to what the teacher can read, and back by position."""
+"""Turn the student's text, bytes that may be no text, into what the teacher can read, and map positions back."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,12 +52,12 @@ class Place:
 
 
 def places(pieces: Sequence[bytes | None], offsets: Sequence[tuple[int, int]], text: str) -> list[Place]:
-    """Where the teacher's tokens stand in the text that it read, in order.
+    """Return the places of the teacher's tokens in the text that it read, in order.
 
-    If their bytes are the text, by adding up. If not, because it was changed on the way in (lower case, accents or
-    spaces dropped, composed characters, unknown tokens), by the offsets, in characters, of the tokenizer: tokens that
-    share a character stay together, and are exact if their bytes are those of the text there. A space before a word
-    that the offsets leave out belongs to the word if its bytes say so, as those of WordPiece do."""
+    If the tokens' bytes are the text, their lengths add up to the places. If not, because the text was changed on the way in
+    (lower case, accents or spaces dropped, composed characters, unknown tokens), the tokenizer's offsets, in characters, give
+    them: tokens that share a character stay together, and are exact if their bytes are those of the text there. A space before
+    a word that the offsets leave out belongs to the word if its bytes include it, as those of WordPiece do."""
     data = text.encode()
     if b"".join(piece or b"" for piece in pieces) == data and None not in pieces:
         return _in_a_row([len(piece or b"") for piece in pieces], 0)

@@ -1,4 +1,4 @@
-"""Which bytes of the text each token stands for.
+"""Find the bytes of the text that each token stands for.
 
 Decoding one token after another loses what is needed here: half a character becomes `�`, and a leading-space marker
 depends on its place. So the decoder of a Hugging Face tokenizer is read and followed step by step on whole sequences,
@@ -57,7 +57,7 @@ class Pieces:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _by_prefixes(self, ids: list[int]) -> list[bytes]:
-        """What each token adds to the text. A token that leaves a character open adds nothing; the one that closes it
+        """Return what each token adds to the text. A token that leaves a character open adds nothing; the one that closes it
         adds the whole, and if none does, the bytes are lost with the last token."""
         pieces, done = [], ""
         for end in range(1, len(ids) + 1):
@@ -69,7 +69,8 @@ class Pieces:
 
 
 def _same_text(data: bytes, text: str) -> bool:
-    """Where bytes are broken, decoders write `�` for one or for all bytes around them, so that only this is compared."""
+    """Return whether the bytes decode to the text. Decoders write `�` for one or for all broken bytes, so that with any of
+    them only the presence of `�` is compared."""
     try:
         return data.decode("utf-8") == text
     except UnicodeDecodeError:
