@@ -22,12 +22,14 @@ from kibitz.ledger import Ledger
 from kibitz.methods import Parts
 from kibitz.methods.stored import load_rollouts
 from kibitz.models import LanguageModel, lora, offload
+from kibitz.models.language_model import num_ids
 from kibitz.models.load import (
     check_same_tokenizer,
     load_model,
     load_student,
     load_tokenizer,
     pick_device,
+    share_vocabulary,
     single_tokens,
     stop_ids,
 )
@@ -93,7 +95,7 @@ def prepare(
         raise RecipeError(
             f"method {recipe.method.type} needs rewards: give rows an answer, name data.grader, or pass grader="
         )
-    stored = _stored(recipe, prompts, len(tokenizer))
+    stored = _stored(recipe, prompts, num_ids(tokenizer))
     held_out = _held_out(recipe, tokenizer)
     if grader is not None:
         graders.check(grader, held_out)
@@ -108,10 +110,12 @@ def prepare(
         student.recompute_activations()
     teacher = teachers.load_all(recipe, teacher_tokenizers, student, _teacher_loader(recipe, ranks))
     reference = _reference(recipe, student, ranks)
+    read_with = [model for each in (teacher, reference) if each is not None for model in each.models]
+    share_vocabulary([student, *read_with])
     checks = [student.check_lengths, *(model.check for model in (teacher, reference) if model is not None)]
     for check in checks:
         check([*prompts, *held_out], recipe.rollout.max_tokens)
-    pack_rows([student, *(m for t in (teacher, reference) if t is not None for m in t.models)], recipe.optim.packing)
+    pack_rows([student, *read_with], recipe.optim.packing)
     learner = fsdp.learner_of(student, ranks)
     engine = make_engine(recipe.rollout, student, folder.path, prompts[:2], ranks)
     sampling = _sampling(recipe, student)
