@@ -92,6 +92,8 @@ def load_student(
         )
     model = load_weights(config, "student", device)
     adapter = lora.attach(model, config.lora, seed) if resumed_from is None else lora.load(model, resumed_from)
+    if resumed_from is not None:
+        check_finite(model, str(resumed_from), "student")
     return LanguageModel(model.to(device), tokenizer, "student", adapter, compiled=config.compile)
 
 
@@ -103,9 +105,9 @@ def load_weights(config: ModelConfig, role: str, device: torch.device, **options
     is_adapter = lora.is_adapter(config.model)
     base = lora.base_or_self(config.model)
     attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    if (index := _index_on_hub(base)) is not None:
+        check_index(index, role)
     try:
-        if (index := _index_on_hub(base)) is not None:
-            check_index(index, role)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base,
             dtype=pick_dtype(config.dtype, device),
@@ -120,17 +122,20 @@ def load_weights(config: ModelConfig, role: str, device: torch.device, **options
     model, info = loaded
     check_loaded(model, info, base, role)
     check_finite(model, base, role)
-    return lora.merged(model, Path(config.model)) if is_adapter else model
+    try:
+        return lora.merged(model, Path(config.model)) if is_adapter else model
+    except Exception as error:
+        raise ValueError(_unreadable(config.model, role, error)) from error
 
 
 def _index_on_hub(name: str) -> Path | None:
     """The index of a model on the hub, if it has one; a folder's is checked before."""
     if Path(name).is_dir():
         return None
-    found = cached_file(
-        name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )  # fmt: skip
+    try:
+        found = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    except Exception:  # no hub or no such model, of which loading says more
+        return None
     return None if found is None else Path(found)
 
 

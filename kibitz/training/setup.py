@@ -110,12 +110,10 @@ def prepare(
         student.recompute_activations()
     teacher = teachers.load_all(recipe, teacher_tokenizers, student, _teacher_loader(recipe, ranks))
     reference = _reference(recipe, student, ranks)
-    read_with = [model for each in (teacher, reference) if each is not None for model in each.models]
-    share_vocabulary([student, *read_with])
+    _read_alike(recipe, student, teacher, reference)
     checks = [student.check_lengths, *(model.check for model in (teacher, reference) if model is not None)]
     for check in checks:
         check([*prompts, *held_out], recipe.rollout.max_tokens)
-    pack_rows([student, *read_with], recipe.optim.packing)
     learner = fsdp.learner_of(student, ranks)
     engine = make_engine(recipe.rollout, student, folder.path, prompts[:2], ranks)
     sampling = _sampling(recipe, student)
@@ -133,6 +131,13 @@ def prepare(
     return Setup(
         recipe, folder, resumed_from, student, learner, teacher, engine, stream, grader, evaluator, parts, ranks
     )
+
+
+def _read_alike(recipe: Recipe, student: LanguageModel, *teachers: Teacher | None) -> None:
+    """Have all models of a run read the same tokens, with padding or without."""
+    models = [student, *(model for teacher in teachers if teacher is not None for model in teacher.models)]
+    share_vocabulary(models)
+    pack_rows(models, recipe.optim.packing)
 
 
 def _check_other_models(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
