@@ -134,7 +134,7 @@ def _index_on_hub(name: str) -> Path | None:
         return None
     try:
         found = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
-    except Exception:  # no hub or no such model, of which loading says more
+    except (OSError, ValueError):  # no hub or no such model, of which loading says more
         return None
     return None if found is None else Path(found)
 
