@@ -18,7 +18,8 @@ from kibitz.losses.spans import span_sums
 from kibitz.losses.supports import find_token
 from kibitz.methods.stored import load_rollouts, prompts_of
 from kibitz.models import LanguageModel
-from kibitz.models.load import load_model, load_tokenizer, pick_device, stop_ids
+from kibitz.models.language_model import num_ids
+from kibitz.models.load import load_model, load_tokenizer, pick_device, share_vocabulary, stop_ids
 from kibitz.signals import Batch, Dense, Sampled, Scored, Signal, Spans, Tokens, TopK
 from kibitz.teachers import ScoreRequest, Teacher, Voice, build
 from kibitz.types import Prompt, Rollout, Sampling
@@ -176,6 +177,7 @@ def score_texts(
     tokenizers = {role: load_tokenizer(config, role) for role, config in configs.items()}
     device = pick_device()
     ours, theirs = (load_model(config, role, device, tokenizers[role]) for role, config in configs.items())
+    share_vocabulary([ours, theirs])
     reader = build.reader_of(theirs, tokenizers["student"], template or {})
     prompts = [_prompt(ours, number, text, template or {}) for number, (text, _) in enumerate(pairs)]
     longest = max(len(prompt.ids) for prompt in prompts)
@@ -222,7 +224,7 @@ def store_scores(
     config = LocalTeacherConfig(model=teacher, store=str(folder))
     tokenizer = load_tokenizer(config, "teacher")
     prompts = prompts_of(rollouts)
-    by_key = load_rollouts(rollouts, prompts, len(tokenizer), num_samples=1, max_tokens=2**31)
+    by_key = load_rollouts(rollouts, prompts, num_ids(tokenizer), num_samples=1, max_tokens=2**31)
     found = [rollout for some in by_key.values() for rollout in some]
     model = build.load(config, pick_device(), build.StudentInfo(tokenizer))
     assert model is not None

@@ -22,7 +22,7 @@ from kibitz.graders import Grader, is_graded
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import ReverseKL
 from kibitz.models import LanguageModel
-from kibitz.models.load import load_model, load_tokenizer, pick_device, stop_ids
+from kibitz.models.load import load_model, load_tokenizer, pick_device, share_vocabulary, stop_ids
 from kibitz.parallel.ranks import ALONE, Ranks
 from kibitz.signals import Scored, Spans
 from kibitz.teachers import Teacher
@@ -185,6 +185,7 @@ def evaluate_model(
     theirs = None if teacher is None else load_model(ModelConfig(model=teacher), "teacher", where)
     scorer = None if theirs is None else reader_of(theirs, tokenizer, data.template)
     student = load_model(config, "student", where, tokenizer)
+    share_vocabulary([student, *([] if theirs is None else [theirs])])
     sampling = Sampling(
         max_tokens=rollout.max_tokens,
         num_samples=eval.samples,

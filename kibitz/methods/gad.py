@@ -17,6 +17,7 @@ from kibitz.methods.adversary import Adversary, adversary
 from kibitz.methods.parts import Parts, policy_loss, teacher_engine, token_loss
 from kibitz.methods.sources import Demonstrations, Generated, Source
 from kibitz.models import LanguageModel
+from kibitz.models.head import body_of
 from kibitz.models.load import load_model
 from kibitz.signals import Batch, Scored
 from kibitz.types import Prompt, Rollout, Step, Writer
@@ -30,7 +31,7 @@ class Judge(nn.Module):
 
     def __init__(self, model: LanguageModel):
         super().__init__()
-        self.body = model.model.base_model
+        self.body = body_of(model.model)
         self.score = nn.Linear(model.model.config.get_text_config().hidden_size, 1, bias=False, device=model.device)
         nn.init.zeros_(self.score.weight)
 

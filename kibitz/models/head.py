@@ -40,12 +40,37 @@ def build_head(model: Any, vocab_size: int, name: str) -> tuple[Head, bool]:
     head = Head(model.get_output_embeddings(), vocab_size, scale, getattr(config, "final_logit_softcapping", None))
     if model.device.type == "meta":  # `LanguageModel.materialize` checks again
         return head, True
-    ids_BL = torch.arange(min(8, vocab_size), device=model.device)[None]
+    ids_BL = torch.arange(min(8, vocab_size), device=model.device).repeat(2, 1)
+    ids_BL[1, -1] = 0
     with torch.no_grad():
         whole = model(ids_BL, use_cache=False).logits[..., :vocab_size].float()
-        alone = head(model.base_model(ids_BL, use_cache=False).last_hidden_state).float()
-    if torch.allclose(whole, alone, rtol=1e-3, atol=1e-3 * whole.abs().max().item() + 1e-6):
+        hidden = getattr(body_of(model)(ids_BL, use_cache=False), "last_hidden_state", None)
+        alone = None if hidden is None else head(hidden).float()
+    _check_logits(whole, name, type(model).__name__)
+    tolerance = 1e-3 * whole.abs().max().item() + 1e-6
+    if alone is not None and torch.allclose(whole, alone, rtol=1e-3, atol=tolerance):
         return head, True
     warnings.warn(f"{name}: the output head of {type(model).__name__} cannot be called alone; logits are kept instead, "
                   f"{vocab_size} numbers a token", stacklevel=2)  # fmt: skip
     return Head(nn.Identity(), vocab_size), False
+
+
+def body_of(model: Any) -> Any:
+    """The model without its head. Where transformers names the whole model as its own base (Llama 4's text model), the
+    submodule that holds the embedding and is the largest."""
+    if model.base_model is not model:
+        return model.base_model
+    parts = [part for part in model.children() if hasattr(part, "get_input_embeddings")]
+    return max(parts, key=lambda part: sum(p.numel() for p in part.parameters()), default=model)
+
+
+def _check_logits(whole_BLV: Tensor, name: str, kind: str) -> None:
+    """Raise ValueError if logits are not finite, or if those of a token depend on the tokens behind it: the two rows differ
+    in their last token alone."""
+    if not whole_BLV.isfinite().all():
+        raise ValueError(f"{name}.model: the logits of {kind} are NaN or infinite on ordinary tokens: weights are damaged, "
+                         "or too large for their dtype (write dtype=float32)")  # fmt: skip
+    first, second = whole_BLV[:, :-1]
+    if not torch.allclose(first, second, rtol=1e-2, atol=1e-2 * whole_BLV.abs().max().item() + 1e-6):
+        raise ValueError(f"{name}.model: {kind} reads the tokens behind a token too (like BERT), so that it cannot write: "
+                         "choose a causal language model")  # fmt: skip

@@ -16,13 +16,23 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from kibitz.batching import without_padding
 from kibitz.config import RecipeError
 from kibitz.models import lora
-from kibitz.models.head import build_head
+from kibitz.models.head import body_of, build_head
 from kibitz.models.progress import no_progress_bars
 from kibitz.signals import Batch
 from kibitz.types import Prompt, Rollout
 
 T = TypeVar("T")
 
+NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+NUM_CHOSEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "top_k_experts",
+    "moe_top_k",
+    "moe_k",
+)
+"""The names under which configurations keep how many experts a layer has, and how many of them a token visits."""
 
 CHUNK_NUMBERS = 2**25
 """Logits that exist at one time: 128 MiB in float32, of which an exact divergence needs about ten such tensors."""
@@ -63,7 +73,7 @@ class LanguageModel(nn.Module):
         self.tokenizer: Any = tokenizer  # a PreTrainedTokenizerBase, whose methods return unions of everything
         self.name, self.adapter, self.packed = name, adapter, packed
         self.placement, self._writer = placement, writer
-        self.vocab_size: int = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
+        self.vocab_size: int = min(num_ids(tokenizer), model.get_input_embeddings().weight.shape[0])
         with self.loaded():
             self.head, self.head_stands_alone = build_head(model, self.vocab_size, name)
         # in a tuple, so that it is no second child
@@ -126,7 +136,11 @@ class LanguageModel(nn.Module):
         return output.last_hidden_state if self.head_stands_alone else output.logits
 
     def _body(self) -> Any:
-        return self.model.base_model if self.head_stands_alone else self.model
+        return body_of(self.model) if self.head_stands_alone else self.model
+
+    def cut_vocabulary(self, size: int) -> None:
+        """Give no probability to tokens from the id `size` on."""
+        self.vocab_size = self.head.vocab_size = min(size, self.vocab_size)
 
     def pack_rows(self, packed: bool) -> None:
         """Read rows without padding from now on, or with it. `kibitz.models.packing` says whether a model can."""
@@ -209,7 +223,15 @@ class LanguageModel(nn.Module):
         return forward_flops(self.model, num_positions, num_squared, num_scored)
 
     def check_lengths(self, prompts: Sequence[Prompt], max_tokens: int) -> None:
-        """Raise ValueError if a prompt and a response of `max_tokens` exceed `max_positions`."""
+        """Raise ValueError if a prompt and a response of `max_tokens` exceed `max_positions`, or the model has no row for a
+        token of a prompt."""
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        for prompt in prompts:
+            if max(prompt.ids, default=0) >= rows:
+                raise ValueError(
+                    f"data: the prompt {prompt.key} holds the token {max(prompt.ids)}, and the {self.name} has rows for "
+                    f"{rows}: leave it out, or choose a model that has it"
+                )
         longest, room = max(len(prompt.ids) for prompt in prompts), self.max_positions
         if room is None or longest + max_tokens <= room:
             return
@@ -219,13 +241,45 @@ class LanguageModel(nn.Module):
         raise RecipeError(f"data: {where}: leave out long prompts")
 
 
+def num_ids(tokenizer: Any) -> int:
+    """One more than the largest id: `len` counts the tokens, and some tokenizers leave ids out."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+
+
 def forward_flops(model: Any, num_positions: float, num_squared: float, num_scored: float) -> float:
-    """The FLOPs of `LanguageModel.forward_flops` for a bare model, which may be on the meta device."""
+    """The FLOPs of `LanguageModel.forward_flops` for a bare model, which may be on the meta device. Of a mixture of experts
+    those that a token visits count, and of layers those that attend to all tokens before count with the square."""
     config = model.config.get_text_config()
     head = model.get_output_embeddings().weight.numel()
     embedding = model.get_input_embeddings().weight
     tied = embedding is model.get_output_embeddings().weight
     body = sum(p.numel() for p in model.parameters()) - embedding.numel() - (0 if tied else head)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 2.0 * config.num_hidden_layers * config.num_attention_heads * head_dim * num_squared
-    return 2.0 * body * num_positions + attention + 2.0 * head * num_scored
+    body -= _num_idle(model, config)
+    return 2.0 * body * num_positions + _attention_width(config) * num_squared + 2.0 * head * num_scored
+
+
+def _attention_width(config: Any) -> float:
+    """FLOPs of attention for each pair of positions. Mamba, RWKV and xLSTM have no attention heads, and hybrid models
+    none in their recurrent layers."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return 0.0
+    kinds = getattr(config, "layer_types", None) or ["attention"] * config.num_hidden_layers
+    layers = sum(kind == "hybrid" or ("attention" in kind and kind != "linear_attention") for kind in kinds)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2.0 * layers * heads * head_dim
+
+
+def _num_idle(model: Any, config: Any) -> int:
+    """Parameters of the experts that a token does not visit."""
+    settings = [config, getattr(config, "ffn_config", None)]  # of DBRX
+    found = ([getattr(one, name, None) for one in settings for name in names] for names in (NUM_EXPERTS, NUM_CHOSEN))
+    total, chosen = (next((value for value in values if isinstance(value, int)), 0) for values in found)
+    if not 0 < chosen < total:
+        return 0
+    routed: dict[int, int] = {}
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if not last.startswith("shared") and (last == "experts" or type(module).__name__.endswith("Experts")):
+            routed.update((id(parameter), parameter.numel()) for parameter in module.parameters())
+    return sum(routed.values()) * (total - chosen) // total

@@ -1,49 +1,53 @@
 """Loading of Hugging Face models and tokenizers: folders are checked first, adapters are merged, stop tokens collected."""
 
 import os
-import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils.hub import cached_file
 
 from kibitz.config import ModelConfig, StudentConfig
 from kibitz.models import lora
+from kibitz.models.folders import check_finite, check_folder, check_index, check_loaded
 from kibitz.models.language_model import LanguageModel
 from kibitz.models.progress import no_progress_bars
 
-# ------------------------------------------------------------------ loading
-
 
 def pick_device(name: str = "auto") -> torch.device:
+    """The device of that name; `auto` is a GPU if there is one. Raise ValueError for one that this machine lacks."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(
+            f"device: there is no kind of device named {name!r}: write auto, cpu, cuda or cuda:0"
+        ) from None
+    if device.type == "cuda":  # counted, because a tensor would take memory for a context
+        there = (device.index or 0) < torch.cuda.device_count()
+    else:
+        there = device.type != "meta" and _holds_tensors(device)
+    if not there:
+        raise ValueError(f"device: this machine has no {name!r} that torch can use: write auto or cpu")
+    return device
+
+
+def _holds_tensors(device: torch.device) -> bool:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+        return False
+    return True
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return getattr(torch, name)
-
-
-def check_folder(name: str, role: str) -> None:
-    """Raise ValueError, before anything loads, if `name` is no folder of a model or of an adapter with a base, and no
-    name on the hub."""
-    path = Path(name)
-    if lora.is_adapter(path):
-        lora.require_peft()
-        check_folder(lora.base_of(path), f"{role}.model: {name} adapts another model; {role}")
-    elif path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{role}.model: {name} is not a model: it has no config.json")
-        if not any(path.glob("*.safetensors")):
-            raise ValueError(
-                f"{role}.model: {name} holds no *.safetensors; pickled weights are not loaded, convert them first"
-            )
-    elif path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise ValueError(f"{role}.model: there is no model folder at {name}")
 
 
 @no_progress_bars()
@@ -88,6 +92,8 @@ def load_student(
         )
     model = load_weights(config, "student", device)
     adapter = lora.attach(model, config.lora, seed) if resumed_from is None else lora.load(model, resumed_from)
+    if resumed_from is not None:
+        check_finite(model, str(resumed_from), "student")
     return LanguageModel(model.to(device), tokenizer, "student", adapter, compiled=config.compile)
 
 
@@ -95,20 +101,42 @@ def load_student(
 def load_weights(config: ModelConfig, role: str, device: torch.device, **options: Any) -> Any:
     """The bare transformers model, on the CPU unless `options` place it, in the dtype of the section, whose default
     depends on `device`. `options` go to `from_pretrained`."""
+    check_folder(config.model, role)
     is_adapter = lora.is_adapter(config.model)
+    base = lora.base_or_self(config.model)
     attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    if (index := _index_on_hub(base)) is not None:
+        check_index(index, role)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            lora.base_of(config.model) if is_adapter else config.model,
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            base,
             dtype=pick_dtype(config.dtype, device),
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
             **attention,
             **options,
         )
+    except Exception as error:
+        raise ValueError(_unreadable(config.model, role, error)) from error
+    model, info = loaded
+    check_loaded(model, info, base, role)
+    check_finite(model, base, role)
+    try:
         return lora.merged(model, Path(config.model)) if is_adapter else model
     except Exception as error:
         raise ValueError(_unreadable(config.model, role, error)) from error
+
+
+def _index_on_hub(name: str) -> Path | None:
+    """The index of a model on the hub, if it has one; a folder's is checked before."""
+    if Path(name).is_dir():
+        return None
+    try:
+        found = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):  # no hub or no such model, of which loading says more
+        return None
+    return None if found is None else Path(found)
 
 
 def _unreadable(name: str, role: str, error: Exception) -> str:
@@ -143,14 +171,26 @@ def check_same_tokenizer(
 
 def stop_ids(model: LanguageModel, stop: list[str]) -> tuple[int, ...]:
     """The ids of all tokens that end a response of `model`; `stop` are those of the recipe."""
-    return end_ids(model.tokenizer, model.model.generation_config, stop)
+    ids = end_ids(model.tokenizer, model.model.generation_config, stop)
+    if not any(i < model.vocab_size for i in ids):
+        raise ValueError(
+            f"the {model.name} can write {model.vocab_size} tokens and none of those that end a response ({ids}): its matrix is "
+            "of another tokenizer, choose a model that has their rows"
+        )
+    return ids
 
 
 def end_ids(tokenizer: Any, settings: Any, stop: list[str]) -> tuple[int, ...]:
     """The ids of all tokens that end a response: the tokenizer's EOS, those of the generation config, and `stop`."""
-    ids: set[Any] = {tokenizer.eos_token_id}
     configured = getattr(settings, "eos_token_id", None)
-    ids.update(configured if isinstance(configured, list) else [] if configured is None else [configured])
+    listed = list(configured) if isinstance(configured, list | tuple) else [] if configured is None else [configured]
+    for one in listed:
+        if type(one) is not int or not 0 <= one < 2**31:
+            raise ValueError(
+                f"generation_config.json or config.json of a model says eos_token_id: {configured!r}, and {one!r} is no token: "
+                "write an id or a list of ids"
+            )
+    ids: set[Any] = {tokenizer.eos_token_id, *listed}
     ids.update(single_tokens(tokenizer, stop, "rollout.stop"))
     return tuple(sorted(ids))
 
@@ -167,3 +207,15 @@ def single_tokens(tokenizer: Any, texts: list[str], where: str) -> tuple[int, ..
             raise ValueError(f"{where}: {text!r} is unknown to this tokenizer; write a token of its vocabulary")
         ids += encoded
     return tuple(ids)
+
+
+def share_vocabulary(models: Sequence[LanguageModel]) -> None:
+    """Cut models of one tokenizer to the tokens that all of them have rows for: the last rows of a family's larger models may
+    belong to tokens that nobody writes. The first model is the student; those of other tokenizers stay as they are."""
+    if len({model.vocab_size for model in models}) <= 1:
+        return
+    words = models[0].tokenizer.get_vocab()
+    of_one = [model for model in models if model.tokenizer.get_vocab() == words]
+    size = min(model.vocab_size for model in of_one)
+    for model in of_one:
+        model.cut_vocabulary(size)

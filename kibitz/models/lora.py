@@ -111,9 +111,22 @@ def attach(model: Any, config: LoraConfig, seed: int) -> Adapter:
 
 
 def load(model: Any, folder: Path, trainable: bool = True) -> Adapter:
-    """Inject a saved adapter into `model`, in place."""
-    with _quietly():
-        return Adapter(_peft().PeftModel.from_pretrained(model, str(folder), is_trainable=trainable))
+    """Inject a saved adapter into `model`, in place. Raise ValueError unless the folder has each of its tensors, in its
+    shape, and no other."""
+    try:
+        with _quietly():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
+            peft = _peft().PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+            found = peft.load_adapter(str(folder), "default", is_trainable=trainable)  # says what it did not find
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder} is not an adapter of {model.name_or_path}: {' '.join(str(error).split())[:300]}"
+        ) from None
+    for verb, keys in {"lacks": found.missing_keys, "holds what its model has not:": found.unexpected_keys}.items():
+        if keys:
+            more = f" and {len(keys) - 1} more tensors" if len(keys) > 1 else ""
+            raise ValueError(f"{folder} {verb} {sorted(keys)[0]}{more}: it is not the adapter that {CONFIG} describes")
+    return Adapter(peft)
 
 
 def merged(model: Any, folder: Path) -> Any:

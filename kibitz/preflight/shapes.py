@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kibitz.config import FrozenConfig, ModelConfig
 from kibitz.models import lora
+from kibitz.models.head import body_of
 from kibitz.parallel.fsdp import layers_of
 
 PROBED_TOKENS = 64
@@ -39,7 +40,7 @@ class Shape:
     @cached_property
     def num_body(self) -> int:
         """The number of parameters without the output head; a tied head counts as the embedding."""
-        return sum(parameter.numel() for parameter in self.model.base_model.parameters())
+        return sum(parameter.numel() for parameter in body_of(self.model).parameters())
 
     @cached_property
     def num_in_layer(self) -> int:
@@ -115,7 +116,7 @@ class Shape:
         ids = torch.zeros(PROBED_TOKENS, 1, dtype=torch.long, device="meta")
         mask = torch.ones(PROBED_TOKENS, 1, 1, 1, dtype=torch.bool, device="meta")
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            self.model.base_model(ids, attention_mask=mask, use_cache=False)
+            body_of(self.model)(ids, attention_mask=mask, use_cache=False)
         total = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in parameters)
         return total / PROBED_TOKENS
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from kibitz.config import DIVERGENCE_TITLES, METHOD_CONFIGS, MethodConfig
+from kibitz.config import DIVERGENCE_TITLES, METHOD_CONFIGS, TEACHER_CONFIGS, MethodConfig
 from kibitz.report.costs import total, total_flops
 from kibitz.report.curves import main_split
 from kibitz.report.folder import Row, Run, dig, dig_number
@@ -67,11 +67,15 @@ def _how_much(run: Run) -> list[Markup]:
 
 
 def _model(spec: Any) -> str:
-    """A model's name from a recipe: a dict with `model`, its URL, a bare name, or several teachers."""
+    """A model's name from a recipe: a dict with `model`, or with the key of another kind of teacher; a bare name; or several
+    teachers."""
     if isinstance(spec, list):
         return ", ".join(_model(entry) for entry in spec)
     if isinstance(spec, dict):
-        spec = spec.get("model") or spec.get("url")
+        kind = next((key for key in ("model", *TEACHER_CONFIGS) if spec.get(key)), None)
+        if (kind is not None and not isinstance(spec[kind], str)) or kind == "student":
+            return f"{kind}: {spec[kind]}"
+        spec = spec.get(kind) if kind is not None else None
     parts = str(spec or "without a name").rstrip("/").split("/")
     return "/".join(parts[-2:])  # of a long path its end, and hub names as they are
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kibitz.config import SignalKind
 from kibitz.config.teachers import RemoteTeacherConfig
+from kibitz.models.language_model import num_ids
 from kibitz.servers import ServerError, served_model
 from kibitz.servers.answers import named, said
 from kibitz.servers.http import Refused, Server, Servers
@@ -82,7 +83,7 @@ def _meet(server: Server, servers: Servers, config: RemoteTeacherConfig, tokeniz
     )
     asked = {"max_tokens": 1, "prompt_logprob_token_ids": [[0]], "prompt_logprob_start": 0}
     names = path == GENERATE and _takes(server, {"model": model, "token_ids": [0, 0], "sampling_params": asked})
-    return Served(servers, model, len(tokenizer), room if type(room) is int else None, path, names)
+    return Served(servers, model, num_ids(tokenizer), room if type(room) is int else None, path, names)
 
 
 def _takes(server: Server, body: dict[str, Any]) -> bool:

@@ -22,12 +22,14 @@ from kibitz.ledger import Ledger
 from kibitz.methods import Parts
 from kibitz.methods.stored import load_rollouts
 from kibitz.models import LanguageModel, lora, offload
+from kibitz.models.language_model import num_ids
 from kibitz.models.load import (
     check_same_tokenizer,
     load_model,
     load_student,
     load_tokenizer,
     pick_device,
+    share_vocabulary,
     single_tokens,
     stop_ids,
 )
@@ -92,7 +94,7 @@ def prepare(
         raise RecipeError(
             f"method {recipe.method.type} needs rewards: give rows an answer, name data.grader, or pass grader="
         )
-    stored = _stored(recipe, prompts, len(tokenizer))
+    stored = _stored(recipe, prompts, num_ids(tokenizer))
     held_out = _held_out(recipe, tokenizer)
     if grader is not None:
         graders.check(grader, held_out)
@@ -107,10 +109,10 @@ def prepare(
         student.recompute_activations()
     teacher = teachers.load_all(recipe, teacher_tokenizers, student, _teacher_loader(recipe, ranks))
     reference = _reference(recipe, student, ranks)
+    _read_alike(recipe, student, teacher, reference)
     checks = [student.check_lengths, *(model.check for model in (teacher, reference) if model is not None)]
     for check in checks:
         check([*prompts, *held_out], recipe.rollout.max_tokens)
-    pack_rows([student, *(m for t in (teacher, reference) if t is not None for m in t.models)], recipe.optim.packing)
     learner = fsdp.learner_of(student, ranks)
     engine = make_engine(recipe.rollout, student, folder.path, prompts[:2], ranks)
     sampling = _sampling(recipe, student)
@@ -126,6 +128,13 @@ def prepare(
     parts.stateful.update({} if teacher is None else teacher.stateful)
     stream = PromptStream(prompts, recipe.seed, recipe.data.shuffle)
     return Setup(parts, folder, resumed_from, learner, engine, stream, grader, evaluator)
+
+
+def _read_alike(recipe: Recipe, student: LanguageModel, *teachers: Teacher | None) -> None:
+    """Have all models of a run read the same tokens, with padding or without."""
+    models = [student, *(model for teacher in teachers if teacher is not None for model in teacher.models)]
+    share_vocabulary(models)
+    pack_rows(models, recipe.optim.packing)
 
 
 def _check_other_models(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:

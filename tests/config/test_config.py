@@ -111,7 +111,7 @@ def test_a_recipe_does_not_change():
         ("optim.lr=fast", ["optim.lr", "number", "'fast'"]),
         ("steps=0", ["steps", "greater than or equal to 1"]),
         ("rollout.top_p=1.5", ["rollout.top_p", "less than or equal to 1"]),
-        ("method.type=opdd", ["unknown method 'opdd'", "sft, opd, gkd, skd, minillm", "did you mean opd?"]),
+        ("method.type=opdd", ["unknown method 'opdd'", ", ".join(config.METHOD_CONFIGS), "did you mean opd?"]),
         ("method.divergence=kl", ["method.divergence", "reverse_kl"]),
         ("method.support=sampled method.divergence=jsd", ["support: sampled estimates reverse_kl only"]),
         ("method.support=sampled rollout.top_p=0.9", ["write rollout.temperature=1"]),

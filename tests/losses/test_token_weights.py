@@ -71,7 +71,7 @@ def test_the_mean_of_means_for_every_kind_of_loss(lab, method):
 def test_cut_off_responses_are_not_among_those_that_are_averaged(lab):
     """Masked before the shares and the means are taken, not after."""
     one = lab({"type": "opd", "normalize": "sequence"}, guards={"cut_off": "mask"}, rollout={"max_tokens": 5})
-    one.rollouts = Guards(one.setup.parts.recipe.guards).mask(one.rollouts)
+    one.rollouts, _ = Guards(one.setup.parts.recipe.guards).mask(one.rollouts)
     whole = [i for i, r in enumerate(one.rollouts) if r.finished]
     assert 0 < len(whole) < len(one.rollouts)
     scored = one.scored()

@@ -7,6 +7,7 @@ from functools import cached_property
 from itertools import groupby, pairwise
 from typing import Any
 
+from kibitz.models.language_model import num_ids
 from kibitz.teachers.alignment.text import Place, places, readable
 from kibitz.teachers.alignment.token_bytes import Pieces
 
@@ -152,6 +153,6 @@ def _spans(
 def _by_meaning(tokenizer: Any, pieces: Pieces) -> dict[bytes | None, int]:
     """The token that stands for some bytes in the middle of a text, None for the end. Where there are two, such as the
     letter and its byte of SentencePiece, the one that comes later, which is the letter."""
-    ids = [i for i in range(len(tokenizer)) if i not in pieces.special_ids and tokenizer.convert_ids_to_tokens(i)]
+    ids = [i for i in range(num_ids(tokenizer)) if i not in pieces.special_ids and tokenizer.convert_ids_to_tokens(i)]
     found = pieces.in_the_middle(ids)
     return {piece: i for i, piece in zip(ids, found, strict=True) if piece} | {None: tokenizer.eos_token_id}

@@ -1,0 +1,104 @@
+"""Checks of a model's folder: that it holds safetensors alone, and that every tensor of the model came from it."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from kibitz.models import lora
+
+FLOATS = {"F64", "F32", "F16", "BF16"}
+CHECKED = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+INDEX = ".safetensors.index.json"
+
+
+def check_folder(name: str, role: str) -> None:
+    """Raise ValueError, before anything loads, if `name` is no folder of a model or of an adapter with a base, and no
+    name on the hub."""
+    path = Path(name)
+    if lora.is_adapter(path):
+        lora.require_peft()
+        check_folder(lora.base_of(path), f"{role}.model: {name} adapts another model; {role}")
+        _check_dtypes(path / lora.WEIGHTS, role)
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{role}.model: {name} is not a model: it has no config.json")
+        if not any(path.glob("*.safetensors")):
+            raise ValueError(
+                f"{role}.model: {name} holds no *.safetensors; pickled weights are not loaded, convert them first"
+            )
+        for index in sorted(path.glob(f"*{INDEX}")):
+            check_index(index, role)
+    elif path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise ValueError(f"{role}.model: there is no model folder at {name}")
+
+
+def check_index(path: Path, role: str) -> None:
+    """Raise ValueError if an index names anything but safetensors inside of its own folder."""
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+        named = {PurePosixPath(name): name for name in files}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{role}.model: {path} is no index: its weight_map names the file of each tensor") from None
+    for file, name in named.items():
+        if file.suffix != ".safetensors":
+            raise ValueError(f"{role}.model: {path} names {name!r}; only *.safetensors are loaded, convert it first")
+        if file.is_absolute() or ".." in file.parts:
+            raise ValueError(f"{role}.model: {path} names {name!r}, which is outside of the folder: move it inside")
+
+
+def _check_dtypes(path: Path, role: str, harmless: Iterable[str] = ()) -> None:
+    """Raise ValueError if a file stores a tensor, other than the `harmless` ones, as something else than floats of 16 bits
+    or more: without a quantization's scales such numbers mean nothing."""
+    pattern = re.compile("|".join(f"({one})" for one in harmless)) if harmless else None
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{role}.model: {path} is no readable safetensors file: {error}") from None
+    for name, dtype in stored.items():
+        if dtype not in FLOATS and not (pattern and pattern.search(name)):
+            raise ValueError(
+                f"{role}.model: {path} stores {name} as {dtype} and its config.json names no quantization: a weight is a "
+                "float of 16 bits or more"
+            )
+
+
+def check_loaded(model: Any, info: Mapping[str, Any], name: str, role: str) -> None:
+    """Raise ValueError unless each tensor of `model` is in its files and each tensor of the files is in `model`. `info` is
+    the loading info of `from_pretrained`, without what is tied or what the architecture names as harmless."""
+    faults = {
+        "lacks": info["missing_keys"],
+        "holds what the model has not:": info["unexpected_keys"],
+        "holds in another shape": {key for key, *_ in info["mismatched_keys"]},
+    }
+    for verb, keys in faults.items():
+        if keys:
+            raise ValueError(
+                f"{role}.model: {name} {verb} {listed(keys)}: a {type(model).__name__} would begin with random numbers "
+                "there, or leave stored ones out; is config.json of these weights?"
+            )
+    if getattr(model.config, "quantization_config", None) is None and Path(name).is_dir():
+        buffers = [rf"(^|\.){re.escape(key.rpartition('.')[2])}$" for key, _ in model.named_buffers()]
+        for path in sorted(Path(name).glob("*.safetensors")):
+            _check_dtypes(path, role, [*(model._keys_to_ignore_on_load_unexpected or ()), *buffers])
+
+
+def check_finite(model: nn.Module, name: str, role: str) -> None:
+    """Raise ValueError if a weight is NaN or infinite."""
+    for key, parameter in model.named_parameters():
+        if parameter.dtype in CHECKED and parameter.device.type != "meta" and parameter.numel():
+            low, high = parameter.detach().aminmax()
+            if not (low.isfinite() and high.isfinite()):
+                raise ValueError(f"{role}.model: {name} holds NaN or infinity in {key}: the file is damaged")
+
+
+def listed(keys: Iterable[str], most: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    names = sorted(keys)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more tensors" if len(names) > most else "")
