@@ -30,19 +30,35 @@ def load_prompts(
     seed: int = 0,
     demonstrations: bool = False,
     gaps: bool = False,
+    room: int | None = None,
 ) -> list[Prompt]:
     """All prompts of a `data` section, as the student will read them. `demonstrations`: rows need a response; all of them,
-    unless there may be `gaps`."""
+    unless there may be `gaps`. `room` is the number of tokens that the models have for a prompt and its response."""
     rows = read_rows(config, seed, demonstrations)
     prompts = [_prompt(place, row, config, tokenizer, demonstrations, gaps) for place, row in rows]
     if not prompts:
         raise ValueError(f"{config.prompts or config.world} holds no prompts")
     if config.too_long == "drop":
         prompts = [prompt for prompt in prompts if len(prompt.ids) <= config.max_prompt_tokens]
+    if room is not None and demonstrations:
+        prompts = [prompt for prompt in prompts if _fits(prompt, config, tokenizer, room)]
     if not prompts:
         raise ValueError(f"every prompt of {config.prompts or config.world} is longer than {config.max_prompt_tokens} tokens: "
                          "raise data.max_prompt_tokens")  # fmt: skip
     return prompts
+
+
+def _fits(prompt: Prompt, config: DataConfig, tokenizer: PreTrainedTokenizerBase, room: int) -> bool:
+    """Whether a prompt and its demonstration have room; ValueError if they do not and `data.too_long` says so."""
+    if prompt.response is None:
+        return True
+    length = len(prompt.ids) + len(encode_response(tokenizer, prompt.response))
+    if length > room and config.too_long == "error":
+        raise ValueError(
+            f"the row of the prompt {prompt.text[:80]!r}: prompt and response have {length} tokens, and a model has {room} "
+            "positions: shorten the response, or leave such rows out by data.too_long=drop"
+        )
+    return length <= room
 
 
 def load_grader(config: DataConfig, prompts: Sequence[Prompt], need_all: bool = False) -> Grader | None:

@@ -49,7 +49,8 @@ def _turn_end(tokenizer: Any, template: str) -> int:
     except jinja2.TemplateError:  # it wants something else of a conversation
         return tokenizer.eos_token_id
     _, found, tail = text.rpartition(said)
-    ends = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id, tokenizer.bos_token_id} | {tokenizer.eos_token_id}
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}
+    ends = special - {tokenizer.unk_token_id, tokenizer.bos_token_id} | {tokenizer.eos_token_id}
     ids = tokenizer(tail, add_special_tokens=False)["input_ids"] if found else []
     return next((i for i in ids if i in ends), tokenizer.eos_token_id)
 

@@ -2,13 +2,15 @@
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from kibitz.config import ModelConfig, StudentConfig
+from kibitz.data import turn_end
 from kibitz.models import lora
 from kibitz.models.language_model import LanguageModel
 from kibitz.models.progress import no_progress_bars
@@ -61,6 +63,17 @@ def load_tokenizer(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def position_limit(config: ModelConfig) -> int | None:
+    """The longest sequence, in tokens, that a model's configuration allows, without its weights; None where it sets none, or
+    where there is none, which loading the model refuses."""
+    with suppress(OSError, ValueError):
+        settings = AutoConfig.from_pretrained(
+            lora.base_or_self(config.model), trust_remote_code=config.trust_remote_code
+        )
+        return getattr(settings.get_text_config(), "max_position_embeddings", None)
+    return None
+
+
 def load_model(
     config: ModelConfig, role: str, device: torch.device, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> LanguageModel:
@@ -106,7 +119,11 @@ def load_weights(config: ModelConfig, role: str, device: torch.device, **options
             **attention,
             **options,
         )
-        return lora.merged(model, Path(config.model)) if is_adapter else model
+        if is_adapter:
+            model = lora.merged(model, Path(config.model))
+            if (settings := lora.settings_of(config.model)) == config.model:
+                model.generation_config = GenerationConfig.from_pretrained(settings)
+        return model
     except Exception as error:
         raise ValueError(_unreadable(config.model, role, error)) from error
 
@@ -147,12 +164,20 @@ def stop_ids(model: LanguageModel, stop: list[str]) -> tuple[int, ...]:
 
 
 def end_ids(tokenizer: Any, settings: Any, stop: list[str]) -> tuple[int, ...]:
-    """The ids of all tokens that end a response: the tokenizer's EOS, those of the generation config, and `stop`."""
-    ids: set[Any] = {tokenizer.eos_token_id}
+    """The ids of all tokens that end a response: the tokenizer's EOS, the end of a turn in its chat template, those of the
+    generation config, and `stop`."""
+    ids: set[Any] = {tokenizer.eos_token_id, turn_end(tokenizer)}
     configured = getattr(settings, "eos_token_id", None)
     ids.update(configured if isinstance(configured, list) else [] if configured is None else [configured])
     ids.update(single_tokens(tokenizer, stop, "rollout.stop"))
     return tuple(sorted(ids))
+
+
+def save_ends(model: LanguageModel, ids: tuple[int, ...]) -> None:
+    """Let the folders that `model` is saved in say that responses end at `ids`, to whoever generates with them."""
+    settings = model.model.generation_config
+    if settings is not None:
+        settings.eos_token_id = list(ids) if len(ids) > 1 else ids[0]
 
 
 def single_tokens(tokenizer: Any, texts: list[str], where: str) -> tuple[int, ...]:

@@ -67,7 +67,7 @@ def stop_tokens(config: ModelConfig, tokenizer: Any, stop: list[str]) -> set[int
     """All tokens that end a response of a model, from its files alone."""
     folder = lora.base_or_self(config.model)
     try:
-        settings: Any = GenerationConfig.from_pretrained(folder)
+        settings: Any = GenerationConfig.from_pretrained(lora.settings_of(config.model))
     except OSError:  # a folder without generation settings: transformers then takes the model's own
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     return set(end_ids(tokenizer, settings, stop))
