@@ -35,24 +35,24 @@ def encode_response(tokenizer: Any, text: str) -> list[int]:
 
 def turn_end(tokenizer: Any) -> int:
     """The token that ends an assistant's turn: the first special one that the chat template writes behind it, else EOS."""
-    return _turn_end(tokenizer, repr(tokenizer.chat_template))
+    return _turn_end(tokenizer, repr(tokenizer.chat_template), tokenizer.eos_token_id)
 
 
 @lru_cache(maxsize=16)
-def _turn_end(tokenizer: Any, template: str) -> int:
+def _turn_end(tokenizer: Any, template: str, eos: int) -> int:
     if tokenizer.chat_template is None:
-        return tokenizer.eos_token_id
+        return eos
     said = "Kibitz"
     talk = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": said}]
     try:
         text = tokenizer.apply_chat_template(talk, tokenize=False)
     except jinja2.TemplateError:  # it wants something else of a conversation
-        return tokenizer.eos_token_id
+        return eos
     _, found, tail = text.rpartition(said)
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}
-    ends = special - {tokenizer.unk_token_id, tokenizer.bos_token_id} | {tokenizer.eos_token_id}
+    ends = special - {tokenizer.unk_token_id, tokenizer.bos_token_id} | {eos}
     ids = tokenizer(tail, add_special_tokens=False)["input_ids"] if found else []
-    return next((i for i in ids if i in ends), tokenizer.eos_token_id)
+    return next((i for i in ids if i in ends), eos)
 
 
 def said_by(

@@ -177,7 +177,8 @@ def save_ends(model: LanguageModel, ids: tuple[int, ...]) -> None:
     """Let the folders that `model` is saved in say that responses end at `ids`, to whoever generates with them."""
     settings = model.model.generation_config
     if settings is not None:
-        settings.eos_token_id = list(ids) if len(ids) > 1 else ids[0]
+        ends = list(ids)
+        settings.eos_token_id = ends if len(ends) > 1 else ends[0]
 
 
 def single_tokens(tokenizer: Any, texts: list[str], where: str) -> tuple[int, ...]:
