@@ -37,7 +37,8 @@ class Prompt:
 
     `key` names the row for good: seeds are drawn from it, so a prompt gives the same rollout in any batch.
     `response` is the demonstration, where the data has one. `messages` is the conversation before it was rendered, for
-    those who read it by another chat template. `route` names the teacher of this row, where the data does.
+    those who read it by another chat template, and `tools` are the functions that it tells of. `route` names the teacher of
+    this row, where the data does.
     """
 
     ids: tuple[int, ...]
@@ -47,8 +48,9 @@ class Prompt:
     answer: str | None = None
     response: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
-    messages: tuple[Mapping[str, str], ...] = ()
+    messages: tuple[Mapping[str, Any], ...] = ()
     route: str | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

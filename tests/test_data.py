@@ -1,13 +1,20 @@
 """Prompts: every source gives the same nouns, and every mistake names its line."""
 
+import datetime
 import json
+import math
+import random
 
 import pytest
-from support.models import tokenizer
+from support.models import make_model, tokenizer
+from support.runs import recipe
+from support.tokenizers_zoo import qwen_tokenizer
+from tokenizers.processors import TemplateProcessing
 
+import kibitz
 from kibitz import graders
 from kibitz.config import DataConfig
-from kibitz.data import PromptStream, encode_response, load_grader, load_prompts
+from kibitz.data import PromptStream, encode_prompt, encode_response, load_grader, load_prompts, turn_end
 from kibitz.types import Prompt
 
 
@@ -185,3 +192,176 @@ def test_conversations_of_from_and_value_are_messages(tmp_path):
     bad = write(tmp_path / "b.jsonl", {"conversations": [{"from": "human", "value": 3}]})
     with pytest.raises(ValueError, match="both of them text"):
         load_prompts(DataConfig(prompts=str(bad)), tokenizer())
+
+
+# ------------------------------------------------------------------ what stands in a row
+
+TALK = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+USER, SAID = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
+THOUGHT = SAID | {"reasoning_content": "two and two"}
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+
+
+def chat_tokenizer(template: str | None = TALK):
+    """Of a base model: text ends with one token, and a turn of the chat template with another."""
+    tok = qwen_tokenizer()
+    tok.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]})
+    tok.chat_template, tok.eos_token = template, "<|endoftext|>"
+    return tok
+
+
+def random_value(draw: random.Random, depth: int = 0):
+    plain = [None, True, False, 0, -3, 10**400, 2.5, math.nan, math.inf, "", " ", "4", "two\n", "\ud83d", "[1]"]
+    if depth < 2 and draw.random() < 0.4:
+        inner = [random_value(draw, depth + 1) for _ in range(draw.randint(0, 3))]
+        keys = draw.sample(["role", "content", "from", "value", "text", "x"], len(inner))
+        return draw.choice([inner, dict(zip(keys, inner, strict=True)), [USER], [USER, SAID], [SAID]])
+    return draw.choice(plain)
+
+
+def test_any_value_is_used_as_what_it_is_or_refused_with_its_row(tmp_path):
+    draw, tok, used = random.Random("rows"), chat_tokenizer(), 0
+    names = ["prompt", "answer", "response", "task", "route", "messages", "conversations", "tools"]
+    for _ in range(1000):
+        row = {"prompt": "2+2?"} | {name: random_value(draw) for name in draw.sample(names, draw.randint(1, 3))}
+        prompt, refusal = read(write(tmp_path / "p.jsonl", row), tok)
+        if prompt is None:
+            assert "p.jsonl, line 1" in refusal, row
+            continue
+        used += 1
+        spoken = [turn["content"] for turn in prompt.messages] + [prompt.response]
+        for text in (*spoken, prompt.answer, prompt.task, prompt.route):
+            assert text is None or text in texts_of(row) | {"default"}, (text, row)
+    assert 200 < used < 800
+
+
+def read(path: str, tok) -> tuple[Prompt | None, str]:
+    """The only prompt of a file, or why it was refused."""
+    try:
+        (prompt,) = load_prompts(DataConfig(prompts=path), tok)
+    except ValueError as error:
+        return None, str(error)
+    return prompt, ""
+
+
+def texts_of(value) -> set[str]:
+    """Every text and number that stands anywhere in a value."""
+    if isinstance(value, dict | list):
+        return {text for inner in (value.values() if isinstance(value, dict) else value) for text in texts_of(inner)}
+    if isinstance(value, str):
+        return {value}
+    is_text = isinstance(value, int) if not isinstance(value, float) else math.isfinite(value)
+    return {json.dumps(value)} if is_text and not isinstance(value, bool) else set()
+
+
+def test_a_prompt_of_messages_is_a_conversation(tmp_path):
+    """As TRL and verl write it, the answer inside an object, the response as a message of its own."""
+    row = {"prompt": [USER], "completion": [SAID], "reward_model": {"style": "rule", "ground_truth": 4}, "task": None}
+    columns = {"answer": "reward_model.ground_truth", "response": "completion"}
+    (prompt,) = prompts(write(tmp_path / "p.jsonl", row), columns=columns)
+    (plain,) = prompts(write(tmp_path / "q.jsonl", {"prompt": "2+2?"}))
+    assert (prompt.ids, prompt.key, prompt.messages) == (plain.ids, plain.key, plain.messages)
+    assert (prompt.answer, prompt.response, prompt.task) == ("4", "4", "default")
+    with pytest.raises(ValueError, match=r"line 1: answer must be .* is an object: .*such as answer\.ground"):
+        prompts(write(tmp_path / "r.jsonl", {"prompt": "1", "answer": {"ground": "4"}}))
+    with pytest.raises(ValueError, match="text stands before .ground_truth"):
+        prompts(write(tmp_path / "s.jsonl", {"prompt": "1", "reward_model": "4"}), columns=columns)
+
+
+def test_values_that_only_tables_hold(tmp_path):
+    import datasets
+
+    def table(**row):
+        datasets.Dataset.from_list([row]).to_parquet(path := tmp_path / f"{len(list(tmp_path.iterdir()))}.parquet")
+        return str(path)
+
+    when = datetime.datetime(2023, 1, 1)
+    (prompt,) = prompts(table(messages=[USER | {"timestamp": when}]))  # the template does not write it
+    assert prompt.messages == (USER,)
+    for value, shown in ((when, "a datetime"), (b"4", "a bytes"), (math.nan, "not a finite number"), (True, "true or")):
+        with pytest.raises(ValueError, match=f"row 1: answer must be text or a finite number, and is {shown}"):
+            prompts(table(prompt="1", answer=value))
+
+
+def test_thoughts_and_tools_are_rendered_by_the_template(tmp_path):
+    tok, path = chat_tokenizer(), write(tmp_path / "p.jsonl", {"messages": [USER, THOUGHT], "tools": json.dumps(TOOLS)})
+    (prompt,) = load_prompts(DataConfig(prompts=path), tok, demonstrations=True)
+    whole = tok.apply_chat_template([USER, THOUGHT], tools=TOOLS, tokenize=False)
+    assert tok.decode([*prompt.ids, *encode_response(tok, prompt.response)]) + "\n" == whole
+    assert "two and two" in prompt.response
+    with pytest.raises(ValueError, match="line 1: there are tools, and the chat template does not write any"):
+        prompts(write(tmp_path / "t.jsonl", {"prompt": "2+2?", "tools": TOOLS}))
+    with pytest.raises(
+        ValueError, match="line 1: messages have reasoning_content, which the chat template does not write"
+    ):
+        prompts(write(tmp_path / "m.jsonl", {"messages": [USER, THOUGHT]}))
+    forgetful = TALK.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\nSo: {% endif %}")
+    with pytest.raises(ValueError, match="line 1: the chat template opens the assistant's turn otherwise"):
+        load_prompts(DataConfig(prompts=path), chat_tokenizer(forgetful), demonstrations=True)
+
+
+def test_a_prompt_keeps_its_beginning_and_gets_no_end():
+    tok = chat_tokenizer(None)
+    bare = encode_prompt(tok, [USER], {})
+    begin, end = (tok.convert_tokens_to_ids(name) for name in ("<|im_start|>", "<|endoftext|>"))
+    tok.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|endoftext|>", special_tokens=[("<|im_start|>", begin), ("<|endoftext|>", end)]
+    )
+    assert encode_prompt(tok, [USER], {}) == [begin, *bare]
+    assert tok("1").input_ids[-1] == end
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (TALK, "<|im_end|>"),
+        (TALK.replace("<|im_end|>", ""), "<|endoftext|>"),
+        ("{{ raise_exception('no') }}", "<|endoftext|>"),
+        (None, "<|endoftext|>"),
+    ],
+)
+def test_a_turn_ends_as_the_template_ends_it(template, end):
+    tok = chat_tokenizer(template)
+    assert turn_end(tok) == encode_response(tok, "4")[-1] == tok.convert_tokens_to_ids(end)
+
+
+def test_one_of_several_configurations(tmp_path):
+    write(tmp_path / "a.jsonl", {"prompt": "1"})
+    write(tmp_path / "b.jsonl", {"prompt": "2"})
+    names = "- config_name: main\n  data_files: a.jsonl\n- config_name: other\n  data_files: b.jsonl\n"
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{names}---\n")
+    assert [p.text for p in prompts(str(tmp_path), subset="other")] == ["2"]
+    with pytest.raises(ValueError, match="write data.subset=NAME"):
+        prompts(str(tmp_path))
+    with pytest.raises(ValueError, match="data.subset: .* is one file"):
+        prompts(str(tmp_path / "a.jsonl"), subset="other")
+
+
+@pytest.mark.parametrize("method", [{"type": "sft"}, {"type": "gkd"}, {"type": "opd", "replay": 1.0}])
+def test_demonstrations_longer_than_the_model_are_refused_or_left_out(method, tmp_path):
+    rows = [{"prompt": "1+1", "response": "2" * 200}, *({"prompt": f"{i}+1", "response": "2"} for i in range(2, 9))]
+    data = {"prompts": write(tmp_path / "d.jsonl", *rows), "world": None, "limit": None}
+    student = make_model(tmp_path / "s")
+    teacher = None if method["type"] == "sft" else make_model(tmp_path / "t", seed=1)
+    made = recipe(student, teacher, tmp_path / "run", data=data, method=method, steps=1)
+    with pytest.raises(
+        ValueError, match="the prompt '1[+]1': prompt and response have 20. tokens, and a model has 128"
+    ):
+        kibitz.train(made)
+    run = kibitz.train({**made, "data": {**data, "too_long": "drop"}})
+    assert run.metrics[-1]["step"] == 1
+
+
+def test_the_saved_model_ends_where_the_rollouts_did(tmp_path):
+    rollout = {"stop": ["="]}
+    run = kibitz.train(
+        recipe(make_model(tmp_path / "s"), None, tmp_path / "run", method={"type": "sft"}, rollout=rollout, steps=1)
+    )
+    saved = json.loads((run.checkpoint / "generation_config.json").read_text())["eos_token_id"]
+    assert set(saved) == {tokenizer().eos_token_id, tokenizer().encode("=", add_special_tokens=False)[0]}

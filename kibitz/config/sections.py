@@ -91,7 +91,8 @@ class StudentConfig(ModelConfig):
 
 
 class Columns(Section):
-    """Names of the columns in your file, where they differ from kibitz's."""
+    """Names of the columns in your file, where they differ from kibitz's. A dotted one, such as `reward_model.ground_truth`,
+    names a part of an object."""
 
     prompt: str = "prompt"
     answer: str = "answer"
@@ -104,6 +105,9 @@ class DataConfig(Section):
     """The source of the prompts: a file, a `datasets` name, or a toy world."""
 
     prompts: str | None = Field(None, description="JSONL, parquet, or a name for `datasets.load_dataset`.")
+    subset: str | None = Field(
+        None, description="Configuration of a data set that has several, such as main of openai/gsm8k."
+    )
     world: str | None = Field(None, description="A toy world that a CPU can learn; see `kibitz worlds`.")
     split: str = Field("train", description="Split of the dataset or world.")
     columns: Columns = Columns()

@@ -120,10 +120,13 @@ class LanguageModel(nn.Module):
             self.head = adapted
 
     def save(self, folder: Path) -> None:
-        """Write a Hugging Face folder: the model (with LoRA only the adapter, in peft's format) and the tokenizer."""
+        """Write a Hugging Face folder: the model (with LoRA only the adapter, in peft's format), where responses end, and the
+        tokenizer."""
         write = self._writer or (self.model.save_pretrained if self.adapter is None else self.adapter.save)
         with no_progress_bars():
             write(folder)
+            if self.adapter is not None and self.model.generation_config is not None:
+                self.model.generation_config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def hidden(self, ids_BL: Tensor, position_BL: Tensor | None = None) -> Tensor:

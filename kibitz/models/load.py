@@ -2,15 +2,17 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file
 
 from kibitz.config import ModelConfig, StudentConfig
+from kibitz.data import turn_end
 from kibitz.models import lora
 from kibitz.models.folders import check_finite, check_folder, check_index, check_loaded
 from kibitz.models.language_model import LanguageModel
@@ -63,6 +65,17 @@ def load_tokenizer(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
             f"{role}.model: the tokenizer of {config.model} has no EOS token, so no response could ever end"
         )
     return tokenizer
+
+
+def position_limit(config: ModelConfig) -> int | None:
+    """The longest sequence, in tokens, that a model's configuration allows, without its weights; None where it sets none, or
+    where there is none, which loading the model refuses."""
+    with suppress(OSError, ValueError):
+        settings = AutoConfig.from_pretrained(
+            lora.base_or_self(config.model), trust_remote_code=config.trust_remote_code
+        )
+        return getattr(settings.get_text_config(), "max_position_embeddings", None)
+    return None
 
 
 def load_model(
@@ -123,7 +136,11 @@ def load_weights(config: ModelConfig, role: str, device: torch.device, **options
     check_loaded(model, info, base, role)
     check_finite(model, base, role)
     try:
-        return lora.merged(model, Path(config.model)) if is_adapter else model
+        if is_adapter:
+            model = lora.merged(model, Path(config.model))
+            if (settings := lora.settings_of(config.model)) == config.model:
+                model.generation_config = GenerationConfig.from_pretrained(settings)
+        return model
     except Exception as error:
         raise ValueError(_unreadable(config.model, role, error)) from error
 
@@ -181,7 +198,8 @@ def stop_ids(model: LanguageModel, stop: list[str]) -> tuple[int, ...]:
 
 
 def end_ids(tokenizer: Any, settings: Any, stop: list[str]) -> tuple[int, ...]:
-    """The ids of all tokens that end a response: the tokenizer's EOS, those of the generation config, and `stop`."""
+    """The ids of all tokens that end a response: the tokenizer's EOS, the end of a turn in its chat template, those of the
+    generation config, and `stop`."""
     configured = getattr(settings, "eos_token_id", None)
     listed = list(configured) if isinstance(configured, list | tuple) else [] if configured is None else [configured]
     for one in listed:
@@ -190,9 +208,17 @@ def end_ids(tokenizer: Any, settings: Any, stop: list[str]) -> tuple[int, ...]:
                 f"generation_config.json or config.json of a model says eos_token_id: {configured!r}, and {one!r} is no token: "
                 "write an id or a list of ids"
             )
-    ids: set[Any] = {tokenizer.eos_token_id, *listed}
+    ids: set[Any] = {tokenizer.eos_token_id, turn_end(tokenizer), *listed}
     ids.update(single_tokens(tokenizer, stop, "rollout.stop"))
     return tuple(sorted(ids))
+
+
+def save_ends(model: LanguageModel, ids: tuple[int, ...]) -> None:
+    """Let the folders that `model` is saved in say that responses end at `ids`, to whoever generates with them."""
+    settings = model.model.generation_config
+    if settings is not None:
+        ends = list(ids)
+        settings.eos_token_id = ends if len(ends) > 1 else ends[0]
 
 
 def single_tokens(tokenizer: Any, texts: list[str], where: str) -> tuple[int, ...]:

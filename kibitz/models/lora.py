@@ -85,6 +85,11 @@ def base_or_self(name: str) -> str:
     return base_of(name) if is_adapter(name) else name
 
 
+def settings_of(name: str) -> str:
+    """The folder or name whose generation_config.json holds: an adapter's own, where it has one."""
+    return name if (Path(name) / "generation_config.json").is_file() else base_or_self(name)
+
+
 def attach(model: Any, config: LoraConfig, seed: int) -> Adapter:
     """Inject a new adapter into `model`, in place, and freeze the rest. The same seed gives the same A."""
     _refuse_tied_head(model, config.targets)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kibitz.config import LocalTeacherConfig, Recipe, StoredTeacherConfig
-from kibitz.data import load_prompts
 from kibitz.methods import teacher_engine
 from kibitz.models.load import load_model, load_tokenizer, pick_device, pick_dtype
 from kibitz.preflight import budget, measured, texts
@@ -17,7 +16,7 @@ from kibitz.preflight.shapes import shape_of
 from kibitz.signals import TopK
 from kibitz.teachers import ScoreRequest, Teacher
 from kibitz.teachers.local import LocalScorer
-from kibitz.training.setup import Setup, prepare
+from kibitz.training.setup import Setup, prepare, training_prompts
 from kibitz.types import Rollout
 
 __all__ = ["REFUSED", "Finding", "Light", "Options", "check", "check_files", "worst"]
@@ -52,7 +51,7 @@ def check(recipe: Recipe, options: Options = Options()) -> Iterator[Finding]:
 def check_files(recipe: Recipe, options: Options = Options()) -> Iterator[Finding]:
     """Yield the findings that need no weights. `kibitz train` prints them before it starts."""
     student = load_tokenizer(recipe.student, "student")
-    prompts = load_prompts(recipe.data, student, recipe.seed, recipe.wants_demonstrations(), recipe.may_have_gaps())
+    prompts = training_prompts(recipe, student)
     for section in _models(recipe):
         teacher = load_tokenizer(section, "teacher")
         if section.tokenizer == "own":

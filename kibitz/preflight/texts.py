@@ -67,7 +67,7 @@ def stop_tokens(config: ModelConfig, tokenizer: Any, stop: list[str]) -> set[int
     """Return the ids of all tokens that end a model's response, from its files alone."""
     folder = lora.base_or_self(config.model)
     try:
-        settings: Any = GenerationConfig.from_pretrained(folder)
+        settings: Any = GenerationConfig.from_pretrained(lora.settings_of(config.model))
     except OSError:  # a folder without generation settings: transformers then takes the model's own
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     return set(end_ids(tokenizer, settings, stop))

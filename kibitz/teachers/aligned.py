@@ -69,7 +69,7 @@ class Reader:
 
     def prompt(self, prompt: Prompt) -> Prompt:
         messages = prompt.messages or ({"role": "user", "content": prompt.text},)
-        ids = encode_prompt(self.aligner.teacher, [dict(message) for message in messages], self.template)
+        ids = encode_prompt(self.aligner.teacher, [dict(message) for message in messages], self.template, prompt.tools)
         return replace(prompt, ids=tuple(ids))
 
     def _read(self, rollout: Rollout) -> tuple[Rollout, list[Span]]:

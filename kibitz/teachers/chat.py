@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kibitz.config.teachers import ChatTeacherConfig
+from kibitz.data import turn_end
 from kibitz.engines import OnReady, nobody_waits
 from kibitz.engines.sampling import row_seed
 from kibitz.ledger import Count, uncounted
@@ -42,8 +43,18 @@ def chat_teacher(config: ChatTeacherConfig, tokenizer: Any) -> Teacher:
         examiner=None,
         writer=lambda make: engine,
         num_parameters=0,
+        check=_check_no_tools,
         close=servers.close,
     )
+
+
+def _check_no_tools(prompts: Sequence[Prompt], max_tokens: int) -> None:
+    for prompt in prompts:
+        if prompt.tools:
+            raise ValueError(
+                f"the row of the prompt {prompt.text[:80]!r} has tools, which a chat endpoint is not told of: leave out the "
+                "column `tools`"
+            )
 
 
 def _scores_nothing(request: ScoreRequest) -> Scorer:
@@ -92,7 +103,7 @@ class ChatEngine:
         }
         text, ended = _answer(server, server.ask(CHAT, body), self.model)
         ids = as_text(server, text, self.tokenizer)
-        ids = [*ids, self.tokenizer.eos_token_id] if ended else ids
+        ids = [*ids, turn_end(self.tokenizer)] if ended else ids
         if not ids:
             raise ServerError(f"{server.name} wrote nothing to {prompt.text[:80]!r}: raise rollout.max_tokens")
         finished, ids = ended and len(ids) <= sampling.max_tokens, ids[: sampling.max_tokens]

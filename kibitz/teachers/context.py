@@ -55,7 +55,7 @@ class Rendering:
 
     def __call__(self, prompt: Prompt, seen: dict[str, Any] = NOTHING_YET) -> Prompt:
         messages = self.messages(prompt, seen)
-        ids = encode_prompt(self.tokenizer, messages, self.config.template)
+        ids = encode_prompt(self.tokenizer, messages, self.config.template, prompt.tools)
         return replace(prompt, ids=tuple(ids), messages=tuple(messages))
 
 

@@ -29,6 +29,8 @@ from kibitz.models.load import (
     load_student,
     load_tokenizer,
     pick_device,
+    position_limit,
+    save_ends,
     share_vocabulary,
     single_tokens,
     stop_ids,
@@ -88,7 +90,7 @@ def prepare(
     tokenizer = load_tokenizer(recipe.student, "student")
     _check_other_models(recipe, tokenizer)
     mask_ids = single_tokens(tokenizer, recipe.method.mask_tokens, "method.mask_tokens")
-    prompts = load_prompts(recipe.data, tokenizer, recipe.seed, recipe.wants_demonstrations(), recipe.may_have_gaps())
+    prompts = training_prompts(recipe, tokenizer)
     grader = grader or load_grader(recipe.data, prompts, recipe.method.needs().reward)
     if recipe.method.needs().reward and grader is None:
         raise RecipeError(
@@ -116,6 +118,8 @@ def prepare(
     learner = fsdp.learner_of(student, ranks)
     engine = make_engine(recipe.rollout, student, folder.path, prompts[:2], ranks)
     sampling = _sampling(recipe, student)
+    for model in (student, learner):
+        save_ends(model, sampling.stop_ids)
     evaluator = None
     if held_out:
         examiner = teacher if teacher is not None and teacher.examiner is not None else None
@@ -135,6 +139,22 @@ def _read_alike(recipe: Recipe, student: LanguageModel, *teachers: Teacher | Non
     models = [student, *(model for teacher in teachers if teacher is not None for model in teacher.models)]
     share_vocabulary(models)
     pack_rows(models, recipe.optim.packing)
+
+
+def training_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The prompts of `data`; a demonstration is no longer than the models that read it allow."""
+    told, gaps, room = recipe.wants_demonstrations(), recipe.may_have_gaps(), None
+    if recipe.method.needs().responses or recipe.method.replay > 0:
+        readers = [recipe.student, *recipe.other_models().values()]
+        if recipe.method.needs().responses:  # replay is the student's alone
+            readers += [one for one in recipe.teachers if isinstance(one, LocalTeacherConfig) and _reads_alike(one)]
+        room = min((most for reader in readers if (most := position_limit(reader)) is not None), default=None)
+    return load_prompts(recipe.data, tokenizer, recipe.seed, told, gaps, room)
+
+
+def _reads_alike(teacher: LocalTeacherConfig) -> bool:
+    """Whether a teacher reads the student's own tokens."""
+    return teacher.tokenizer != "own" and teacher.context is None
 
 
 def _check_other_models(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:

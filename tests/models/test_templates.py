@@ -91,7 +91,7 @@ ENDS = [("qwen3", "<|im_end|>", "<|endoftext|>"), ("llama", "<|eot_id|>", "<|end
 @pytest.mark.parametrize(("kind", "end", "other"), ENDS)
 def test_responses_end_where_the_chat_ends_and_where_text_does(kind, end, other, tmp_path):
     """The tokenizer's end, those of the generation settings, and the recipe's; a base model's settings know only the
-    end of a text, and rollout.stop adds the end of a turn."""
+    end of a text, and its chat template tells the end of a turn."""
     tok = tokenizer(kind)
     folder = make_model(tmp_path, kind=kind, vocab_size=len(tok))
     tok.save_pretrained(folder)
@@ -100,7 +100,7 @@ def test_responses_end_where_the_chat_ends_and_where_text_does(kind, end, other,
     model.model.generation_config.eos_token_id = [ids[other]]
     assert set(stop_ids(model, [])) == {ids[end], ids[other]}
     model.tokenizer.eos_token = other
-    assert set(stop_ids(model, [])) == {ids[other]}
+    assert set(stop_ids(model, [])) == {ids[end], ids[other]}
     assert set(stop_ids(model, [end])) == {ids[end], ids[other]}
 
 

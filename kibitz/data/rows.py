@@ -1,0 +1,85 @@
+"""Rows of a file, a data set or a toy world, each with the name that an error calls it by."""
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kibitz import worlds
+from kibitz.config import DataConfig
+
+WORLD_ROWS = 20_000
+
+
+def read_rows(config: DataConfig, seed: int, demonstrations: bool) -> Iterable[tuple[str, dict[str, Any]]]:
+    """The rows of a `data` section and where each stands. `demonstrations`: a world writes its responses, too."""
+    if config.world is not None:
+        world, count = worlds.get(config.world), config.limit or WORLD_ROWS
+        make = world.demonstrations if demonstrations else world.rows
+        try:
+            rows = make(config.split, count, seed, **config.options)
+        except TypeError as error:
+            raise ValueError(f"data.options: the world {config.world} does not take these: {error}") from None
+        return [(f"{config.world} row {i + 1}", row) for i, row in enumerate(rows)]
+    assert config.prompts is not None
+    path = Path(config.prompts)
+    if path.suffix in (".jsonl", ".json", ".ndjson"):
+        if config.subset is not None:
+            raise ValueError(f"data.subset: {path} is one file and has no configurations: leave it out")
+        rows = _read_jsonl(path)
+        return [rows[i] for i in _picked(len(rows), config)]
+    return _read_dataset(config, path)
+
+
+def _picked(count: int, config: DataConfig) -> Sequence[int]:
+    """The places of the rows that `limit` leaves, in the order of the file."""
+    limit = min(count, config.limit or count)
+    if config.pick == "first" or limit == count:
+        return range(limit)
+    return sorted(random.Random(f"rows|{count}").sample(range(count), limit))
+
+
+def _read_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    if not path.is_file():
+        raise ValueError(f"data.prompts: there is no file {path}")
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: text may hold U+2028
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except RecursionError:
+            raise ValueError(f"{path}, line {number} is nested too deep") from None
+        except ValueError as error:  # an integer of more digits than Python reads is one, too
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f'{path}, line {number} is not an object such as {{"prompt": ..., "answer": ...}}')
+        rows.append((f"{path}, line {number}", row))
+    return rows
+
+
+def _read_dataset(config: DataConfig, path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Parquet files and hub datasets, by the library that knows them."""
+    import datasets
+
+    try:
+        if path.suffix == ".parquet":
+            if config.subset is not None:
+                raise ValueError("it is one file and has no configurations: leave out data.subset")
+            if not path.is_file():
+                raise FileNotFoundError("there is no such file")
+            table = datasets.load_dataset("parquet", data_files=str(path), split="train")
+        else:
+            table = datasets.load_dataset(config.prompts or "", config.subset, split=config.split)
+    except Exception as error:  # the library raises a dozen kinds
+        why, several = " ".join(str(error).split())[:300], "onfig name is missing" in str(error)
+        advice = ": write data.subset=NAME" if several else ""
+        raise ValueError(f"data.prompts: cannot read {config.prompts}: {why}{advice}") from error
+    places = _picked(len(table), config)
+    rows = table.select(places)  # before they are read: a data set can be larger than memory
+    return [(f"{config.prompts} row {i + 1}", dict(row)) for i, row in zip(places, rows, strict=True)]

@@ -1,0 +1,95 @@
+"""Chat templates: what a model reads before it speaks, and how its turn ends."""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+
+Message = dict[str, Any]
+"""`role` and `content`, both text, and what else the template writes, such as `reasoning_content`."""
+
+
+def encode_prompt(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    template: Mapping[str, Any],
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> list[int]:
+    """Render messages by the chat template, which writes its own BOS; a tokenizer without a template reads the plain text,
+    with what it puts before a text and without what it puts behind one, such as EOS."""
+    if tools and not mentions(tokenizer, "tools"):
+        raise ValueError("there are tools, and the chat template does not write any: leave out the column `tools`")
+    if tokenizer.chat_template is None:
+        return _without_end(tokenizer, "\n\n".join(m["content"] for m in messages))
+    return tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=True, return_dict=False, **_arguments(template, tools)
+    )
+
+
+def encode_response(tokenizer: Any, text: str) -> list[int]:
+    """A demonstration as the student should write it, with the end that it has to learn."""
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], turn_end(tokenizer)]
+
+
+def turn_end(tokenizer: Any) -> int:
+    """The token that ends an assistant's turn: the first special one that the chat template writes behind it, else EOS."""
+    return _turn_end(tokenizer, repr(tokenizer.chat_template), tokenizer.eos_token_id)
+
+
+@lru_cache(maxsize=16)
+def _turn_end(tokenizer: Any, template: str, eos: int) -> int:
+    if tokenizer.chat_template is None:
+        return eos
+    said = "Kibitz"
+    talk = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": said}]
+    try:
+        text = tokenizer.apply_chat_template(talk, tokenize=False)
+    except jinja2.TemplateError:  # it wants something else of a conversation
+        return eos
+    _, found, tail = text.rpartition(said)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}
+    ends = special - {tokenizer.unk_token_id, tokenizer.bos_token_id} | {eos}
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"] if found else []
+    return next((i for i in ids if i in ends), eos)
+
+
+def said_by(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    turn: Message,
+    template: Mapping[str, Any],
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The text of the assistant's `turn` as the student would write it: the content, or, where the turn has more than that,
+    all that the chat template adds for it, without the end."""
+    if turn.keys() <= {"role", "content"}:
+        return turn["content"]
+    arguments = _arguments(template, tools)
+    before = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False, **arguments)
+    whole = tokenizer.apply_chat_template([*messages, turn], tokenize=False, **arguments)
+    if not whole.startswith(before):
+        more = ", ".join(turn.keys() - {"role", "content"})
+        raise ValueError(
+            f"the chat template opens the assistant's turn otherwise than it writes one with {more}: put all of the response "
+            "into content, as the student should write it"
+        )
+    text, end = whole.removeprefix(before), tokenizer.convert_ids_to_tokens(turn_end(tokenizer))
+    return text.rpartition(end)[0] if end in text else text
+
+
+def mentions(tokenizer: Any, name: str) -> bool:
+    """Whether the chat template speaks of `name`."""
+    return re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template or "")) is not None
+
+
+def _arguments(template: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {**template, "tools": list(tools)} if tools else dict(template)
+
+
+def _without_end(tokenizer: Any, text: str) -> list[int]:
+    ids, bare = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+    starts = (i for i in range(len(ids) - len(bare) + 1) if ids[i : i + len(bare)] == bare)
+    start = next(starts, None)
+    return ids if start is None or not bare else ids[: start + len(bare)]
