@@ -372,7 +372,7 @@ def test_a_teacher_as_sharp_as_greedy_is_noticed(setup):
 
 def test_who_is_better_at_the_task(setup):
     def answers(*rewards: float):
-        rollouts = [measured.write(setup, 1)[0] for _ in rewards]
+        rollouts = measured.write(setup, len(rewards))
         for rollout, reward in zip(rollouts, rewards, strict=True):
             rollout.reward = reward
         return rollouts

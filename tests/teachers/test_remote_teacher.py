@@ -210,7 +210,7 @@ def test_the_teacher_begins_while_others_are_still_written(two_models, tmp_path)
     assert held == 8 and asked.is_set()
 
 
-def test_the_teacher_begins_beside_the_embedded_engine(folders, tmp_path, monkeypatch):
+def test_the_teacher_begins_beside_the_embedded_engine(two_models, tmp_path, monkeypatch):
     """The last rollouts of a step are held back until the teacher has been asked about others. Each text is asked about
     once, and the loss is that of a teacher that waits for all."""
     losses, asked, release = [], [], _Flight.release
@@ -228,9 +228,9 @@ def test_the_teacher_begins_beside_the_embedded_engine(folders, tmp_path, monkey
         return answer
 
     for name in ("early", "late"):
-        with Stub(folders[1]) as teacher:
+        with Stub(two_models[1]) as teacher:
             tree = small_recipe(
-                folders[0], None, tmp_path / name, steps=1, rollout={"max_rows": 3},
+                two_models[0], None, tmp_path / name, steps=1, rollout={"max_rows": 3},
                 method={"type": "opd", "support": "sampled"}, eval={"num_prompts": 1, "samples": 1},
             )  # fmt: skip
             setup = prepare({**tree, "teacher": {"url": teacher.url}})
@@ -247,14 +247,14 @@ def test_the_teacher_begins_beside_the_embedded_engine(folders, tmp_path, monkey
     assert seen == [True, False] and losses[0] == losses[1]
 
 
-def test_the_pass_that_names_tokens_is_the_students(folders, tmp_path):
+def test_the_pass_that_names_tokens_is_the_students(two_models, tmp_path):
     """A server is asked about the student's likeliest tokens, which takes one more pass of the student: a third of what
     forward and backward cost. What the teacher's server computes nobody knows."""
     flops = []
-    with Stub(folders[1]) as stub:
+    with Stub(two_models[1]) as stub:
         for of in ("student", "teacher"):
             method = {"type": "opd", "support": "top_k", "top_k": 5, "top_k_of": of}
-            tree = small_recipe(folders[0], None, tmp_path / of, steps=1, method=method, eval={"num_prompts": 1})
+            tree = small_recipe(two_models[0], None, tmp_path / of, steps=1, method=method, eval={"num_prompts": 1})
             flops.append(kibitz.train({**tree, "teacher": {"url": stub.url}}).metrics[0]["flops"])
     assert flops[0]["student_training"] == pytest.approx(4 / 3 * flops[1]["student_training"])
     assert all(row.keys() == {"student_training", "student_sampling"} for row in flops)
@@ -348,7 +348,7 @@ def num_wrong_rows(signal, truth) -> int:
     return int(((ours - theirs).abs() > 1e-3).any(-1).sum())
 
 
-def test_a_teacher_that_writes_0_for_everything_trains_nothing(folders, tmp_path):
+def test_a_teacher_that_writes_0_for_everything_trains_nothing(two_models, tmp_path):
     """`sampled` has one number a token, and certainty about all of them is no teacher's."""
 
     def zeros(path, answer):
@@ -357,8 +357,8 @@ def test_a_teacher_that_writes_0_for_everything_trains_nothing(folders, tmp_path
                 entry |= {"logprob": 0.0, "rank": 1}
         return answer
 
-    with Stub(folders[1], bend=zeros) as stub:
-        tree = small_recipe(folders[0], None, tmp_path / "run", method={"type": "opd", "support": "sampled"}, steps=1)
+    with Stub(two_models[1], bend=zeros) as stub:
+        tree = small_recipe(two_models[0], None, tmp_path / "run", method={"type": "opd", "support": "sampled"}, steps=1)
         with pytest.raises(ServerError, match=f"{stub.url} finds every token certain"):
             kibitz.train({**tree, "teacher": {"url": stub.url}})
     metrics = tmp_path / "run" / "metrics.jsonl"

@@ -80,9 +80,9 @@ def test_start_stays_what_the_run_found_also_when_it_goes_on(models, tmp_path):
     trainer.run()
     want = [plain_logp(fresh, r, hinted(r)) for r in rollouts]
     for again in (trainer.setup, prepare({**source, "steps": 3}, resume=True)):
-        for a, b in zip(said(again.teacher, rollouts), want, strict=True):
+        for a, b in zip(said(again.parts.teacher, rollouts), want, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
-        moved = plain_logp(again.student, rollouts[0], hinted(rollouts[0]))
+        moved = plain_logp(again.parts.student, rollouts[0], hinted(rollouts[0]))
         assert (moved - want[0]).abs().max() > 1e-3
 
 
