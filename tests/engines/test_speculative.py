@@ -433,7 +433,7 @@ def test_the_loss_covers_the_first_token_the_teachers_tokens_and_the_end_and_not
 
 
 def test_with_the_whole_vocabulary_a_run_is_one_of_opd(set_up):
-    vocab = set_up("probe", None).student.vocab_size
+    vocab = set_up("probe", None).parts.student.vocab_size
     runs = []
     for name, method in (("opd", None), ("skd", SKDConfig(accept_top_k=vocab, divergence="reverse_kl"))):
         setup = set_up(name, method, steps=2)

@@ -86,7 +86,7 @@ def test_who_speaks_about_a_prompt():
         mix_for(CONFIGS, rollout("sum", [2], route="four").prompt)
     with pytest.raises(ValueError, match="no teacher scores the task 'else'"):
         mix_for(CONFIGS[:2], ROLLOUTS[3].prompt)
-    with pytest.raises(ValueError, match="no teacher speaks"):
+    with pytest.raises(ValueError, match="no teacher scores"):
         mix_for([section(weight=0.0)], ROLLOUTS[3].prompt)
 
 
