@@ -120,18 +120,22 @@ def prepare(
     sampling = _sampling(recipe, student)
     for model in (student, learner):
         save_ends(model, sampling.stop_ids)
-    evaluator = None
-    if held_out:
-        examiner = teacher if teacher is not None and teacher.examiner is not None else None
-        eval_sampling = replace(sampling, num_samples=recipe.eval.samples, seed=recipe.eval.seed)
-        evaluator = Evaluator(student, engine, examiner, held_out, grader, eval_sampling, recipe.eval.split, ranks)
     encode = partial(encode_response, tokenizer)
     ledger = Ledger(watch=Gauge(student.device))
     counted = Counted(engine, ledger.reading("student_sampling"))
     parts = Parts(recipe, student, counted, teacher, sampling, encode, loss, mask_ids, stored, reference, ranks, ledger)
     parts.stateful.update({} if teacher is None else teacher.stateful)
     stream = PromptStream(prompts, recipe.seed, recipe.data.shuffle)
+    evaluator = _evaluator(parts, engine, held_out, grader) if held_out else None
     return Setup(parts, folder, resumed_from, learner, engine, stream, grader, evaluator)
+
+
+def _evaluator(parts: Parts, engine: Engine, prompts: Sequence[Prompt], grader: Grader | None) -> Evaluator:
+    """The evaluation of a run; a teacher that knows certain rollouts only has no part in it."""
+    section, teacher = parts.recipe.eval, parts.teacher
+    examiner = teacher if teacher is not None and teacher.examiner is not None else None
+    sampling = replace(parts.sampling, num_samples=section.samples, seed=section.seed)
+    return Evaluator(parts.student, engine, examiner, prompts, grader, sampling, section.split, parts.ranks)
 
 
 def _read_alike(recipe: Recipe, student: LanguageModel, *teachers: Teacher | None) -> None:

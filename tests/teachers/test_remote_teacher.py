@@ -358,7 +358,9 @@ def test_a_teacher_that_writes_0_for_everything_trains_nothing(two_models, tmp_p
         return answer
 
     with Stub(two_models[1], bend=zeros) as stub:
-        tree = small_recipe(two_models[0], None, tmp_path / "run", method={"type": "opd", "support": "sampled"}, steps=1)
+        tree = small_recipe(
+            two_models[0], None, tmp_path / "run", method={"type": "opd", "support": "sampled"}, steps=1
+        )
         with pytest.raises(ServerError, match=f"{stub.url} finds every token certain"):
             kibitz.train({**tree, "teacher": {"url": stub.url}})
     metrics = tmp_path / "run" / "metrics.jsonl"
