@@ -340,6 +340,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(recipe, tmp_path):
 # ------------------------------------------------------------------ the demo
 
 
+@pytest.mark.slow
 def test_demo_in_two_steps(tmp_path):
     small = ["steps=2", "rollout.prompts_per_step=8", "eval.num_prompts=24", "eval.every=0"]
     args = ["demo", "--output", tmp_path / "demo", *small]

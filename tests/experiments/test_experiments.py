@@ -319,6 +319,7 @@ def test_the_plot_is_an_svg_of_every_arm(tmp_path):
     assert svg(METHODS, tmp_path) == text
 
 
+@pytest.mark.slow
 def test_the_pages_say_what_the_results_say():
     """No number is typed by hand."""
     known, results = experiments.EXPERIMENTS, ROOT / "results"

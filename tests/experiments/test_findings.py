@@ -148,6 +148,7 @@ def test_models_are_named_by_role_by_arm_and_by_folder():
 # ------------------------------------------------------------------ studies
 
 
+@pytest.mark.slow
 def test_arms_are_made_of_arms_and_stop_where_they_are_best(monkeypatch, tmp_path):
     study = Study(CHAIN, Subject.of(CHAIN), tmp_path / "results", tmp_path / "work")
     study.run()

@@ -142,6 +142,7 @@ def killed_and_resumed(launcher: Launcher, models, folder: Path, *, steps: int, 
     return num_in_save
 
 
+@pytest.mark.slow
 def test_killed_three_times_a_run_ends_as_if_it_had_not_been(launcher, models, tmp_path):
     killed_and_resumed(launcher, models, tmp_path, steps=6, kills=3)
 
