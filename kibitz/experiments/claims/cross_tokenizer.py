@@ -66,8 +66,10 @@ def written_texts(study: Any) -> Path:
     prompts = load_prompts(study.asked("prompts", "train", num, recipe, None), tokenizer, seed=0)
     sampling = Sampling(max_tokens=recipe.rollout.max_tokens, stop_ids=stop_ids(loaded, []), seed=0)
     written = TorchEngine(loaded).generate(prompts, sampling)
+    # A student of characters has room for as many of them as a response may have tokens; only an untrained teacher writes more.
+    most = recipe.rollout.max_tokens
     rows = [{"prompt": r.prompt.text, "answer": r.prompt.answer,
-             "response": tokenizer.decode(r.response_ids, skip_special_tokens=True)} for r in written]  # fmt: skip
+             "response": tokenizer.decode(r.response_ids, skip_special_tokens=True)[:most]} for r in written]  # fmt: skip
     return write_rows(file, rows)
 
 
