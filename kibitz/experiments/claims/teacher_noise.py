@@ -73,7 +73,10 @@ def probe(study: Any, seed: int) -> Record:
     if grader is None:
         raise ValueError("teacher-noise compares answers: give prompts that have one")
     written = _greedy(study.place(NOISY, seed), prompts, grader, recipe.rollout.max_tokens)
-    mistakes = [rollout for rollout in written if rollout.reward is not None and rollout.reward < 1]
+    wrong = [rollout for rollout in written if rollout.reward is not None and rollout.reward < 1]
+    mistakes = [
+        rollout for rollout in wrong if str(as_answer(rollout).answer).strip()
+    ]  # who says nothing makes no mistake twice
     found = {"num_mistakes": len(mistakes), "num_problems": len(prompts), "models": {}}
     for name in ("student", *arms) if mistakes else ():
         answers = _greedy(study.place(name, seed), [m.prompt for m in mistakes], grader, recipe.rollout.max_tokens)
