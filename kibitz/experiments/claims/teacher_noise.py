@@ -74,9 +74,7 @@ def probe(study: Any, seed: int) -> Record:
         raise ValueError("teacher-noise compares answers: give prompts that have one")
     written = _greedy(study.place(NOISY, seed), prompts, grader, recipe.rollout.max_tokens)
     wrong = [rollout for rollout in written if rollout.reward is not None and rollout.reward < 1]
-    mistakes = [
-        rollout for rollout in wrong if str(as_answer(rollout).answer).strip()
-    ]  # who says nothing makes no mistake twice
+    mistakes = [rollout for rollout in wrong if _can_be_repeated(rollout, grader)]
     found = {"num_mistakes": len(mistakes), "num_problems": len(prompts), "models": {}}
     for name in ("student", *arms) if mistakes else ():
         answers = _greedy(study.place(name, seed), [m.prompt for m in mistakes], grader, recipe.rollout.max_tokens)
@@ -92,6 +90,15 @@ def _greedy(model: str, prompts: Sequence[Prompt], grader: Grader, max_tokens: i
     sampling = Sampling(max_tokens=max_tokens, temperature=0.0, stop_ids=stop_ids(loaded, []))
     rollouts = TorchEngine(loaded).generate(prompts, sampling)
     return grade(grader, loaded, rollouts)
+
+
+def _can_be_repeated(mistake: Rollout, grader: Grader) -> bool:
+    """Return whether a mistake is an answer at all: a text that says nothing, or nothing readable, cannot be made again."""
+    try:
+        grader(as_answer(mistake), "")
+    except ValueError:
+        return False
+    return True
 
 
 def as_answer(mistake: Rollout) -> Prompt:
