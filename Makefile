@@ -62,7 +62,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) --editable '.[dev,lora,bitsandbytes,tensorboard,wandb,trackio,evals,plots]'
+	$(PIP) --editable '.[dev,lora,bitsandbytes,tensorboard,wandb,trackio,evals,plots,gguf,tasks,control]'
 	@touch $@ $(VENV)/.installed
 
 $(BIN)/python:
