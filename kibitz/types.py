@@ -96,8 +96,7 @@ class Rollout:
     invented for it. `shortened` means that it was stopped on purpose before that limit, and says nothing about how long
     the student would have gone on. `learn_T` is the weight of each token in the loss, as its source or a guard set it;
     None gives 1 to every token that the environment did not write. `objective` names what is learnt from a rollout that
-    joins the method's own, such as a gold response beside them. The teacher wrote the first `num_seeded` tokens, and read
-    no further to write them.
+    joins the method's own, such as a gold response beside them.
     """
 
     prompt: Prompt
@@ -109,7 +108,6 @@ class Rollout:
     shortened: bool = False
     learn_T: Tensor | None = None
     objective: str = ""
-    num_seeded: int = 0
     text: str = ""
     reward: float | None = None
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kibitz import __version__, config
+from kibitz.evaluate.statistics import t_quantile
 from kibitz.experiments.design import Experiment
 from kibitz.experiments.statistics import cost_at, part_way
 from kibitz.files import JSONL, write_atomically
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 PROBE = "probe"
 """The name of the files, `probe-SEED.json`, of what is no run."""
-
-# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, the last is a little too wide.
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def name_of(arm: str, rate: float, seed: int) -> str:
@@ -154,7 +152,7 @@ def half_of_seeds(values: list[float]) -> float:
     """Half the 95% interval of a mean over seeds; 0 if there is one only, which says nothing."""
     if len(values) < 2:
         return 0.0
-    return T_QUANTILES[min(len(values) - 2, len(T_QUANTILES) - 1)] * stdev(values) / len(values) ** 0.5
+    return t_quantile(len(values) - 1) * stdev(values) / len(values) ** 0.5
 
 
 def about_the_run(run: "Run", cpu_seconds: float, series: Sequence[str] = ()) -> Record:

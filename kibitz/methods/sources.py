@@ -90,7 +90,7 @@ class Seeded:
     def _marked(self, rollout: Rollout, num_seeded: int, shortened: bool) -> Rollout:
         shortened = shortened and not rollout.finished
         learn_T = None if self.learn else (torch.arange(rollout.num_tokens) >= num_seeded).float()
-        return replace(rollout, num_seeded=num_seeded, learn_T=learn_T, shortened=shortened)
+        return replace(rollout, learn_T=learn_T, shortened=shortened)
 
 
 @dataclass(frozen=True)

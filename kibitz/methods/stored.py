@@ -2,9 +2,8 @@
 
     {"prompt_key", "prompt_ids", "sample", "response_ids", "logp", "finished"}
 
-and, where they say something, `writers` (numbers of `Writer`), `shortened`, `num_seeded` and `learn` (the weight of each
-token in the loss). A run with
-`rollout.store` writes it as `stored.jsonl`; `save_rollouts` writes whatever a source gave.
+and, where they say something, `writers` (numbers of `Writer`), `shortened` and `learn` (the weight of each token in the
+loss). A run with `rollout.store` writes it as `stored.jsonl`; `save_rollouts` writes whatever a source gave.
 """
 
 import json
@@ -32,11 +31,10 @@ def as_row(rollout: Rollout) -> dict[str, Any]:
         row["writers"] = rollout.writer_T.tolist()
     if rollout.learn_T is not None and not bool((rollout.learn_T == 1).all()):
         row["learn"] = rollout.learn_T.tolist()
-    return row | {name: getattr(rollout, name) for name in _MARKS if getattr(rollout, name)}
+    return row | ({"shortened": True} if rollout.shortened else {})
 
 
-_MARKS = {"shortened": bool, "num_seeded": int}
-_LISTS = {"writers": list, "learn": list}
+_OPTIONAL = {"shortened": bool, "writers": list, "learn": list, "num_seeded": int}
 _NEEDED = {"prompt_key": str, "prompt_ids": list, "response_ids": list, "logp": list, "finished": bool}
 
 
@@ -118,10 +116,10 @@ def _read(place: str, line: str, prompts: Mapping[str, Prompt], vocab_size: int)
     count = len(row["response_ids"])
     writer_T = torch.tensor(row.get("writers") or [Writer.DATASET] * count, dtype=torch.uint8)
     writer_T[writer_T != Writer.ENVIRONMENT] = Writer.DATASET
-    marks = {name: row[name] for name in _MARKS if name in row}
     learn_T = torch.tensor(row["learn"], dtype=torch.float32) if "learn" in row else _learnt_before(row)
     logp_T, sample = torch.tensor(row["logp"], dtype=torch.float32), row.get("sample", 0)
-    return Rollout(prompt, row["response_ids"], logp_T, row["finished"], sample, writer_T, learn_T=learn_T, **marks)
+    shortened = row.get("shortened", False)
+    return Rollout(prompt, row["response_ids"], logp_T, row["finished"], sample, writer_T, shortened, learn_T)
 
 
 def _learnt_before(row: Mapping[str, Any]) -> torch.Tensor | None:
@@ -137,7 +135,7 @@ def _check_fields(place: str, row: Any) -> None:
     if not isinstance(row, dict) or not row.keys() >= _NEEDED.keys():
         missing = ", ".join(_NEEDED) if not isinstance(row, dict) else ", ".join(k for k in _NEEDED if k not in row)
         raise ValueError(f"{place} is no rollout, it lacks {missing}: a run with rollout.store=true writes such a file")
-    for name, kind in (_NEEDED | _MARKS | _LISTS).items():
+    for name, kind in (_NEEDED | _OPTIONAL).items():
         if name in row and not isinstance(row[name], kind):
             raise ValueError(f"{place}: {name} must be a {kind.__name__}, and is {row[name]!r:.80}")
     count = len(row["response_ids"])

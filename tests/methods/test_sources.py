@@ -41,6 +41,11 @@ def seeded(world, num: int, end: int | None = None, learn: bool = False) -> Seed
     return Seeded(world.teacher, world.student, Linear(num, num if end is None else end), learn)
 
 
+def num_seeded(rollout) -> int:
+    """How many tokens the teacher wrote."""
+    return 0 if rollout.writer_T is None else int((rollout.writer_T == Writer.TEACHER).sum())
+
+
 def content(rollouts: list[Rollout]) -> list:
     """All that a rollout says, comparable bit for bit."""
     return [(as_row(r), [] if r.writer_T is None else r.writer_T.tolist()) for r in rollouts]
@@ -204,8 +209,8 @@ def test_a_seed_of_nothing_is_the_student_alone(world):
 def test_a_seed_of_everything_is_the_teacher_alone(world):
     ours = seeded(world, LIMIT, learn=True).rollout(world.prompts, NOW)
     teachers = world.teacher.rollout(world.prompts, NOW)
-    assert content([replace(r, num_seeded=0) for r in ours]) == content(teachers)
-    assert all(r.weight_T().all() and r.num_seeded == r.num_tokens for r in ours)
+    assert content(ours) == content(teachers)
+    assert all(r.weight_T().all() and num_seeded(r) == r.num_tokens for r in ours)
 
 
 def test_everybody_wrote_what_the_marks_say(world):
@@ -215,10 +220,11 @@ def test_everybody_wrote_what_the_marks_say(world):
     for rollout, teachers_own in zip(rollouts, teachers, strict=True):
         assert rollout.prompt is teachers_own.prompt and rollout.sample == teachers_own.sample
         assert rollout.response_ids[:4] == teachers_own.response_ids[:4]
-        assert rollout.num_seeded == min(4, teachers_own.num_tokens) and rollout.num_tokens <= LIMIT
-        num_own = rollout.num_tokens - rollout.num_seeded
-        assert rollout.writer_T.tolist() == [Writer.TEACHER] * rollout.num_seeded + [Writer.STUDENT] * num_own
-        assert rollout.weight_T().tolist() == [0.0] * rollout.num_seeded + [1.0] * num_own
+        size = num_seeded(rollout)
+        assert size == min(4, teachers_own.num_tokens) and rollout.num_tokens <= LIMIT
+        num_own = rollout.num_tokens - size
+        assert rollout.writer_T.tolist() == [Writer.TEACHER] * size + [Writer.STUDENT] * num_own
+        assert rollout.weight_T().tolist() == [0.0] * size + [1.0] * num_own
         assert rollout.finished == (rollout.response_ids[-1] in world.student.sampling.stop_ids)
         assert rollout.finished or rollout.num_tokens == LIMIT
         ids, first = torch.tensor([[*rollout.prompt.ids, *rollout.response_ids]]), len(rollout.prompt.ids) - 1
@@ -229,7 +235,7 @@ def test_everybody_wrote_what_the_marks_say(world):
         )
         want_T = torch.where(rollout.writer_T == Writer.TEACHER, teacher_T, student_T)
         torch.testing.assert_close(rollout.logp_T, want_T.detach(), rtol=1e-4, atol=1e-4)
-    assert any(r.num_tokens > r.num_seeded for r in rollouts)
+    assert any(r.num_tokens > num_seeded(r) for r in rollouts)
 
 
 def test_a_seeded_rollout_does_not_depend_on_the_batch(world):
@@ -256,10 +262,10 @@ def test_the_student_does_not_repeat_the_teachers_draws():
 def test_a_seed_keeps_to_the_prefix(world):
     source = replace(seeded(world, 4), student=replace(world.student, limit=Linear(6, 6)))
     for rollout in source.rollout(world.prompts, NOW):
-        assert rollout.num_tokens <= 6 and rollout.num_seeded <= 4
+        assert rollout.num_tokens <= 6 and num_seeded(rollout) <= 4
         assert rollout.shortened == (not rollout.finished)
     all_of_it = replace(source, num_tokens=Linear(9, 9), learn=True).rollout(world.prompts, NOW)
-    assert {r.num_seeded == r.num_tokens <= 6 for r in all_of_it} == {True}
+    assert {num_seeded(r) == r.num_tokens <= 6 for r in all_of_it} == {True}
 
 
 def test_a_run_learns_the_students_tokens_only(models, tmp_path):
@@ -267,9 +273,9 @@ def test_a_run_learns_the_students_tokens_only(models, tmp_path):
     run = train(models, tmp_path / "run", seeds, steps=5, rollout={"store": True}, optim={"tokens_per_micro_batch": 60})
     for row, size in zip(run.metrics, (8, 6, 4, 2, 0), strict=True):
         rows = [one for one in stored(run) if one["step"] == row["step"]]
-        assert max(one.get("num_seeded", 0) for one in rows) == size
+        assert max(one.get("writers", []).count(Writer.TEACHER) for one in rows) == size
         total = sum(len(one["response_ids"]) for one in rows)
-        given = sum(one.get("num_seeded", 0) for one in rows)
+        given = sum(one.get("writers", []).count(Writer.TEACHER) for one in rows)
         assert row["num_tokens"] == total - given
         assert row["teacher_written"] == pytest.approx(given / total)
     learnt = train(models, tmp_path / "learnt", seeds | {"learn_seed": True}, steps=1, rollout={"store": True})
@@ -300,18 +306,18 @@ def test_the_loss_of_a_seeded_step_is_that_of_the_students_tokens(models, tmp_pa
                 m.model(ids).logits[0, first:-1, : m.vocab_size].double().log_softmax(-1)
                 for m in (setup.parts.student, teacher_model(setup))
             )
-        gap_TV = (student_TV - teacher_TV)[rollout.num_seeded :]
+        gap_TV = (student_TV - teacher_TV)[num_seeded(rollout) :]
         if not method:
-            want += (student_TV[rollout.num_seeded :].exp() * gap_TV).sum().item()
+            want += (student_TV[num_seeded(rollout) :].exp() * gap_TV).sum().item()
             continue
-        token_T1 = torch.tensor(rollout.response_ids)[rollout.num_seeded :, None]
+        token_T1 = torch.tensor(rollout.response_ids)[num_seeded(rollout) :, None]
         credit = 0.0
         for gap in (
             gap_TV.gather(-1, token_T1)[:, 0].flip(0).tolist()
         ):  # at a ratio of 1 the loss is minus the advantage
             credit = gap + method.get("discount", 0.0) * credit
             want += credit
-    assert any(one.rollout.num_tokens > one.rollout.num_seeded > 0 for one in scored)
+    assert any(one.rollout.num_tokens > num_seeded(one.rollout) > 0 for one in scored)
     assert loss.item() == pytest.approx(want, rel=1e-4)
 
 
@@ -400,7 +406,7 @@ def test_rollouts_come_back_as_they_were_stored(world, tmp_path):
     back = [r for prompt in world.prompts for r in found[prompt.key]]
     want = [r for prompt in world.prompts for r in rollouts if r.prompt.key == prompt.key]
     for one, other in zip(back, want, strict=True):
-        for name in ("response_ids", "finished", "sample", "shortened", "num_seeded"):
+        for name in ("response_ids", "finished", "sample", "shortened"):
             assert getattr(one, name) == getattr(other, name)
         assert torch.equal(one.logp_T, other.logp_T) and torch.equal(one.weight_T(), other.weight_T())
         assert not one.has_tokens_of(Writer.STUDENT) and not one.has_tokens_of(Writer.TEACHER)

@@ -93,7 +93,8 @@ def test_scale_of_the_update(rslora, scale, tmp_path):
 def test_nothing_warns(tmp_path):
     student = student_of(make_model(tmp_path / "base"))
     student.save(tmp_path / "adapter")
-    language_model(tmp_path / "adapter")
+    again = language_model(tmp_path / "adapter")
+    assert torch.equal(seen_by_the_loss(again), seen_by_the_loss(student))
 
 
 def test_seeds_decide_the_adapter(tmp_path):
