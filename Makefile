@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 VLLM   ?= .venv-vllm
 BIN    := $(VENV)/bin
+# A test runs on one thread: as many files at a time as there are cores. Slow ones fill the machine, one after another.
+SPREAD := --numprocesses auto --maxprocesses 4 --dist loadfile
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: help demo demo-from-scratch test test-all check format coverage bench browser clean
@@ -29,12 +31,13 @@ demo-from-scratch: $(VENV)/.installed
 test: $(VENV)/.installed-dev browser
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --quiet --check .
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(SPREAD) -m "not slow"
 
 test-all: $(VENV)/.installed-dev browser $(VLLM)/.installed
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --quiet --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SPREAD) -m "not slow"
+	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

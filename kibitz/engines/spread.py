@@ -25,20 +25,10 @@ def of_first(make: Callable[[], Engine], ranks: Ranks) -> Engine:
 
 
 @dataclass(frozen=True)
-class _Around:
-    engine: Engine
-
-    def sync(self, student: Any) -> None:
-        self.engine.sync(student)
-
-    def close(self) -> None:
-        self.engine.close()
-
-
-@dataclass(frozen=True)
-class Counted(_Around):
+class Counted:
     """An engine that writes for training, where all it reads is counted. An evaluation asks the engine itself."""
 
+    engine: Engine
     count: Count
 
     def generate(
@@ -50,15 +40,28 @@ class Counted(_Around):
 
         return self.engine.generate(prompts, sampling, on_ready, both)
 
+    def sync(self, student: Any) -> None:
+        self.engine.sync(student)
+
+    def close(self) -> None:
+        self.engine.close()
+
 
 @dataclass(frozen=True)
-class _Spread(_Around):
+class _Spread:
+    engine: Engine
     ranks: Ranks
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, on_ready: OnReady = nobody_waits, count: Count = uncounted
     ) -> list[Rollout]:
         return self.ranks.in_shares(lambda part: self.engine.generate(part, sampling, on_ready, count), prompts)
+
+    def sync(self, student: Any) -> None:
+        self.engine.sync(student)
+
+    def close(self) -> None:
+        self.engine.close()
 
 
 @dataclass(frozen=True)
