@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 SPREAD := --numprocesses auto --maxprocesses 4 --dist loadfile
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo demo-from-scratch test test-all check format coverage bench browser clean
+.PHONY: help demo demo-from-scratch test test-all check format coverage bench browser docs clean
 
 help:
 	@echo "make demo               on-policy distillation on a toy world, with the shipped models"
@@ -18,6 +18,7 @@ help:
 	@echo "make check              lint and types"
 	@echo "make format             write files the way check wants them"
 	@echo "make coverage           tests, and the lines that none of them runs"
+	@echo "make docs               the documentation as a site, in build/site"
 	@echo "make bench              speed of the embedded engine"
 	@echo "make clean              remove .venv and caches; runs/ stays"
 
@@ -53,6 +54,10 @@ format: $(VENV)/.installed-dev
 coverage: $(VENV)/.installed-dev browser
 	$(BIN)/python -m pytest --cov --cov-report=term
 
+docs: $(VENV)/.installed-dev
+	$(BIN)/python docs/site.py
+	$(BIN)/zensical build --strict --config-file mkdocs.yml
+
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/generate.py
 
@@ -65,7 +70,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) --editable '.[dev,lora,bitsandbytes,tensorboard,wandb,trackio,evals,plots,gguf,tasks,control]'
+	$(PIP) --editable '.[dev,lora,bitsandbytes,tensorboard,wandb,trackio,evals,plots,gguf,tasks,control,docs]'
 	@touch $@ $(VENV)/.installed
 
 $(BIN)/python:
