@@ -1,7 +1,6 @@
 """`kibitz report`, `kibitz worlds` and `kibitz schema`: what needs no model, or makes one."""
 
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from kibitz.cli.output import Output, harmless
-from kibitz.cli.progress import Bar
 
 
 def report(
@@ -109,7 +107,7 @@ def make_world(
 
     out: Output = ctx.obj
     folder = output or Path("runs/worlds") / name
-    with Bar(out.errors) if out.live else nullcontext() as bar:
+    with out.bar() as bar:
         evals = make(name, folder, seed, bar)
 
     def for_a_person(console: Console) -> None:

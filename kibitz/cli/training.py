@@ -3,7 +3,6 @@
 import shlex
 import signal
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,6 @@ import typer
 from rich.console import Console
 
 from kibitz.cli.output import Output
-from kibitz.cli.progress import Bar
 
 if TYPE_CHECKING:
     from kibitz.config import Recipe
@@ -70,7 +68,7 @@ def run_training(out: Output, recipe: "Recipe", again: list[str], *, resume: boo
     try:
         if out.live:
             _look_first(out, recipe)
-        with Bar(out.errors) if out.live else nullcontext() as bar:
+        with out.bar() as bar:
             run = trainer.train(recipe, resume=resume, overwrite=overwrite, progress=bar)
         if out.is_main:
             report.build([run.folder])

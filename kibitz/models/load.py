@@ -12,7 +12,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file
 
 from kibitz.config import ModelConfig, StudentConfig
-from kibitz.data import turn_end
+from kibitz.data import check_template, turn_end
 from kibitz.models import lora
 from kibitz.models.folders import check_finite, check_folder, check_index, check_loaded
 from kibitz.models.language_model import LanguageModel
@@ -64,6 +64,10 @@ def load_tokenizer(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"{role}.model: the tokenizer of {config.model} has no EOS token, so no response could ever end"
         )
+    try:
+        check_template(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{role}.model: {config.model}: {error}") from None
     return tokenizer
 
 
