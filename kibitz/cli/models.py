@@ -185,9 +185,11 @@ def _keep_scores(output: Output, teacher: str, rollouts: Path, out: Path, kind: 
 
 def resolved(model: str) -> str:
     """A run folder stands for its last checkpoint."""
+    from kibitz.models.folders import check_folder
     from kibitz.training.checkpoint import checkpoints
 
     if not (Path(model) / "recipe.yaml").is_file():
+        check_folder(model, "model")
         return model
     found = checkpoints(Path(model))
     if not found:

@@ -19,7 +19,8 @@ from kibitz.graders import Grader
 from kibitz.types import Prompt, Rollout
 
 __all__ = [
-    "PromptStream", "apart", "check_template", "encode_prompt", "encode_response", "joined", "load_grader", "load_prompts", "turn_end",
+    "PromptStream", "apart", "check_template", "encode_prompt", "encode_response", "joined", "load_grader", "load_prompts",
+    "turn_end",
 ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file
 from kibitz.config import ModelConfig, StudentConfig
 from kibitz.data import check_template, turn_end
 from kibitz.models import lora
-from kibitz.models.folders import check_finite, check_folder, check_index, check_loaded
+from kibitz.models.folders import check_finite, check_folder, check_index, check_loaded, key, lacks_tokenizer
 from kibitz.models.language_model import LanguageModel
 from kibitz.models.progress import no_progress_bars
 
@@ -59,15 +59,19 @@ def load_tokenizer(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
         AutoConfig.from_pretrained(lora.base_or_self(config.model), trust_remote_code=config.trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # whatever a broken folder makes transformers raise
+        if lacks_tokenizer(config.model):
+            raise ValueError(
+                f"{key(role)}: {config.model} holds no tokenizer: save the model's own there, such as tokenizer.json"
+            ) from None
         raise ValueError(_unreadable(config.model, role, error)) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"{role}.model: the tokenizer of {config.model} has no EOS token, so no response could ever end"
+            f"{key(role)}: the tokenizer of {config.model} has no EOS token, so no response could ever end"
         )
     try:
         check_template(tokenizer)
     except ValueError as error:
-        raise ValueError(f"{role}.model: {config.model}: {error}") from None
+        raise ValueError(f"{key(role)}: {config.model}: {error}") from None
     return tokenizer
 
 
@@ -161,9 +165,8 @@ def _index_on_hub(name: str) -> Path | None:
 
 
 def _unreadable(name: str, role: str, error: Exception) -> str:
-    if not os.path.isdir(name):
-        return f"{role}.model: {name} is neither a folder here nor a model on the hub"
-    return f"{role}.model: {name} is not a model that transformers can load: {' '.join(str(error).split())[:300]}"
+    why = " ".join(str(error).split()) or type(error).__name__
+    return f"{key(role)}: {name} is not a model that transformers can load: {why[:300]}"
 
 
 def check_same_tokenizer(
