@@ -1,6 +1,5 @@
 """Loading of Hugging Face models and tokenizers: folders are checked first, adapters are merged, stop tokens collected."""
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
