@@ -82,6 +82,7 @@ app.command()(chat.chat)
 app.command()(data.report)
 app.add_typer(data.worlds, name="worlds")
 app.command()(experiments.reproduce)
+app.command()(data.recipes)
 app.command()(data.schema)
 app.command()(serve.serve)
 

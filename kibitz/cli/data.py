@@ -1,4 +1,4 @@
-"""`kibitz report`, `kibitz worlds` and `kibitz schema`: what needs no model, or makes one."""
+"""`kibitz report`, `recipes`, `schema` and `worlds`: what needs no model, or makes one."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+import kibitz
 from kibitz.cli.output import Output, harmless
 
 
@@ -42,6 +43,40 @@ def schema(
         {"schema": output},
         lambda console: console.print(f"{output}; put at the head of a recipe: {head}", markup=False, soft_wrap=True),
     )
+
+
+def recipes(
+    ctx: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="Print this one; without it, list them.")] = None,
+) -> None:
+    """Recipes for real models, to begin from: `kibitz recipes reasoning-opd > recipe.yaml` copies one."""
+    found = {path.stem: path.read_text(encoding="utf-8") for path in sorted(_recipes().glob("*.yaml"))}
+    if name is not None:
+        if name not in found:
+            raise ValueError(f"there is no recipe {name!r}: there are {', '.join(found)}")
+        ctx.obj.result({"name": name, "recipe": found[name]}, lambda console: console.file.write(found[name]))
+        return
+
+    def for_a_person(console: Console) -> None:
+        table = Table(box=None, header_style="dim")
+        table.add_column("recipe", no_wrap=True)
+        table.add_column("what it is")
+        for one, text in found.items():
+            table.add_row(one, _title(text))
+        console.print(table)
+
+    ctx.obj.result({"recipes": [{"name": one, "title": _title(text)} for one, text in found.items()]}, for_a_person)
+
+
+def _recipes() -> Path:
+    """The folder of the recipes: inside of an installed package, beside it in a checkout."""
+    inside = Path(kibitz.__file__).parent / "recipes"
+    return inside if inside.is_dir() else inside.parents[1] / "recipes"
+
+
+def _title(recipe: str) -> str:
+    """The first sentence of a recipe's comment."""
+    return recipe.partition("\n")[0].removeprefix("#").strip()
 
 
 worlds = typer.Typer(invoke_without_command=True, help="Toy worlds that a CPU can learn: list, show, make.")
