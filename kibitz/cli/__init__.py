@@ -68,7 +68,7 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """On-policy distillation of language models: the student plays, the teacher comments on every token."""
+    """On-policy distillation of language models: the student writes, the teacher scores every token."""
     ctx.obj = Output(quiet=quiet, as_json=json)
 
 
@@ -91,4 +91,4 @@ def main() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a sign gets a question mark
-    app()
+    app(prog_name="kibitz")
