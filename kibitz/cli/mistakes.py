@@ -4,6 +4,7 @@ What a person can mend (a wrong name, a missing package, a full disk) is one sen
 fault of kibitz: a short report of what was being done, and exit code 1. `--debug` shows the traceback instead of either.
 """
 
+import dis
 import errno
 import os
 import platform
@@ -39,7 +40,7 @@ REASONS = {
     errno.ENOENT: "there is no file or folder of that name",
     errno.EISDIR: "that is a folder, and a file is needed",
     errno.ENOTDIR: "a part of that path is a file, and a folder is needed",
-    errno.EEXIST: "there is something of that name already",
+    errno.EEXIST: "a file of that name is in the way",
     errno.EACCES: "there is no permission to use it",
     errno.EPERM: "there is no permission to use it",
     errno.EROFS: "that disk can only be read",
@@ -94,15 +95,25 @@ def sentence(error: Exception) -> str | None:
         return reason if error.filename is None else f"{_shown(error.filename)}: {reason}"
     if "No space left on device" in text:  # the writers of weights have errors of their own
         return FULL
-    if isinstance(error, ValueError | OSError) and text and place(error) is not None:
-        return text
-    return None
+    if isinstance(error, ConnectionError | TimeoutError):
+        return text or "the connection was lost"
+    return text if isinstance(error, ValueError | OSError) and _is_said_by_kibitz(error) else None
+
+
+def _is_said_by_kibitz(error: Exception) -> bool:
+    """Whether a `raise` of kibitz is the origin: Python and libraries raise ValueError, too, and know nothing of recipes."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    if frame is None or not Path(frame.tb_frame.f_code.co_filename).is_relative_to(PACKAGE):
+        return False
+    return dis.opname[frame.tb_frame.f_code.co_code[frame.tb_lasti]] in ("RAISE_VARARGS", "RERAISE")
 
 
 def report(error: Exception, ctx: Any, doing: str) -> str:
     """What an error report needs of an error that nobody foresaw, in three lines."""
     command = " ".join(["kibitz", *([ctx.invoked_subcommand] if ctx.invoked_subcommand else [])])
-    where, text = place(error, innermost=False), " ".join(str(error).split())[:500]
+    where, text = _place(error), " ".join(str(error).split())[:500]
     return "\n".join((
         f"{command} failed{doing}, which is a fault of kibitz: {type(error).__name__}{f': {text}' if text else ''}"
         + (f" ({where})" if where else ""),
@@ -111,15 +122,13 @@ def report(error: Exception, ctx: Any, doing: str) -> str:
     ))  # fmt: skip
 
 
-def place(error: BaseException, innermost: bool = True) -> str | None:
-    """The line of kibitz that raised an error, `innermost`, or through which it came; None if there is none."""
+def _place(error: BaseException) -> str | None:
+    """The last line of kibitz that an error came through."""
     found, frame = None, error.__traceback__
     while frame is not None:
         path = Path(frame.tb_frame.f_code.co_filename)
         if path.is_relative_to(PACKAGE):
             found = f"{PACKAGE.name}/{path.relative_to(PACKAGE).as_posix()}, line {frame.tb_lineno}"
-        elif innermost:
-            found = None
         frame = frame.tb_next
     return found
 

@@ -181,7 +181,7 @@ def score_texts(
     reader = build.reader_of(theirs, tokenizers["student"], template or {})
     prompts = [_prompt(ours, number, text, template or {}) for number, (text, _) in enumerate(pairs)]
     longest = max(len(prompt.ids) for prompt in prompts)
-    limit = max_tokens or min(DEFAULT_TOKENS, max(1, _room(ours, theirs) - longest))
+    limit = min(max_tokens or DEFAULT_TOKENS, max(1, _room(ours, theirs) - longest))
     sampling = Sampling(max_tokens=limit, temperature=temperature, stop_ids=stop_ids(ours, []), seed=seed)
     engine, rollouts = TorchEngine(ours), []
     for prompt, (_, response) in zip(prompts, pairs, strict=True):

@@ -23,7 +23,7 @@ TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken
 """The files that can hold the vocabulary of a tokenizer."""
 
 
-def key(role: str) -> str:
+def where(role: str) -> str:
     """What an error calls a model by: its key in the recipe, or, for one that a command names, `model`."""
     return role if role == "model" else f"{role}.model"
 
@@ -34,22 +34,22 @@ def check_folder(name: str, role: str) -> None:
     path = Path(name)
     if lora.is_adapter(path):
         lora.require_peft()
-        check_folder(lora.base_of(path), f"{key(role)}: {name} adapts another model; {role}")
+        check_folder(lora.base_of(path), f"{where(role)}: {name} adapts another model; {role}")
         _check_dtypes(path / lora.WEIGHTS, role)
     elif path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(f"{key(role)}: {name} is not a model: it has no config.json")
+            raise ValueError(f"{where(role)}: {name} is not a model: it has no config.json")
         if not any(path.glob("*.safetensors")):
             raise ValueError(
-                f"{key(role)}: {name} holds no *.safetensors; pickled weights are not loaded, convert them first"
+                f"{where(role)}: {name} holds no *.safetensors; pickled weights are not loaded, convert them first"
             )
         for index in sorted(path.glob(f"*{INDEX}")):
             check_index(index, role)
     elif path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or _is_a_place(path):
-        raise ValueError(f"{key(role)}: there is no model folder at {name}")
+        raise ValueError(f"{where(role)}: there is no model folder at {name}")
     elif not _is_on_hub(name):
         raise ValueError(
-            f"{key(role)}: {name} is neither a folder here nor a model on the hub, or the hub is out of reach"
+            f"{where(role)}: {name} is neither a folder here nor a model on the hub, or the hub is out of reach"
         )
 
 
@@ -84,18 +84,28 @@ def lacks_tokenizer(name: str) -> bool:
     return Path(name).is_dir() and not any(True for pattern in TOKENIZERS for _ in Path(name).glob(pattern))
 
 
+def broken_json(name: str) -> str | None:
+    """The first file of a folder that is called JSON and is none: libraries say what is wrong with it and not which one it is."""
+    for path in sorted(Path(name).glob("*.json")) if Path(name).is_dir() else ():
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            return path.name
+    return None
+
+
 def check_index(path: Path, role: str) -> None:
     """Raise ValueError if an index names anything but safetensors inside of its own folder."""
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
         named = {PurePosixPath(name): name for name in files}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{key(role)}: {path} is no index: its weight_map names the file of each tensor") from None
+        raise ValueError(f"{where(role)}: {path} is no index: its weight_map names the file of each tensor") from None
     for file, name in named.items():
         if file.suffix != ".safetensors":
-            raise ValueError(f"{key(role)}: {path} names {name!r}; only *.safetensors are loaded, convert it first")
+            raise ValueError(f"{where(role)}: {path} names {name!r}; only *.safetensors are loaded, convert it first")
         if file.is_absolute() or ".." in file.parts:
-            raise ValueError(f"{key(role)}: {path} names {name!r}, which is outside of the folder: move it inside")
+            raise ValueError(f"{where(role)}: {path} names {name!r}, which is outside of the folder: move it inside")
 
 
 def _check_dtypes(path: Path, role: str, harmless: Iterable[str] = ()) -> None:
@@ -106,11 +116,11 @@ def _check_dtypes(path: Path, role: str, harmless: Iterable[str] = ()) -> None:
         with safe_open(path, framework="pt") as file:
             stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{key(role)}: {path} is no readable safetensors file: {error}") from None
+        raise ValueError(f"{where(role)}: {path} is no readable safetensors file: {error}") from None
     for name, dtype in stored.items():
         if dtype not in FLOATS and not (pattern and pattern.search(name)):
             raise ValueError(
-                f"{key(role)}: {path} stores {name} as {dtype} and its config.json names no quantization: a weight is a "
+                f"{where(role)}: {path} stores {name} as {dtype} and its config.json names no quantization: a weight is a "
                 "float of 16 bits or more"
             )
 
@@ -126,7 +136,7 @@ def check_loaded(model: Any, info: Mapping[str, Any], name: str, role: str) -> N
     for verb, keys in faults.items():
         if keys:
             raise ValueError(
-                f"{key(role)}: {name} {verb} {listed(keys)}: a {type(model).__name__} would begin with random numbers "
+                f"{where(role)}: {name} {verb} {listed(keys)}: a {type(model).__name__} would begin with random numbers "
                 "there, or leave stored ones out; is config.json of these weights?"
             )
     if getattr(model.config, "quantization_config", None) is None and Path(name).is_dir():
@@ -141,7 +151,7 @@ def check_finite(model: nn.Module, name: str, role: str) -> None:
         if parameter.dtype in CHECKED and parameter.device.type != "meta" and parameter.numel():
             low, high = parameter.detach().aminmax()
             if not (low.isfinite() and high.isfinite()):
-                raise ValueError(f"{key(role)}: {name} holds NaN or infinity in {key}: the file is damaged")
+                raise ValueError(f"{where(role)}: {name} holds NaN or infinity in {key}: the file is damaged")
 
 
 def listed(keys: Iterable[str], most: int = 3) -> str:

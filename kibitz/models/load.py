@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -13,9 +14,20 @@ from transformers.utils.hub import cached_file
 from kibitz.config import ModelConfig, StudentConfig
 from kibitz.data import check_template, turn_end
 from kibitz.models import lora
-from kibitz.models.folders import check_finite, check_folder, check_index, check_loaded, key, lacks_tokenizer
+from kibitz.models.folders import (
+    broken_json,
+    check_finite,
+    check_folder,
+    check_index,
+    check_loaded,
+    lacks_tokenizer,
+    where,
+)
 from kibitz.models.language_model import LanguageModel
 from kibitz.models.progress import no_progress_bars
+
+SMALLEST = 256
+"""The fewest tokens of a tokenizer that needs no file: one for each byte."""
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -59,18 +71,20 @@ def load_tokenizer(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # whatever a broken folder makes transformers raise
         if lacks_tokenizer(config.model):
-            raise ValueError(
-                f"{key(role)}: {config.model} holds no tokenizer: save the model's own there, such as tokenizer.json"
-            ) from None
+            raise ValueError(_no_tokenizer(config.model, role)) from None
         raise ValueError(_unreadable(config.model, role, error)) from error
+    if len(tokenizer) < SMALLEST and lacks_tokenizer(
+        config.model
+    ):  # transformers makes an empty one of the model's type
+        raise ValueError(_no_tokenizer(config.model, role))
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"{key(role)}: the tokenizer of {config.model} has no EOS token, so no response could ever end"
+            f"{where(role)}: the tokenizer of {config.model} has no EOS token, so no response could ever end"
         )
     try:
         check_template(tokenizer)
     except ValueError as error:
-        raise ValueError(f"{key(role)}: {config.model}: {error}") from None
+        raise ValueError(f"{where(role)}: {config.model}: {error}") from None
     return tokenizer
 
 
@@ -163,9 +177,14 @@ def _index_on_hub(name: str) -> Path | None:
     return None if found is None else Path(found)
 
 
+def _no_tokenizer(name: str, role: str) -> str:
+    return f"{where(role)}: {name} holds no tokenizer: save the model's own there, such as tokenizer.json"
+
+
 def _unreadable(name: str, role: str, error: Exception) -> str:
-    why = " ".join(str(error).split()) or type(error).__name__
-    return f"{key(role)}: {name} is not a model that transformers can load: {why[:300]}"
+    broken = broken_json(name)
+    why = f"{broken} is not JSON" if broken else str(error) or type(error).__name__
+    return f"{where(role)}: {name} is not a model that transformers can load: {shorten(why, 300, placeholder=' ...')}"
 
 
 def check_same_tokenizer(
