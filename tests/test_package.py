@@ -1,4 +1,4 @@
-"""What `pip install kibitz` brings: a wheel that works without a checkout, and a page for the index whose links lead somewhere."""
+"""What `pip install kibitz` brings: a wheel that works without a checkout, and a page for the index that stands alone."""
 
 import os
 import re

@@ -58,17 +58,16 @@ OUT_OF_MEMORY = (
 @contextmanager
 def explained(ctx: Any, debug: bool) -> Iterator[None]:
     """Turn whatever ends a command into words on stderr and an exit code."""
-    out = ctx.obj if isinstance(ctx.obj, Output) else Output()
     try:
         yield
         sys.stdout and sys.stdout.flush()  # a full disk is found here and not behind the last line of Python
     except KeyboardInterrupt:
-        out.fail("stopped")
+        Output().fail("stopped")
         raise typer.Exit(130) from None
     except UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             raise
-        out.fail(_of_the_line(error, ctx))
+        Output().fail(_of_the_line(error, ctx))
         raise typer.Exit(2) from None
     except (typer.Exit, typer.Abort):
         raise
@@ -76,7 +75,7 @@ def explained(ctx: Any, debug: bool) -> Iterator[None]:
         if debug or _reader_is_gone(error):
             raise
         said = sentence(error)
-        out.fail(report(error, ctx, out.doing()) if said is None else said)
+        Output().fail(report(error, ctx) if said is None else said)
         _let_go_of_stdout()
         raise typer.Exit(1 if said is None else 2) from None
 
@@ -110,9 +109,10 @@ def _is_said_by_kibitz(error: Exception) -> bool:
     return dis.opname[frame.tb_frame.f_code.co_code[frame.tb_lasti]] in ("RAISE_VARARGS", "RERAISE")
 
 
-def report(error: Exception, ctx: Any, doing: str) -> str:
+def report(error: Exception, ctx: Any) -> str:
     """What an error report needs of an error that nobody foresaw, in three lines."""
     command = " ".join(["kibitz", *([ctx.invoked_subcommand] if ctx.invoked_subcommand else [])])
+    doing = ctx.obj.doing() if isinstance(ctx.obj, Output) else ""
     where, text = _place(error), " ".join(str(error).split())[:500]
     return "\n".join((
         f"{command} failed{doing}, which is a fault of kibitz: {type(error).__name__}{f': {text}' if text else ''}"

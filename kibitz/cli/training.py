@@ -57,6 +57,8 @@ def demo(
     from kibitz.cli import demo as story
 
     out: Output = ctx.obj
+    if models is not None and not Path(models).is_dir():
+        raise ValueError(f"--models: there is no folder {models}; `kibitz worlds make arithmetic` makes one")
     recipe = config.load(story.recipe(output, seed, models), overrides or [])
     if out.live:
         story.introduce(out.errors, recipe)

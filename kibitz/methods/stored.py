@@ -56,7 +56,7 @@ def load_rollouts(
         raise ValueError(f"method.rollouts: there is no file {file}")
     by_key = {prompt.key: prompt for prompt in prompts}
     found: dict[str, list[Rollout]] = {key: [] for key in by_key}
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(_lines(file), 1):
         if line.strip():
             place = f"method.rollouts: {file}, line {number}"
             rollout = _read(place, line, by_key, vocab_size)

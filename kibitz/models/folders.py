@@ -32,6 +32,8 @@ def check_folder(name: str, role: str) -> None:
     """Raise ValueError, before anything loads, if `name` is no folder of a model or of an adapter with a base, and no
     name on the hub."""
     path = Path(name)
+    if not name.strip():
+        raise ValueError(f"{where(role)}: the name is empty: write a folder, or a name on the hub")
     if lora.is_adapter(path):
         lora.require_peft()
         check_folder(lora.base_of(path), f"{where(role)}: {name} adapts another model; {role}")
