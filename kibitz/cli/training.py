@@ -35,7 +35,7 @@ def train(
 
     again = ["kibitz", "train", recipe, *(overrides or []), "--resume"]
     if resume and overwrite:
-        raise ValueError("write either --resume, to go on with the run, or --overwrite, to delete it")
+        raise ValueError("write either --resume, to continue the run, or --overwrite, to delete it")
     run = run_training(ctx.obj, config.load(recipe, overrides or []), again, resume=resume, overwrite=overwrite)
     finish(ctx.obj, run)
 

@@ -71,7 +71,7 @@ class SampledConfig(Section):
 
     policy: PolicyConfig | None = Field(
         None,
-        description="Settings of support: sampled, which this section implies. They may also stand in method: method.discount.",
+        description="Settings of support: sampled, which this section implies; method.discount is short for one of them.",
     )
 
     @model_validator(mode="before")
