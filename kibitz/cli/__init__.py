@@ -6,7 +6,7 @@ heavy is imported before a command that needs it has begun.
 """
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -28,7 +28,7 @@ class Commands(TyperGroup):
         rest = [arg for arg in args[:end] if arg not in ANYWHERE]
         return super().parse_args(ctx, first + rest + args[end:])
 
-    def make_context(self, info_name: str | None, args: list[str], parent=None, **extra) -> typer.Context:
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         with explained(typer.Context(self, info_name=info_name), debug=False):
             return super().make_context(info_name, args, parent, **extra)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import typer
 
@@ -21,7 +21,7 @@ import kibitz
 from kibitz.cli.output import Output
 
 PACKAGE = Path(kibitz.__file__).parent
-UsageError = typer.BadParameter.__mro__[1]
+UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
 EXTRAS = {
     "accelerate": "bitsandbytes",
     "bitsandbytes": "bitsandbytes",
@@ -60,7 +60,7 @@ def explained(ctx: Any, debug: bool) -> Iterator[None]:
     """Turn whatever ends a command into words on stderr and an exit code."""
     try:
         yield
-        sys.stdout and sys.stdout.flush()  # a full disk is found here and not behind the last line of Python
+        _flush()  # a full disk is found here and not behind the last line of Python
     except KeyboardInterrupt:
         Output().fail("stopped")
         raise typer.Exit(130) from None
@@ -140,6 +140,11 @@ def _of_the_line(error: Any, ctx: Any) -> str:
     return text if text.endswith("?") else f"{text}; see `{of.command_path} --help`"
 
 
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
 def _shown(name: object) -> str:
     return os.fsdecode(name) if isinstance(name, str | bytes | os.PathLike) else str(name)
 
@@ -166,6 +171,6 @@ def _reader_is_gone(error: Exception) -> bool:
 def _let_go_of_stdout() -> None:
     """Let what cannot be written stay unwritten, where Python would try again and fail when it ends."""
     try:
-        sys.stdout and sys.stdout.flush()
+        _flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

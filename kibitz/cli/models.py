@@ -130,15 +130,10 @@ def score(
     from kibitz.evaluate.annotate import score_texts
     from kibitz.report.terminal import print_rollout
 
-    responses: list[str | None] = list(response or []) or [None] * len(prompt)
-    if len(responses) != len(prompt):
-        raise ValueError(
-            f"there are {len(prompt)} prompts and {len(responses)} responses: give each prompt its --response"
-        )
     rows = score_texts(
         resolved(student) if student else _shipped("student"),
         teacher or _shipped("teacher"),
-        list(zip(prompt, responses, strict=True)),
+        _pairs(prompt, response or []),
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
@@ -153,6 +148,15 @@ def score(
     ctx.obj.result({"rollouts": rows, "html": html}, for_a_person)
     if html is not None:
         ctx.obj.say(f"heat-map   {html}")
+
+
+def _pairs(prompts: list[str], responses: list[str]) -> list[tuple[str, str | None]]:
+    """Each prompt with its response; None where the student writes one."""
+    if responses and len(responses) != len(prompts):
+        raise ValueError(
+            f"there are {len(prompts)} prompts and {len(responses)} responses: give each prompt its --response"
+        )
+    return list(zip(prompts, responses or [None] * len(prompts), strict=True))
 
 
 def export(

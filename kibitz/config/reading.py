@@ -98,7 +98,9 @@ def _explain(error: ValidationError, tree: dict) -> str:
             case "union_tag_invalid" | "union_tag_not_found":
                 lines.append(_of_a_method(place, problem["input"]))
             case "model_type" | "model_attributes_type":
-                lines.append(f"{place} is a section, got {problem['input']!r}: write {_as_section(place, problem)}")
+                lines.append(
+                    f"{place}: a section is needed, got {problem['input']!r}: write {_as_section(place, problem)}"
+                )
             case "value_error":
                 lines.append((f"{place}: " if place else "") + problem["msg"].removeprefix("Value error, "))
             case _:
@@ -109,7 +111,7 @@ def _explain(error: ValidationError, tree: dict) -> str:
 def _of_a_method(place: str, value: Any) -> str:
     given, names = method_type(value), ", ".join(METHOD_CONFIGS)
     if not isinstance(value, dict):
-        return f"{place} is a section, got {value!r}: write {place}.type={value if isinstance(value, str) else 'NAME'}"
+        return f"{place}: a section is needed, got {value!r}: write {place}.type={value if isinstance(value, str) else 'NAME'}"
     if given is None:
         return f"{place}.type is missing: it is one of {names}"
     near = difflib.get_close_matches(str(given), METHOD_CONFIGS, 1)

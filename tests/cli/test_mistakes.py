@@ -151,7 +151,7 @@ def test_a_device_that_is_not_there(recipe, device):
         ("method=opd", ["write method.type=opd"]),
         ("student=here", ["write student.model=here"]),
         ("teacher=here", ["write teacher.model=here"]),
-        ("eval=[]", ["eval is a section"]),
+        ("eval=[]", ["eval: a section is needed"]),
     ],
 )  # fmt: skip
 def test_a_section_that_is_one_word(recipe, override, words):
