@@ -65,7 +65,7 @@ class Bar:
     def __enter__(self) -> "Bar":
         if self.redraws:
             self.live.start()
-        else:
+        elif self.console.is_jupyter:
             self.console.print(LOADING, style="dim")
         return self
 
