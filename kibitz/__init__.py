@@ -1,11 +1,11 @@
 """kibitz: on-policy distillation of language models.
 
-The student writes its own rollouts, a fixed teacher comments on every token, and the student learns from it:
+The student writes its own rollouts, a fixed teacher scores every token of them, and the student learns from the scores:
 
     import kibitz
 
     run = kibitz.train("recipe.yaml", ["optim.lr=1e-4"])
-    print(run.evals[-1], run.folder)
+    print(run.metrics[-1], run.folder)
 """
 
 from importlib import import_module

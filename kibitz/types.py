@@ -1,4 +1,4 @@
-"""The nouns of kibitz: what flows from the prompts to the loss.
+"""The data types of kibitz: what flows from the prompts to the loss.
 
 Shape suffixes, used everywhere (after Shazeer):
 

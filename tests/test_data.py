@@ -1,4 +1,4 @@
-"""Prompts: every source gives the same nouns, and every mistake names its line."""
+"""Prompts: every source gives the same types, and every mistake names its line."""
 
 import datetime
 import json

@@ -1,24 +1,26 @@
 """The command line. It reads and prints; what it does stands in the library.
 
-`--quiet`, `--json` and `--debug` may stand anywhere on the line. A mistake of the person is a sentence on stderr and
-exit code 2; Ctrl-C is exit code 130. Nothing heavy is imported before a command that needs it has begun.
+`--quiet`, `--json` and `--debug` may stand anywhere on the line. A mistake of the person is a sentence on stderr and exit
+code 2, a fault of kibitz a short report and exit code 1, Ctrl-C exit code 130: `mistakes.py` says which is which. Nothing
+heavy is imported before a command that needs it has begun.
 """
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 import kibitz
 from kibitz.cli import chat, check, data, experiments, models, serve, training
-from kibitz.cli.output import Output, sentence
+from kibitz.cli.mistakes import explained
+from kibitz.cli.output import Output
 
 ANYWHERE = ("--quiet", "-q", "--json", "--debug")
 
 
 class Commands(TyperGroup):
-    """Lets the global options stand behind the command too, and turns mistakes into sentences."""
+    """Lets the global options stand behind the command too, and has every failure explained."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         end = args.index("--") if "--" in args else len(args)
@@ -26,19 +28,13 @@ class Commands(TyperGroup):
         rest = [arg for arg in args[:end] if arg not in ANYWHERE]
         return super().parse_args(ctx, first + rest + args[end:])
 
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        with explained(typer.Context(self, info_name=info_name), debug=False):
+            return super().make_context(info_name, args, parent, **extra)
+
     def invoke(self, ctx: typer.Context):
-        try:
+        with explained(ctx, debug=ctx.params["debug"]):
             return super().invoke(ctx)
-        except BrokenPipeError:
-            raise  # `kibitz worlds show | head` is nobody's mistake
-        except KeyboardInterrupt:
-            Output().fail("stopped")
-            raise typer.Exit(130) from None
-        except (ValueError, OSError) as error:
-            if ctx.params.get("debug"):
-                raise
-            Output().fail(sentence(error))
-            raise typer.Exit(2) from None
 
 
 app = typer.Typer(
@@ -61,12 +57,18 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def options(
     ctx: typer.Context,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="The result as one JSON object on stdout, no progress.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="On a mistake, show where in the code it came up.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only, without progress.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the result as one JSON object, without progress.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="KIBITZ_DEBUG", help="On an error, show the traceback.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
-    """On-policy distillation of language models: the student plays, the teacher comments on every token."""
+    """On-policy distillation of language models: the student writes, the teacher scores every token."""
     ctx.obj = Output(quiet=quiet, as_json=json)
 
 
@@ -80,12 +82,13 @@ app.command()(chat.chat)
 app.command()(data.report)
 app.add_typer(data.worlds, name="worlds")
 app.command()(experiments.reproduce)
+app.command()(data.recipes)
 app.command()(data.schema)
 app.command()(serve.serve)
 
 
 def main() -> None:
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a sign gets a question mark
-    app()
+    app(prog_name="kibitz")

@@ -16,18 +16,20 @@ NEW = "/new"
 
 def chat(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="A run folder (its last checkpoint), a model folder, or a hub name.")],
-    system: Annotated[str | None, typer.Option(help="System message before the conversation.")] = None,
+    model: Annotated[
+        str, typer.Argument(help="A run folder (its last checkpoint is used), a model folder, or a hub name.")
+    ],
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
     single: Annotated[
-        bool, typer.Option("--single", help="Every line is a conversation of its own, as toy worlds want it.")
+        bool, typer.Option("--single", help="Treat every line as a new conversation, as the toy worlds need.")
     ] = False,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy, the default.")] = 0.0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut off.")] = 256,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Token limit of an answer.")] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
-    """Talk to a model. `/new` begins another conversation; an empty line, Ctrl-D or the end of the input ends.
+    """Talk to a model. `/new` starts a new conversation; an empty line or Ctrl-D ends the chat.
 
-    Lines may come from a pipe: `echo "5+2*3" | kibitz chat runs/demo --single`.
+    Input may come from a pipe: `echo "5+2*3" | kibitz chat runs/demo --single`.
     """
     from kibitz.evaluate.chat import Conversation
     from kibitz.types import Sampling

@@ -20,29 +20,34 @@ def check(
     ctx: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A YAML file, as `kibitz train` takes it.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[A.B=VALUE]...", help="Such as rollout.max_tokens=512.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[A.B=VALUE]...", help="Change a setting of the recipe, such as rollout.max_tokens=512."
+        ),
     ] = None,
     files_only: Annotated[
-        bool, typer.Option("--files-only", help="Load no weights: text, memory and cost only.")
+        bool, typer.Option("--files-only", help="Load no weights: check text, memory and cost only.")
     ] = False,
-    prompts: Annotated[int, typer.Option(min=1, help="How many prompts both models answer.")] = 32,
+    prompts: Annotated[int, typer.Option(min=1, help="Number of prompts that both models answer.")] = 32,
     price: Annotated[
-        float | None, typer.Option(min=0, help="The price of one device for one hour, in any currency.")
+        float | None,
+        typer.Option(min=0, help="Price of a device-hour, in any currency; adds the price of the run to the output."),
     ] = None,
-    devices: Annotated[int, typer.Option(min=1, help="Over how many the run is divided.")] = 1,
+    devices: Annotated[int, typer.Option(min=1, help="Number of devices that share the run.")] = 1,
     memory: Annotated[
-        float | None, typer.Option(min=0, help="Of one device, in GiB; without it, that of this one.")
+        float | None, typer.Option(min=0, help="Memory of a device in GiB. Default: this machine's.")
     ] = None,
     teraflops: Annotated[
-        float | None, typer.Option(min=0, help="Of one device in matrix products; or measured.")
+        float | None, typer.Option(min=0, help="Speed of a device in TFLOP/s. Default: measured here.")
     ] = None,
     local_teacher: Annotated[
-        str | None, typer.Option(help="A copy of the teacher here, to compare its server's numbers with.")
+        str | None,
+        typer.Option(help="Folder with a copy of the teacher, to check its server's log-probabilities against."),
     ] = None,
 ) -> None:
-    """Look at a recipe before it costs anything: tokenizers, templates, ends, memory, cost, and a few rollouts.
+    """Check a recipe before training: tokenizers, chat templates, end tokens, memory, cost and a few rollouts.
 
-    Exit code 0: go. 1: something would go wrong (a red light). 2: the recipe itself is mistaken."""
+    Exit code 0: no problem found. 1: the run would go wrong (a red light). 2: the recipe is invalid."""
     from kibitz import config, preflight
 
     options = preflight.Options(price, teraflops, memory, devices, prompts, local_teacher)

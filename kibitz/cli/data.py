@@ -1,7 +1,6 @@
-"""`kibitz report`, `kibitz worlds` and `kibitz schema`: what needs no model, or makes one."""
+"""`kibitz report`, `recipes`, `schema` and `worlds`: what needs no model, or makes one."""
 
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -10,16 +9,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+import kibitz
 from kibitz.cli.output import Output, harmless
-from kibitz.cli.progress import Bar
 
 
 def report(
     ctx: typer.Context,
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are shown side by side.")],
-    output: Annotated[Path | None, typer.Option(help="The HTML file; without it report.html beside the runs.")] = None,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders. Several are shown side by side.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="HTML file to write. Default: report.html in the run's folder, or beside several runs."),
+    ] = None,
 ) -> None:
-    """Write one self-contained HTML page about runs: before and after, token heat-map, curves, costs."""
+    """Write an HTML report of one or more runs: before and after, token heat-map, curves, costs."""
     from kibitz import report as pages
 
     path = pages.build(runs, output)
@@ -28,9 +30,9 @@ def report(
 
 def schema(
     ctx: typer.Context,
-    output: Annotated[Path | None, typer.Option(help="Write it here instead of printing it.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write it to this file instead.")] = None,
 ) -> None:
-    """The JSON schema of recipes: editors complete and check YAML with it."""
+    """Print the JSON schema of recipes, with which editors complete and check the YAML."""
     from kibitz import config
 
     text = json.dumps(config.json_schema(), indent=2, ensure_ascii=False) + "\n"
@@ -42,11 +44,50 @@ def schema(
     head = f"# yaml-language-server: $schema={output}"
     ctx.obj.result(
         {"schema": output},
-        lambda console: console.print(f"{output}; put at the head of a recipe: {head}", markup=False, soft_wrap=True),
+        lambda console: console.print(
+            f"{output}; first line of a recipe that uses it: {head}", markup=False, soft_wrap=True
+        ),
     )
 
 
-worlds = typer.Typer(invoke_without_command=True, help="Toy worlds that a CPU can learn: list, show, make.")
+def recipes(
+    ctx: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="Print this recipe. Default: list all.")] = None,
+) -> None:
+    """List recipes for real models, or print one: `kibitz recipes reasoning-opd > recipe.yaml`."""
+    found = {path.stem: path.read_text(encoding="utf-8") for path in sorted(_recipes().glob("*.yaml"))}
+    if name is not None:
+        if name not in found:
+            raise ValueError(f"there is no recipe {name!r}: there are {', '.join(found)}")
+        ctx.obj.result({"name": name, "recipe": found[name]}, lambda console: console.file.write(found[name]))
+        return
+
+    def for_a_person(console: Console) -> None:
+        table = Table(box=None, header_style="dim")
+        table.add_column("recipe", no_wrap=True)
+        table.add_column("what it is")
+        for one, text in found.items():
+            table.add_row(one, _title(text))
+        console.print(table)
+
+    ctx.obj.result({"recipes": [{"name": one, "title": _title(text)} for one, text in found.items()]}, for_a_person)
+
+
+def _recipes() -> Path:
+    """The folder of the recipes: inside of an installed package, beside it in a checkout."""
+    inside = Path(kibitz.__file__).parent / "recipes"
+    return inside if inside.is_dir() else inside.parents[1] / "recipes"
+
+
+def _title(recipe: str) -> str:
+    """The first sentence of a recipe's comment."""
+    return recipe.partition("\n")[0].removeprefix("#").strip()
+
+
+worlds = typer.Typer(
+    invoke_without_command=True,
+    help="List the toy worlds, which a CPU can learn; show their problems; train their models.",
+)
 
 
 @worlds.callback()
@@ -70,12 +111,12 @@ def list_worlds(ctx: typer.Context) -> None:
 @worlds.command(name="show")
 def show_world(
     ctx: typer.Context,
-    name: Annotated[str, typer.Argument(help="Such as arithmetic.")],
-    count: Annotated[int, typer.Option(min=1, help="How many problems.")] = 5,
+    name: Annotated[str, typer.Argument(help="A world, such as arithmetic.")],
+    count: Annotated[int, typer.Option(min=1, help="Number of problems.")] = 5,
     split: Annotated[str, typer.Option(help="train, dev or test.")] = "train",
-    seed: Annotated[int, typer.Option(help="Which problems.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the problems.")] = 0,
 ) -> None:
-    """Print a few problems of a world, each with a right solution."""
+    """Print a few problems of a world, each with a correct solution."""
     from kibitz.worlds import get
 
     rows = get(name).demonstrations(split, count, seed)
@@ -94,13 +135,13 @@ def show_world(
 @worlds.command(name="make")
 def make_world(
     ctx: typer.Context,
-    name: Annotated[str, typer.Argument(help="Such as arithmetic.")],
+    name: Annotated[str, typer.Argument(help="A world, such as arithmetic.")],
     output: Annotated[
-        Path | None, typer.Option(help="Folder for teacher/ and student/; default runs/worlds/NAME.")
+        Path | None, typer.Option(help="Folder for teacher/ and student/. Default: runs/worlds/NAME.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="The shipped models are those of seed 0.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed. The models that come with kibitz have seed 0.")] = 0,
 ) -> None:
-    """Train a world's models from nothing: the teacher, and the student before on-policy distillation."""
+    """Train a world's models from scratch: the teacher, and the student before on-policy distillation."""
     from kibitz.worlds import get
 
     get(name)  # a mistyped name is told before torch loads
@@ -109,7 +150,7 @@ def make_world(
 
     out: Output = ctx.obj
     folder = output or Path("runs/worlds") / name
-    with Bar(out.errors) if out.live else nullcontext() as bar:
+    with out.bar() as bar:
         evals = make(name, folder, seed, bar)
 
     def for_a_person(console: Console) -> None:

@@ -16,29 +16,33 @@ def reproduce(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME|all] [A.B=VALUE]...", help="An experiment, and settings such as steps=80; or nothing."
+            metavar="[NAME|all] [A.B=VALUE]...", help="An experiment, and settings such as steps=80. Default: list all."
         ),
     ] = None,
-    student: Annotated[str | None, typer.Option(help="Folder or hub name; without it the toy world's.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="Folder or hub name; without it the toy world's.")] = None,
+    student: Annotated[str | None, typer.Option(help="Folder or hub name. Default: the toy model.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Folder or hub name. Default: the toy model.")] = None,
     model: Annotated[
-        list[str] | None, typer.Option(metavar="ROLE=MODEL", help="Of another role; without it student or teacher.")
+        list[str] | None, typer.Option(metavar="ROLE=MODEL", help="Model of another role of the experiment.")
     ] = None,
     prompts: Annotated[
         list[str] | None,
-        typer.Option(metavar="[SOURCE=]FILE", help="JSONL in the toy world's place; is cut by a hash."),
+        typer.Option(
+            metavar="[SOURCE=]FILE", help="JSONL file instead of the toy world; it is split into train, dev and test."
+        ),
     ] = None,
-    seeds: Annotated[
-        int | None, typer.Option(min=1, help="The number of seeds; each experiment has a default.")
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds. Default: the experiment's own.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few steps only, to see that everything runs. The numbers mean nothing.")
+    ] = False,
+    only: Annotated[str, typer.Option(help="Run some of the arms only, such as opd,grpo.")] = "",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the results. Default: results, or runs/quick with --quick.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="In seconds, to see that it runs; says nothing.")] = False,
-    only: Annotated[str, typer.Option(help="Some of its arms: opd,grpo.")] = "",
-    output: Annotated[Path | None, typer.Option(help="Folder of the results; default results, or runs/quick.")] = None,
 ) -> None:
-    """Run an experiment and write its table and plot; without a name, list them. What is done is not done again.
+    """Run an experiment and write its table and plot. Without a name, list the experiments.
 
-    Results are files in OUTPUT/NAME, one for each run: after Ctrl-C the same command goes on. `all` runs one experiment after
-    another. `optim.lr=X` puts the middle of the sweep over learning rates at X.
+    Each run is a file in OUTPUT/NAME. Runs that are there are not repeated, so that the same command continues after Ctrl-C.
+    `all` runs every experiment. `optim.lr=X` centres the sweep of learning rates on X.
     """
     from kibitz import experiments
 

@@ -11,18 +11,21 @@ from kibitz.cli.output import Output
 
 def evaluate(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="A run folder (its last checkpoint), a model folder, or a hub name.")],
+    model: Annotated[
+        str, typer.Argument(help="A run folder (its last checkpoint is used), a model folder, or a hub name.")
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[A.B=VALUE]...", help="Such as eval.samples=8 rollout.max_tokens=64.")
+        list[str] | None,
+        typer.Argument(metavar="[A.B=VALUE]...", help="Settings, such as eval.samples=8 rollout.max_tokens=64."),
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="Measure the reverse KL to this model.")] = None,
-    world: Annotated[str | None, typer.Option(help="A toy world; see `kibitz worlds`.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="JSONL, parquet, or a dataset name.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Also measure the reverse KL to this model.")] = None,
+    world: Annotated[str | None, typer.Option(help="Evaluate on a toy world; `kibitz worlds` lists them.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="Evaluate on a JSONL or parquet file, or a hub data set.")] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Benchmarks of lm-evaluation-harness instead, such as gsm8k,ifeval.")
+        str | None, typer.Option(help="Run benchmarks of lm-evaluation-harness instead, such as gsm8k,ifeval.")
     ] = None,
-    url: Annotated[str | None, typer.Option(help="With --tasks: the vLLM server that writes, as MODEL.")] = None,
-    task_folder: Annotated[Path | None, typer.Option(help="With --tasks: a folder of tasks of your own.")] = None,
+    url: Annotated[str | None, typer.Option(help="With --tasks: a vLLM server that serves MODEL.")] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="With --tasks: a folder with your own tasks.")] = None,
 ) -> None:
     """Measure a model: accuracy at temperature 1 and greedy, pass@k, reverse KL to a teacher, response length."""
     from kibitz import config, worlds
@@ -88,27 +91,33 @@ def _benchmarks(ctx: typer.Context, model: str, tasks: list[str], overrides: lis
 
 def score(
     ctx: typer.Context,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="What the student is asked. May be given several times.")
-    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt for the student. May be repeated.")] = None,
     response: Annotated[
-        list[str] | None, typer.Option(help="The text to grade, one per prompt; without it the student writes.")
+        list[str] | None, typer.Option(help="Text to score, one for each prompt. Default: the student writes it.")
     ] = None,
-    student: Annotated[str | None, typer.Option(help="As `kibitz eval` takes it; without it the toy world's.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="Folder or hub name; without it the toy world's.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Also write the token heat-map to this file.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Where the student's own response is cut off.")] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Of the student's own response; 0 is greedy.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the student's own response.")] = 0,
+    student: Annotated[
+        str | None, typer.Option(help="A run folder, a model folder, or a hub name. Default: the toy student.")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="Folder or hub name. Default: the toy teacher.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the token heat-map to this HTML file.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Token limit of the student's own response.")] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Temperature of the student's own response; 0 is greedy.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the student's own response.")] = 0,
     rollouts: Annotated[
-        Path | None, typer.Option(help="A stored.jsonl to be scored whole, instead of prompts.")
+        Path | None,
+        typer.Option(
+            help="Score all of this file instead of prompts: a stored.jsonl, which rollout.store=true writes."
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder that keeps the scores of --rollouts.")] = None,
-    kind: Annotated[str, typer.Option(help="Of the scores to keep: dense, top_k or sampled.")] = "dense",
-    top_k: Annotated[int, typer.Option(min=1, help="K of --kind top_k.")] = 64,
+    out: Annotated[Path | None, typer.Option(help="Folder for the scores of --rollouts.")] = None,
+    kind: Annotated[str, typer.Option(help="What to store: dense, top_k or sampled scores.")] = "dense",
+    top_k: Annotated[int, typer.Option(min=1, help="Number of tokens K with --kind top_k.")] = 64,
 ) -> None:
-    """Let a teacher score every token of a response, and mark where it went wrong; or keep all its scores of a
-    file of rollouts, for runs without the teacher."""
+    """Let a teacher score every token of a response and mark where it first went wrong.
+
+    With --rollouts and --out, store the teacher's scores of a file of rollouts, for training without the teacher."""
     if (rollouts is None) != (out is None):
         raise ValueError("--rollouts FILE and --out FOLDER belong together")
     if rollouts is not None and out is not None:
@@ -121,15 +130,10 @@ def score(
     from kibitz.evaluate.annotate import score_texts
     from kibitz.report.terminal import print_rollout
 
-    responses: list[str | None] = list(response or []) or [None] * len(prompt)
-    if len(responses) != len(prompt):
-        raise ValueError(
-            f"there are {len(prompt)} prompts and {len(responses)} responses: give each prompt its --response"
-        )
     rows = score_texts(
         resolved(student) if student else _shipped("student"),
         teacher or _shipped("teacher"),
-        list(zip(prompt, responses, strict=True)),
+        _pairs(prompt, response or []),
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
@@ -146,15 +150,24 @@ def score(
         ctx.obj.say(f"heat-map   {html}")
 
 
+def _pairs(prompts: list[str], responses: list[str]) -> list[tuple[str, str | None]]:
+    """Each prompt with its response; None where the student writes one."""
+    if responses and len(responses) != len(prompts):
+        raise ValueError(
+            f"there are {len(prompts)} prompts and {len(responses)} responses: give each prompt its --response"
+        )
+    return list(zip(prompts, responses or [None] * len(prompts), strict=True))
+
+
 def export(
     ctx: typer.Context,
     model: Annotated[
-        str, typer.Argument(help="A run folder (its last checkpoint), or the folder of a model or adapter.")
+        str, typer.Argument(help="A run folder (its last checkpoint is used), or the folder of a model or adapter.")
     ],
-    output: Annotated[Path, typer.Option(help="The folder to write.")],
-    merge: Annotated[bool, typer.Option("--merge", help="Merge a LoRA adapter into its base: a whole model.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge a LoRA adapter into its base model.")] = False,
 ) -> None:
-    """Write a checkpoint as a folder for transformers, peft or vLLM, without what only training needs."""
+    """Export a checkpoint as a folder for transformers, peft or vLLM, without the training state."""
     from kibitz.training.checkpoint import export as write
 
     source = resolved(model)
@@ -185,13 +198,15 @@ def _keep_scores(output: Output, teacher: str, rollouts: Path, out: Path, kind: 
 
 def resolved(model: str) -> str:
     """A run folder stands for its last checkpoint."""
+    from kibitz.models.folders import check_folder
     from kibitz.training.checkpoint import checkpoints
 
     if not (Path(model) / "recipe.yaml").is_file():
+        check_folder(model, "model")
         return model
     found = checkpoints(Path(model))
     if not found:
-        raise ValueError(f"the run at {model} has no checkpoint yet: go on with it, or name a model folder")
+        raise ValueError(f"the run at {model} has no checkpoint yet: continue it with --resume, or name a model folder")
     return str(found[-1])
 
 

@@ -14,29 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-PACKAGE = Path(__file__).parents[1]
-
-
-def harmless(text: str) -> str:
-    """The text with everything but printable signs, spaces and line breaks taken out."""
-    return "".join(sign if sign.isprintable() or sign == "\n" else "\N{REPLACEMENT CHARACTER}" for sign in text)
-
-
-def sentence(error: Exception) -> str:
-    """Return an error as one line. If kibitz did not raise it, the line also says how to see the traceback."""
-    if isinstance(error, OSError) and error.strerror:
-        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    else:
-        text = str(error) or type(error).__name__
-    text = " ".join(text.split())
-    return text if _raised_by_kibitz(error) else f"{text} (`--debug` shows where)"
-
-
-def _raised_by_kibitz(error: Exception) -> bool:
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return frame is None or Path(frame.tb_frame.f_code.co_filename).is_relative_to(PACKAGE)
+from kibitz.training.progress import Bar, harmless, is_first_process
 
 
 class Output:
@@ -44,13 +22,13 @@ class Output:
     first speaks, and the others of their mistakes only."""
 
     def __init__(self, quiet: bool = False, as_json: bool = False):
-        rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
-        self.is_main = rank == "0"
+        self.is_main = is_first_process()
         self.as_json = as_json
         self.live = not quiet and not as_json and self.is_main
         self.console = Console(highlight=False, quiet=not self.is_main)
         self.errors = Console(stderr=True, highlight=False, quiet=not self.is_main)
-        self.mistake = "error: " if self.is_main else f"error in process {rank}: "
+        self.mistake = "error: " if self.is_main else f"error in process {os.environ['RANK']}: "
+        self.watched: Bar | None = None
 
     def result(self, tree: dict[str, Any], show: Callable[[Console], None]) -> None:
         """One JSON object under `--json`; else what `show` prints for a person."""
@@ -60,6 +38,15 @@ class Output:
             self.console.file.write(json.dumps(_finite(tree), ensure_ascii=True, allow_nan=False) + "\n")
         else:
             show(self.console)
+
+    def bar(self) -> Bar:
+        """The progress of a run, drawn where somebody watches."""
+        self.watched = Bar(self.errors if self.live else None)
+        return self.watched
+
+    def doing(self) -> str:
+        """What the command is about, for one that fails: a phase and a step of a run, or nothing."""
+        return "" if self.watched is None else f" while {self.watched.doing()}"
 
     def say(self, text: str) -> None:
         """A remark on the way, left out when nobody watches."""

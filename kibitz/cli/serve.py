@@ -14,17 +14,17 @@ from kibitz.cli.output import Output, harmless
 
 def serve(
     ctx: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="A YAML file with rollout.urls, or a teacher with a url.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[A.B=VALUE]...", help="As for train.")] = None,
-    run: Annotated[
-        bool, typer.Option("--run", help="Start them here, wait until they are ready, stop on Ctrl-C.")
-    ] = False,
-    python: Annotated[str, typer.Option(help="The Python that vLLM is installed for.")] = "python",
+    recipe: Annotated[str, typer.Argument(help="A recipe with rollout.urls, or with a teacher that has a url.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[A.B=VALUE]...", help="Change a setting of the recipe, as for train.")
+    ] = None,
+    run: Annotated[bool, typer.Option("--run", help="Start the servers here, until Ctrl-C.")] = False,
+    python: Annotated[str, typer.Option(help="The Python interpreter that has vLLM.")] = "python",
     cpu: Annotated[
-        bool | None, typer.Option("--cpu/--gpu", help="For which build of vLLM; by default, whether there is a GPU.")
+        bool | None, typer.Option("--cpu/--gpu", help="The build of vLLM. Default: CPU if there is no GPU.")
     ] = None,
 ) -> None:
-    """Print the commands that start a recipe's servers, or start them."""
+    """Print the commands that start the vLLM servers of a recipe, or run them."""
     from kibitz import config
     from kibitz.servers import commands
 
@@ -44,7 +44,7 @@ def serve(
         out.say("press Ctrl-C to stop them")
         while all(process.poll() is None for process in processes):
             time.sleep(0.5)
-    raise ValueError(f"a server ended by itself: its log in {logs} says why")
+    raise ValueError(f"a server stopped: see its log in {logs}")
 
 
 def _show(console: Console, found: list[tuple[str, str, str]]) -> None:

@@ -3,7 +3,6 @@
 import shlex
 import signal
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,6 @@ import typer
 from rich.console import Console
 
 from kibitz.cli.output import Output
-from kibitz.cli.progress import Bar
 
 if TYPE_CHECKING:
     from kibitz.config import Recipe
@@ -20,39 +18,47 @@ if TYPE_CHECKING:
 
 def train(
     ctx: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="A YAML file; `kibitz schema` describes what it may say.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A YAML file. `kibitz recipes` lists examples, `kibitz schema` describes every key.")
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[A.B=VALUE]...", help="Such as optim.lr=1e-4.")
+        list[str] | None,
+        typer.Argument(metavar="[A.B=VALUE]...", help="Change a setting of the recipe, such as optim.lr=1e-4."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its last checkpoint.")] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete the run that the output folder holds.")
+        bool, typer.Option("--overwrite", help="Delete the run in the output folder and start again.")
     ] = False,
 ) -> None:
-    """Train a student as a recipe says. Ctrl-C keeps what is done."""
+    """Train a student as a recipe says. After Ctrl-C or a crash, --resume continues from the last checkpoint."""
     from kibitz import config
 
     again = ["kibitz", "train", recipe, *(overrides or []), "--resume"]
     if resume and overwrite:
-        raise ValueError("write either --resume, to go on with the run, or --overwrite, to delete it")
+        raise ValueError("write either --resume, to continue the run, or --overwrite, to delete it")
     run = run_training(ctx.obj, config.load(recipe, overrides or []), again, resume=resume, overwrite=overwrite)
     finish(ctx.obj, run)
 
 
 def demo(
     ctx: typer.Context,
-    output: Annotated[str, typer.Option(help="Folder of the run; the last demo there is replaced.")] = "runs/demo",
-    seed: Annotated[int, typer.Option(help="Another seed, other problems and other luck.")] = 0,
+    output: Annotated[str, typer.Option(help="Folder of the run. An earlier demo there is replaced.")] = "runs/demo",
+    seed: Annotated[int, typer.Option(help="Seed of the problems and of sampling.")] = 0,
     models: Annotated[
-        str | None, typer.Option(help="Folder with teacher/ and student/, as `kibitz worlds make` writes.")
+        str | None, typer.Option(help="Folder with teacher/ and student/, as `kibitz worlds make` writes it.")
     ] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[A.B=VALUE]...", help="Such as steps=20.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[A.B=VALUE]...", help="Change a setting of the demo's recipe, such as steps=20."),
+    ] = None,
 ) -> None:
-    """See on-policy distillation work: minutes on a laptop, with the models that kibitz ships."""
+    """Watch on-policy distillation work on a toy task, in minutes on a laptop, with models that come with kibitz."""
     from kibitz import config
     from kibitz.cli import demo as story
 
     out: Output = ctx.obj
+    if models is not None and not Path(models).is_dir():
+        raise ValueError(f"--models: there is no folder {models}; `kibitz worlds make arithmetic` makes one")
     recipe = config.load(story.recipe(output, seed, models), overrides or [])
     if out.live:
         story.introduce(out.errors, recipe)
@@ -70,7 +76,7 @@ def run_training(out: Output, recipe: "Recipe", again: list[str], *, resume: boo
     try:
         if out.live:
             _look_first(out, recipe)
-        with Bar(out.errors) if out.live else nullcontext() as bar:
+        with out.bar() as bar:
             run = trainer.train(recipe, resume=resume, overwrite=overwrite, progress=bar)
         if out.is_main:
             report.build([run.folder])
@@ -79,7 +85,9 @@ def run_training(out: Output, recipe: "Recipe", again: list[str], *, resume: boo
         if out.is_main and (folder := Path(recipe.output)).is_dir():
             report.build([folder])
         out.errors.print(
-            f"stopped; the run is in {recipe.output}, go on with: {shlex.join(again)}", markup=False, soft_wrap=True
+            f"stopped; the run is in {recipe.output}, continue it with: {shlex.join(again)}",
+            markup=False,
+            soft_wrap=True,
         )
         raise typer.Exit(128 + (stopped.args or (signal.SIGINT,))[0]) from None
 

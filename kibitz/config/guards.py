@@ -78,14 +78,14 @@ class GuardConfig(Section):
         0.1, gt=0, lt=1, description="0.1: StableOPD saw 0 before its collapse and 0.25-0.35 after."
     )
     repetition_share: float = Field(
-        0.5, gt=0, lt=1, description="Of repetition: mask. 0.5: half a response is a loop; StableOPD's mean was 0.3."
+        0.5, gt=0, lt=1, description="For repetition: mask. 0.5: half a response is a loop; StableOPD's mean was 0.3."
     )
     entropy_collapse: GuardAction = Field("warn", description="The student becomes certain of everything.")
     entropy_share: float = Field(
         0.33,
         gt=0,
         lt=1,
-        description="Of the first or the teacher's entropy, whichever is less. 0.33: RL has spent 73% of its entropy "
+        description="Share of the entropy at first, or of the teacher's if that is less. 0.33: RL has spent 73% of its entropy "
         "and 76% of its gain at 200 of 2400 steps (2505.22617).",
     )
     overlap_falling: GuardAction = Field("warn", description="Student and teacher have fewer likely tokens in common.")

@@ -96,15 +96,33 @@ def _explain(error: ValidationError, tree: dict) -> str:
             case "missing":
                 lines.append(f"{place} is missing")
             case "union_tag_invalid" | "union_tag_not_found":
-                given = method_type(problem.get("input"))
-                near = difflib.get_close_matches(str(given), METHOD_CONFIGS, 1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                lines.append(f"unknown method {given!r}: method.type is one of {', '.join(METHOD_CONFIGS)}{hint}")
+                lines.append(_of_a_method(place, problem["input"]))
+            case "model_type" | "model_attributes_type":
+                lines.append(
+                    f"{place}: a section is needed, got {problem['input']!r}: write {_as_section(place, problem)}"
+                )
             case "value_error":
                 lines.append((f"{place}: " if place else "") + problem["msg"].removeprefix("Value error, "))
             case _:
                 lines.append(f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}")
     return "; ".join(lines)
+
+
+def _of_a_method(place: str, value: Any) -> str:
+    given, names = method_type(value), ", ".join(METHOD_CONFIGS)
+    if not isinstance(value, dict):
+        return f"{place}: a section is needed, got {value!r}: write {place}.type={value if isinstance(value, str) else 'NAME'}"
+    if given is None:
+        return f"{place}.type is missing: it is one of {names}"
+    near = difflib.get_close_matches(str(given), METHOD_CONFIGS, 1)
+    return f"unknown method {given!r}: {place}.type is one of {names}{f'; did you mean {near[0]}?' if near else ''}"
+
+
+def _as_section(place: str, problem: Any) -> str:
+    """How to write a section that was given as one value: by the key that it must have, else by its first."""
+    fields, given = _section_at(problem["loc"]).model_fields, problem["input"]
+    key = next((name for name, field in fields.items() if field.is_required()), next(iter(fields)))
+    return f"{place}.{key}={'VALUE' if isinstance(given, bool | list | None) else given}"
 
 
 def _without_tags(location: tuple) -> list:
@@ -118,17 +136,23 @@ def _without_tags(location: tuple) -> list:
 
 
 def _nearest(location: tuple) -> str:
-    section, tags, inside = Recipe, TAGGED.get(location[0], {}), location[:-1]
+    section = _section_at(location[:-1])
+    places = {name: f"{inner}.{name}" for name, inner in section.also_here.items()}
+    places |= {name: name for name in section.model_fields}
+    near = difflib.get_close_matches(str(location[-1]), places, 1, cutoff=0.5)
+    return f": did you mean {places[near[0]]}?" if near else f": it has {', '.join(section.model_fields)}"
+
+
+def _section_at(inside: tuple) -> type[Section]:
+    """The section at a place of the recipe; pydantic's tags stand in the path."""
+    section, tags = Recipe, TAGGED.get(inside[0], {}) if inside else {}
     if len(inside) > 3 and inside[1] == SEVERAL:
         section, inside = tags[inside[3]], inside[4:]
     elif tags and len(inside) > 1:
         section, inside = tags[inside[1]], inside[2:]
     for part in inside:
         section = _section_of(section.model_fields[part].annotation)
-    places = {name: f"{inner}.{name}" for name, inner in section.also_here.items()}
-    places |= {name: name for name in section.model_fields}
-    near = difflib.get_close_matches(str(location[-1]), places, 1, cutoff=0.5)
-    return f": did you mean {places[near[0]]}?" if near else f": it has {', '.join(section.model_fields)}"
+    return section
 
 
 def _section_of(annotation: Any) -> type[Section]:

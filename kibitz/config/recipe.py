@@ -37,7 +37,7 @@ class Recipe(Section):
     parallel: ParallelConfig = ParallelConfig()
     guards: GuardConfig = GuardConfig()
     track: TrackConfig | None = None
-    seed: int = Field(0, description="Of the order of prompts and of all sampling.")
+    seed: int = Field(0, description="Seed of the order of prompts and of all sampling.")
     device: str = Field("auto", description="auto: cuda if there is one.")
     threads: int | None = Field(None, ge=1, description="torch threads; 1 makes runs repeat bit for bit.")
     output: str = Field("runs/run", description="Folder of the run.")

@@ -56,7 +56,9 @@ class FrozenConfig(ModelConfig):
 class LoraConfig(Section):
     """Low-rank adapters: W' = W + s B A with W frozen (2106.09685). Sources: LoRA Without Regret, Thinking Machines 2025."""
 
-    rank: int = Field(32, ge=1, description="Of A and B. 32: their library's default; long reasoning runs took 128.")
+    rank: int = Field(
+        32, ge=1, description="Rank of A and B. 32: their library's default; long reasoning runs took 128."
+    )
     alpha: float = Field(32.0, gt=0, description="s = alpha / rank. 32: their alpha, at every rank.")
     rslora: bool = Field(
         False, description="s = alpha / sqrt(rank) (2312.03732), so that high ranks learn as fast as low ones."
@@ -67,9 +69,10 @@ class LoraConfig(Section):
         "list of module names, such as [q_proj, v_proj].",
     )
     init: Literal["kaiming", "gaussian"] = Field(
-        "kaiming", description="Of A; B starts at 0, so the student starts as its base. kaiming: peft's default."
+        "kaiming",
+        description="Initialization of A; B starts at 0, so the student starts as its base. kaiming: peft's default.",
     )
-    dropout: float = Field(0.0, ge=0, description="0, and nothing else: see the error.")
+    dropout: float = Field(0.0, ge=0, description="Must be 0: the student would disagree with its own rollouts.")
 
     @model_validator(mode="after")
     def _possible(self) -> "LoraConfig":
@@ -147,7 +150,7 @@ class RolloutServerConfig(ServerConfig):
     """vLLM servers that write the rollouts, and how they get the student's new weights after each step."""
 
     model: str | None = Field(
-        None, description="The name that the student is served under; without it the only one served."
+        None, description="Name under which the servers have the student. null: the only one served."
     )
     sync: Literal["auto", "lora", "reload", "nccl"] = Field(
         "auto",
@@ -174,7 +177,7 @@ class RolloutConfig(Section):
     )
     urls: list[ServerURL] = Field(
         default_factory=list,
-        description="Of engine: vllm; servers of the student, asked in turn. `kibitz serve` starts them.",
+        description="For engine: vllm: addresses of the student's servers, asked in turn. `kibitz serve` starts them.",
     )
     server: RolloutServerConfig = RolloutServerConfig()
     prompts_per_step: int = Field(64, ge=1, description="64: Thinking Machines' default.")
@@ -224,7 +227,7 @@ class OptimConfig(Section):
     name: Literal["adamw", "adamw_8bit", "muon", "sgd"] = Field(
         "adamw",
         description="adamw_8bit: moments of 8 bits, 2 bytes a parameter instead of 8 (2110.02861), by bitsandbytes; muon: on the "
-        "matrices, AdamW on the rest; for training from nothing. sgd: the gradient itself, at rates some 100 times as high.",
+        "matrices, AdamW on the rest; for training from scratch. sgd: the gradient itself, at rates some 100 times as high.",
     )
     lr: float = Field(
         5e-5,
@@ -242,16 +245,16 @@ class OptimConfig(Section):
     betas: tuple[float, float] = Field(
         (0.9, 0.95), description="0.95: short runs forget old gradients sooner (the cookbook's Adam)."
     )
-    eps: float = Field(1e-8, gt=0, description="Of AdamW: PyTorch's default.")
+    eps: float = Field(1e-8, gt=0, description="Epsilon of AdamW. 1e-8: PyTorch's default.")
     weight_decay: float = Field(0.0, ge=0, description="0: a student that equals its teacher stays where it is.")
     muon_lr: float | None = Field(None, gt=0, description="Rate of the matrices under muon; 10 x lr if not set.")
-    momentum: float = Field(0.95, ge=0, lt=1, description="Of muon.")
-    sgd_momentum: float = Field(0.0, ge=0, lt=1, description="Of sgd. 0: off, PyTorch's default.")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Momentum of muon.")
+    sgd_momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of sgd. 0: off, PyTorch's default.")
     tokens_per_micro_batch: int = Field(16384, ge=1, description="Bounds activations. The loss does not depend on it.")
     packing: bool | Literal["auto"] = Field(
         "auto",
-        description="Rows one behind the other instead of padded. auto: where attention has a kernel for unequal rows (flash, "
-        "flex); other kernels pay the square of tokens_per_micro_batch. The loss does not depend on it.",
+        description="Concatenate the rows of a micro-batch instead of padding them. auto: where attention has a kernel for "
+        "unequal rows (flash, flex); other kernels pay the square of tokens_per_micro_batch. The loss does not depend on it.",
     )
     hidden_states: Literal["auto", "device", "cpu"] = Field(
         "auto",
@@ -261,26 +264,32 @@ class OptimConfig(Section):
     )
     checkpointing: bool = Field(
         False,
-        description="Keep each layer's input only and compute its inside again in the backward pass: less memory, a third more "
+        description="Keep each layer's input only and recompute the rest in the backward pass: less memory, a third more "
         "time. The loss does not depend on it.",
     )
     chunk_tokens: int | None = Field(
         None,
         ge=1,
-        description="Tokens whose logits exist at one time; chosen by the vocabulary. The loss does not depend on it.",
+        description="Tokens whose logits exist at one time. null: chosen by the vocabulary. The loss does not depend on it.",
     )
 
 
 class EvalConfig(Section):
     """The evaluation of the student: accuracy at T=1 and greedy, pass@k, and reverse KL to the teacher."""
 
-    every: int = Field(20, ge=0, description="In steps; 0: only before and after. 20: the cookbook.")
+    every: int = Field(
+        20, ge=0, description="Steps between evaluations; 0: only before and after the run. 20: the cookbook."
+    )
     prompts: str | None = Field(None, description="File or dataset; without it the world's dev split, or none.")
     split: str = Field("dev", description="Split of the world or dataset.")
-    num_prompts: int = Field(256, ge=1, description="256 give an interval of about 12 points at 50%.")
+    num_prompts: int = Field(
+        256, ge=1, description="Number of prompts. 256 give an interval of about 12 points at 50%."
+    )
     samples: int = Field(1, ge=1, description="Samples per prompt at temperature 1; more give pass@k.")
-    seed: int = Field(1234, description="Of the evaluation's own sampling: the same for every run.")
-    heatmaps: int = Field(12, ge=0, description="Rollouts written with both models' top-5 for the report.")
+    seed: int = Field(1234, description="Seed of the evaluation's sampling, the same for every run.")
+    heatmaps: int = Field(
+        12, ge=0, description="Number of rollouts annotated with both models' top 5 tokens for the report."
+    )
 
 
 class ParallelConfig(Section):
@@ -307,8 +316,8 @@ class ParallelConfig(Section):
 class SaveConfig(Section):
     """Checkpoints: Hugging Face folders plus what training needs to go on."""
 
-    every: int = Field(50, ge=0, description="In steps; 0: only at the end.")
-    keep: int = Field(2, ge=1, description="Older ones are deleted.")
+    every: int = Field(50, ge=0, description="Steps between checkpoints; 0: only at the end.")
+    keep: int = Field(2, ge=1, description="Number of checkpoints to keep; older ones are deleted.")
 
 
 class TrackConfig(Section):
@@ -317,5 +326,5 @@ class TrackConfig(Section):
     to: Literal["tensorboard", "wandb", "trackio"] = Field(
         description="tensorboard: files in the folder of the run; wandb; trackio: a local database. Extras of the same names."
     )
-    project: str = Field("kibitz", pattern=r"^[\w.-]+$", description="Of wandb and trackio.")
-    name: str | None = Field(None, pattern=r"^[\w. -]+$", description="Of the run; the name of its folder if not set.")
+    project: str = Field("kibitz", pattern=r"^[\w.-]+$", description="Project, for wandb and trackio.")
+    name: str | None = Field(None, pattern=r"^[\w. -]+$", description="Name of the run. null: the name of its folder.")

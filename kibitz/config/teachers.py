@@ -22,9 +22,9 @@ class ContextConfig(Section):
     or none)."""
 
     prompt: str = Field(
-        "{{ prompt }}", description="Takes the place of the last user message, in the teacher's prompt."
+        "{{ prompt }}", description="Template that replaces the last user message in the teacher's prompt."
     )
-    system: str | None = Field(None, description="Takes the place of the system message, or becomes one.")
+    system: str | None = Field(None, description="Template that replaces or adds the teacher's system message.")
     template: dict[str, Any] = Field(
         default_factory=dict, description="Arguments of the teacher's chat template; data.template is the student's."
     )
@@ -50,21 +50,24 @@ class TeacherConfig(Section):
         "another (Lightning OPD, 2604.13010). Whole distributions take 2-4 bytes x its width for each token.",
     )
     name: str | None = Field(
-        None, description="Its name in the heat-map and in a row's column `route`. Off: its number."
+        None, description="Name of the teacher in the heat-map and in a row's column `route`. null: its number."
     )
     tasks: list[str] = Field(
         default_factory=list,
-        description="Of several teachers: the tasks that are its own, on which those without tasks are silent. Off: all "
-        "tasks that are nobody's own (MOPD, 2606.30406: a teacher per domain).",
+        description="With several teachers: the tasks that only this one (and others that list them) teaches. Empty: all tasks "
+        "that no teacher lists (MOPD, 2606.30406: a teacher per domain).",
     )
     weight: float | dict[str, float] = Field(
         1.0,
-        description="Of several teachers on one prompt: this one's share of the mixture, before the shares are made to add "
-        "up to 1; by task, if it is a mapping (1 for a task that is not in it). 1: all alike.",
+        description="With several teachers on one prompt: weight in the mixture, before the weights are divided by their sum; a "
+        "mapping gives it by task (1 for a task that is not in it). 1: equal weights.",
     )
     context: Annotated[
         ContextConfig | None, BeforeValidator(lambda value: {"prompt": value} if isinstance(value, str) else value)
-    ] = Field(None, description="Privileged context, for its prompt alone; a text is the template of the prompt.")
+    ] = Field(
+        None,
+        description="Privileged context that only the teacher's prompt has; a text is the template of that prompt.",
+    )
 
     def says_by(self) -> dict[str, Any]:
         """Return the settings that change its scores. A store of scores is refused to a teacher with other settings. The context
@@ -144,9 +147,9 @@ class RemoteTeacherConfig(TeacherConfig, ServerConfig):
     """A model behind a vLLM server: it scores over HTTP, and nothing of it is loaded here."""
 
     url: ServerURL = Field(
-        description="Its address, such as http://127.0.0.1:8001; `kibitz serve` prints how to start it."
+        description="Address of the server, such as http://127.0.0.1:8001; `kibitz serve` prints the command that starts it."
     )
-    model: str | None = Field(None, description="The name that it is served under; without it the only one served.")
+    model: str | None = Field(None, description="Name under which the server has the model. null: the only one served.")
 
     def answers(self) -> tuple[SignalKind, ...]:
         return ("top_k", "named", "sampled")
@@ -161,8 +164,8 @@ class RemoteTeacherConfig(TeacherConfig, ServerConfig):
 class ChatTeacherConfig(TeacherConfig, ServerConfig):
     """A black-box teacher that gives text only, behind an OpenAI-compatible chat endpoint. For sft and gad."""
 
-    chat: ServerURL = Field(description="Its address, without /v1/chat/completions.")
-    model: str | None = Field(None, description="The name that it is served under; without it the only one served.")
+    chat: ServerURL = Field(description="Address of the endpoint, without /v1/chat/completions.")
+    model: str | None = Field(None, description="Name under which the server has the model. null: the only one served.")
 
     def answers(self) -> tuple[SignalKind, ...]:
         return ()
@@ -183,7 +186,9 @@ class StudentTeacherConfig(TeacherConfig):
         description="start: as the run found it; ema: the average of its weights over time; base: its adapter switched off, "
         "no second copy; current: the same weights as they are, which needs a context to have something to say."
     )
-    decay: float = Field(0.95, ge=0, lt=1, description="Of ema, per step. 0.95: SDPO (2601.20802) renews 5% a step.")
+    decay: float = Field(
+        0.95, ge=0, lt=1, description="For ema: decay a step. 0.95: SDPO (2601.20802), which renews 5% a step."
+    )
 
     def check(self, student: StudentConfig) -> None:
         super().check(student)

@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from kibitz import graders, worlds
 from kibitz.config import DataConfig
 from kibitz.data.columns import Conversation, conversation_of, text_of
 from kibitz.data.rows import read_rows
-from kibitz.data.templates import encode_prompt, encode_response, said_by, turn_end
+from kibitz.data.templates import check_template, encode_prompt, encode_response, said_by, turn_end
 from kibitz.graders import Grader
 from kibitz.types import Prompt, Rollout
 
 __all__ = [
-    "PromptStream", "apart", "encode_prompt", "encode_response", "joined", "load_grader", "load_prompts", "turn_end",
+    "PromptStream", "apart", "check_template", "encode_prompt", "encode_response", "joined", "load_grader", "load_prompts",
+    "turn_end",
 ]  # fmt: skip
 
 
@@ -86,8 +86,6 @@ def _prompt(
     try:
         ids = encode_prompt(tokenizer, talk.messages, config.template, talk.tools)
         response = None if talk.turn is None else _response(tokenizer, talk, config, told)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"{place}: the chat template cannot render it: {error}") from error
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
     if not ids:

@@ -67,6 +67,7 @@ def _read_dataset(config: DataConfig, path: Path) -> list[tuple[str, dict[str, A
     """Parquet files and hub datasets, by the library that knows them."""
     import datasets
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it raises is told, and so it need not be logged
     try:
         if path.suffix == ".parquet":
             if config.subset is not None:

@@ -1,14 +1,50 @@
 """Chat templates: what a model reads before it speaks, and how its turn ends."""
 
+import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-import jinja2
+from kibitz.graders.worker import Worker
 
 Message = dict[str, Any]
 """`role` and `content`, both text, and what else the template writes, such as `reasoning_content`."""
+
+TALK: list[Message] = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "Kibitz"}]
+MOST_SECONDS, MOST_CHARACTERS = 5.0, 1_000_000
+"""What a template may take for a conversation of two words: real ones take a millisecond and write a page."""
+
+
+def check_template(tokenizer: Any) -> None:
+    """Raise ValueError for a chat template that loops, or writes without end. It is a program that came with a model: it runs
+    in a process of its own first, which can be stopped."""
+    if tokenizer.chat_template is not None and os.name == "posix":
+        _check_template(str(_template_of(tokenizer)), json.dumps(tokenizer.special_tokens_map, default=str))
+
+
+@lru_cache(maxsize=64)
+def _check_template(text: str, special: str) -> None:
+    worker = Worker("template", MOST_SECONDS)
+    conversations = [(TALK[:1], True), (TALK, False)]
+    try:
+        length = worker.ask(ask="template", text=text, conversations=conversations, special=json.loads(special))
+    finally:
+        worker.close()
+    if length is None or length > MOST_CHARACTERS:
+        raise ValueError(
+            "the chat template does not come to an end on a conversation of two words, or fills the memory: take a template "
+            "of another model of the family"
+        )
+
+
+def _template_of(tokenizer: Any) -> Any:
+    """The template that is used where several have names."""
+    try:
+        return tokenizer.get_chat_template()
+    except (ValueError, TypeError):
+        return tokenizer.chat_template
 
 
 def encode_prompt(
@@ -23,9 +59,7 @@ def encode_prompt(
         raise ValueError("there are tools, and the chat template does not write any: leave out the column `tools`")
     if tokenizer.chat_template is None:
         return _without_end(tokenizer, "\n\n".join(m["content"] for m in messages))
-    return tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, return_dict=False, **_arguments(template, tools)
-    )
+    return _rendered(tokenizer, messages, template, tools, add_generation_prompt=True, return_dict=False)
 
 
 def encode_response(tokenizer: Any, text: str) -> list[int]:
@@ -42,13 +76,11 @@ def turn_end(tokenizer: Any) -> int:
 def _turn_end(tokenizer: Any, template: str, eos: int) -> int:
     if tokenizer.chat_template is None:
         return eos
-    said = "Kibitz"
-    talk = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": said}]
     try:
-        text = tokenizer.apply_chat_template(talk, tokenize=False)
-    except jinja2.TemplateError:  # it wants something else of a conversation
+        text = _rendered(tokenizer, TALK, {}, (), tokenize=False)
+    except ValueError:  # it wants something else of a conversation
         return eos
-    _, found, tail = text.rpartition(said)
+    _, found, tail = text.rpartition(TALK[-1]["content"])
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}
     ends = special - {tokenizer.unk_token_id, tokenizer.bos_token_id} | {eos}
     ids = tokenizer(tail, add_special_tokens=False)["input_ids"] if found else []
@@ -66,9 +98,8 @@ def said_by(
     all that the chat template adds for it, without the end."""
     if turn.keys() <= {"role", "content"}:
         return turn["content"]
-    arguments = _arguments(template, tools)
-    before = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False, **arguments)
-    whole = tokenizer.apply_chat_template([*messages, turn], tokenize=False, **arguments)
+    before = _rendered(tokenizer, messages, template, tools, add_generation_prompt=True, tokenize=False)
+    whole = _rendered(tokenizer, [*messages, turn], template, tools, tokenize=False)
     if not whole.startswith(before):
         more = ", ".join(turn.keys() - {"role", "content"})
         raise ValueError(
@@ -84,8 +115,22 @@ def mentions(tokenizer: Any, name: str) -> bool:
     return re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template or "")) is not None
 
 
-def _arguments(template: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {**template, "tools": list(tools)} if tools else dict(template)
+def _rendered(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    template: Mapping[str, Any],
+    tools: Sequence[Mapping[str, Any]],
+    **options: Any,
+) -> Any:
+    """What the chat template makes of a conversation. ValueError for whatever it raises: it is a program, too."""
+    arguments = {**template, "tools": list(tools)} if tools else dict(template)
+    try:
+        return tokenizer.apply_chat_template(list(messages), **options, **arguments)
+    except RecursionError:
+        why = "it calls itself without end"
+    except Exception as error:  # noqa: BLE001 - a template raises what it likes
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+    raise ValueError(f"the chat template cannot render this conversation: {why}")
 
 
 def _without_end(tokenizer: Any, text: str) -> list[int]:

@@ -172,7 +172,7 @@ def score_texts(
 ) -> list[dict[str, Any]]:
     """Annotated rows of `(prompt, response)` texts; where the response is None, the student writes one.
 
-    A given response is not closed by an EOS: it may be the beginning of one."""
+    A given response is not closed by an EOS: it may be the beginning of one, so that its row has no `finished`."""
     configs = {"student": ModelConfig(model=student), "teacher": ModelConfig(model=teacher)}
     tokenizers = {role: load_tokenizer(config, role) for role, config in configs.items()}
     device = pick_device()
@@ -181,7 +181,7 @@ def score_texts(
     reader = build.reader_of(theirs, tokenizers["student"], template or {})
     prompts = [_prompt(ours, number, text, template or {}) for number, (text, _) in enumerate(pairs)]
     longest = max(len(prompt.ids) for prompt in prompts)
-    limit = max_tokens or min(DEFAULT_TOKENS, max(1, _room(ours, theirs) - longest))
+    limit = min(max_tokens or DEFAULT_TOKENS, max(1, _room(ours, theirs) - longest))
     sampling = Sampling(max_tokens=limit, temperature=temperature, stop_ids=stop_ids(ours, []), seed=seed)
     engine, rollouts = TorchEngine(ours), []
     for prompt, (_, response) in zip(prompts, pairs, strict=True):
@@ -194,7 +194,8 @@ def score_texts(
         raise ValueError(
             f"prompt and response have {longest} tokens together, and the models {_room(ours, theirs)} positions"
         )
-    return annotate(ours, reader, rollouts)
+    rows = annotate(ours, reader, rollouts)
+    return [row if given is None else {**row, "finished": None} for row, (_, given) in zip(rows, pairs, strict=True)]
 
 
 def _prompt(model: LanguageModel, number: int, text: str, template: dict[str, Any]) -> Prompt:

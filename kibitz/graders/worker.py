@@ -64,6 +64,11 @@ class Worker:
         self.patience.remember("stopped" in answer)
         return answer.get("value")
 
+    def close(self) -> None:
+        """End the process; another question would start one again."""
+        with self.lock:
+            self._stop()
+
     def _start(self) -> None:
         if self.owner != os.getpid():  # the process of a parent of this one is not ours to speak to
             self.process, self.owner = None, os.getpid()

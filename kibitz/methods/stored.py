@@ -54,7 +54,7 @@ def load_rollouts(
         raise ValueError(f"method.rollouts: there is no file {file}")
     by_key = {prompt.key: prompt for prompt in prompts}
     found: dict[str, list[Rollout]] = {key: [] for key in by_key}
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(_lines(file), 1):
         if line.strip():
             place = f"method.rollouts: {file}, line {number}"
             rollout = _read(place, line, by_key, vocab_size)
@@ -78,20 +78,29 @@ def prompts_of(path: Path | str) -> list[Prompt]:
     if not file.is_file():
         raise ValueError(f"there is no file {file}")
     found: dict[str, Prompt] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(_lines(file), 1):
         if line.strip():
             place = f"{file}, line {number}"
             row = _parsed(place, line)
             _check_fields(place, row)
             key = row["prompt_key"]
             found.setdefault(key, Prompt(ids=tuple(row["prompt_ids"]), text="", key=key))
+    if not found:
+        raise ValueError(f"{file} holds no rollouts: a run with rollout.store=true writes such a file")
     return list(found.values())
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from None
 
 
 def _parsed(place: str, line: str) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not JSON: {error}") from None
 
 

@@ -3,10 +3,13 @@
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -15,27 +18,82 @@ from kibitz.models import lora
 FLOATS = {"F64", "F32", "F16", "BF16"}
 CHECKED = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 INDEX = ".safetensors.index.json"
+HUB_SECONDS = 10.0
+TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken", "tokenizer*.py", "tokenization*.py")
+"""The files that can hold the vocabulary of a tokenizer."""
+
+
+def where(role: str) -> str:
+    """What an error calls a model by: its key in the recipe, or, for one that a command names, `model`."""
+    return role if role == "model" else f"{role}.model"
 
 
 def check_folder(name: str, role: str) -> None:
     """Raise ValueError, before anything loads, if `name` is no folder of a model or of an adapter with a base, and no
     name on the hub."""
     path = Path(name)
+    if not name.strip():
+        raise ValueError(f"{where(role)}: the name is empty: write a folder, or a name on the hub")
     if lora.is_adapter(path):
         lora.require_peft()
-        check_folder(lora.base_of(path), f"{role}.model: {name} adapts another model; {role}")
+        check_folder(lora.base_of(path), f"{where(role)}: {name} adapts another model; {role}")
         _check_dtypes(path / lora.WEIGHTS, role)
     elif path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(f"{role}.model: {name} is not a model: it has no config.json")
+            raise ValueError(f"{where(role)}: {name} is not a model: it has no config.json")
         if not any(path.glob("*.safetensors")):
             raise ValueError(
-                f"{role}.model: {name} holds no *.safetensors; pickled weights are not loaded, convert them first"
+                f"{where(role)}: {name} holds no *.safetensors; pickled weights are not loaded, convert them first"
             )
         for index in sorted(path.glob(f"*{INDEX}")):
             check_index(index, role)
-    elif path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise ValueError(f"{role}.model: there is no model folder at {name}")
+    elif path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or _is_a_place(path):
+        raise ValueError(f"{where(role)}: there is no model folder at {name}")
+    elif not _is_on_hub(name):
+        raise ValueError(
+            f"{where(role)}: {name} is neither a folder here nor a model on the hub, or the hub is out of reach"
+        )
+
+
+def _is_a_place(path: Path) -> bool:
+    """Whether a name such as runs/mine means a folder: its first part is one here, or kibitz writes there. A model of the hub
+    that has been downloaded is one of the hub all the same."""
+    first = path.parent.name
+    return bool(first) and (first == "runs" or path.parent.is_dir()) and not _is_downloaded(str(path))
+
+
+def _is_downloaded(name: str) -> bool:
+    return any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", lora.CONFIG))
+
+
+@cache
+def _is_on_hub(name: str) -> bool:
+    """Ask the hub once, where loading asks for each file, several times. An answer that says nothing of the model is left to
+    loading."""
+    if _is_downloaded(name):
+        return True
+    try:
+        HfApi().model_info(name, timeout=HUB_SECONDS)
+    except HfHubHTTPError as error:
+        return not isinstance(error, RepositoryNotFoundError)
+    except Exception:  # noqa: BLE001 - no connection, of which each version of the hub's client has its own kind
+        return False
+    return True
+
+
+def lacks_tokenizer(name: str) -> bool:
+    """Whether a folder has no file that could hold a vocabulary."""
+    return Path(name).is_dir() and not any(True for pattern in TOKENIZERS for _ in Path(name).glob(pattern))
+
+
+def broken_json(name: str) -> str | None:
+    """The first file of a folder that is called JSON and is none: libraries say what is wrong with it and not which one it is."""
+    for path in sorted(Path(name).glob("*.json")) if Path(name).is_dir() else ():
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            return path.name
+    return None
 
 
 def check_index(path: Path, role: str) -> None:
@@ -44,12 +102,12 @@ def check_index(path: Path, role: str) -> None:
         files = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
         named = {PurePosixPath(name): name for name in files}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{role}.model: {path} is no index: its weight_map names the file of each tensor") from None
+        raise ValueError(f"{where(role)}: {path} is no index: its weight_map names the file of each tensor") from None
     for file, name in named.items():
         if file.suffix != ".safetensors":
-            raise ValueError(f"{role}.model: {path} names {name!r}; only *.safetensors are loaded, convert it first")
+            raise ValueError(f"{where(role)}: {path} names {name!r}; only *.safetensors are loaded, convert it first")
         if file.is_absolute() or ".." in file.parts:
-            raise ValueError(f"{role}.model: {path} names {name!r}, which is outside of the folder: move it inside")
+            raise ValueError(f"{where(role)}: {path} names {name!r}, which is outside of the folder: move it inside")
 
 
 def _check_dtypes(path: Path, role: str, harmless: Iterable[str] = ()) -> None:
@@ -60,11 +118,11 @@ def _check_dtypes(path: Path, role: str, harmless: Iterable[str] = ()) -> None:
         with safe_open(path, framework="pt") as file:
             stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{role}.model: {path} is no readable safetensors file: {error}") from None
+        raise ValueError(f"{where(role)}: {path} is no readable safetensors file: {error}") from None
     for name, dtype in stored.items():
         if dtype not in FLOATS and not (pattern and pattern.search(name)):
             raise ValueError(
-                f"{role}.model: {path} stores {name} as {dtype} and its config.json names no quantization: a weight is a "
+                f"{where(role)}: {path} stores {name} as {dtype} and its config.json names no quantization: a weight is a "
                 "float of 16 bits or more"
             )
 
@@ -80,7 +138,7 @@ def check_loaded(model: Any, info: Mapping[str, Any], name: str, role: str) -> N
     for verb, keys in faults.items():
         if keys:
             raise ValueError(
-                f"{role}.model: {name} {verb} {listed(keys)}: a {type(model).__name__} would begin with random numbers "
+                f"{where(role)}: {name} {verb} {listed(keys)}: a {type(model).__name__} would begin with random numbers "
                 "there, or leave stored ones out; is config.json of these weights?"
             )
     if getattr(model.config, "quantization_config", None) is None and Path(name).is_dir():
@@ -95,7 +153,7 @@ def check_finite(model: nn.Module, name: str, role: str) -> None:
         if parameter.dtype in CHECKED and parameter.device.type != "meta" and parameter.numel():
             low, high = parameter.detach().aminmax()
             if not (low.isfinite() and high.isfinite()):
-                raise ValueError(f"{role}.model: {name} holds NaN or infinity in {key}: the file is damaged")
+                raise ValueError(f"{where(role)}: {name} holds NaN or infinity in {key}: the file is damaged")
 
 
 def listed(keys: Iterable[str], most: int = 3) -> str:

@@ -1,9 +1,9 @@
 """Loading of Hugging Face models and tokenizers: folders are checked first, adapters are merged, stop tokens collected."""
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -12,11 +12,22 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file
 
 from kibitz.config import ModelConfig, StudentConfig
-from kibitz.data import turn_end
+from kibitz.data import check_template, turn_end
 from kibitz.models import lora
-from kibitz.models.folders import check_finite, check_folder, check_index, check_loaded
+from kibitz.models.folders import (
+    broken_json,
+    check_finite,
+    check_folder,
+    check_index,
+    check_loaded,
+    lacks_tokenizer,
+    where,
+)
 from kibitz.models.language_model import LanguageModel
 from kibitz.models.progress import no_progress_bars
+
+SMALLEST = 256
+"""The fewest tokens of a tokenizer that needs no file: one for each byte."""
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -59,11 +70,21 @@ def load_tokenizer(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
         AutoConfig.from_pretrained(lora.base_or_self(config.model), trust_remote_code=config.trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # whatever a broken folder makes transformers raise
+        if lacks_tokenizer(config.model):
+            raise ValueError(_no_tokenizer(config.model, role)) from None
         raise ValueError(_unreadable(config.model, role, error)) from error
+    if len(tokenizer) < SMALLEST and lacks_tokenizer(
+        config.model
+    ):  # transformers makes an empty one of the model's type
+        raise ValueError(_no_tokenizer(config.model, role))
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"{role}.model: the tokenizer of {config.model} has no EOS token, so no response could ever end"
+            f"{where(role)}: the tokenizer of {config.model} has no EOS token, so no response could ever end"
         )
+    try:
+        check_template(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{where(role)}: {config.model}: {error}") from None
     return tokenizer
 
 
@@ -156,10 +177,14 @@ def _index_on_hub(name: str) -> Path | None:
     return None if found is None else Path(found)
 
 
+def _no_tokenizer(name: str, role: str) -> str:
+    return f"{where(role)}: {name} holds no tokenizer: save the model's own there, such as tokenizer.json"
+
+
 def _unreadable(name: str, role: str, error: Exception) -> str:
-    if not os.path.isdir(name):
-        return f"{role}.model: {name} is neither a folder here nor a model on the hub"
-    return f"{role}.model: {name} is not a model that transformers can load: {' '.join(str(error).split())[:300]}"
+    broken = broken_json(name)
+    why = f"{broken} is not JSON" if broken else str(error) or type(error).__name__
+    return f"{where(role)}: {name} is not a model that transformers can load: {shorten(why, 300, placeholder=' ...')}"
 
 
 def check_same_tokenizer(

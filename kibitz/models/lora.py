@@ -66,7 +66,7 @@ def base_of(folder: str | Path) -> str:
     """The base model of an adapter's folder: another folder, or a name on the hub."""
     try:
         config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder}/{CONFIG} is not JSON: {error}") from None
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not isinstance(base, str) or not base:

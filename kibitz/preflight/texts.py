@@ -56,7 +56,7 @@ def ends(student: Any, teacher: Any, student_stop: set[int], teacher_stop: set[i
     if not missing:
         return Finding("end of a response", "green", f"rollouts end at {names(student, student_stop)}", numbers)
     text = (
-        f"the teacher also ends its answers with {names(teacher, missing)}, and the student's rollouts go on behind it: "
+        f"the teacher also ends its answers with {names(teacher, missing)}, and the student's rollouts continue after it: "
         f"write rollout.stop: [{names(teacher, missing)}]"
     )
     return Finding("end of a response", "amber" if teacher_stop & student_stop else "red", text, numbers)

@@ -1,5 +1,7 @@
 """One annotated rollout in the terminal: the heat-map in background colours, the fork also as a line underneath."""
 
+from math import exp
+
 from rich.cells import cell_len
 from rich.console import Console
 from rich.style import Style
@@ -7,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kibitz.report.folder import Row, dig_number
-from kibitz.report.formats import level, safe_lines, visible
+from kibitz.report.formats import LEVELS, level, safe_lines, visible
 from kibitz.report.heatmap import fork, is_right, penalty, probability, tokens, top
 
 # Text and background for each level: both are set, so that they are readable in light and dark terminals.
@@ -21,6 +23,10 @@ STYLES = (
     Style(color="#ffffff", bgcolor="#b3241c"),
 )
 MOST_PUNISHED = 5
+NO_PENALTY = (
+    f"No token is punished: the teacher finds each at least {exp(-LEVELS[0]):.1f} times as likely as the student does. That "
+    "compares the two models; whether the answer is right is another question."
+)
 
 
 def print_rollout(row: Row, console: Console) -> None:
@@ -105,7 +111,8 @@ def _most_punished(listed: list[Row], width: int) -> Table | Text:
     terminal is narrow."""
     costly = [token for token in listed if level(penalty(token)) > 0]
     if not costly:
-        return Text("The teacher would have said all of it too.", style="dim")
+        heard = any(penalty(token) is not None for token in listed)
+        return Text(NO_PENALTY if heard else "No teacher scored this response.", style="dim")
     table = Table(title="Most punished tokens", title_justify="left", title_style="bold", box=None, pad_edge=False)
     num_choices = 3 if width >= 90 else 1
     for name in ("token", "penalty", "student", "teacher", "student would say", "teacher would say"):

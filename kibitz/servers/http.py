@@ -227,7 +227,7 @@ class Servers:
         patience = self.config.patience
         if time.monotonic() - since >= patience or self._stopped.is_set():
             raise ServerError(
-                f"{error}, for {patience:g} seconds: start it again and go on with --resume, or write a longer patience"
+                f"{error}, for {patience:g} seconds: start it again and continue with --resume, or write a longer patience"
             ) from None
         with self._lock:
             news = server not in self._down

@@ -81,7 +81,7 @@ def prepare(
 ) -> Setup:
     """Check a recipe against the world, then load it."""
     if resume and overwrite:
-        raise ValueError("resume goes on with a run and overwrite throws it away: choose one of them")
+        raise ValueError("resume continues a run and overwrite deletes it: choose one of them")
     recipe = config.load(source, list(overrides))
     if recipe.student.lora is not None:
         lora.require_peft()

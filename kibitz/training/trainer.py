@@ -7,6 +7,7 @@ import signal
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -28,6 +29,7 @@ from kibitz.signals import Scored
 from kibitz.training import checkpoint
 from kibitz.training.guards import Alarm, Guards, rollout_metrics
 from kibitz.training.memory import Gauge
+from kibitz.training.progress import bar_if_watched
 from kibitz.training.setup import Setup, prepare
 from kibitz.training.trackers import Tracked
 from kibitz.types import Rollout, Stateful, Step, Writer, share_of_teacher
@@ -73,21 +75,24 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
+    quiet: bool = False,
 ) -> Run:
     """Run a recipe: a YAML file, a dict or a `Recipe`, with `a.b=value` overrides.
 
     `loss` replaces the divergence: `(student_CS, teacher_CS) -> loss_C`, log-probabilities over one support.
     `grader` replaces the recipe's: `(prompt, text) -> reward`.
     `resume` goes on from the last checkpoint of `output`; `overwrite` throws away what is there.
+    `progress` watches the run; without one a terminal or notebook shows a bar, unless `quiet`.
     Mistakes in the recipe or the data raise ValueError before any weights load.
     """
     Gauge(torch.device("cuda" if torch.cuda.is_initialized() else "cpu")).reset()  # loading begins
-    setup = prepare(recipe, overrides, loss=loss, grader=grader, resume=resume, overwrite=overwrite)
-    watcher = Tracked((progress if setup.parts.ranks.is_main else None) or NullProgress())
-    try:
-        Trainer(setup, watcher).run()
-    finally:
-        watcher.close()
+    with bar_if_watched(quiet) if progress is None else nullcontext(progress) as shown:
+        setup = prepare(recipe, overrides, loss=loss, grader=grader, resume=resume, overwrite=overwrite)
+        watcher = Tracked((shown if setup.parts.ranks.is_main else None) or NullProgress())
+        try:
+            Trainer(setup, watcher).run()
+        finally:
+            watcher.close()
     return setup.folder.as_run(Run)
 
 

@@ -3,7 +3,7 @@
 #
 #   STUDENT=folder sbatch --nodes 4 recipes/launch/slurm.sh recipes/several-machines.yaml
 #
-# A requeued job goes on by itself: SIGTERM lets the step end and saves, and --resume takes the newest sound checkpoint.
+# A requeued job continues: on SIGTERM the run ends its step and saves, and --resume takes the newest intact checkpoint.
 #SBATCH --job-name=kibitz
 #SBATCH --gres=gpu:8
 #SBATCH --ntasks-per-node=1

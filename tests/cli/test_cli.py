@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+import yaml
+from support.cli import assert_refused, kibitz_says
 
 import kibitz
-from kibitz.cli import app
 
 PROMPTS = ["1+2*3", "(4-1)*2", "7*8-5", "9-(2+3)", "6*6*6", "5+(2*3)"]
 SMALL_RUN = {
@@ -23,10 +23,6 @@ SMALL_RUN = {
     "threads": 1,
     "steps": 2,
 }
-
-
-def kibitz_says(*args: object):
-    return CliRunner().invoke(app, [str(arg) for arg in args])
 
 
 @pytest.fixture
@@ -51,17 +47,6 @@ def recipe(tmp_path, small_models, prompts) -> Path:
     return path
 
 
-def assert_refused(answer, *words: object) -> None:
-    """One sentence on stderr, nothing on stdout, exit code 2."""
-    assert answer.exit_code == 2, answer.output
-    assert answer.stdout == ""
-    lines = answer.stderr.strip().splitlines()
-    assert len(lines) == 1, answer.stderr
-    assert lines[0].startswith("error: ")
-    assert all(str(word) in lines[0] for word in words), lines[0]
-    assert "debug" not in lines[0], "kibitz itself should say what is wrong, not a library"
-
-
 # ------------------------------------------------------------------ the line itself
 
 
@@ -70,7 +55,9 @@ def test_version():
     assert (answer.exit_code, answer.stdout) == (0, f"kibitz {kibitz.__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "eval", "score", "export", "report", "worlds", "schema"])
+@pytest.mark.parametrize(
+    "command", ["demo", "train", "eval", "score", "export", "report", "worlds", "recipes", "schema"]
+)
 def test_every_command_explains_itself(command):
     assert f" {command} " in kibitz_says("--help").stdout
     assert kibitz_says(command, "--help").exit_code == 0
@@ -115,6 +102,16 @@ def test_schema_is_printed_and_written(tmp_path):
     assert kibitz_says("schema", "--output", path).exit_code == 0
     assert path.read_text(encoding="utf-8") == kibitz_says("schema").stdout
     assert json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(kibitz.config.json_schema()))
+
+
+def test_recipes_are_listed_and_printed():
+    listed = json.loads(kibitz_says("recipes", "--json").stdout)["recipes"]
+    assert "lora-24gb" in [recipe["name"] for recipe in listed]
+    for recipe in listed:
+        printed = kibitz_says("recipes", recipe["name"]).stdout
+        assert printed.startswith(f"# {recipe['title']}\n")
+        assert kibitz.load_recipe(yaml.safe_load(printed)).student.model
+    assert_refused(kibitz_says("recipes", "lora"), "no recipe 'lora'", "lora-24gb")
 
 
 # ------------------------------------------------------------------ train, report, eval

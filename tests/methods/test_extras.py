@@ -1,4 +1,4 @@
-"""What joins any method: the hold on a reference model, gold responses, going past the teacher."""
+"""Options of every method: the KL to a reference model, gold responses, extrapolation past the teacher."""
 
 import json
 from dataclasses import replace

@@ -350,7 +350,7 @@ def test_a_command_trains_on_two_processes_and_goes_on_with_one(models, tmp_path
             time.sleep(0.05)
         os.kill(processes_under(running.pid)["1"], signal.SIGTERM)
         _, said = running.communicate(timeout=300)
-    assert "go on with: kibitz train" in said
+    assert "continue it with: kibitz train" in said
     (saved,) = checkpoint.checkpoints(tmp_path / "run")
     done = int(saved.name.removeprefix("step-"))
     assert checkpoint.damage(saved) is None

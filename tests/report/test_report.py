@@ -395,7 +395,13 @@ def test_terminal_shows_text_and_no_orders():
 
 def test_rollout_without_tokens_or_teacher_is_printed():
     assert "The response is empty." in printed({"prompt": "p", "response": ""})
-    assert "The teacher would have said all of it too." in printed({"tokens": [{"text": "a", "student_logp": -0.1}]})
+    assert "No teacher scored this response." in printed({"tokens": [{"text": "a", "student_logp": -0.1}]})
+
+
+def test_a_response_without_penalties_is_not_called_right():
+    equal = printed({"tokens": [{"text": "7", "student_logp": -0.1, "teacher_logp": -0.1}], "finished": None})
+    assert "No token is punished: the teacher finds each at least 0.8 times as likely" in " ".join(equal)
+    assert "cut off" not in " ".join(equal)
 
 
 def test_what_the_guards_said_stands_at_the_top(folder):

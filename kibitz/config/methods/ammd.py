@@ -32,15 +32,17 @@ class AMMDConfig(MethodConfig):
         ge=0,
         le=1,
         description="Share of a step's prompts that the student answers: they give the on-policy moment, the others the "
-        "off-policy one. Each is a mean of its own and both count alike. 0.5: ours.",
+        "off-policy one. Each moment is a mean over its own tokens, and both have the same weight. 0.5: ours.",
     )
     source: Literal["dataset", "teacher"] = Field("teacher", description="Who answers the other prompts.")
-    q_lr: float = Field(1e-2, gt=0, description="Rate of the action values, constant. 1e-2: ours, on a toy world.")
-    q_steps: int = Field(5, ge=1, description="Steps of theirs before each one of the student. 5: ours.")
-    q_bound: float = Field(
-        1.0, gt=0, description="Their largest size; the loss goes with it. 1: the moment gap is 2 TV."
+    q_lr: float = Field(
+        1e-2, gt=0, description="Learning rate of the action values, constant. 1e-2: ours, on a toy world."
     )
-    q_width: int = Field(128, ge=1, description="Of their one hidden layer, on both models' probabilities. 128: ours.")
+    q_steps: int = Field(5, ge=1, description="Steps of the action values before each step of the student. 5: ours.")
+    q_bound: float = Field(
+        1.0, gt=0, description="Bound of the action values, which scales the loss. 1: the moment gap is 2 TV."
+    )
+    q_width: int = Field(128, ge=1, description="Width of the hidden layer of the action values. 128: ours.")
 
     def needs(self) -> Needs:
         others = self.on_policy < 1

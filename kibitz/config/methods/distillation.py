@@ -31,17 +31,19 @@ class DistillationConfig(MethodConfig):
     )
     top_k: int = Field(64, ge=1, description="K of support: top_k. Rethinking-OPD's 16 hold 97-99% of the mass.")
     top_k_of: Literal["student", "teacher", "union"] = Field(
-        "student", description="Whose K. student: nearest to the full reverse KL."
+        "student", description="The model that chooses the K tokens. student: nearest to the full reverse KL."
     )
-    beta: float = Field(0.5, gt=0, lt=1, description="Of jsd: near 0 forward KL, near 1 reverse KL (GKD, 2306.13649).")
-    alpha: float = Field(0.1, gt=0, lt=1, description="Of the skewed divergences (DistiLLM, 2402.03898: 0.1).")
+    beta: float = Field(
+        0.5, gt=0, lt=1, description="For jsd: near 0 it is the forward KL, near 1 the reverse KL (GKD, 2306.13649)."
+    )
+    alpha: float = Field(0.1, gt=0, lt=1, description="For the skewed divergences (DistiLLM, 2402.03898: 0.1).")
     threshold: float = Field(
         0.8,
         ge=0,
-        description="Of adaptive_kl: forward KL joins where the teacher's entropy is above (nats; EOPD, 2603.07079).",
+        description="For adaptive_kl: teacher entropy in nats above which the forward KL is added (EOPD, 2603.07079).",
     )
     temperature: float = Field(
-        1.0, gt=0, description="Divides both models' logits in the loss; gradients are scaled by its square."
+        1.0, gt=0, description="Divides both models' logits in the loss; the loss is multiplied by its square."
     )
     token_weight: Literal["none", "entropy", "tip", "iw"] = Field(
         "none",
@@ -49,7 +51,7 @@ class DistillationConfig(MethodConfig):
         "the teacher (2604.14084); iw: early tokens count up to 1.5 (2606.22600). Costs one more forward pass.",
     )
     token_share: float = Field(
-        0.5, gt=0, le=1, description="Of entropy and tip: the share of the step's tokens that is learnt. 0.5: TIP."
+        0.5, gt=0, le=1, description="For entropy and tip: the share of a step's tokens that is learnt. 0.5: TIP."
     )
 
     def needs(self) -> Needs:

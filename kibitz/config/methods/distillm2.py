@@ -18,13 +18,13 @@ class DistiLLM2Config(MethodConfig):
 
     type: Literal["distillm2"] = "distillm2"
     alpha: float = Field(
-        0.1, ge=0.01, lt=1, description="The skew of both divergences, the largest where it adapts. 0.1: the paper."
+        0.1, ge=0.01, lt=1, description="Skew of both divergences; with `adaptive`, the largest skew. 0.1: the paper."
     )
     adaptive: bool = Field(
         True, description="Less skew for responses on which the two models nearly agree (2503.07067's curriculum)."
     )
     student_coef: float = Field(
-        1.0, ge=0, le=2, description="b: how much the student's responses count; the teacher's count 2 - b."
+        1.0, ge=0, le=2, description="b: the weight of the student's responses; the teacher's have 2 - b."
     )
     student_coef_end: float = Field(
         1.5, ge=0, le=2, description="b from the middle of the run on, linearly until then. 1.5: the paper."

@@ -22,21 +22,20 @@ class ExtrasConfig(Section):
         "2604.08527; the KL penalty of RLHF). Try 0.05. 0: off; it costs one forward pass of the reference.",
     )
     reference: ReferenceConfig | None = Field(
-        None, description="What reference_kl and extrapolation compare with. Off: the student before its first step."
+        None,
+        description="The model that reference_kl and extrapolation compare with. null: the student before its first step.",
     )
     turn_weight: Literal["none", "even", "first", "last"] = Field(
         "none",
-        description="Of the student's turns in a response that the environment interrupts (tool results; stored rollouts have "
-        "them): even: each counts alike, however long; first, last: only that one is learnt (turn curricula and step weights "
-        "for agents: 2605.12913 and its kin). none: each token counts.",
+        description="Weights of the student's turns in a response with turns of the environment, such as tool results (in stored "
+        "rollouts). none: each token has the same weight; even: each turn has; first, last: only that turn is learnt (turn "
+        "curricula and step weights for agents, such as 2605.12913).",
     )
     replay: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="Of a step's prompts, the share whose response in the data is learnt too, by cross-entropy (StableOPD "
-        "mixes in gold solutions). Try 0.25. 0: off.",
+        description="Share of a step's prompts whose response in the data is learnt too, by cross-entropy (StableOPD mixes in "
+        "gold solutions). Try 0.25. 0: off.",
     )
-    replay_coef: float = Field(
-        1.0, gt=0, description="Of replay: how much the mean over its tokens counts beside the method's own. 1: alike."
-    )
+    replay_coef: float = Field(1.0, gt=0, description="Weight of the replay loss; the method's own has weight 1.")

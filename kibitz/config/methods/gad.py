@@ -15,9 +15,12 @@ class DiscriminatorConfig(Section):
     """The judge of gad: a language model's body with one number on top, read at the response's last token."""
 
     model: str | None = Field(
-        None, description="Folder or name of the model that it starts from. Off: the student's own, as in the paper."
+        None,
+        description="Folder or hub name of the model that the judge starts from. null: the student's own, as in the paper.",
     )
-    lr: float | None = Field(None, gt=0, description="Its rate, constant. Off: optim.lr, as in the paper.")
+    lr: float | None = Field(
+        None, gt=0, description="Learning rate of the judge, constant. null: optim.lr, as in the paper."
+    )
 
 
 class GADConfig(PolicyGradientConfig, MethodConfig):
@@ -38,16 +41,18 @@ class GADConfig(PolicyGradientConfig, MethodConfig):
     type: Literal["gad"] = "gad"
     source: Literal["dataset", "teacher"] = Field(
         "dataset",
-        description="Where the teacher's text is. dataset: the responses of the data, and no teacher is needed.",
+        description="Source of the teacher's text. dataset: the responses in the data; no teacher is needed.",
     )
     warmup: float = Field(
         1 / 3,
         ge=0,
         lt=1,
-        description="Share of the run's steps in which the student learns the teacher's text by cross-entropy, and the judge "
-        "as always. A third: one of three epochs, the paper (2511.10643).",
+        description="Share of the steps in which the student learns the teacher's text by cross-entropy while the judge already "
+        "trains. A third: one of three epochs, the paper (2511.10643).",
     )
-    normalize_std: bool = Field(True, description="Divide by the group's deviation. On: GRPO's own form (2402.03300).")
+    normalize_std: bool = Field(
+        True, description="Divide advantages by the group's standard deviation. true: GRPO's own form (2402.03300)."
+    )
     policy_loss: PolicyLossName = Field(
         "ppo_clip", description="ppo_clip: GRPO, as in the paper; see opd for the others."
     )

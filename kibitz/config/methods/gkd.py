@@ -29,12 +29,12 @@ class GKDConfig(DistillationConfig):
     type: Literal["gkd"] = "gkd"
     divergence: DivergenceName = Field("jsd", description="jsd: the paper (2306.13649).")
     on_policy: float = Field(
-        0.5, ge=0, le=1, description="Share of the steps on student text, lambda. 0.5: the paper's mix."
+        0.5, ge=0, le=1, description="Lambda: the share of steps on the student's text. 0.5: the paper."
     )
     on_policy_end: float | None = Field(
-        None, ge=0, le=1, description="Where on_policy ends, linearly over the run. Off: constant, as in the paper."
+        None, ge=0, le=1, description="on_policy at the last step, reached linearly. null: constant, as in the paper."
     )
-    source: Literal["dataset", "teacher"] = Field("dataset", description="Who writes the other steps.")
+    source: Literal["dataset", "teacher"] = Field("dataset", description="Who writes the text of the other steps.")
 
     def needs(self) -> Needs:
         end = self.on_policy if self.on_policy_end is None else self.on_policy_end

@@ -13,7 +13,8 @@ class GroupConfig(PolicyGradientConfig, MethodConfig):
     """The settings that all methods with group-relative advantages share: they compare the rewards of a prompt's samples."""
 
     normalize_std: bool = Field(
-        False, description="Divide by the group's deviation. Off: it favours extreme prompts (2503.20783)."
+        False,
+        description="Divide advantages by the group's standard deviation. false: that favours extreme prompts (2503.20783).",
     )
     policy_loss: PolicyLossName = Field("ppo_clip", description="ppo_clip: the paper; see opd for the others.")
 

@@ -20,8 +20,12 @@ class KDRLConfig(GroupConfig):
     )
 
     type: Literal["kdrl"] = "kdrl"
-    kl_coef: float = Field(5e-3, ge=0, description="Of the teacher's loss, at the first step. 5e-3: KDRL (2506.02208).")
-    kl_coef_end: float = Field(1e-3, ge=0, description="At the last step, linearly between. 1e-3: KDRL.")
+    kl_coef: float = Field(
+        5e-3, ge=0, description="Weight of the teacher's loss at the first step. 5e-3: KDRL (2506.02208)."
+    )
+    kl_coef_end: float = Field(
+        1e-3, ge=0, description="Weight of the teacher's loss at the last step, reached linearly. 1e-3: KDRL."
+    )
     skip_correct: bool = Field(
         False, description="No teacher's loss on responses of reward 1 or more (KDRL's masking: shorter responses)."
     )

@@ -23,7 +23,7 @@ class MiniLLMConfig(PolicyGradientConfig, MethodConfig):
     teacher_mixed_alpha: float = Field(
         0.2, ge=0, lt=1, description="The teacher's share in each token's distribution. 0.2: the paper (2306.08543)."
     )
-    discount: float = Field(1.0, ge=0, le=1, description="Of later tokens' rewards. 1: the paper.")
+    discount: float = Field(1.0, ge=0, le=1, description="Discount of later tokens' rewards. 1: the paper.")
     length_norm: bool = Field(True, description="The mean over the tokens to come instead of their sum: the paper.")
     whiten: bool = Field(True, description="Advantages of a step get mean 0 and deviation 1: the paper's code.")
     single_step: bool = Field(

@@ -13,11 +13,13 @@ class AlignmentConfig(Section):
 
     alignment: Literal["spans", "alm", "gold", "uld"] = Field(
         "spans",
-        description="Of a teacher with its own tokenizer. spans: with support: sampled, the log-ratio of a span as the "
+        description="For a teacher with its own tokenizer. spans: with support: sampled, the log-ratio of a span as the "
         "advantage of its tokens; alm (2503.20083), gold (TRL, by method.divergence) and uld (2402.12030) are losses.",
     )
     alm_tau: float | None = Field(
-        100.0, gt=0, description="Of alm: the root that is taken of probabilities. 100: the paper; null: its limit."
+        100.0,
+        gt=0,
+        description="For alm: tau, the root taken of probabilities. 100: the paper; null: the limit of large tau.",
     )
 
     def asks_for_spans(self) -> tuple[SignalKind, ...]:

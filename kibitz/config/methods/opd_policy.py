@@ -13,8 +13,12 @@ from kibitz.config.sections import RolloutConfig
 class PolicyConfig(PolicyGradientConfig):
     """The advantage of the sampled token, and the loss that learns it."""
 
-    kl_coef: float = Field(1.0, gt=0, description="Of the teacher's log-ratio; the cookbook's kl_penalty_coef.")
-    discount: float = Field(0.0, ge=0, le=1, description="Credit for later tokens. 0: published, more gained nothing.")
+    kl_coef: float = Field(
+        1.0, gt=0, description="Coefficient of the teacher's log-ratio; kl_penalty_coef in the cookbook."
+    )
+    discount: float = Field(
+        0.0, ge=0, le=1, description="Discount of later tokens' log-ratios. 0: as published, where more gained nothing."
+    )
     clip_advantage: float | None = Field(
         None, gt=0, description="Bounds the log-ratio: its lower tail is heavy (REOPOLD). 3 saved toy runs."
     )
@@ -24,7 +28,7 @@ class PolicyConfig(PolicyGradientConfig):
     extrapolation: float = Field(
         1.0,
         gt=0,
-        description="The teacher's advance over the reference counts this much: above 1 goes past the teacher (ExOPD, "
+        description="Factor of the log-ratio between teacher and reference; above 1 it extrapolates past the teacher (ExOPD, "
         "2602.12125: 1.25). 1: off.",
     )
     reward_coef: float = Field(
@@ -67,7 +71,7 @@ class SampledConfig(Section):
 
     policy: PolicyConfig | None = Field(
         None,
-        description="Of support: sampled, which it stands for. Its settings may be written without it too: method.discount.",
+        description="Settings of support: sampled, which this section implies; method.discount is short for one of them.",
     )
 
     @model_validator(mode="before")

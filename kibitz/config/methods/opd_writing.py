@@ -28,7 +28,7 @@ class WritingConfig(Section):
     learn_seed: bool = Field(False, description="Learn the teacher's tokens too. Off: they are context.")
     rollouts: str | None = Field(
         None,
-        description="JSONL of stored rollouts to learn from; nobody writes any. Lightning OPD (2604.13010): the student's from "
+        description="JSONL of stored rollouts to learn from; none are generated. Lightning OPD (2604.13010): the student's from "
         "before training, with the teacher of its SFT. rollout.store makes such a file.",
     )
 
@@ -43,7 +43,7 @@ class WritingConfig(Section):
                 )
             if size and self.rollouts is not None:
                 raise ValueError(
-                    f"rollouts are stored and nobody writes {name} of them: drop method.{name} or method.rollouts"
+                    f"rollouts are stored, and {name} applies to generated ones: drop method.{name} or method.rollouts"
                 )
         if prefix is None and not self.prefix_grows:
             raise ValueError(

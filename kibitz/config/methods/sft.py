@@ -23,12 +23,13 @@ class SFTConfig(MethodConfig):
 
     type: Literal["sft"] = "sft"
     source: Literal["dataset", "teacher", "student"] = Field(
-        "dataset", description="Who wrote the responses. student: itself, at each step; it can only drift."
+        "dataset",
+        description="Who writes the responses. student: the student itself at each step, a control that teaches nothing.",
     )
     fill: Literal["teacher"] | None = Field(
         None,
-        description="Who answers prompts that have no response in the data, such as chat among documents: the old checkpoint "
-        "as the teacher.",
+        description="Who answers the prompts that have no response in the data, such as chat prompts among documents; the "
+        "teacher is then often the old checkpoint.",
     )
     rollouts: str | None = Field(
         None, description="JSONL of stored rollouts instead of the data's responses; rollout.store makes such a file."

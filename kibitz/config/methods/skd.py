@@ -21,20 +21,28 @@ class SKDConfig(DistillationConfig):
     type: Literal["skd"] = "skd"
     divergence: DivergenceName = Field("forward_kl", description="forward_kl: the paper (2410.11325).")
     accept_top_k: int = Field(
-        25, ge=1, description="K. 25: the paper; 1 follows the teacher, the vocabulary's size is on-policy."
+        25,
+        ge=1,
+        description="K: a drafted token is kept if it is among the teacher's K likeliest. 25: the paper; 1: the teacher's text; "
+        "the vocabulary's size: the student's.",
     )
     draft_tokens: int = Field(
-        5, ge=1, description="Drafted between two passes of the teacher; a matter of speed. 5: the paper."
+        5, ge=1, description="Tokens drafted between two passes of the teacher; changes the speed only. 5: the paper."
     )
     decay: int | None = Field(
         None,
         ge=1,
-        description="Blocks of a response over which K falls to 1: the authors' expected_seq_len. Off: their default.",
+        description="Blocks of a response over which K falls to 1 (expected_seq_len in the authors' code). null: constant, "
+        "their default.",
     )
     teacher_temperature: float = Field(
-        1.0, ge=0, description="Of the teacher's draws; 0: its likeliest. The paper's runs: 0.2."
+        1.0,
+        ge=0,
+        description="Temperature of the teacher's replacements; 0: its likeliest token. The paper's runs: 0.2.",
     )
-    teacher_top_p: float = Field(1.0, gt=0, le=1, description="Of the teacher's draws. The paper's runs: 0.5.")
+    teacher_top_p: float = Field(
+        1.0, gt=0, le=1, description="Top-p of the teacher's replacements. The paper's runs: 0.5."
+    )
 
     def needs(self) -> Needs:
         return replace(super().needs(), teacher_writes=True, teacher_judges=True)

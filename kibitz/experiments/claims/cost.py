@@ -44,9 +44,9 @@ class Way:
 
 STUDENT = Way("student", "FLOPs of the student alone", lambda run: gflop(run, "student"), {"sft": 18})
 GIVEN = Way(
-    "given", "FLOPs, the teacher's text given", lambda run: gflop(run, "student", "teacher_scoring"), {"sft": 9}
+    "given", "FLOPs without the teacher's sampling", lambda run: gflop(run, "student", "teacher_scoring"), {"sft": 9}
 )
-ALL = Way("paid", "FLOPs, the teacher's text paid", gflop, {"sft": 30})
+ALL = Way("paid", "FLOPs with the teacher's sampling", gflop, {"sft": 30})
 SECONDS = Way("seconds", "CPU seconds", lambda run: run["cpu_seconds"], {"grpo": 10})
 TOKENS = Way("tokens", "tokens learnt", lambda run: run["tokens"])
 ROLLOUTS = Way("rollouts", "rollouts", sequences)
@@ -79,7 +79,10 @@ def find(results: Results) -> Finding:
         "others": others,
         "heads": [LADDERS[name] for name in others],
         "ways": [(way, at[way.key]) for way in WAYS],
-        "columns": [LADDERS[name] + {GIVEN: ", given", ALL: ", paid"}[way] * (name == "sft") for name, way in columns],
+        "columns": [
+            LADDERS[name] + {GIVEN: ", without its sampling", ALL: ", with its sampling"}[way] * (name == "sft")
+            for name, way in columns
+        ],
         "targets": [(target, [over_opd(name, way, target) for name, way in columns]) for target in targets],
         "best": {name: best(results, name) for name in shown},
         "surely": {name: surely(results, name) for name in shown},
@@ -90,7 +93,7 @@ def find(results: Results) -> Finding:
         "teacher": results.level("teacher"),
         **({"all reach this": highest} if priced else {"the student": before}),
     }
-    given = Line("SFT, its text given", points(results, "sft", GIVEN.count), dashed=True)
+    given = Line("SFT, without the teacher's sampling", points(results, "sft", GIVEN.count), dashed=True)
     panels = [
         panel(results, shown, way.count, {ALL.key: "GFLOP, teacher's included"}.get(way.key, way.name), levels,
               *[given] * (way is ALL))

@@ -14,7 +14,7 @@ import resource
 import signal
 import sys
 
-MEMORY_BYTES = 4 << 30
+MEMORY_BYTES, TEMPLATE_BYTES = 4 << 30, 1 << 30
 MAX_BOXES, MAX_BOX = 8, 20_000
 
 
@@ -82,7 +82,40 @@ def closed(text):
     return 0
 
 
-QUESTIONS = {"search": search, "constraint": constraint, "gold": gold, "mathematics": mathematics}
+def template(text, conversations, special):
+    """Return the most characters that a chat template writes for one of the conversations, each of which may be refused; 0 if
+    it is no template. Whoever renders it says what is wrong with it: here it is only measured."""
+    import jinja2
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        tags = frozenset({"generation"})  # transformers' own
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    extensions = [Generation, "jinja2.ext.loopcontrols"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value)
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: form}
+    longest = 0
+    for messages, opened in conversations:
+        try:
+            written = environment.from_string(text).render(messages=messages, add_generation_prompt=opened, **special)
+        except MemoryError:
+            raise
+        except Exception:
+            continue
+        longest = max(longest, len(written))
+    return longest
+
+
+QUESTIONS = {"search": search, "constraint": constraint, "gold": gold, "mathematics": mathematics, "template": template}
 
 
 def answer_all(wait, out):
@@ -119,9 +152,12 @@ def main(kind):
     if kind == "mathematics":
         for text in ("1", "\\\\frac{1}{2}", "x^2+1"):  # what every text needs is loaded before the fork
             mathematics(text, text)
+    elif kind == "template":
+        template("", [], {})
     else:
         import forms  # noqa: F401
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    memory = TEMPLATE_BYTES if kind == "template" else MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     wait = os.fdopen(0, "rb")
     while True:
         child = os.fork()
