@@ -64,7 +64,7 @@ def parse(text: str) -> Any:
     if len(text) > MAX_CHARACTERS:
         raise RecipeError(f"{len(text):,} characters are no recipe: the limit is {MAX_CHARACTERS:,}")
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader, as far as tags go
+        return yaml.load(text, _Loader)  # a SafeLoader, as far as tags go
     except RecursionError:
         raise _too_deep() from None
     except (ValueError, TypeError) as error:  # a tag that PyYAML cannot build from what stands behind it

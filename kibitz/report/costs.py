@@ -52,7 +52,7 @@ def spent(run: Run, phase: Phase) -> tuple[float | None, float | None]:
 def table(run: Run) -> dict[str, Any] | None:
     """Rows of words: phase, FLOPs, their share, seconds, their share; None if nothing was counted.
 
-    `wall` is from start to end, with loading, evaluating and saving."""
+    `wall` is from start to end, with loading, evaluating and saving, of all parts of a run that was taken up again."""
     sizes = [spent(run, phase) for phase in PHASES]
     all_compute = _sum(compute for compute, _ in sizes)
     all_time = _sum(total(run, "seconds", key) for key in {phase.seconds for phase in PHASES})
@@ -66,8 +66,16 @@ def table(run: Run) -> dict[str, Any] | None:
     left = (all_time or 0.0) - (_sum(time for _, time in sizes) or 0.0)
     if all_time and left > 0.01 * all_time:
         rows.append([ELSE, flops(None), "", seconds(left), _share(left, all_time)])
-    wall = seconds(dig_number(run.info, "seconds"))
-    return {"rows": rows, "total": ["Together", flops(all_compute), "", seconds(all_time), ""], "wall": wall}
+    total_words = ["Together", flops(all_compute), "", seconds(all_time), ""]
+    return {"rows": rows, "total": total_words, "wall": seconds(wall(run))}
+
+
+def wall(run: Run) -> float | None:
+    """Seconds from start to end, of all parts of the run; None where that is less than its steps took: an older version
+    noted the last part only, and a run that has no end yet what its last checkpoint knew."""
+    noted = dig_number(run.info, "seconds")
+    in_steps = _sum(total(run, "seconds", key) for key in {phase.seconds for phase in PHASES})
+    return None if noted is None or noted < (in_steps or 0.0) else noted
 
 
 PEAKS = {

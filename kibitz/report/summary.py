@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from kibitz.config import DIVERGENCE_TITLES, METHOD_CONFIGS, TEACHER_CONFIGS, MethodConfig
-from kibitz.report.costs import total, total_flops
+from kibitz.report.costs import total, total_flops, wall
 from kibitz.report.curves import main_split
 from kibitz.report.folder import Row, Run, dig, dig_number
 from kibitz.report.formats import DASH, change, count, flops, percent, plain, safe_lines, seconds
@@ -161,7 +161,8 @@ def comparisons(run: Run) -> list[Comparison]:
 
 
 def _measures(before: Row, after: Row) -> list[Measure]:
-    powers = [k for k in (dig(after, "pass_at_k") or {}) if str(k) != "1"]
+    tries = dig(after, "pass_at_k")
+    powers = [k for k in tries if str(k) != "1"] if isinstance(tries, dict) else []
     return [
         _measure("Accuracy, sampled at T = 1", before, after, "sampled", "accuracy", share=True),
         _measure("Accuracy, greedy", before, after, "greedy", "accuracy", share=True),
@@ -222,8 +223,7 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
     if tokens is not None:
         found.append(("Tokens learnt from", count(tokens), f"in {count(run.last_step)} steps"))
     if total_flops(run) is not None:
-        wall = dig_number(run.info, "seconds")
-        found.append(("Compute", flops(total_flops(run)), f"in {seconds(wall)}" if wall else ""))
+        found.append(("Compute", flops(total_flops(run)), f"in {seconds(wall(run))}" if wall(run) else ""))
     return found
 
 
