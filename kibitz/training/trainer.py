@@ -298,7 +298,12 @@ class Trainer:
         self.folder.sync()
         self.folder.beat()
         position, ledger, guards = self.setup.stream.position, self.ledger.total, self.guards.state()
-        state = {"position": position, "ledger": ledger, "guards": guards}
+        state = {
+            "position": position,
+            "ledger": ledger,
+            "guards": guards,
+            "fingerprint": self.setup.fingerprint,
+        }
         with self.ledger.watched("saving"):
             stateful, keep = {name: kept.state() for name, kept in self.stateful.items()}, self.recipe.save.keep
             checkpoint.save(self.folder.path, self.done, self.student, stateful, state, keep, self.ranks)
