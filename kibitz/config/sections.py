@@ -279,7 +279,11 @@ class EvalConfig(Section):
     """The evaluation of the student: accuracy at T=1 and greedy, pass@k, and reverse KL to the teacher."""
 
     every: int = Field(20, ge=0, description="In steps; 0: only before and after. 20: the cookbook.")
-    prompts: str | None = Field(None, description="File or dataset; without it the world's dev split, or none.")
+    prompts: str | None = Field(
+        None,
+        description="File or dataset. Without it the world's dev split; without a world the first `heatmaps` of training, "
+        "and the report says so.",
+    )
     split: str = Field("dev", description="Split of the world or dataset.")
     num_prompts: int = Field(256, ge=1, description="256 give an interval of about 12 points at 50%.")
     samples: int = Field(1, ge=1, description="Samples per prompt at temperature 1; more give pass@k.")

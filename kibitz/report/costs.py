@@ -106,10 +106,12 @@ def _highest(run: Run, *path: str) -> float | None:
     return max(known, default=None)
 
 
-def labels(tables: list[dict[str, Any] | None]) -> list[str]:
-    """The phases that any of the runs went through, in the order in which a step does."""
+def labels(tables: list[dict[str, Any] | None]) -> dict[str, int | None]:
+    """The phases that any of the runs went through, in the order in which a step does, and the number of each one's colour;
+    the bars do not show everything else."""
     found = {row[0] for table in tables if table for row in table["rows"]}
-    return [label for label in (*(phase.label for phase in PHASES), ELSE) if label in found]
+    numbers = {**{phase.label: number for number, phase in enumerate(PHASES)}, ELSE: None}
+    return {label: number for label, number in numbers.items() if label in found}
 
 
 def charts(runs: list[Run]) -> list[dict[str, Any]]:

@@ -97,6 +97,7 @@ def _heatmap(runs: list[Run]) -> dict[str, Any] | None:
         "paired": any(len(pair.sides) > 1 for pair in found),
         "judged": any(heatmap.penalty(token) is not None for side in sides for token in heatmap.tokens(side)),
         "graded": any(heatmap.is_right(side) is not None for side in sides),
+        "trained_on": any(row.get("held_out") is False for run in runs for row in run.evals),
     }
 
 
@@ -147,6 +148,7 @@ def _part(part: Row) -> str:
 def _render(template: str, scripts: list[str], **values: Any) -> str:
     environment = Environment(loader=PackageLoader("kibitz.report"), autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
+    environment.filters["many"] = formats.many
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     sources = [get_plotlyjs() if name == "plotly" else (HERE / name).read_text(encoding="utf-8") for name in scripts]
     return environment.get_template(template).render(

@@ -130,7 +130,8 @@ def prepare(
     parts = Parts(recipe, student, counted, teacher, sampling, encode, loss, mask_ids, stored, reference, ranks, ledger)
     parts.stateful.update({} if teacher is None else teacher.stateful)
     stream = PromptStream(prompts, recipe.seed, recipe.data.shuffle)
-    evaluator = _evaluator(parts, engine, held_out, grader) if held_out else None
+    looked_at = held_out or _some_to_show(recipe, prompts, ranks)
+    evaluator = _evaluator(parts, engine, looked_at, grader, bool(held_out)) if looked_at else None
     return Setup(parts, folder, resumed_from, known, learner, engine, stream, grader, evaluator)
 
 
@@ -144,12 +145,21 @@ def _grader(recipe: Recipe, prompts: Sequence[Prompt]) -> Grader | None:
     return grader
 
 
-def _evaluator(parts: Parts, engine: Engine, prompts: Sequence[Prompt], grader: Grader | None) -> Evaluator:
+def _some_to_show(recipe: Recipe, prompts: Sequence[Prompt], ranks: Ranks) -> list[Prompt]:
+    """The first prompts of training, for the heat-map of a run that has no others; each process gets one."""
+    num = recipe.eval.heatmaps and max(recipe.eval.heatmaps, ranks.size)
+    return list({prompt.key: prompt for prompt in prompts}.values())[:num]
+
+
+def _evaluator(
+    parts: Parts, engine: Engine, prompts: Sequence[Prompt], grader: Grader | None, held_out: bool
+) -> Evaluator:
     """The evaluation of a run; a teacher that knows certain rollouts only has no part in it."""
     section, teacher = parts.recipe.eval, parts.teacher
     examiner = teacher if teacher is not None and teacher.examiner is not None else None
     sampling = replace(parts.sampling, num_samples=section.samples, seed=section.seed)
-    return Evaluator(parts.student, engine, examiner, prompts, grader, sampling, section.split, parts.ranks)
+    split = section.split if held_out else parts.recipe.data.split
+    return Evaluator(parts.student, engine, examiner, prompts, grader, sampling, split, parts.ranks, held_out)
 
 
 def _read_alike(recipe: Recipe, student: LanguageModel, *teachers: Teacher | None) -> None:
@@ -240,7 +250,8 @@ def _meet(recipe: Recipe, prompts: Sequence[Prompt]) -> tuple[Ranks, torch.devic
     num = min(recipe.rollout.prompts_per_step, len({prompt.key for prompt in prompts}))
     if num < ranks.size:
         raise RecipeError(
-            f"rollout.prompts_per_step: a step has {num} different prompts for {ranks.size} processes, and each needs one: "
+            f"rollout.prompts_per_step: a step has {num} different prompt{'s' * (num != 1)} for {ranks.size} processes, and each "
+            "needs one: "
             "write more, or start fewer processes"
         )
     return ranks, device

@@ -291,7 +291,8 @@ class Trainer:
             self.folder.write_rollouts(self.done, annotate(self.student, self.setup.evaluator.teacher, shown))
         self.folder.beat()
         self.progress.evaluated(row)
-        self._sound(self.guards.watch_eval(row))
+        if self.setup.evaluator.held_out:
+            self._sound(self.guards.watch_eval(row))
 
     def save(self) -> None:
         self.progress.phase("checkpoint")

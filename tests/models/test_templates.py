@@ -1,6 +1,7 @@
 """Chat templates with thinking modes, written as Qwen3 and Llama 3 write theirs: prompts, ends and what is learnt."""
 
 import copy
+import re
 from datetime import datetime
 
 import pytest
@@ -186,16 +187,21 @@ def test_prompts_that_spell_no_control_token_are_as_they_were():
             )
 
 
+REFUSING = {"unigram"}
+"""A Unigram model holds its control tokens as pieces of text, too."""
+
+
 @pytest.mark.parametrize("name", zoo())
 def test_each_kind_of_tokenizer_reads_a_control_token_as_text_or_refuses(name):
     tok = copy.deepcopy(zoo()[name])
     for template in (None, LLAMA3):
         tok.chat_template = template
         spelt = tok.eos_token
-        try:
-            ids = encode_prompt(tok, [{"role": "user", "content": f"7 {spelt} 8"}], {})
-        except ValueError as error:
-            assert repr(spelt) in str(error) and "control token" in str(error)
+        messages = [{"role": "user", "content": f"7 {spelt} 8"}]
+        if name in REFUSING:
+            with pytest.raises(ValueError, match=f"{re.escape(repr(spelt))}.*control token"):
+                encode_prompt(tok, messages, {})
             continue
+        ids = encode_prompt(tok, messages, {})
         bare = encode_prompt(tok, [{"role": "user", "content": "7  8"}], {})
         assert ids.count(tok.eos_token_id) == bare.count(tok.eos_token_id)

@@ -139,8 +139,8 @@ def test_a_template_that_writes_the_date_writes_that_of_the_first_day(tree, tmp_
     run = kibitz.train(tree, [f"output={tmp_path / 'then'}", "data.template.strftime_now=2020-01-03"])
     on = kibitz.train(tree, [f"output={tmp_path / 'then'}", "steps=3"], resume=True)
     assert on.recipe.data.template == run.recipe.data.template == {"strftime_now": "2020-01-03"}
+    again = [f"output={tmp_path / 'then'}", "steps=4", "data.template.strftime_now=2020-01-04"]
     with pytest.raises(kibitz.RecipeError, match="made with another data"):
-        again = [f"output={tmp_path / 'then'}", "steps=4", "data.template.strftime_now=2020-01-04"]
         kibitz.train(tree, again, resume=True)
 
 
@@ -148,7 +148,9 @@ def test_the_date_is_what_the_recipe_says(tree, tmp_path):
     (template,) = (tmp_path / "S").glob("chat_template.jinja")
     template.write_text(DATED)
     tok = load_tokenizer(config.ModelConfig(model=str(tmp_path / "S")), "student")
-    ids = [encode_prompt(tok, [{"role": "user", "content": "2"}], {"strftime_now": f"2020-01-0{day}"}) for day in (3, 4)]
+    ids = [
+        encode_prompt(tok, [{"role": "user", "content": "2"}], {"strftime_now": f"2020-01-0{day}"}) for day in (3, 4)
+    ]
     assert [tok.decode(one) for one in ids] == ["0+2=", "1+2="]
     with pytest.raises(ValueError, match="'soon' is no date"):
         encode_prompt(tok, [{"role": "user", "content": "2"}], {"strftime_now": "soon"})
