@@ -42,11 +42,14 @@ def total_flops(run: Run) -> float | None:
 
 
 def spent(run: Run, phase: Phase) -> tuple[float | None, float | None]:
-    """FLOPs and seconds of a phase. The seconds of sampling belong to whoever wrote the rollouts."""
+    """FLOPs and seconds of a phase. Seconds that several phases share, such as those of writing, count once: for the one
+    that computed most."""
     compute = total(run, "flops", phase.flops)
     if not compute and any(total(run, "flops", other.flops) for other in PHASES):
         return None, None  # this run has no such phase, whatever its loop spent in that place
-    return compute, total(run, "seconds", phase.seconds)
+    sharing = [other for other in PHASES if other.seconds == phase.seconds]
+    owner = max(sharing, key=lambda other: total(run, "flops", other.flops) or 0.0)
+    return compute, total(run, "seconds", phase.seconds) if owner is phase else None
 
 
 def table(run: Run) -> dict[str, Any] | None:
