@@ -121,8 +121,6 @@ def _hint(problem: Any) -> str:
         return f"; YAML reads yes, no, on and off as true and false{quoted}"
     if isinstance(given, str) and wanted in ("int_type", "float_type", "bool_type") and _is_plain(given, wanted):
         return ", which is text: write it without quotes"
-    if isinstance(given, int | float) and wanted == "string_type":
-        return ": quote it"
     return ": write it without a point" if isinstance(given, float) and wanted == "int_type" else ""
 
 

@@ -166,8 +166,12 @@ def earlier_parts(path: Path, metrics: list[dict[str, Any]]) -> list[dict[str, A
         info = {}
     if not isinstance(info, dict) or not info:
         return []
-    listed = info.get("parts") if isinstance(info.get("parts"), list) else []
-    parts = [part for part in listed if isinstance(part, dict) and _seconds(part.get("seconds")) is not None]
+    listed = info.get("parts")
+    parts = [
+        part
+        for part in (listed if isinstance(listed, list) else [])
+        if isinstance(part, dict) and _seconds(part.get("seconds")) is not None
+    ]
     before = sum(part["seconds"] for part in parts)
     first = info.get("first_step") if isinstance(info.get("first_step"), int) else 0
     steps = [row["seconds"] for row in metrics if row["step"] > first and isinstance(row.get("seconds"), dict)]

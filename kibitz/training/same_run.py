@@ -130,15 +130,16 @@ def _hash(text: str) -> str:
 def with_date(recipe: Recipe, tokenizer: Any, resume: bool) -> Recipe:
     """The recipe, with the day on which the run began as the date that its chat templates write, where one of them writes
     today's: a prompt of tomorrow would be another prompt. A run that goes on keeps its day."""
-    readers = [tokenizer, *(load_tokenizer(one, "teacher") for one in recipe.teachers if _reads_by_its_own(one))]
+    own = [one for one in recipe.teachers if isinstance(one, LocalTeacherConfig) and _reads_by_its_own(one)]
+    readers = [tokenizer, *(load_tokenizer(one, "teacher") for one in own)]
     if not any(mentions(reader, DATE) for reader in readers):
         return recipe
     day = recipe.data.template.get(DATE) or _day_of(Path(recipe.output) / "recipe.yaml", resume)
     return recipe if day is None else _dated(recipe, day)
 
 
-def _reads_by_its_own(teacher: Any) -> bool:
-    return isinstance(teacher, LocalTeacherConfig) and (teacher.tokenizer == "own" or teacher.context is not None)
+def _reads_by_its_own(teacher: LocalTeacherConfig) -> bool:
+    return teacher.tokenizer == "own" or teacher.context is not None
 
 
 def _day_of(old: Path, resume: bool) -> str | None:

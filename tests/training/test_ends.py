@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.runs import Interrupt, crash, recipe, timeless
+from support.runs import Interrupt, Notes, crash, recipe, timeless
 
 import kibitz
 from kibitz import report
@@ -16,14 +16,6 @@ from kibitz.files import JSONL, Lock, read_lines, writer_of
 from kibitz.report import costs
 from kibitz.report.folder import read_run
 from kibitz.training.trainer import NullProgress
-
-
-class Notes(NullProgress):
-    def __init__(self):
-        self.texts = []
-
-    def note(self, text):
-        self.texts.append(text)
 
 
 def info(run: Path) -> dict:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.runs import Interrupt, recipe, timeless
+from support.runs import Interrupt, Notes, recipe, timeless
 
 import kibitz
 from kibitz.files import JSONL, writer_of
@@ -232,14 +232,6 @@ def read_whole(run: Path, name: str) -> list[dict]:
 
 
 # ------------------------------------------------------------------ what lies in the folder
-
-
-class Notes(NullProgress):
-    def __init__(self):
-        self.texts = []
-
-    def note(self, text):
-        self.texts.append(text)
 
 
 def truncate(path: Path) -> None:
