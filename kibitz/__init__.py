@@ -5,7 +5,7 @@ The student writes its own rollouts, a fixed teacher scores every token of them,
     import kibitz
 
     run = kibitz.train("recipe.yaml", ["optim.lr=1e-4"])
-    print(run.metrics[-1], run.folder)
+    print(run.evals[-1], run.folder)
 """
 
 from importlib import import_module

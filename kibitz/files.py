@@ -1,10 +1,67 @@
-"""Files of a run: JSON lines that survive a crash, and writing that leaves the old file or the new one."""
+"""Files of a run: JSON lines that survive a crash, writing that leaves the old file or the new one, and one writer a folder."""
 
+import fcntl
 import json
 import math
 import os
+import socket
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Lines:
+    """The rows of a file of JSON lines, and what of it is none: `damaged` are the numbers of its other lines; `cut_short`
+    says whether its last line is one that a crash ended."""
+
+    rows: list[Row] = field(default_factory=list)
+    damaged: list[int] = field(default_factory=list)
+    cut_short: bool = False
+    empty: bool = True
+
+
+def any_object(row: Row) -> bool:
+    return True
+
+
+def has_step(row: Row) -> bool:
+    """Whether a row says of which step it is, as every row of a run's logs does."""
+    step = row.get("step")
+    return isinstance(step, int | float) and not isinstance(step, bool) and -(2**53) < step < 2**53
+
+
+def read_lines(path: Path, is_row: Callable[[Row], bool] = any_object) -> Lines:
+    """Read a file of JSON objects, one a line, whatever happened to it. A file that is not there has no rows."""
+    found = Lines()
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        found.empty = False
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and is_row(row):
+            found.rows.append(row)
+        elif number == len(lines):
+            found.cut_short = True
+        else:
+            found.damaged.append(number)
+    return found
+
+
+def named(numbers: list[int], most: int = 5) -> str:
+    """`line 3`, `lines 3 and 5`, `lines 1, 2, 3, 4, 5 and 10 more`."""
+    words = [str(number) for number in numbers[:most]]
+    words += [f"{len(numbers) - most} more"] if len(numbers) > most else []
+    return f"line {words[0]}" if len(words) == 1 else f"lines {', '.join(words[:-1])} and {words[-1]}"
 
 
 class JSONL:
@@ -13,23 +70,20 @@ class JSONL:
     def __init__(self, path: Path, writes: bool = True):
         self.path, self.writes = path, writes
 
-    def append(self, row: dict[str, Any]) -> None:
+    def append(self, row: Row) -> None:
         if not self.writes:
             return
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_plain(row), ensure_ascii=False) + "\n")
+            file.write(_line(row))
 
-    def read(self) -> list[dict[str, Any]]:
-        """All whole lines; a line that a crash cut short is left out."""
-        if not self.path.exists():
-            return []
-        rows = []
-        for line in self.path.read_text(encoding="utf-8").split("\n"):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return rows
+    def read(self) -> list[Row]:
+        """All rows with a step. A line that a crash cut short, and one that is damaged, is left out; `damage` names it."""
+        return read_lines(self.path, has_step).rows
+
+    def damage(self) -> str | None:
+        """What of the file cannot be read, as a sentence; None if all can, or all but a last line that a crash cut short."""
+        found = read_lines(self.path, has_step).damaged
+        return f"{self.path.name} is damaged in {named(found)}, which cannot be read" if found else None
 
     def sync(self) -> None:
         if self.path.exists():
@@ -37,10 +91,19 @@ class JSONL:
                 os.fsync(file.fileno())
 
     def keep(self, last_step: int) -> None:
-        """Drop what was written after a step, when a run goes on from there."""
+        """Drop what was written after a step, when a run goes on from there, and what cannot be read."""
         rows = [row for row in self.read() if row["step"] <= last_step]
         if self.path.exists():
-            write_atomically(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_atomically(self.path, "".join(map(_line, rows)))
+
+
+def _line(row: Row) -> str:
+    text = json.dumps(_plain(row), ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair
+        text = json.dumps(_plain(row))
+    return text + "\n"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -65,3 +128,91 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+# ------------------------------------------------------------------ one writer a folder
+
+LOCK, RETRIES = "run.lock", 10
+
+
+class Lock:
+    """The right to write a folder, which one process has at a time (flock). The system takes it back from a process that
+    dies, however it does; its file, which stays behind then, holds nobody off."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / LOCK
+        self._close: weakref.finalize | None = None
+
+    def take(self) -> None:
+        """Raise BlockingIOError, which says who it is, if somebody else writes the folder. A file system without locks
+        keeps nobody off."""
+        for left in reversed(range(RETRIES)):
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                who = _who(descriptor)
+                os.close(descriptor)
+                if not left:
+                    raise BlockingIOError(who) from None
+                time.sleep(0.05)  # one that only looks is gone by then
+                continue
+            except OSError:
+                pass
+            if _is_file(descriptor, self.path):
+                break
+            os.close(descriptor)  # another one let go of it and took it away meanwhile
+        else:
+            raise BlockingIOError("another process, which has just let go of it")
+        about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, json.dumps(about).encode())
+        self._close = weakref.finalize(self, os.close, descriptor)
+
+    def release(self) -> None:
+        if self._close is not None:
+            self.path.unlink(missing_ok=True)
+            self._close()
+            self._close = None
+
+
+def writer_of(folder: Path) -> str | None:
+    """Who writes a folder now: `process 71 on host, since 2026-11-26 02:13:54`. None if nobody does."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _who(descriptor)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def left_behind(folder: Path) -> bool:
+    """Whether a process of this machine wrote the folder and died before it could say so."""
+    try:
+        about = json.loads((folder / LOCK).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    here = isinstance(about, dict) and about.get("host") == socket.gethostname()
+    return here and writer_of(folder) is None
+
+
+def _who(descriptor: int) -> str:
+    try:
+        about = json.loads(os.pread(descriptor, 1000, 0))
+        return f"process {about['pid']:d} on {about['host']:.60}, since {about['since']:.30}"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "another process"
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

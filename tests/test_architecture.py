@@ -23,8 +23,8 @@ ROOMS = (
     "types",
     "signals",
     "config",
-    "report",  # reads the files of a run, and knows what its recipe's words mean
     "files",
+    "report",  # reads the files of a run, and knows what its recipe's words mean
     "ledger",
     "logprobs",
     "losses",

@@ -365,3 +365,13 @@ def test_the_saved_model_ends_where_the_rollouts_did(tmp_path):
     )
     saved = json.loads((run.checkpoint / "generation_config.json").read_text())["eos_token_id"]
     assert set(saved) == {tokenizer().eos_token_id, tokenizer().encode("=", add_special_tokens=False)[0]}
+
+
+@pytest.mark.parametrize("depth", [65, 500, 9000])
+@pytest.mark.parametrize("brackets", ["[]", ['{"a":', "}"]])
+def test_a_row_that_is_nested_too_deep_is_named(tmp_path, depth, brackets):
+    path, (begin, end) = tmp_path / "deep.jsonl", brackets
+    rows = [{"prompt": "1+2", "more": [[[{}]]]}, '{"prompt": "1+2", "more": ' + begin * depth + "1" + end * depth + "}"]
+    path.write_text(json.dumps(rows[0]) + "\n" + rows[1] + "\n")
+    with pytest.raises(ValueError, match=r"deep.jsonl, line 2 is nested too deep: lists and objects go 64 deep"):
+        load_prompts(DataConfig(prompts=str(path)), tokenizer())

@@ -11,7 +11,7 @@ class RecipeError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, strict=True)
 
     also_here: ClassVar[Mapping[str, str]] = {}
     """Settings of a section inside this one that may be written in this one too, and the key of that section."""

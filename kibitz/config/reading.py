@@ -1,13 +1,13 @@
 """Read a recipe from YAML and `a.b=value` overrides, check it, and write it back. Mistakes are reported as sentences."""
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from kibitz.config import plain_yaml
 from kibitz.config.base import RecipeError, Section
 from kibitz.config.methods import METHOD_CONFIGS, method_type
 from kibitz.config.recipe import Recipe
@@ -22,11 +22,12 @@ def load(source: "str | Path | dict | Recipe", overrides: list[str] | tuple[str,
     if isinstance(source, Recipe):
         tree = source.model_dump(mode="json", exclude_unset=True)
     elif isinstance(source, dict):
-        tree = json.loads(json.dumps(source))
+        tree = plain_yaml.as_tree(source)
     else:
         tree = _read(Path(source))
     for override in overrides:
         _assign(tree, override)
+    plain_yaml.check_plain(tree)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -37,9 +38,11 @@ def _read(path: Path) -> dict:
     if not path.is_file():
         raise RecipeError(f"there is no recipe at {path}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = plain_yaml.parse(path.read_text(encoding="utf-8"))
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{path} is not YAML: {plain_yaml.mistake(error)}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path} holds no recipe: it must start with keys such as student: and data:")
     return tree
@@ -50,7 +53,9 @@ def _assign(tree: dict, override: str) -> None:
     if not separator or not path:
         raise RecipeError(f"cannot read the override {override!r}: write a.b=value, such as optim.lr=1e-4")
     try:
-        value = yaml.safe_load(text)
+        value = plain_yaml.parse(text)
+    except RecipeError as error:
+        raise RecipeError(f"cannot read the override {override[:80]!r}: {error}") from None
     except yaml.YAMLError:
         value = text
     *parents, last = path.strip().split(".")
@@ -104,7 +109,8 @@ def _explain(error: ValidationError, tree: dict) -> str:
             case "value_error":
                 lines.append((f"{place}: " if place else "") + problem["msg"].removeprefix("Value error, "))
             case _:
-                lines.append(f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}")
+                said = f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
+                lines.append(f"{place}: {said}, got {problem['input']!r:.200}{_hint(problem)}")
     return "; ".join(lines)
 
 
@@ -123,6 +129,26 @@ def _as_section(place: str, problem: Any) -> str:
     fields, given = _section_at(problem["loc"]).model_fields, problem["input"]
     key = next((name for name, field in fields.items() if field.is_required()), next(iter(fields)))
     return f"{place}.{key}={'VALUE' if isinstance(given, bool | list | None) else given}"
+
+
+def _hint(problem: Any) -> str:
+    """What to write where YAML, or a person, took one kind of value for another."""
+    given, wanted = problem["input"], problem["type"]
+    if isinstance(given, bool):
+        quoted = ": quote the word" if wanted in ("string_type", "literal_error") else ""
+        return f"; YAML reads yes, no, on and off as true and false{quoted}"
+    if isinstance(given, str) and wanted in ("int_type", "float_type", "bool_type") and _is_plain(given, wanted):
+        return ", which is text: write it without quotes"
+    return ": write it without a point" if isinstance(given, float) and wanted == "int_type" else ""
+
+
+def _is_plain(text: str, wanted: str) -> bool:
+    """Whether a text, without quotes, would be what a field wants."""
+    try:
+        value = plain_yaml.parse(text)
+    except (yaml.YAMLError, RecipeError):
+        return False
+    return isinstance(value, bool) if wanted == "bool_type" else type(value) in (int, float)
 
 
 def _without_tags(location: tuple) -> list:
@@ -162,7 +188,7 @@ def _section_of(annotation: Any) -> type[Section]:
 
 def dump(recipe: Recipe) -> str:
     """Return the whole recipe as YAML, defaults included, so that a run folder records every setting."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return plain_yaml.dump(recipe.model_dump(mode="json"))
 
 
 def json_schema() -> dict:

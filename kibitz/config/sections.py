@@ -1,8 +1,8 @@
 """The sections of a recipe that every method reads: models, data, rollouts, optimizer, evaluation, checkpoints."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from kibitz.config.base import Section
 from kibitz.config.servers import ServerConfig, ServerURL
@@ -221,6 +221,10 @@ class RolloutConfig(Section):
         return self.top_p < 1 or self.top_k > 0
 
 
+def _pair(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value  # YAML has lists only
+
+
 class OptimConfig(Section):
     """The optimizer and its schedule."""
 
@@ -242,7 +246,7 @@ class OptimConfig(Section):
         0, ge=0, description="Steps of linear warm-up. 0: the cookbook; toy runs from AdamW's first step want 10."
     )
     clip: float | None = Field(1.0, gt=0, description="Largest gradient norm.")
-    betas: tuple[float, float] = Field(
+    betas: Annotated[tuple[float, float], BeforeValidator(_pair)] = Field(
         (0.9, 0.95), description="0.95: short runs forget old gradients sooner (the cookbook's Adam)."
     )
     eps: float = Field(1e-8, gt=0, description="Epsilon of AdamW. 1e-8: PyTorch's default.")
@@ -280,7 +284,11 @@ class EvalConfig(Section):
     every: int = Field(
         20, ge=0, description="Steps between evaluations; 0: only before and after the run. 20: the cookbook."
     )
-    prompts: str | None = Field(None, description="File or dataset; without it the world's dev split, or none.")
+    prompts: str | None = Field(
+        None,
+        description="File or dataset. Without it the world's dev split; without a world the first `heatmaps` of training, "
+        "and the report says so.",
+    )
     split: str = Field("dev", description="Split of the world or dataset.")
     num_prompts: int = Field(
         256, ge=1, description="Number of prompts. 256 give an interval of about 12 points at 50%."

@@ -14,13 +14,13 @@ from kibitz import graders, worlds
 from kibitz.config import DataConfig
 from kibitz.data.columns import Conversation, conversation_of, text_of
 from kibitz.data.rows import read_rows
-from kibitz.data.templates import check_template, encode_prompt, encode_response, said_by, turn_end
+from kibitz.data.templates import check_template, encode_prompt, encode_response, encode_text, said_by, turn_end
 from kibitz.graders import Grader
 from kibitz.types import Prompt, Rollout
 
 __all__ = [
-    "PromptStream", "apart", "check_template", "encode_prompt", "encode_response", "joined", "load_grader", "load_prompts",
-    "turn_end",
+    "PromptStream", "apart", "check_template", "encode_prompt", "encode_response", "encode_text", "joined", "load_grader",
+    "load_prompts", "turn_end",
 ]  # fmt: skip
 
 

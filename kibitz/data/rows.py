@@ -9,7 +9,7 @@ from typing import Any
 from kibitz import worlds
 from kibitz.config import DataConfig
 
-WORLD_ROWS = 20_000
+WORLD_ROWS, MAX_DEPTH = 20_000, 64
 
 
 def read_rows(config: DataConfig, seed: int, demonstrations: bool) -> Iterable[tuple[str, dict[str, Any]]]:
@@ -53,14 +53,22 @@ def _read_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
+            too_deep = line.count("[") + line.count("{") > MAX_DEPTH and _is_deeper(row, MAX_DEPTH)
         except RecursionError:
-            raise ValueError(f"{path}, line {number} is nested too deep") from None
+            row, too_deep = None, True
         except ValueError as error:  # an integer of more digits than Python reads is one, too
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+        if too_deep:
+            raise ValueError(f"{path}, line {number} is nested too deep: lists and objects go {MAX_DEPTH} deep at most")
         if not isinstance(row, dict):
             raise ValueError(f'{path}, line {number} is not an object such as {{"prompt": ..., "answer": ...}}')
         rows.append((f"{path}, line {number}", row))
     return rows
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(most == 0 or _is_deeper(one, most - 1) for one in inside if isinstance(one, dict | list))
 
 
 def _read_dataset(config: DataConfig, path: Path) -> list[tuple[str, dict[str, Any]]]:

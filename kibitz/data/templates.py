@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +13,8 @@ from kibitz.graders.worker import Worker
 Message = dict[str, Any]
 """`role` and `content`, both text, and what else the template writes, such as `reasoning_content`."""
 
+DATE = "strftime_now"
+"""The template's function that gives today's date, and the argument of `data.template` that says which day that is."""
 TALK: list[Message] = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "Kibitz"}]
 MOST_SECONDS, MOST_CHARACTERS = 5.0, 1_000_000
 """What a template may take for a conversation of two words: real ones take a millisecond and write a page."""
@@ -58,8 +61,53 @@ def encode_prompt(
     if tools and not mentions(tokenizer, "tools"):
         raise ValueError("there are tools, and the chat template does not write any: leave out the column `tools`")
     if tokenizer.chat_template is None:
-        return _without_end(tokenizer, "\n\n".join(m["content"] for m in messages))
-    return _rendered(tokenizer, messages, template, tools, add_generation_prompt=True, return_dict=False)
+        return _plain(tokenizer, "\n\n".join(m["content"] for m in messages))
+    arguments = {"add_generation_prompt": True, **_arguments(tokenizer, template, tools)}
+    if _control_pattern(tokenizer).search("\n".join(m["content"] for m in messages)):
+        return _spelt(tokenizer, messages, arguments)
+    return _rendered(tokenizer, messages, arguments, return_dict=False)
+
+
+def encode_text(tokenizer: Any, text: str, whose: str = "the text spells") -> list[int]:
+    """The tokens of a text, and of nothing but text: where it spells a control token, such as the end of a turn, it is spelt
+    by others. ValueError, which begins with `whose`, if the tokenizer knows no others."""
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    controls = {*tokenizer.all_special_ids} - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id})
+    if found := controls.intersection(ids):
+        spelt = tokenizer.convert_ids_to_tokens(min(found))
+        raise ValueError(f"{whose} {spelt!r}, which the student's tokenizer can only read as a control token")
+    return ids
+
+
+def _control_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """Finds what a tokenizer reads as a control token."""
+    named = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    spelt = sorted({*named, *tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, spelt)) or r"(?!)")
+
+
+def _spelt(tokenizer: Any, messages: Sequence[Message], arguments: Mapping[str, Any]) -> list[int]:
+    """The tokens of messages whose content spells control tokens, which are text there, and control tokens only where the
+    template writes them."""
+    pattern, found = _control_pattern(tokenizer), []
+    whole = "".join(m["content"] for m in messages)
+    mark = next(sign for sign in map(chr, range(0xE000, 0xF8FF)) if sign not in whole)
+
+    def out(match: re.Match[str]) -> str:
+        found.append(match.group())
+        return mark
+
+    marked = [{**m, "content": pattern.sub(out, m["content"])} for m in messages]
+    first, *others = _rendered(tokenizer, marked, arguments, tokenize=False).split(mark)
+    if len(others) != len(found):
+        raise ValueError(
+            f"it spells {found[0]!r}, a control token, in what the chat template does not write as it stands: leave it out"
+        )
+    ids = list(tokenizer(first, add_special_tokens=False)["input_ids"])
+    for spelt, behind in zip(found, others, strict=True):
+        ids += encode_text(tokenizer, spelt)
+        ids += tokenizer(behind, add_special_tokens=False)["input_ids"] if behind else []
+    return ids
 
 
 def encode_response(tokenizer: Any, text: str) -> list[int]:
@@ -77,7 +125,7 @@ def _turn_end(tokenizer: Any, template: str, eos: int) -> int:
     if tokenizer.chat_template is None:
         return eos
     try:
-        text = _rendered(tokenizer, TALK, {}, (), tokenize=False)
+        text = _rendered(tokenizer, TALK, {}, tokenize=False)
     except ValueError:  # it wants something else of a conversation
         return eos
     _, found, tail = text.rpartition(TALK[-1]["content"])
@@ -98,8 +146,9 @@ def said_by(
     all that the chat template adds for it, without the end."""
     if turn.keys() <= {"role", "content"}:
         return turn["content"]
-    before = _rendered(tokenizer, messages, template, tools, add_generation_prompt=True, tokenize=False)
-    whole = _rendered(tokenizer, [*messages, turn], template, tools, tokenize=False)
+    arguments = _arguments(tokenizer, template, tools)
+    before = _rendered(tokenizer, messages, arguments, add_generation_prompt=True, tokenize=False)
+    whole = _rendered(tokenizer, [*messages, turn], arguments, tokenize=False)
     if not whole.startswith(before):
         more = ", ".join(turn.keys() - {"role", "content"})
         raise ValueError(
@@ -115,15 +164,8 @@ def mentions(tokenizer: Any, name: str) -> bool:
     return re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template or "")) is not None
 
 
-def _rendered(
-    tokenizer: Any,
-    messages: Sequence[Message],
-    template: Mapping[str, Any],
-    tools: Sequence[Mapping[str, Any]],
-    **options: Any,
-) -> Any:
+def _rendered(tokenizer: Any, messages: Sequence[Message], arguments: Mapping[str, Any], **options: Any) -> Any:
     """What the chat template makes of a conversation. ValueError for whatever it raises: it is a program, too."""
-    arguments = {**template, "tools": list(tools)} if tools else dict(template)
     try:
         return tokenizer.apply_chat_template(list(messages), **options, **arguments)
     except RecursionError:
@@ -131,6 +173,40 @@ def _rendered(
     except Exception as error:  # noqa: BLE001 - a template raises what it likes
         why = " ".join(str(error).split())[:300] or type(error).__name__
     raise ValueError(f"the chat template cannot render this conversation: {why}")
+
+
+def _arguments(tokenizer: Any, template: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What `apply_chat_template` is told; the day of `template` becomes part of the template itself, which transformers lets
+    no function into."""
+    arguments = {**template, "tools": list(tools)} if tools else dict(template)
+    day = arguments.pop(DATE, None)
+    if day is not None and mentions(tokenizer, DATE):
+        own = tokenizer.get_chat_template(None, tools=arguments.get("tools"))
+        arguments["chat_template"] = _on(day) + own
+    return arguments
+
+
+def _on(day: Any) -> str:
+    """A macro that does on a certain day what `strftime_now` does today. With the line break behind it, it leaves nothing in
+    the text."""
+    try:
+        moment = datetime.fromisoformat(day)
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"data.template.{DATE}: {day!r} is no date that a chat template could write: write one such as 2026-11-26"
+        ) from None
+    names = [f"%{letter}" for letter in ("-d", "-m", "-H", "-I", "-M", "e", *"aAbBdHIjmMpSyYcxXuUwWGV%")]
+    replaced = "".join(f" | replace({name!r}, {moment.strftime(name)!r})" for name in names)
+    return f"{{%- macro {DATE}(form) -%}}{{{{ form{replaced} }}}}{{%- endmacro %}}\n"
+
+
+def _plain(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a prompt without a template: what the tokenizer puts before a text, and the text, as text."""
+    ids = _without_end(tokenizer, text)
+    if not _control_pattern(tokenizer).search(text):
+        return ids
+    some, bare = _without_end(tokenizer, "a"), tokenizer("a", add_special_tokens=False)["input_ids"]
+    return [*some[: len(some) - len(bare)], *encode_text(tokenizer, text)]
 
 
 def _without_end(tokenizer: Any, text: str) -> list[int]:

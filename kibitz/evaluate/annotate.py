@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kibitz.batching import group, pack
 from kibitz.config import LocalTeacherConfig, ModelConfig
-from kibitz.data import encode_prompt
+from kibitz.data import encode_prompt, encode_text
 from kibitz.engines.torch import TorchEngine
 from kibitz.logprobs import gather_tokens, log_probs
 from kibitz.losses.criteria import ReverseKL, likeliest
@@ -206,7 +206,7 @@ def _prompt(model: LanguageModel, number: int, text: str, template: dict[str, An
 
 
 def _given(model: LanguageModel, prompt: Prompt, response: str) -> Rollout:
-    ids = model.tokenizer(response, add_special_tokens=False)["input_ids"]
+    ids = encode_text(model.tokenizer, response)
     if not ids:
         raise ValueError("the response is empty: write one, or leave it out and the student writes its own")
     return Rollout(prompt, ids, torch.zeros(len(ids)), finished=False)

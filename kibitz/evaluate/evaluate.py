@@ -44,12 +44,15 @@ class Evaluator:
     )
     split: str = "dev"
     ranks: Ranks = ALONE
+    held_out: bool = True
+    """Whether the student learns on none of these prompts."""
 
     def run(self) -> tuple[dict[str, Any], list[Rollout]]:
         """A row for `evals.jsonl`, and the rollouts at temperature 1 that it describes."""
         sampling = replace(self.sampling, temperature=1.0, top_p=1.0, top_k=0, epsilon=0.0)
         sampled = grade(self.grader, self.student, self._written(sampling), self.ranks)
         row: dict[str, Any] = {"split": self.split, "num_prompts": len(self.prompts)}
+        row |= {} if self.held_out else {"held_out": False}
         if self.grader is not None and any(rollout.reward is not None for rollout in sampled):
             greedy = self._written(replace(sampling, temperature=0.0, num_samples=1))
             greedy = grade(self.grader, self.student, greedy, self.ranks)

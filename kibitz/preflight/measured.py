@@ -17,6 +17,7 @@ from kibitz.losses.criteria import Divergence, PolicyGradient
 from kibitz.methods import token_loss
 from kibitz.models import LanguageModel
 from kibitz.preflight.finding import Finding
+from kibitz.report.formats import many
 from kibitz.signals import Sampled, Scored, Signal, Spans, TopK
 from kibitz.teachers import ScoreRequest
 from kibitz.teachers.local import LocalScorer
@@ -173,11 +174,14 @@ def task(setup: Setup, teacher_rollouts: Sequence[Rollout] | None, rollouts: Seq
     ours = accuracy(rollouts)
     if teacher_rollouts is None:
         return Finding(
-            "task", "green", f"the student solves {ours['accuracy']:.0%} of {ours['num']} prompts", {"student": ours}
+            "task",
+            "green",
+            f"the student solves {ours['accuracy']:.0%} of {many(ours['num'], 'prompt')}",
+            {"student": ours},
         )
     theirs = accuracy(teacher_rollouts)
     numbers = {"student": ours, "teacher": theirs}
-    text = f"the student solves {ours['accuracy']:.0%} of {ours['num']} prompts, the teacher {theirs['accuracy']:.0%}"
+    text = f"the student solves {ours['accuracy']:.0%} of {many(ours['num'], 'prompt')}, the teacher {theirs['accuracy']:.0%}"
     if theirs["accuracy"] > ours["accuracy"]:
         sure = theirs["low"] > ours["high"]
         return Finding("task", "green", text + ("" if sure else "; too few to be sure, see --prompts"), numbers)

@@ -12,6 +12,7 @@ from kibitz.models import lora
 from kibitz.models.load import end_ids
 from kibitz.models.progress import no_progress_bars
 from kibitz.preflight.finding import Finding
+from kibitz.report.formats import many
 from kibitz.teachers.alignment import Aligner
 from kibitz.types import Prompt
 
@@ -155,7 +156,7 @@ def lengths(recipe: Recipe, prompt_lengths: Sequence[int], rooms: Sequence[int |
     sizes, longest, limit = prompt_lengths, max(prompt_lengths), recipe.rollout.max_tokens
     numbers = {"prompts": len(sizes), "median": median(sizes), "longest": longest, "max_tokens": limit}
     room = min((r for r in rooms if r is not None), default=None)
-    text = f"{len(sizes):,} prompts of {median(sizes):.0f} tokens (longest {longest:,}), responses of at most {limit:,}"
+    text = f"{many(len(sizes), 'prompt')} of {median(sizes):.0f} tokens (longest {longest:,}), responses of at most {limit:,}"
     if room is None or longest + limit <= room:
         return Finding(
             "lengths", "green", f"{text}; {'no limit known' if room is None else f'{room:,} positions'}", numbers

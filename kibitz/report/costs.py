@@ -42,17 +42,20 @@ def total_flops(run: Run) -> float | None:
 
 
 def spent(run: Run, phase: Phase) -> tuple[float | None, float | None]:
-    """FLOPs and seconds of a phase. The seconds of sampling belong to whoever wrote the rollouts."""
+    """FLOPs and seconds of a phase. Seconds that several phases share, such as those of writing, count once: for the one
+    that computed most."""
     compute = total(run, "flops", phase.flops)
     if not compute and any(total(run, "flops", other.flops) for other in PHASES):
         return None, None  # this run has no such phase, whatever its loop spent in that place
-    return compute, total(run, "seconds", phase.seconds)
+    sharing = [other for other in PHASES if other.seconds == phase.seconds]
+    owner = max(sharing, key=lambda other: total(run, "flops", other.flops) or 0.0)
+    return compute, total(run, "seconds", phase.seconds) if owner is phase else None
 
 
 def table(run: Run) -> dict[str, Any] | None:
     """Rows of words: phase, FLOPs, their share, seconds, their share; None if nothing was counted.
 
-    `wall` is from start to end, with loading, evaluating and saving."""
+    `wall` is from start to end, with loading, evaluating and saving, of all parts of a run that was taken up again."""
     sizes = [spent(run, phase) for phase in PHASES]
     all_compute = _sum(compute for compute, _ in sizes)
     all_time = _sum(total(run, "seconds", key) for key in {phase.seconds for phase in PHASES})
@@ -66,8 +69,16 @@ def table(run: Run) -> dict[str, Any] | None:
     left = (all_time or 0.0) - (_sum(time for _, time in sizes) or 0.0)
     if all_time and left > 0.01 * all_time:
         rows.append([ELSE, flops(None), "", seconds(left), _share(left, all_time)])
-    wall = seconds(dig_number(run.info, "seconds"))
-    return {"rows": rows, "total": ["Together", flops(all_compute), "", seconds(all_time), ""], "wall": wall}
+    total_words = ["Together", flops(all_compute), "", seconds(all_time), ""]
+    return {"rows": rows, "total": total_words, "wall": seconds(wall(run))}
+
+
+def wall(run: Run) -> float | None:
+    """Seconds from start to end, of all parts of the run; None where that is less than its steps took: an older version
+    noted the last part only, and a run that has no end yet what its last checkpoint knew."""
+    noted = dig_number(run.info, "seconds")
+    in_steps = _sum(total(run, "seconds", key) for key in {phase.seconds for phase in PHASES})
+    return None if noted is None or noted < (in_steps or 0.0) else noted
 
 
 PEAKS = {
@@ -98,10 +109,12 @@ def _highest(run: Run, *path: str) -> float | None:
     return max(known, default=None)
 
 
-def labels(tables: list[dict[str, Any] | None]) -> list[str]:
-    """The phases that any of the runs went through, in the order in which a step does."""
+def labels(tables: list[dict[str, Any] | None]) -> dict[str, int | None]:
+    """The phases that any of the runs went through, in the order in which a step does, and the number of each one's colour;
+    the bars do not show everything else."""
     found = {row[0] for table in tables if table for row in table["rows"]}
-    return [label for label in (*(phase.label for phase in PHASES), ELSE) if label in found]
+    numbers = {**{phase.label: number for number, phase in enumerate(PHASES)}, ELSE: None}
+    return {label: number for label, number in numbers.items() if label in found}
 
 
 def charts(runs: list[Run]) -> list[dict[str, Any]]:

@@ -52,7 +52,7 @@ CHARTS = (
     ),
     Chart(
         "reverse_kl", "Reverse KL", "nats per token", "How far the student is from the teacher, on its own text.",
-        (Line("training", "metrics", ("reverse_kl",)), Line("held out", "evals", ("reverse_kl",), dash="dot")),
+        (Line("training", "metrics", ("reverse_kl",)), Line("evaluation", "evals", ("reverse_kl",), dash="dot")),
     ),
     Chart("loss", "Loss", "", "What the optimiser saw.", (Line("loss", "metrics", ("loss",)),)),
     Chart("reward", "Reward", "mean", "Of the rollouts trained on.", (Line("reward", "metrics", ("reward",)),)),
@@ -83,6 +83,7 @@ CHARTS = (
 
 def charts(runs: list[Run]) -> list[dict[str, Any]]:
     """The charts that have at least two points to show: their words, and a plotly figure each."""
+    held_out = any(row.get("held_out") is not False for run in runs for row in run.evals)
     drawn = []
     for chart in CHARTS:
         lines = [line for line in chart.lines if any(len(points(run, line)[0]) > 1 for run in runs)]
@@ -100,7 +101,7 @@ def charts(runs: list[Run]) -> list[dict[str, Any]]:
                 "key": chart.key,
                 "title": chart.title,
                 "unit": chart.unit,
-                "note": chart.note,
+                "note": chart.note if held_out else chart.note.replace("Held-out", "Training"),
                 "lines": words.capitalize() + "." if len(lines) > 1 else "",
                 "figure": _figure(chart, traces),
             }

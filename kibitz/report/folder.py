@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-Row = dict[str, Any]
+from kibitz.config import plain_yaml
+from kibitz.files import Row, has_step, left_behind, named, read_lines, writer_of
 
 
 @dataclass
@@ -41,18 +42,40 @@ def read_run(folder: Path) -> Run:
     if not any((folder / name).is_file() for name in ("recipe.yaml", "metrics.jsonl", "evals.jsonl", "rollouts.jsonl")):
         raise FileNotFoundError(f"{folder} holds no run: it has neither recipe.yaml nor metrics.jsonl.")
     run = Run(name=folder.resolve().name)
-    run.recipe_text, run.recipe = _read_mapping(folder / "recipe.yaml", yaml.safe_load, run.notices)
+    run.recipe_text, run.recipe = _read_mapping(folder / "recipe.yaml", plain_yaml.parse, run.notices)
     _, run.info = _read_mapping(folder / "run.json", json.loads, run.notices)
-    run.metrics = _by_step(_read_jsonl(folder / "metrics.jsonl", run.notices), key=lambda row: row["step"])
-    run.evals = _by_step(
-        _read_jsonl(folder / "evals.jsonl", run.notices), key=lambda row: (row["step"], str(row.get("split")))
+    unasked = not _evaluates(run.recipe)
+    run.metrics = _by_step(_read_log(folder / "metrics.jsonl", run.notices), key=lambda row: row["step"])
+    evals = _read_log(folder / "evals.jsonl", run.notices, unasked)
+    run.evals = _by_step(evals, key=lambda row: (row["step"], str(row.get("split"))))
+    run.rollouts = _read_log(
+        folder / "rollouts.jsonl", run.notices, unasked or dig(run.recipe, "eval", "heatmaps") == 0
     )
-    run.rollouts = _read_jsonl(folder / "rollouts.jsonl", run.notices)
-    if (folder / "alarms.jsonl").is_file():  # there is none where no guard spoke
-        run.alarms = _read_jsonl(folder / "alarms.jsonl", run.notices)
-    if run.info.get("status") == "running":
-        run.notices.append("The run had not finished when this report was built.")
+    run.alarms = _read_log(
+        folder / "alarms.jsonl", run.notices, may_be_absent=True
+    )  # there is none where no guard spoke
+    run.notices += _how_it_ended(folder, run)
     return run
+
+
+def _evaluates(recipe: Row) -> bool:
+    """Whether a run looks at its student, on prompts of its own, those of a world, or some that it trains on."""
+    return bool(dig(recipe, "eval", "prompts") or dig(recipe, "data", "world")) or dig(recipe, "eval", "heatmaps") != 0
+
+
+def _how_it_ended(folder: Path, run: Run) -> list[str]:
+    """What a reader should know of the end of a run, unless it is that all steps are done."""
+    status, ended_by, at = run.info.get("status"), run.info.get("ended_by"), f"step {run.last_step}"
+    if status == "running" and (who := writer_of(folder)) is not None:
+        return [f"The run goes on: {who} writes it, and {at} is the last on record."]
+    if status == "running" and left_behind(folder):
+        run.info["status"] = "died"
+        return [
+            f"The run died without a word after {at}: it was killed, or its machine failed. Go on with it by --resume."
+        ]
+    if status == "running":
+        return ["The run had not finished when this report was built."]
+    return [f"The run {status} after {at}: {ended_by}."] if status in ("failed", "stopped") and ended_by else []
 
 
 def number(value: Any) -> float | None:
@@ -105,27 +128,16 @@ def _read_mapping(path: Path, parse: Callable[[str], Any], notices: list[str]) -
     return text, parsed
 
 
-def _read_jsonl(path: Path, notices: list[str]) -> list[Row]:
+def _read_log(path: Path, notices: list[str], may_be_absent: bool = False) -> list[Row]:
     if not path.is_file():
-        notices.append(f"{path.name} is missing.")
+        if not may_be_absent:
+            notices.append(f"{path.name} is missing.")
         return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    lines = [(index, line) for index, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    rows, bad = [], []
-    for index, line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            bad.append(index)
-    if bad and bad[-1] == lines[-1][0]:
-        bad.pop()
+    found = read_lines(path, has_step)
+    if found.damaged:
+        notices.append(f"{path.name} cannot be read in {named(found.damaged)}; what stood there was left out.")
+    if found.cut_short:
         notices.append(f"{path.name} ends in a half-written line, which was left out.")
-    if bad:
-        notices.append(f"{path.name} has {len(bad)} unreadable line(s), first line {bad[0]}; they were left out.")
-    if not lines:
+    if found.empty and not may_be_absent:
         notices.append(f"{path.name} is empty.")
-    return rows
+    return found.rows

@@ -73,6 +73,11 @@ def count(value: float | None) -> str:
     return _scaled(value / 1e6, ("M", "B", "T"))
 
 
+def many(value: float | None, noun: str) -> str:
+    """`1 step`, `40 steps`, `– steps`."""
+    return f"{count(value)} {noun}{'' if value == 1 else 's'}"
+
+
 def flops(value: float | None) -> str:
     units = (" FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP", " EFLOP", " ZFLOP")
     return DASH if value is None else _scaled(value, units)

@@ -97,13 +97,14 @@ def _heatmap(runs: list[Run]) -> dict[str, Any] | None:
         "paired": any(len(pair.sides) > 1 for pair in found),
         "judged": any(heatmap.penalty(token) is not None for side in sides for token in heatmap.tokens(side)),
         "graded": any(heatmap.is_right(side) is not None for side in sides),
+        "trained_on": any(row.get("held_out") is False for run in runs for row in run.evals),
     }
 
 
 def _status(run: Run) -> str:
     """`Finished 22 November 2026, 8.3 s on cpu`."""
     parts = [str(run.info.get("status") or ""), _day(run.info.get("finished") or run.info.get("started"))]
-    wall = dig_number(run.info, "seconds")
+    wall = costs.wall(run)
     device = run.info.get("device")
     parts += [f"· {formats.seconds(wall)}" if wall else "", f"on {device}" if device else ""]
     text = formats.safe_lines(" ".join(part for part in parts if part).removeprefix("· "))
@@ -119,20 +120,35 @@ def _day(moment: Any) -> str:
 
 def _details(run: Run) -> list[tuple[str, str]]:
     """Versions and the like, in words; what is unknown is left out."""
-    entries = [("seed", run.recipe.get("seed"))] + [(key, value) for key, value in run.info.items()]
+    entries = [("seed", run.recipe.get("seed")), *((key, _lines(value)) for key, value in run.info.items())]
     words = {"student_params": formats.count, "teacher_params": formats.count, "seconds": formats.seconds}
     return [
         (formats.safe_lines(key.replace("_", " ")), formats.safe_lines(words.get(key, str)(value)))
         for key, value in entries
         if value is not None
+        and value != ""
         and not key.endswith("peak_bytes")
         and (key not in words or dig_number(run.info, key) is not None)
     ]
 
 
+def _lines(value: Any) -> Any:
+    """The notes and the earlier parts of a run as lines; other values as they are."""
+    if not isinstance(value, list):
+        return value
+    return "\n".join(_part(entry) if isinstance(entry, dict) else str(entry) for entry in value)
+
+
+def _part(part: Row) -> str:
+    """`From step 0, 12.3 s, stopped: SIGTERM after step 40`."""
+    words = f"From step {part.get('first_step')}, {formats.seconds(dig_number(part, 'seconds'))}, {part.get('status')}"
+    return f"{words}: {part['ended_by']}" if part.get("ended_by") else words
+
+
 def _render(template: str, scripts: list[str], **values: Any) -> str:
     environment = Environment(loader=PackageLoader("kibitz.report"), autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
+    environment.filters["many"] = formats.many
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     sources = [get_plotlyjs() if name == "plotly" else (HERE / name).read_text(encoding="utf-8") for name in scripts]
     return environment.get_template(template).render(

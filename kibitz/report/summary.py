@@ -7,10 +7,10 @@ from typing import Any
 from markupsafe import Markup
 
 from kibitz.config import DIVERGENCE_TITLES, METHOD_CONFIGS, TEACHER_CONFIGS, MethodConfig
-from kibitz.report.costs import total, total_flops
+from kibitz.report.costs import total, total_flops, wall
 from kibitz.report.curves import main_split
 from kibitz.report.folder import Row, Run, dig, dig_number
-from kibitz.report.formats import DASH, change, count, flops, percent, plain, safe_lines, seconds
+from kibitz.report.formats import DASH, change, count, flops, many, percent, plain, safe_lines, seconds
 
 UNTOLD = "The student {student} was trained on {prompts} ({method})."
 UNTOLD_TEACHER = "The student {student} learnt from the teacher {teacher} on {prompts} ({method})."
@@ -56,13 +56,14 @@ def _how_much(run: Run) -> list[Markup]:
     rollout = run.recipe.get("rollout")
     per_step = dig_number(rollout, "prompts_per_step")
     samples = dig_number(rollout, "samples_per_prompt")
-    size = f" of {count(per_step)} prompts" if per_step else ""
+    size = f" of {many(per_step, 'prompt')}" if per_step else ""
     if per_step and (samples or 1) > 1:
-        size += f" with {count(samples)} responses each"
+        size += f" with {many(samples, 'response')} each"
     if planned and done < planned:
-        text = f"It was to take {count(planned)} steps{size}, and {count(done)} of them are on record."
+        are = "is" if done == 1 else "are"
+        text = f"It was to take {many(planned, 'step')}{size}, and {count(done)} of them {are} on record."
     else:
-        text = f"It took {count(done or planned)} steps{size}."
+        text = f"It took {many(done or planned, 'step')}{size}."
     return [Markup("{}").format(text)]
 
 
@@ -138,13 +139,18 @@ class Measure:
 
 @dataclass
 class Comparison:
-    """Before and after on one split."""
+    """Before and after on one split. `prompts` says how many, and whether they are held out."""
 
     split: str
-    num_prompts: str
+    prompts: str
     first_step: int
     last_step: int
     measures: list[Measure]
+
+    @property
+    def intervals(self) -> bool:
+        """Whether any figure has one."""
+        return any(cell.interval for measure in self.measures for cell in (measure.before, measure.after))
 
 
 def comparisons(run: Run) -> list[Comparison]:
@@ -155,13 +161,20 @@ def comparisons(run: Run) -> list[Comparison]:
         rows = [row for row in run.evals if str(row.get("split")) == split]
         measures = [measure for measure in _measures(rows[0], rows[-1]) if not measure.empty]
         name = "" if split == "None" else safe_lines(split)
-        prompts = count(dig_number(rows[-1], "num_prompts"))
+        kind = "held-out prompt" if is_held_out(rows[-1]) else "training prompt"
+        prompts = many(dig_number(rows[-1], "num_prompts"), kind)
         found.append(Comparison(name, prompts, int(rows[0]["step"]), int(rows[-1]["step"]), measures))
     return found
 
 
+def is_held_out(row: Row) -> bool:
+    """Whether an evaluation is of prompts on which the student does not learn."""
+    return row.get("held_out") is not False
+
+
 def _measures(before: Row, after: Row) -> list[Measure]:
-    powers = [k for k in (dig(after, "pass_at_k") or {}) if str(k) != "1"]
+    tries = dig(after, "pass_at_k")
+    powers = [k for k in tries if str(k) != "1"] if isinstance(tries, dict) else []
     return [
         _measure("Accuracy, sampled at T = 1", before, after, "sampled", "accuracy", share=True),
         _measure("Accuracy, greedy", before, after, "greedy", "accuracy", share=True),
@@ -220,20 +233,30 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
                 found.append((label, measure.after.text, was))
     tokens = total(run, "num_tokens")
     if tokens is not None:
-        found.append(("Tokens learnt from", count(tokens), f"in {count(run.last_step)} steps"))
+        found.append(("Tokens learnt from", count(tokens), f"in {many(run.last_step, 'step')}"))
     if total_flops(run) is not None:
-        wall = dig_number(run.info, "seconds")
-        found.append(("Compute", flops(total_flops(run)), f"in {seconds(wall)}" if wall else ""))
+        found.append(("Compute", flops(total_flops(run)), f"in {seconds(wall(run))}" if wall(run) else ""))
     return found
 
 
-def side_by_side(runs: list[Run]) -> list[tuple[str, list[tuple[str, list[Measure | None]]]]]:
-    """Return a table of several runs: for each split its measures, and for each measure one entry a run."""
-    per_run = [{comparison.split: comparison for comparison in comparisons(run)} for run in runs]
-    splits = dict.fromkeys(split for found in per_run for split in found)
+@dataclass
+class SideBySide:
+    """A table of several runs on one split: for each measure one entry a run."""
+
+    title: str
+    intervals: bool
+    rows: list[tuple[str, list[Measure | None]]]
+
+
+def side_by_side(runs: list[Run]) -> list[SideBySide]:
+    """One table for each split of any of the runs, and apart for prompts that are held out and those of training."""
+    per_run = [{(c.split, "training" in c.prompts): c for c in comparisons(run)} for run in runs]
     tables = []
-    for split in splits:
-        columns = [{m.label: m for m in found[split].measures} if split in found else {} for found in per_run]
+    for split, trained in dict.fromkeys(key for found in per_run for key in found):
+        there = [found.get((split, trained)) for found in per_run]
+        columns = [{} if c is None else {m.label: m for m in c.measures} for c in there]
         labels = dict.fromkeys(label for column in columns for label in column)
-        tables.append((split, [(label, [column.get(label) for column in columns]) for label in labels]))
+        rows = [(label, [column.get(label) for column in columns]) for label in labels]
+        words = [f"Split {split}"] * bool(split) + ["training prompts"] * trained
+        tables.append(SideBySide(", ".join(words), any(c is not None and c.intervals for c in there), rows))
     return tables

@@ -99,7 +99,8 @@ class Teacher:
     and who cannot do that raises ValueError. `check(prompts, max_tokens)` raises ValueError where the longest do not fit.
     `sync(student)`: the student has learnt, after each step. `metrics()`: numbers of the step since the last call.
     `close()`: nobody asks any more. `models`: those of this process that it reads rollouts with, the student's own left
-    out. `stateful`: what changes from step to step, by the names of its files in a checkpoint."""
+    out. `stateful`: what changes from step to step, by the names of its files in a checkpoint. `served`: of each server
+    that is asked, its name and that of its model."""
 
     kinds: tuple[SignalKind, ...]
     scorer: MakeScorer
@@ -113,6 +114,7 @@ class Teacher:
     models: Sequence[LanguageModel] = ()
     stateful: Mapping[str, Stateful] = field(default_factory=dict)
     voices: Callable[[Prompt], Sequence[Voice]] = _only_one
+    served: Sequence[tuple[str, str]] = ()
 
     def score(self, rollouts: Sequence[Rollout], tokens_per_micro_batch: int = 16384) -> list[Signal]:
         """The most telling signals that it has, at temperature 1: for evaluation, the heat-map and checks."""

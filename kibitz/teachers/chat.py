@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kibitz.config.teachers import ChatTeacherConfig
-from kibitz.data import turn_end
+from kibitz.data import encode_text, turn_end
 from kibitz.engines import OnReady, nobody_waits
 from kibitz.engines.sampling import row_seed
 from kibitz.ledger import Count, uncounted
@@ -45,6 +45,7 @@ def chat_teacher(config: ChatTeacherConfig, tokenizer: Any) -> Teacher:
         num_parameters=0,
         check=_check_no_tools,
         close=servers.close,
+        served=((servers.servers[0].name, model),),
     )
 
 
@@ -141,11 +142,7 @@ def as_text(server: Server, text: str, tokenizer: Any) -> list[int]:
         text.encode()
     except UnicodeEncodeError:
         raise ServerError(f"{server.name} wrote a lone surrogate, half a character, which is no text") from None
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    controls = {*tokenizer.all_special_ids} - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id})
-    if found := controls.intersection(ids):
-        spelt = tokenizer.convert_ids_to_tokens(min(found))
-        raise ServerError(
-            f"{server.name} wrote {spelt!r}, which the student's tokenizer can only read as a control token"
-        )
-    return ids
+    try:
+        return encode_text(tokenizer, text, f"{server.name} wrote")
+    except ValueError as error:
+        raise ServerError(str(error)) from None

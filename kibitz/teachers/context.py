@@ -5,11 +5,11 @@ of the student. The rollout is scored after the teacher's own prompt, rendered b
 response's tokens are the same, so only positions move.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, UndefinedError
+from jinja2 import StrictUndefined, TemplateError, TemplateRuntimeError, UndefinedError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kibitz.config import ContextConfig
@@ -24,12 +24,23 @@ from kibitz.types import Prompt, Rollout, Sampling
 NOTHING_YET: dict[str, Any] = {"attempt": None, "reward": None, "success": None}
 
 
+def _text(value: Any) -> Any:
+    """What a template may write of a row: text and numbers; nothing where there is nothing."""
+    if isinstance(value, Mapping | Sequence | set) and not isinstance(value, str):
+        kind = "an object" if isinstance(value, Mapping) else "a list"
+        raise TemplateRuntimeError(
+            f"it writes {kind}, which is no text: name a part of it, write {{{{ prompt }}}} for the text of the last message, "
+            "or {{ NAME | tojson }} for all of it"
+        )
+    return "" if value is None else value
+
+
 class Rendering:
     """Turns the student's prompt into the teacher's."""
 
     def __init__(self, config: ContextConfig, tokenizer: Any):
         self.config, self.tokenizer = config, tokenizer
-        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
+        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize=_text)
         self.prompt = environment.from_string(config.prompt)
         self.system = None if config.system is None else environment.from_string(config.system)
 
@@ -47,7 +58,9 @@ class Rendering:
                 f"{', '.join(map(repr, sorted(columns)))}: bring that column, or write {{% if NAME is defined %}} around it"
             ) from None
         except (TemplateError, TypeError) as error:
-            raise ValueError(f"teacher.context cannot be rendered: {error}") from None
+            raise ValueError(
+                f"teacher.context cannot be rendered for the row of the prompt {prompt.text[:80]!r}: {error}"
+            ) from None
         before = [dict(message) for message in prompt.messages[:-1]]
         if system is not None:
             before = [{"role": "system", "content": system}, *(m for m in before if m["role"] != "system")]

@@ -46,6 +46,7 @@ class Served:
     room: int | None  # its longest text in tokens, with the one token that it always writes
     path: str
     names: bool  # whether it scores tokens that it is asked about
+    known_as: str = ""  # its name, and the folder or name that the server has it from
 
     @property
     def name(self) -> str:
@@ -69,6 +70,7 @@ def remote_teacher(config: RemoteTeacherConfig, tokenizer: Any) -> Teacher:
         num_parameters=0,
         check=partial(_check_lengths, served),
         close=servers.close,
+        served=((served.name, served.known_as),),
     )
 
 
@@ -83,7 +85,8 @@ def _meet(server: Server, servers: Servers, config: RemoteTeacherConfig, tokeniz
     )
     asked = {"max_tokens": 1, "prompt_logprob_token_ids": [[0]], "prompt_logprob_start": 0}
     names = path == GENERATE and _takes(server, {"model": model, "token_ids": [0, 0], "sampling_params": asked})
-    return Served(servers, model, num_ids(tokenizer), room if type(room) is int else None, path, names)
+    known_as = f"{model} of {row['root']}" if isinstance(row.get("root"), str) else model
+    return Served(servers, model, num_ids(tokenizer), room if type(room) is int else None, path, names, known_as)
 
 
 def _takes(server: Server, body: dict[str, Any]) -> bool:

@@ -114,6 +114,7 @@ def several(members: Sequence[Teacher], configs: Sequence[TeacherConfig]) -> Tea
         },
         models=[model for member in members for model in member.models],
         voices=voices,
+        served=[one for member in members for one in member.served],
     )
 
 

@@ -13,7 +13,7 @@ import torch
 
 from kibitz import __version__, config
 from kibitz.config import Recipe, RecipeError
-from kibitz.files import JSONL, write_atomically
+from kibitz.files import JSONL, Lock, write_atomically, writer_of
 from kibitz.methods.stored import as_row
 from kibitz.models import LanguageModel
 from kibitz.parallel.ranks import ALONE, Ranks
@@ -33,10 +33,14 @@ class RunFolder:
         self.path, self.recipe, self.overwrite, self.writes = path, recipe, overwrite, writes
         self.files = [JSONL(path / f"{name}.jsonl", writes) for name in FILES]
         self.metrics, self.evals, self.rollouts, self.alarms, self.stored = self.files
+        self.lock = Lock(path)
         self.started = time.time()
+        self.before = 0.0
+        """Seconds that earlier parts of the run took."""
         self.info: dict[str, Any] = {}
         self.notes: list[str] = []
         """What a person should know about how the run was taken up."""
+        self.seen = _names(path)
 
     def begin(self, done: int, student: LanguageModel, teacher: Teacher | None) -> None:
         """Write what is known at the start; on resuming, drop what was written after the checkpoint, and everything if
@@ -44,9 +48,13 @@ class RunFolder:
         may be the new one's student."""
         if not self.writes:
             return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take()
         if self.overwrite:
             _forget(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        parts = earlier_parts(self.path, self.metrics.read())
+        self.before = sum(part["seconds"] for part in parts)
+        self.notes += [f"{told}, and was left out" for file in self.files if (told := file.damage()) is not None]
         set_aside(self.path, last_step=done)
         write_atomically(self.path / "recipe.yaml", config.dump(self.recipe))
         for file in self.files:
@@ -64,19 +72,35 @@ class RunFolder:
             "trainable_params": student.num_trainable,
             "teacher_params": None if teacher is None else teacher.num_parameters,
             "first_step": done,
+            "parts": parts,
             "notes": self.notes,
         }
+        self.beat()
+
+    def _take(self) -> None:
+        """Be the one that writes; what was found when this process began must still be there."""
+        try:
+            self.lock.take()
+        except BlockingIOError as other:
+            raise RecipeError(_written_by(self.path, str(other))) from None
+        if self.seen != _names(self.path):
+            self.lock.release()
+            raise RecipeError(f"output: another process wrote to {self.path} while this one loaded: start again")
+
+    def beat(self) -> None:
+        """Note how long the run has taken so far, for whoever finds it dead."""
+        self.info["seconds"] = self.before + time.time() - self.started
         self._write_info()
 
-    def finish(self, status: str, peaks: Mapping[str, Any]) -> None:
-        """`peaks`: the largest memory of each phase."""
+    def finish(self, status: str, ended_by: str, peaks: Mapping[str, Any]) -> None:
+        """`ended_by` says why the run is over; `peaks` are the largest memory of each phase."""
         self.info |= {
             "status": status,
+            "ended_by": ended_by,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "seconds": time.time() - self.started,
             **peaks,
         }
-        self._write_info()
+        self.beat()
 
     def _write_info(self) -> None:
         if not self.writes:
@@ -91,7 +115,7 @@ class RunFolder:
     def choose_shown(self, rollouts: list[Rollout], num: int) -> list[Rollout]:
         """The rollouts that the heat-map shows: of those before training two thirds wrong ones, and the same prompts
         ever after."""
-        keys = list(dict.fromkeys(row["prompt_key"] for row in self.rollouts.read() if row["step"] == 0))
+        keys = list(dict.fromkeys(row.get("prompt_key") for row in self.rollouts.read() if row["step"] == 0))
         first = {rollout.prompt.key: rollout for rollout in reversed(rollouts)}
         if not keys:
             wrong = [key for key, rollout in first.items() if rollout.reward is not None and rollout.reward < 1]
@@ -124,11 +148,57 @@ def open_folder(recipe: Recipe, resume: bool, overwrite: bool, ranks: Ranks = AL
     return folder, resumed_from
 
 
+def _names(path: Path) -> list[str]:
+    """What a run has saved."""
+    return [one.name for one in checkpoints(path)]
+
+
+def _written_by(path: Path, other: str) -> str:
+    return f"output: {other}, is writing {path}: wait for its end, stop it, or write output=ANOTHER"
+
+
+def earlier_parts(path: Path, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What ended each earlier part of the run in this folder, and how many seconds it took; of one that died without a
+    word, what its last checkpoint or evaluation, or its steps, took up to then."""
+    try:
+        info = json.loads((path / "run.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        info = {}
+    if not isinstance(info, dict) or not info:
+        return []
+    listed = info.get("parts")
+    parts = [
+        part
+        for part in (listed if isinstance(listed, list) else [])
+        if isinstance(part, dict) and _seconds(part.get("seconds")) is not None
+    ]
+    before = sum(part["seconds"] for part in parts)
+    first = info.get("first_step") if isinstance(info.get("first_step"), int) else 0
+    steps = [row["seconds"] for row in metrics if row["step"] > first and isinstance(row.get("seconds"), dict)]
+    in_steps = sum(_seconds(value) or 0.0 for phases in steps for value in phases.values())
+    total, died = _seconds(info.get("seconds")) or 0.0, info.get("status") == "running"
+    last = {
+        "first_step": first,
+        "started": info.get("started"),
+        "status": "died" if died else info.get("status"),
+        "ended_by": "nobody knows: it died without a word" if died else info.get("ended_by"),
+        "seconds": max(total - before, in_steps),
+    }
+    return [*parts, last]
+
+
+def _seconds(value: Any) -> float | None:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e12
+    return float(value) if fits else None
+
+
 def _how_to_begin(recipe: Recipe, resume: bool, overwrite: bool) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from, if there is one, and what to tell about it."""
     path = Path(recipe.output)
     if path.exists() and not path.is_dir():
         raise RecipeError(f"output: {path} is a file; write the name of a folder")
+    if not overwrite and (other := writer_of(path)) is not None:
+        raise RecipeError(_written_by(path, other))
     held = (path / "recipe.yaml").exists() or (path / "metrics.jsonl").exists()
     if resume:
         return _to_resume(path, recipe, held)

@@ -45,6 +45,7 @@ from kibitz.teachers.own import base_teacher
 from kibitz.training import trackers
 from kibitz.training.folder import RunFolder, open_folder
 from kibitz.training.memory import Gauge
+from kibitz.training.same_run import Fingerprint, check_same, fingerprint, served, with_date
 from kibitz.types import Prompt, Rollout, Sampling
 
 
@@ -55,6 +56,8 @@ class Setup:
     parts: Parts
     folder: RunFolder
     resumed_from: Path | None
+    fingerprint: Fingerprint
+    """Of what the run reads, for its checkpoints."""
     learner: LanguageModel
     """The student that is trained: the same, or beside a whole one in several processes its sharded copy."""
     engine: Engine
@@ -88,14 +91,11 @@ def prepare(
     optim.require(recipe.optim)
     trackers.require(recipe.track)
     tokenizer = load_tokenizer(recipe.student, "student")
+    recipe = with_date(recipe, tokenizer, resume)
     _check_other_models(recipe, tokenizer)
     mask_ids = single_tokens(tokenizer, recipe.method.mask_tokens, "method.mask_tokens")
     prompts = training_prompts(recipe, tokenizer)
-    grader = grader or load_grader(recipe.data, prompts, recipe.method.needs().reward)
-    if recipe.method.needs().reward and grader is None:
-        raise RecipeError(
-            f"method {recipe.method.type} needs rewards: give rows an answer, name data.grader, or pass grader="
-        )
+    grader = grader or _grader(recipe, prompts)
     stored = _stored(recipe, prompts, num_ids(tokenizer))
     held_out = _held_out(recipe, tokenizer)
     if grader is not None:
@@ -105,11 +105,15 @@ def prepare(
         torch.set_num_threads(recipe.threads)
     ranks, device = _meet(recipe, prompts)
     folder, resumed_from = open_folder(recipe, resume, overwrite, ranks)
+    known = ranks.first(lambda: fingerprint(recipe, prompts, teacher_tokenizers))
+    ranks.first(lambda: check_same(folder.path, resumed_from, known))
 
     student = _student(recipe, device, tokenizer, resumed_from, ranks)
     if recipe.optim.checkpointing:
         student.recompute_activations()
     teacher = teachers.load_all(recipe, teacher_tokenizers, student, _teacher_loader(recipe, ranks))
+    known |= served(teacher)
+    ranks.first(lambda: check_same(folder.path, resumed_from, known))
     reference = _reference(recipe, student, ranks)
     _read_alike(recipe, student, teacher, reference)
     checks = [student.check_lengths, *(model.check for model in (teacher, reference) if model is not None)]
@@ -126,16 +130,36 @@ def prepare(
     parts = Parts(recipe, student, counted, teacher, sampling, encode, loss, mask_ids, stored, reference, ranks, ledger)
     parts.stateful.update({} if teacher is None else teacher.stateful)
     stream = PromptStream(prompts, recipe.seed, recipe.data.shuffle)
-    evaluator = _evaluator(parts, engine, held_out, grader) if held_out else None
-    return Setup(parts, folder, resumed_from, learner, engine, stream, grader, evaluator)
+    looked_at = held_out or _some_to_show(recipe, prompts, ranks)
+    evaluator = _evaluator(parts, engine, looked_at, grader, bool(held_out)) if looked_at else None
+    return Setup(parts, folder, resumed_from, known, learner, engine, stream, grader, evaluator)
 
 
-def _evaluator(parts: Parts, engine: Engine, prompts: Sequence[Prompt], grader: Grader | None) -> Evaluator:
+def _grader(recipe: Recipe, prompts: Sequence[Prompt]) -> Grader | None:
+    needed = recipe.method.needs().reward
+    grader = load_grader(recipe.data, prompts, needed)
+    if needed and grader is None:
+        raise RecipeError(
+            f"method {recipe.method.type} needs rewards: give rows an answer, name data.grader, or pass grader="
+        )
+    return grader
+
+
+def _some_to_show(recipe: Recipe, prompts: Sequence[Prompt], ranks: Ranks) -> list[Prompt]:
+    """The first prompts of training, for the heat-map of a run that has no others; each process gets one."""
+    num = recipe.eval.heatmaps and max(recipe.eval.heatmaps, ranks.size)
+    return list({prompt.key: prompt for prompt in prompts}.values())[:num]
+
+
+def _evaluator(
+    parts: Parts, engine: Engine, prompts: Sequence[Prompt], grader: Grader | None, held_out: bool
+) -> Evaluator:
     """The evaluation of a run; a teacher that knows certain rollouts only has no part in it."""
     section, teacher = parts.recipe.eval, parts.teacher
     examiner = teacher if teacher is not None and teacher.examiner is not None else None
     sampling = replace(parts.sampling, num_samples=section.samples, seed=section.seed)
-    return Evaluator(parts.student, engine, examiner, prompts, grader, sampling, section.split, parts.ranks)
+    split = section.split if held_out else parts.recipe.data.split
+    return Evaluator(parts.student, engine, examiner, prompts, grader, sampling, split, parts.ranks, held_out)
 
 
 def _read_alike(recipe: Recipe, student: LanguageModel, *teachers: Teacher | None) -> None:
@@ -226,7 +250,8 @@ def _meet(recipe: Recipe, prompts: Sequence[Prompt]) -> tuple[Ranks, torch.devic
     num = min(recipe.rollout.prompts_per_step, len({prompt.key for prompt in prompts}))
     if num < ranks.size:
         raise RecipeError(
-            f"rollout.prompts_per_step: a step has {num} different prompts for {ranks.size} processes, and each needs one: "
+            f"rollout.prompts_per_step: a step has {num} different prompt{'s' * (num != 1)} for {ranks.size} processes, and each "
+            "needs one: "
             "write more, or start fewer processes"
         )
     return ranks, device

@@ -4,10 +4,9 @@ A run is a folder: recipe.yaml, run.json, metrics.jsonl, evals.jsonl, rollouts.j
 """
 
 import signal
-import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -31,6 +30,7 @@ from kibitz.training.guards import Alarm, Guards, rollout_metrics
 from kibitz.training.memory import Gauge
 from kibitz.training.progress import bar_if_watched
 from kibitz.training.setup import Setup, prepare
+from kibitz.training.stopping import BetweenSteps
 from kibitz.training.trackers import Tracked
 from kibitz.types import Rollout, Stateful, Step, Writer, share_of_teacher
 
@@ -102,8 +102,8 @@ class Trainer:
     progress: Progress
     ledger: Ledger = field(init=False)
     optimizer: Optimizer = field(init=False)
-    interrupted: int = 0
-    """The number of the signal that asked the run to stop."""
+    stop: BetweenSteps = field(init=False)
+    """Knows the signal that asked the run to stop."""
     stopped_by: Alarm | None = None
 
     def __post_init__(self) -> None:
@@ -116,6 +116,7 @@ class Trainer:
         self.stateful: dict[str, Stateful] = {**self.setup.parts.stateful, "optimizer": self.optimizer}
         self.done, self.ledger = 0, self.setup.parts.ledger
         self.guards = Guards(self.recipe.guards)
+        self.stop = BetweenSteps(lambda text: self.progress.note(text))
         if self.setup.resumed_from is not None:
             state = checkpoint.load_state(self.setup.resumed_from, self.stateful)
             self.done = state["step"]
@@ -125,39 +126,58 @@ class Trainer:
         self.ledger.note_peaks("loading")
         self.saved = self.done
         self.ranks.gather(None)  # all have loaded what an overwritten run may hold
-        self.folder.begin(self.done, self.student, self.setup.parts.teacher)
+        self.ranks.first(lambda: self.folder.begin(self.done, self.student, self.setup.parts.teacher))
 
     def run(self) -> None:
+        """Train to the last step or to what stops the run; `run.json` says which, and what it was if the run dies."""
+        try:
+            with self.stop:
+                self._run()
+            peaks = highest(self.ranks.gather(self.ledger.total))
+            self.folder.finish(*self._end(), peaks)
+            self.ranks.gather(None)  # the files are whole, for all to read
+        except BaseException as error:
+            with suppress(OSError):  # of a full disk, the first error says it
+                status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+                self.folder.finish(status, _in_words(error), {})
+            raise
+        finally:
+            self.setup.close()
+            self.folder.lock.release()
+        if self.stop.number and self.done < self.recipe.steps:
+            raise KeyboardInterrupt(self.stop.number)
+
+    def _run(self) -> None:
         recipe = self.recipe
         self.progress.start(recipe, self.done)
         about_rewards = graders.describe(recipe.data.grader, self.setup.grader, self.setup.stream.prompts)
         for text in (*self.folder.notes, *about_rewards):
             self.progress.note(text)
-        try:
-            with _stop_between_steps(self):
-                if self.ranks.first(lambda: not self.folder.evals.read()):
-                    self.evaluate()
-                while self.done < recipe.steps and not self._stopping():
-                    self.step()
-                    if _due(recipe.eval.every, self.done) or self.done == recipe.steps:
-                        self.evaluate()
-                    if _due(recipe.save.every, self.done):
-                        self.save()
-                if self.saved < self.done:
-                    self.save()
-        finally:
-            self.setup.close()
-        peaks = highest(self.ranks.gather(self.ledger.total))
-        self.folder.finish("finished" if self.done == recipe.steps else "stopped", peaks)
-        self.ranks.gather(None)  # the files are whole, for all to read
-        if self.interrupted and self.done < recipe.steps:
-            raise KeyboardInterrupt(self.interrupted)
+        if self.ranks.first(lambda: not self.folder.evals.read()):
+            self.evaluate()
+        while self.done < recipe.steps and not self._stopping():
+            self.step()
+            if _due(recipe.eval.every, self.done) or self.done == recipe.steps:
+                self.evaluate()
+            if _due(recipe.save.every, self.done):
+                self.save()
+        if self.saved < self.done:
+            self.save()
+
+    def _end(self) -> tuple[str, str]:
+        """The status of the run and what ended it."""
+        if self.done == self.recipe.steps:
+            return "finished", f"all {self.recipe.steps} steps are done" if self.done > 1 else "its one step is done"
+        if self.stop.number:
+            return "stopped", f"{signal.Signals(self.stop.number).name} after step {self.done}"
+        alarm = self.stopped_by
+        return "stopped", "another process" if alarm is None else f"the guard {alarm.name}: {alarm.symptom}"
 
     def _stopping(self) -> bool:
         """Return whether all processes stop now: a signal may have reached one of them only."""
-        said = self.ranks.gather((self.interrupted, self.stopped_by is not None))
-        self.interrupted = max(number for number, _ in said)
-        return bool(self.interrupted) or any(alarmed for _, alarmed in said)
+        said = self.ranks.gather((self.stop.number, self.stopped_by is not None))
+        self.stop.number = max(number for number, _ in said)
+        return bool(self.stop.number) or any(alarmed for _, alarmed in said)
 
     def step(self) -> None:
         """One update of the student: write, score, learn."""
@@ -273,14 +293,22 @@ class Trainer:
             self.folder.evals.append(row)
             shown = self.ranks.first(lambda: self.folder.choose_shown(rollouts, self.recipe.eval.heatmaps))
             self.folder.write_rollouts(self.done, annotate(self.student, self.setup.evaluator.teacher, shown))
+        self.folder.beat()
         self.progress.evaluated(row)
-        self._sound(self.guards.watch_eval(row))
+        if self.setup.evaluator.held_out:
+            self._sound(self.guards.watch_eval(row))
 
     def save(self) -> None:
         self.progress.phase("checkpoint")
         self.folder.sync()
+        self.folder.beat()
         position, ledger, guards = self.setup.stream.position, self.ledger.total, self.guards.state()
-        state = {"position": position, "ledger": ledger, "guards": guards}
+        state = {
+            "position": position,
+            "ledger": ledger,
+            "guards": guards,
+            "fingerprint": self.setup.fingerprint,
+        }
         with self.ledger.watched("saving"):
             stateful, keep = {name: kept.state() for name, kept in self.stateful.items()}, self.recipe.save.keep
             checkpoint.save(self.folder.path, self.done, self.student, stateful, state, keep, self.ranks)
@@ -301,25 +329,8 @@ def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-class _stop_between_steps:
-    """Ctrl-C or SIGTERM lets the step end and saves; a second Ctrl-C stops at once. A second SIGTERM changes nothing:
-    schedulers send several, and kill by other means."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer, self.previous = trainer, {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _stop(self, number: int, _: object) -> None:
-        if self.trainer.interrupted:
-            if number == signal.SIGINT:
-                raise KeyboardInterrupt(number)
-            return
-        self.trainer.interrupted = number
-        self.trainer.progress.note("stopping after this step; press Ctrl-C again to stop at once")
+def _in_words(error: BaseException) -> str:
+    said = " ".join(str(error).split())[:500]
+    if isinstance(error, KeyboardInterrupt):
+        return "Ctrl-C, before the step was over"
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

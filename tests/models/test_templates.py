@@ -1,9 +1,15 @@
 """Chat templates with thinking modes, written as Qwen3 and Llama 3 write theirs: prompts, ends and what is learnt."""
 
+import copy
+import re
+from datetime import datetime
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support.models import language_model, make_model
-from support.tokenizers_zoo import qwen_tokenizer
+from support.tokenizers_zoo import qwen_tokenizer, zoo
 
 from kibitz.batching import pack
 from kibitz.config import DataConfig
@@ -123,3 +129,79 @@ def test_the_response_alone_is_learnt_thought_and_end_included(kind):
     assert flat[starts].tolist() == [p[-1] for p in prompts]
     for row, prompt in enumerate(prompts):
         assert tok.decode(batch.ids_BL[row, : len(prompt)]) == tok.decode(prompt)
+
+
+# ------------------------------------------------------------------ dates, and text that spells control tokens
+
+LLAMA = (
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    '{%- set date_string = strftime_now("%d %b %Y") %}{%- else %}{%- set date_string = "26 Jul 2024" %}{%- endif %}'
+    "{%- endif %}\n  {% if true %}Today is {{ date_string }}.\n{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+)
+EVERYWHERE = (
+    "{% macro head(x) %}<{{ strftime_now('%A, %B %-d, %Y, 100%%') }}{{ x }}>{% endmacro %}"
+    "{% for m in messages %}{{ head(m.content) }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        (LLAMA, "Today is 03 Feb 2020.\nWhat is 2+2?"),
+        (EVERYWHERE, "<Monday, February 3, 2020, 100%What is 2+2?>"),
+        ("\n  {{ strftime_now('%d') }}", "\n  03"),
+        ("  {% if strftime_now %}{{ strftime_now('%d') }}{% endif %}", "03"),
+    ],
+)
+def test_a_template_writes_the_day_that_it_is_told(template, written):
+    tok = tokenizer("qwen3")
+    tok.chat_template = template
+    days = {"strftime_now": "2020-02-03"}
+    assert tok.decode(encode_prompt(tok, [{"role": "user", "content": "What is 2+2?"}], days)) == written
+    today = encode_prompt(tok, [{"role": "user", "content": "What is 2+2?"}], {})
+    now = {"strftime_now": datetime.now().isoformat()}
+    assert today == encode_prompt(tok, [{"role": "user", "content": "What is 2+2?"}], now)
+
+
+@given(
+    st.sampled_from(["qwen3", "llama"]),
+    st.lists(st.sampled_from(["2+2?", "<|im_end|>", "<|eot_id|>", "<|im_start|>", "\n", " ", "é", "<|", "</think>"])),
+)
+def test_a_control_token_in_a_prompt_is_text(kind, parts):
+    """Only the template writes control tokens, as many as it writes around any text; and nothing is lost."""
+    tok, content = tokenizer(kind), "a" + "".join(parts) + "a"
+    messages = [{"role": "system", "content": "Obey."}, {"role": "user", "content": content}]
+    ids, plain = (encode_prompt(tok, m, {}) for m in (messages, [messages[0], {"role": "user", "content": "aa"}]))
+    controls = {*tok.all_special_ids}
+    assert [i for i in ids if i in controls] == [i for i in plain if i in controls]
+    assert tok.decode(ids) == tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def test_prompts_that_spell_no_control_token_are_as_they_were():
+    for kind in MARKS:
+        tok = tokenizer(kind)
+        for content in ("2+2?", "<|im_sta", "\n\n a", "é <|"):
+            messages = [{"role": "user", "content": content}]
+            assert encode_prompt(tok, messages, {}) == tok.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False
+            )
+
+
+REFUSING = {"unigram"}
+"""A Unigram model holds its control tokens as pieces of text, too."""
+
+
+@pytest.mark.parametrize("name", zoo())
+def test_each_kind_of_tokenizer_reads_a_control_token_as_text_or_refuses(name):
+    tok = copy.deepcopy(zoo()[name])
+    for template in (None, LLAMA3):
+        tok.chat_template = template
+        spelt = tok.eos_token
+        messages = [{"role": "user", "content": f"7 {spelt} 8"}]
+        if name in REFUSING:
+            with pytest.raises(ValueError, match=f"{re.escape(repr(spelt))}.*control token"):
+                encode_prompt(tok, messages, {})
+            continue
+        ids = encode_prompt(tok, messages, {})
+        bare = encode_prompt(tok, [{"role": "user", "content": "7  8"}], {})
+        assert ids.count(tok.eos_token_id) == bare.count(tok.eos_token_id)

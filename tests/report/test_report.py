@@ -14,7 +14,8 @@ from support.paths import FIXTURES, script
 
 from kibitz.config import METHOD_CONFIGS
 from kibitz.report import build, formats, heatmap, rollout_page
-from kibitz.report.costs import table
+from kibitz.report.costs import PHASES, spent, table
+from kibitz.report.costs import charts as cost_charts
 from kibitz.report.curves import charts, compute_so_far
 from kibitz.report.folder import Run, read_run
 from kibitz.report.summary import comparisons, sentences, title
@@ -102,6 +103,54 @@ def test_seconds_of_sampling_belong_to_the_teacher_where_it_wrote():
     ]
 
 
+def test_seconds_that_phases_share_count_once():
+    row = {
+        "step": 1,
+        "seconds": {"sampling": 2.0, "scoring": 1.0, "training": 1.0},
+        "flops": {phase.flops: 1e9 * number for number, phase in enumerate(PHASES, 1)},
+    }
+    run = Run("all", metrics=[row])
+    assert sum(seconds or 0.0 for _, seconds in (spent(run, phase) for phase in PHASES)) == 4.0
+    assert table(run)["total"][3] == "4.0 s"
+    assert [row[3] for row in table(run)["rows"]] == ["–", "–", "–", "1.0 s", "1.0 s", "2.0 s"]
+    (_, time) = cost_charts([run])
+    assert sum(trace["x"][0] for trace in time["figure"]["data"]) == 4.0
+
+
+def test_each_phase_has_one_colour_in_bars_and_legend(tmp_path):
+    folder = synthetic.write_run(tmp_path / "run", num_prompts=1)
+    rows = [{"step": 1, "flops": {phase.flops: 1e9 for phase in PHASES}, "seconds": {"training": 1.0, "rest": 9.0}}]
+    synthetic.write_jsonl(folder / "metrics.jsonl", rows)
+    page = page_of(folder)
+    bars = {trace["name"]: trace["meta"]["run"] for trace in island(page, "figures")["costs_flops"]["data"]}
+    legend = {name: int(number) for number, name in re.findall(r'<i class="key phase-(\d)"></i>([^<]+)<', page)}
+    assert bars == legend == {phase.label: number for number, phase in enumerate(PHASES)}
+    css = Path(formats.__file__).with_name("style.css").read_text()
+    colours = re.findall(r"--phase-(\d): (light-dark\(#\w{6}, #\w{6}\));", css)
+    rules = re.findall(r"\.key\.phase-(\d) \{ background: var\(--phase-(\d)\); \}", css)
+    assert [number for number, _ in colours] == [a for a, b in rules if a == b] == [str(n) for n in range(len(PHASES))]
+    assert len({colour for _, colour in colours}) == len(PHASES)
+
+
+def test_brackets_are_named_where_there_are_some(folder):
+    assert "256 held-out prompts. Brackets are 95% intervals." in page_of(folder)
+    rows = [{"step": step, "split": "dev", "num_prompts": 1, "reverse_kl": 0.5} for step in (0, 1)]
+    synthetic.write_jsonl(folder / "evals.jsonl", rows)
+    page = page_of(folder)
+    assert "1 held-out prompt." in page
+    assert "Brackets" not in page
+    assert "intervals in brackets" not in page_of(folder, folder)
+    synthetic.write_jsonl(folder / "evals.jsonl", [{**row, "held_out": False} for row in rows])
+    assert "1 training prompt." in page_of(folder)
+    assert "Split dev, training prompts. After the last step; beneath" in page_of(folder, folder)
+
+
+@pytest.mark.parametrize("noun", ["step", "held-out prompt"])
+def test_one_is_one(noun):
+    words = [formats.many(number, noun) for number in (0, 1, 1.0, 2, 1234, None)]
+    assert words == [f"0 {noun}s", f"1 {noun}", f"1 {noun}", f"2 {noun}s", f"1,234 {noun}s", f"– {noun}s"]
+
+
 def test_several_runs_share_the_axes(folder, tmp_path):
     other = synthetic.write_run(tmp_path / "elsewhere" / "arithmetic-opd", num_prompts=2, seed=1)
     page = page_of(folder, other)
@@ -123,10 +172,10 @@ def test_half_written_line_is_left_out_and_named(folder):
     assert "half-written line" in page_of(folder)
 
 
-def test_spoilt_lines_in_the_middle_are_counted(folder):
+def test_spoilt_lines_in_the_middle_are_named(folder):
     lines = (folder / "evals.jsonl").read_text().splitlines()
     (folder / "evals.jsonl").write_text("\n".join([lines[0], "\x00\x00", '["no row"]', *lines[1:]]) + "\n")
-    assert any("2 unreadable line(s), first line 2" in notice for notice in read_run(folder).notices)
+    assert read_run(folder).notices == ["evals.jsonl cannot be read in lines 2 and 3; what stood there was left out."]
 
 
 def test_a_run_that_wrote_nothing_yet_still_gives_a_page(tmp_path):

@@ -78,6 +78,16 @@ class Interrupt(NullProgress):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+class Notes(NullProgress):
+    """Keeps what a run tells."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
+
+
 def crash(tree: dict[str, Any], step: int = 3, **options: Any) -> None:
     """Trains until the power fails behind `step`."""
     with pytest.raises(RuntimeError, match="power cut"):

@@ -2,7 +2,10 @@
 
 import json
 import os
+import pty
 import random
+import re
+import select
 import shutil
 import signal
 import subprocess
@@ -12,11 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.runs import Interrupt, recipe, timeless
+from support.runs import Interrupt, Notes, recipe, timeless
 
 import kibitz
+from kibitz.files import JSONL, writer_of
+from kibitz.report.folder import read_run
 from kibitz.training import checkpoint
-from kibitz.training.trainer import NullProgress
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are forked and killed the POSIX way")
 
@@ -157,7 +161,7 @@ def test_killed_twenty_times_a_run_ends_as_if_it_had_not_been(launcher, models, 
 # ------------------------------------------------------------------ signals
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_step_saves_and_gives_the_usual_exit_code(launcher, models, tmp_path, number, code):
     """What a scheduler that wants its machine back does; going on ends as if it had not."""
     path = write_recipe(models, tmp_path, "run", steps=200, save={"every": 0})
@@ -165,7 +169,7 @@ def test_a_signal_ends_the_step_saves_and_gives_the_usual_exit_code(launcher, mo
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         time.sleep(0.01)
     os.kill(child, number)
-    if number == signal.SIGTERM:
+    if number != signal.SIGINT:
         os.kill(child, number)  # some send several
     assert launcher.wait() == code, launcher.log.read_text()
     (saved,) = checkpoint.checkpoints(tmp_path / "run")
@@ -173,18 +177,61 @@ def test_a_signal_ends_the_step_saves_and_gives_the_usual_exit_code(launcher, mo
     assert checkpoint.damage(saved) is None
     assert 1 <= done < 200
     assert [row["step"] for row in read(tmp_path / "run", "metrics")] == list(range(1, done + 1))
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (info["status"], info["ended_by"]) == ("stopped", f"{number.name} after step {done}")
+    assert not (tmp_path / "run" / "run.lock").exists()
+
+
+def test_a_terminal_that_is_closed_ends_the_run_after_a_save(models, tmp_path):
+    """The shell is gone, and whatever is written to it fails."""
+    path = write_recipe(models, tmp_path, "run", steps=200, save={"every": 0})
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, "-m", "kibitz", "train", str(path)])
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert select.select([terminal], [], [], 120)[0], "it prints as it learns"
+        os.read(terminal, 1 << 16)
+    os.close(terminal)
+    os.waitpid(child, 0)
+    (saved,) = checkpoint.checkpoints(tmp_path / "run")
+    assert checkpoint.damage(saved) is None
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (info["status"], info["ended_by"][:18]) == ("stopped", "SIGHUP after step ")
+
+
+def test_a_run_that_was_killed_is_found_dead_and_its_time_is_counted(launcher, models, tmp_path):
+    path = write_recipe(models, tmp_path, "run", steps=400, save={"every": 1})
+    child = launcher.start("train", path, "--quiet")
+    while len(read_whole(tmp_path / "run", "metrics")) < 3 or not checkpoint.checkpoints(tmp_path / "run"):
+        time.sleep(0.01)
+    assert f"process {child} on " in writer_of(tmp_path / "run")
+    assert any("The run goes on: process" in notice for notice in read_run(tmp_path / "run").notices)
+    with pytest.raises(kibitz.RecipeError, match=f"process {child} on .*, is writing .*: wait for its end"):
+        kibitz.train(path, resume=True)
+    os.kill(child, signal.SIGKILL)
+    assert launcher.wait() == -signal.SIGKILL
+    assert writer_of(tmp_path / "run") is None
+    run = read_run(tmp_path / "run")
+    assert any(re.match("The run died without a word after step \\d+: ", notice) for notice in run.notices)
+    info, at = json.loads((tmp_path / "run" / "run.json").read_text()), run.last_step
+    assert info["status"] == "running"
+
+    kibitz.train(path, [f"steps={at + 2}"], resume=True)
+    later = json.loads((tmp_path / "run" / "run.json").read_text())
+    (part,) = later["parts"]
+    assert (part["status"], part["first_step"]) == ("died", 0)
+    assert later["ended_by"] == f"all {at + 2} steps are done"
+    in_steps = sum(sum(row["seconds"].values()) for row in read(tmp_path / "run", "metrics"))
+    assert later["seconds"] > part["seconds"] >= info["seconds"]
+    assert later["seconds"] > in_steps
+    assert read_run(tmp_path / "run").notices == []
+
+
+def read_whole(run: Path, name: str) -> list[dict]:
+    return JSONL(run / f"{name}.jsonl").read()
 
 
 # ------------------------------------------------------------------ what lies in the folder
-
-
-class Notes(NullProgress):
-    def __init__(self):
-        self.texts = []
-
-    def note(self, text):
-        self.texts.append(text)
 
 
 def truncate(path: Path) -> None:
