@@ -21,7 +21,6 @@ import kibitz
 from kibitz.files import JSONL, writer_of
 from kibitz.report.folder import read_run
 from kibitz.training import checkpoint
-from kibitz.training.trainer import NullProgress
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are forked and killed the POSIX way")
 
