@@ -18,6 +18,7 @@ from kibitz.config import RecipeError
 from kibitz.models import lora
 from kibitz.models.head import body_of, build_head
 from kibitz.models.progress import no_progress_bars
+from kibitz.models.rotary import hold_rotations
 from kibitz.signals import Batch
 from kibitz.types import Prompt, Rollout
 
@@ -74,6 +75,8 @@ class LanguageModel(nn.Module):
         self.name, self.adapter, self.packed = name, adapter, packed
         self.placement, self._writer = placement, writer
         self.vocab_size: int = min(num_ids(tokenizer), model.get_input_embeddings().weight.shape[0])
+        if self.max_positions is not None:
+            self.read_up_to(self.max_positions)
         with self.loaded():
             self.head, self.head_stands_alone = build_head(model, self.vocab_size, name)
         # in a tuple, so that it is no second child
@@ -144,6 +147,11 @@ class LanguageModel(nn.Module):
     def cut_vocabulary(self, size: int) -> None:
         """Give no probability to tokens from the id `size` on."""
         self.vocab_size = self.head.vocab_size = min(size, self.vocab_size)
+
+    def read_up_to(self, longest: int) -> None:
+        """Take the rotary factors of a text of `longest` tokens for every text, where the architecture chooses them by a text's
+        length. A new model takes those of `max_positions`."""
+        hold_rotations(self.model, longest)
 
     def pack_rows(self, packed: bool) -> None:
         """Read rows without padding from now on, or with it. `kibitz.models.packing` says whether a model can."""
