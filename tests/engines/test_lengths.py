@@ -99,7 +99,7 @@ def assert_like_each_row_alone(student, rollouts):
         torch.testing.assert_close(rollout.logp_T, alone_T, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", MADE)
 def test_the_engine_is_a_plain_forward_pass_of_each_row_alone(name, seed):
     """Of random windows and switches, prompts and limits: rows on both sides of the switch at once, rows that cross it."""
