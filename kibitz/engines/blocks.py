@@ -82,6 +82,7 @@ class CachedBlocks:
             position_ids=position_NQ,
             past_key_values=self.cache,
             use_cache=True,
+            **self.decoder.options,
         ).logits
 
     def move(self, source_M: Tensor, target_M: Tensor) -> None:

@@ -131,6 +131,8 @@ class CachedDecoder:
         if unknown:
             raise NotImplementedError(f"layers of type {', '.join(sorted(unknown))}")
         self.keep_last = {"logits_to_keep": 1} if selects_logits(model) else {}
+        # Of a mixture of experts that asks for its load-balancing loss, which takes no 4-D mask.
+        self.options = {"output_router_logits": False} if getattr(config, "output_router_logits", False) else {}
         self.cache = SlotCache(0, 0)
 
     def start(self, num_rows: int, num_slots: int) -> None:
@@ -154,6 +156,7 @@ class CachedDecoder:
             past_key_values=self.cache,
             use_cache=True,
             **self.keep_last,
+            **self.options,
         )
         return outputs.logits
 
