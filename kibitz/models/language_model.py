@@ -164,6 +164,16 @@ class LanguageModel(nn.Module):
         """Read rows without padding from now on, or with it. `kibitz.models.packing` says whether a model can."""
         self.packed = packed
 
+    def round_like(self, student: "LanguageModel") -> None:
+        """Read to the same bits as `student` where the two are equal. torch chooses how to multiply by a matrix by whether it
+        requires a gradient, under `no_grad` too: a frozen Jamba would differ from the one that learns by rounding, which Adam
+        turns into steps as long as any other. So what the student's parameters require, those of this model require."""
+        if type(self.model) is not type(student.model):
+            return
+        learnt = {name for name, parameter in student.model.named_parameters() if parameter.requires_grad}
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in learnt and parameter.is_floating_point())
+
     def materialize(self, fill: Callable[[nn.Module], None], device: torch.device) -> None:
         """Finish a model whose parameters are on the meta device: allocate them on `device`, let `fill` write the
         weights, and check on them whether the head can be called alone."""

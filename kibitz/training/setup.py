@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from kibitz import config, graders, optim
@@ -141,10 +142,13 @@ def _evaluator(parts: Parts, engine: Engine, prompts: Sequence[Prompt], grader: 
 
 
 def _read_alike(recipe: Recipe, student: LanguageModel, *teachers: Teacher | None) -> None:
-    """Have all models of a run read the same tokens, with padding or without."""
+    """Have all models of a run read the same tokens, with padding or without, and equal ones to the same bits."""
     models = _models(student, *teachers)
     share_vocabulary(models)
     pack_rows(models, recipe.optim.packing)
+    if not isinstance(student, FSDPModule):  # whose teacher is sharded in another way
+        for model in models[1:]:
+            model.round_like(student)
 
 
 def _models(student: LanguageModel, *teachers: Teacher | None) -> list[LanguageModel]:
