@@ -71,7 +71,10 @@ def test_they_sample_from_a_plain_forward_pass_and_no_padding_reaches_a_state(ki
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * max(1.0, other.abs().max().item()))
 
 
-@pytest.mark.parametrize("kind", ["mamba2", "xlstm", "recurrent_gemma", "jamba"])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("mamba2", "falcon_mamba", "xlstm")]
+
+
+@pytest.mark.parametrize("kind", ["mamba", "recurrent_gemma", "jamba", *SLOW])
 def test_they_learn_from_a_teacher_and_stay_at_zero_beside_an_equal_one(kind, tmp_path):
     student, teacher = (make_model(tmp_path / str(seed), seed, kind, **RECURRENT[kind]) for seed in (0, 1))
     few = {"rollout": {"prompts_per_step": 4, "max_tokens": 6}, "optim": {"lr": 1e-2}, "eval": {"num_prompts": 2}}
