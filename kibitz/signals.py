@@ -56,12 +56,14 @@ class TopK(Columns):
     """The teacher's log-probabilities of K tokens per position; what is left of 1 is the tail bucket.
 
     `temperature` is the one that the teacher's logits were divided by. `named`: the asker chose the tokens (the
-    student's likeliest), or accepted the teacher's in their place."""
+    student's likeliest), or accepted the teacher's in their place. `rest_logp_T` is the log-probability of all other tokens
+    together, summed by who knows them; without it no tail below the precision of 1 can be told."""
 
     ids_TK: Tensor
     logp_TK: Tensor
     temperature: float = 1.0
     named: bool = False
+    rest_logp_T: Tensor | None = None
 
 
 @dataclass

@@ -33,6 +33,9 @@ def spans(size, first=False):
 KINDS = {
     "dense": dense,
     "top_k": lambda size: TopK(torch.arange(2 * size).view(size, 2), numbers(size, 2), 2.0, named=True),
+    "top_k_and_rest": lambda size: TopK(
+        torch.arange(2 * size).view(size, 2), numbers(size, 2), rest_logp_T=numbers(size)
+    ),
     "sampled": lambda size: Sampled(numbers(size)),
     "spans": spans,
     "first_tokens": lambda size: spans(size, first=True),

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kibitz.engines.cache import CachedDecoder, PlainDecoder, Rows, SlotCache
+from kibitz.engines.cache import (
+    CachedDecoder,
+    PlainDecoder,
+    Rows,
+    SlotCache,
+    last_logits,
+    relative_error,
+    rows_across,
+    switches,
+)
 
 
 class BlockDecoder(Rows, Protocol):
@@ -73,6 +82,7 @@ class CachedBlocks:
             position_ids=position_NQ,
             past_key_values=self.cache,
             use_cache=True,
+            **self.decoder.options,
         ).logits
 
     def move(self, source_M: Tensor, target_M: Tensor) -> None:
@@ -108,11 +118,11 @@ class PlainBlocks:
         self.decoder.stop()
 
 
-def choose_block_decoder(model: PreTrainedModel, vocab_size: int) -> BlockDecoder:
-    """The one with a cache, if its logits equal those of a plain forward pass."""
+def choose_block_decoder(model: PreTrainedModel, vocab_size: int, longest: int = 0) -> BlockDecoder:
+    """The one with a cache, if its logits equal those of a plain forward pass, on texts of up to `longest` tokens."""
     try:
         decoder = CachedBlocks(model)
-        error = block_error(decoder, model, vocab_size)
+        error = block_error(decoder, model, vocab_size, longest)
         if error < (1e-4 if model.dtype == torch.float32 else 5e-2):
             return decoder
         reason = f"its logits are off by {error:.1e} of their spread"
@@ -128,30 +138,49 @@ def choose_block_decoder(model: PreTrainedModel, vocab_size: int) -> BlockDecode
     return PlainBlocks(model)
 
 
-def block_error(decoder: BlockDecoder, model: PreTrainedModel, vocab_size: int) -> float:
-    """Root mean square error of a decoder's log-probs relative to their spread, on rows of unequal progress that are
-    rolled back after each block. A sliding window that fits is exceeded."""
+def block_error(decoder: BlockDecoder, model: PreTrainedModel, vocab_size: int, longest: int = 0) -> float:
+    """Root mean square error of a decoder's log-probs relative to their spread: of the worst of a few short rows and of two
+    rows beyond each switch of texts of up to `longest` tokens."""
+    errors = [_short_error(decoder, model, vocab_size)]
+    for switch in switches(model, longest):
+        ids, starts = rows_across(switch, longest, vocab_size, model)
+        num = len(ids[0]) - starts[0]
+        decoder.start(2, len(ids[0]))
+        for row, (ids_L, start) in enumerate(zip(ids, starts, strict=True)):
+            if start > 0:
+                decoder.prefill(ids_L[None, :start], ids_L.new_tensor([0]), ids_L.new_tensor([row]))
+        position_NQ = ids[0].new_tensor(starts)[:, None] + torch.arange(num, device=model.device)
+        token_NQ = torch.stack([ids_L[-num:] for ids_L in ids])
+        got_NQV = decoder.block(token_NQ, position_NQ, len(ids[0]))[..., :vocab_size]
+        decoder.stop()
+        want = [last_logits(model, ids_L, num)[:, :vocab_size] for ids_L in ids]
+        errors.append(relative_error(got_NQV, torch.stack(want)))
+    return torch.tensor(errors).max().item()  # NaN, if one is
+
+
+def _short_error(decoder: BlockDecoder, model: PreTrainedModel, vocab_size: int) -> float:
+    """The error on three rows of a dozen tokens, or beyond a sliding window of up to 64, that are rolled back after each
+    block."""
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None) or 0
     length = min(2 * window + 8 if window <= 64 else 12, getattr(config, "max_position_embeddings", None) or 12)
     generator = torch.Generator().manual_seed(0)
     ids_NL, junk_NL = torch.randint(vocab_size, (2, 3, length), generator=generator).to(model.device)
-    want_NLV = model(input_ids=ids_NL, use_cache=False).logits[..., :vocab_size].float().log_softmax(-1)
+    want_NLV = model(input_ids=ids_NL, use_cache=False).logits[..., :vocab_size]
     row_N = torch.arange(3, device=model.device)
     start_N = torch.tensor([length // 2, length // 4, 0], device=model.device)
     decoder.start(3, length)
     decoder.prefill(ids_NL[:, : length // 2], row_N, row_N)
-    wrong, spread = [], []
+    got, want = [], []
     while int(start_N.max()) + 2 < length:
         position_NQ = start_N[:, None] + torch.arange(3, device=model.device)
         for tokens_NL in (junk_NL, ids_NL):
             logits_NQV = decoder.block(tokens_NL[row_N[:, None], position_NQ], position_NQ, int(position_NQ.max()) + 1)
-        want_NQV = want_NLV[row_N[:, None], position_NQ]
-        wrong.append((logits_NQV[..., :vocab_size].float().log_softmax(-1) - want_NQV).flatten())
-        spread.append((want_NQV - want_NQV.mean(-1, keepdim=True)).flatten())
+        got.append(logits_NQV[..., :vocab_size].flatten(0, 1))
+        want.append(want_NLV[row_N[:, None], position_NQ].flatten(0, 1))
         start_N = start_N + 2
     decoder.stop()
-    return (torch.cat(wrong).square().mean() / torch.cat(spread).square().mean()).sqrt().item()
+    return relative_error(torch.cat(got), torch.cat(want))
 
 
 def rank(logits_NQV: Tensor, token_NQ: Tensor) -> Tensor:

@@ -131,6 +131,8 @@ class CachedDecoder:
         if unknown:
             raise NotImplementedError(f"layers of type {', '.join(sorted(unknown))}")
         self.keep_last = {"logits_to_keep": 1} if selects_logits(model) else {}
+        # Of a mixture of experts that asks for its load-balancing loss, which takes no 4-D mask.
+        self.options = {"output_router_logits": False} if getattr(config, "output_router_logits", False) else {}
         self.cache = SlotCache(0, 0)
 
     def start(self, num_rows: int, num_slots: int) -> None:
@@ -154,6 +156,7 @@ class CachedDecoder:
             past_key_values=self.cache,
             use_cache=True,
             **self.keep_last,
+            **self.options,
         )
         return outputs.logits
 
@@ -218,31 +221,98 @@ def selects_logits(model: PreTrainedModel) -> bool:
     return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
-def decoder_error(decoder: Decoder, model: PreTrainedModel, vocab_size: int) -> float:
-    """Root mean square error of a decoder's log-probs relative to their spread, on random rows of unequal progress.
+FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn", "proportional")
+"""Kinds of rotary factors that do not depend on a text's length, whatever their configuration calls original."""
+
+
+def switches(model: PreTrainedModel, longest: int) -> list[int]:
+    """The lengths below `longest` at which a model may begin to compute something else: the ends of windows and chunks of
+    local attention, and where rotary factors change. Architectures name them in their own ways."""
+    found: set[int] = set()
+    sections = [model.config.get_text_config().to_dict()]
+    while sections:
+        section = sections.pop()
+        kind = section.get("rope_type", section.get("type", ""))
+        for name, value in section.items():
+            if isinstance(value, dict):
+                sections.append(value)
+            elif type(value) is int and 0 < value < longest and "layers" not in name:
+                rotary = name == "original_max_position_embeddings" and kind not in FIXED_ROTATIONS
+                if rotary or "window" in name or "chunk" in name:
+                    found.add(value)
+    return sorted(found)
+
+
+def decoder_error(decoder: Decoder, model: PreTrainedModel, vocab_size: int, longest: int = 0) -> float:
+    """Root mean square error of a decoder's log-probs relative to their spread, on random rows of unequal progress: of the
+    worst of a few short rows and of two rows beyond each switch of texts of up to `longest` tokens.
 
     Relative, because the log-probs of a freshly initialised model are nearly equal and would agree with anything.
-    A sliding window that fits is exceeded; a longer one is trusted.
     """
+    errors = [_short_error(decoder, model, vocab_size)]
+    for switch in switches(model, longest):
+        ids, starts = rows_across(switch, longest, vocab_size, model)
+        num = len(ids[0]) - starts[0]
+        decoder.start(2, len(ids[0]))
+        for row, (ids_L, start) in enumerate(zip(ids, starts, strict=True)):
+            if start > 0:
+                decoder.prefill(ids_L[None, :start], ids_L.new_tensor([0]), ids_L.new_tensor([row]))
+        got = []
+        for step in range(num):
+            position_N = ids[0].new_tensor(starts) + step
+            token_N = torch.stack([ids_L[start + step] for ids_L, start in zip(ids, starts, strict=True)])
+            got.append(decoder.step(token_N, position_N, int(position_N.max()) + 1)[:, :vocab_size])
+        decoder.stop()
+        want = [last_logits(model, ids_L, num)[:, :vocab_size] for ids_L in ids]
+        errors.append(relative_error(torch.stack(got, dim=1), torch.stack(want)))
+    return torch.tensor(errors).max().item()  # NaN, if one is
+
+
+def rows_across(
+    switch: int, longest: int, vocab_size: int, model: PreTrainedModel
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """Two random rows, and where in each the tokens begin that a check steps through, to its end: one as far behind the
+    switch as the switch is from the beginning, one from before the switch to behind it."""
+    length = min(longest, 2 * switch + 8)
+    num = min(8, length)
+    starts = (length - num, max(0, min(switch - num // 2, length - num)))
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(vocab_size, (start + num,), generator=generator).to(model.device) for start in starts]
+    return (ids[0], ids[1]), starts
+
+
+def last_logits(model: PreTrainedModel, ids_L: Tensor, num: int) -> Tensor:
+    """The logits `[num, V]` of the last tokens of one row, by a plain forward pass."""
+    options = {"logits_to_keep": num} if selects_logits(model) else {}
+    return model(input_ids=ids_L[None], use_cache=False, **options).logits[0, -num:]
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """The root mean square difference of the log-probs of two `[..., V]` of logits, relative to the spread of the second."""
+    got, want = got.float().log_softmax(-1), want.float().log_softmax(-1)
+    spread = want - want.mean(-1, keepdim=True)
+    return ((got - want).square().mean() / spread.square().mean()).sqrt().item()
+
+
+def _short_error(decoder: Decoder, model: PreTrainedModel, vocab_size: int) -> float:
+    """The error on three rows of a dozen tokens, or beyond a sliding window of up to 64; one row leaves meanwhile."""
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None) or 0
     length = min(2 * window + 8 if window <= 64 else 12, getattr(config, "max_position_embeddings", None) or 12)
     ids_GL = torch.randint(vocab_size, (3, length), generator=torch.Generator().manual_seed(0)).to(model.device)
-    want_GLV = model(input_ids=ids_GL, use_cache=False).logits[..., :vocab_size].float().log_softmax(-1)
+    want_GLV = model(input_ids=ids_GL, use_cache=False).logits[..., :vocab_size]
     prompt_N = torch.tensor([2, 0, 1], device=model.device)
     position_N = torch.tensor([length // 2, length // 4, 0], device=model.device)
     decoder.start(4, length)
     decoder.prefill(ids_GL[:, : length // 2], prompt_N, torch.arange(3, device=model.device))
-    wrong, spread = [], []
+    got, want = [], []
     for step in range(length - length // 2):
         if step == 2:  # the first row leaves, the last one takes its place
             decoder.move(torch.tensor([2], device=model.device), torch.tensor([0], device=model.device))
             prompt_N, position_N = prompt_N[[2, 1]], position_N[[2, 1]]
         num_slots = int(position_N.max()) + 1
-        logits_NV = decoder.step(ids_GL[prompt_N, position_N], position_N, num_slots)[:, :vocab_size]
-        want_NV = want_GLV[prompt_N, position_N]
-        wrong.append((logits_NV.float().log_softmax(-1) - want_NV).flatten())
-        spread.append((want_NV - want_NV.mean(-1, keepdim=True)).flatten())
+        got.append(decoder.step(ids_GL[prompt_N, position_N], position_N, num_slots)[:, :vocab_size])
+        want.append(want_GLV[prompt_N, position_N])
         position_N = position_N + 1
     decoder.stop()
-    return (torch.cat(wrong).square().mean() / torch.cat(spread).square().mean()).sqrt().item()
+    return relative_error(torch.cat(got), torch.cat(want))

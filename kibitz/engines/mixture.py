@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kibitz.engines import OnReady, nobody_waits
 from kibitz.engines.cache import Decoder
-from kibitz.engines.torch import Student, TorchEngine, evaluating
+from kibitz.engines.torch import Student, TorchEngine, evaluating, longest_text
 from kibitz.ledger import Count, uncounted
 from kibitz.logprobs import log_probs, mixture
 from kibitz.types import Prompt, Rollout, Sampling
@@ -73,8 +73,10 @@ class MixtureEngine:
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, on_ready: OnReady = nobody_waits, count: Count = uncounted
     ) -> list[Rollout]:
-        teacher = self._teacher.student
-        decoders = self._student.decoder(), self._teacher.decoder()
+        if not prompts:
+            return []
+        teacher, longest = self._teacher.student, longest_text(prompts, sampling)
+        decoders = self._student.decoder(longest), self._teacher.decoder(longest)
         self._writer.use(MixtureDecoder(*decoders, self.share, teacher.vocab_size, teacher.device))
         with evaluating(teacher.model):
             rollouts = self._writer.generate(prompts, sampling, on_ready, count)

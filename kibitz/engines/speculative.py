@@ -30,10 +30,11 @@ from torch import Tensor
 
 from kibitz.engines import OnReady, nobody_waits
 from kibitz.engines.blocks import BlockDecoder, choose_block_decoder, rank
-from kibitz.engines.cache import Decoder, prefill
+from kibitz.engines.cache import Decoder, prefill, switches
 from kibitz.engines.sampling import row_seed, sample, uniforms
-from kibitz.engines.torch import Student, TorchEngine, check_prompts, check_sampling, evaluating
+from kibitz.engines.torch import Student, TorchEngine, check_prompts, check_sampling, evaluating, longest_text
 from kibitz.ledger import Count, uncounted
+from kibitz.models.rotary import hold_rotations, holds_rotations
 from kibitz.types import Prompt, Rollout, Sampling, Writer
 
 
@@ -84,6 +85,7 @@ class SpeculativeEngine:
         self.max_rows = max_rows
         self._writer = TorchEngine(student, max_rows)
         self._judge: BlockDecoder | None = None
+        self._longest = 0  # the length up to which it was checked
 
     @property
     def student(self) -> Student:
@@ -100,12 +102,22 @@ class SpeculativeEngine:
             return []
         jobs = [(prompt, index) for prompt in prompts for index in range(sampling.num_samples)]
         with torch.no_grad(), evaluating(self.student.model), evaluating(self.teacher.model):
-            if self._judge is None:
-                self._judge = choose_block_decoder(self.teacher.model, self.teacher.vocab_size)
-            rollouts = _Flight(self, (self._writer.decoder(), self._judge), jobs, sampling, on_ready).run()
+            longest = longest_text(prompts, sampling)
+            decoders = self._writer.decoder(longest), self._block_decoder(longest)
+            rollouts = _Flight(self, decoders, jobs, sampling, on_ready).run()
         count(self.student, rollouts)
         count(self.teacher, rollouts)
         return rollouts
+
+    def _block_decoder(self, longest: int) -> BlockDecoder:
+        """The teacher's, checked on texts of up to `longest` tokens."""
+        model, known = self.teacher.model, self._judge
+        if known is None or switches(model, longest) != switches(model, min(longest, self._longest)):
+            if not holds_rotations(model):
+                hold_rotations(model, longest)
+            known, self._longest = choose_block_decoder(model, self.teacher.vocab_size, longest), longest
+        self._judge = known
+        return known
 
     def sync(self, student: Student) -> None:
         """Nothing to copy: the engine reads the student's weights."""

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kibitz.engines import OnReady, nobody_waits
-from kibitz.engines.cache import CachedDecoder, Decoder, PlainDecoder, decoder_error, prefill
+from kibitz.engines.cache import CachedDecoder, Decoder, PlainDecoder, decoder_error, prefill, switches
 from kibitz.engines.fused import FusedDecoder
 from kibitz.engines.sampling import row_seed, sample, uniforms
 from kibitz.ledger import Count, uncounted
+from kibitz.models.rotary import hold_rotations, holds_rotations
 from kibitz.types import Prompt, Rollout, Sampling
 
 
@@ -46,6 +47,7 @@ class TorchEngine:
         self.max_rows = max_rows
         self._decoder: Decoder | None = None
         self._checked: PreTrainedModel | None = None
+        self._longest: float = 0  # the length up to which the decoder was checked
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, on_ready: OnReady = nobody_waits, count: Count = uncounted
@@ -57,10 +59,10 @@ class TorchEngine:
         if not prompts:
             return []
         jobs = [(prompt, index) for prompt in prompts for index in range(sampling.num_samples)]
-        num_rows = min(self.max_rows, len(jobs))
+        num_rows, longest = min(self.max_rows, len(jobs)), longest_text(prompts, sampling)
         with torch.no_grad(), evaluating(self.student.model):
-            decoder = self.decoder()
-            decoder.start(num_rows, max(len(prompt.ids) for prompt in prompts) + sampling.max_tokens)
+            decoder = self.decoder(longest)
+            decoder.start(num_rows, longest)
             try:
                 rollouts = _Flight(decoder, jobs, sampling, num_rows, self.student, on_ready).run()
             finally:
@@ -75,17 +77,31 @@ class TorchEngine:
     def close(self) -> None:
         """Nothing to give back: the weights are the student's."""
 
-    def decoder(self) -> Decoder:
-        """The decoder for the student's model, chosen when the model object is first seen."""
-        if self._decoder is None or self.student.model is not self._checked:
-            with torch.no_grad(), evaluating(self.student.model):
-                self._decoder = choose_decoder(self.student.model, self.student.vocab_size)
-            self._checked = self.student.model
+    def decoder(self, longest: int = 0) -> Decoder:
+        """The decoder for the student's model on texts of up to `longest` tokens. It is chosen when the model object is first
+        seen, and checked again where longer texts reach a window or another switch that it has not crossed yet."""
+        model = self.student.model
+        if self._decoder is None or model is not self._checked or self._unchecked(model, longest):
+            if not holds_rotations(model):  # a bare model: a LanguageModel holds them for its run
+                hold_rotations(model, longest)
+            with torch.no_grad(), evaluating(model):
+                self._decoder = choose_decoder(model, self.student.vocab_size, longest)
+            self._checked, self._longest = model, longest
         return self._decoder
+
+    def _unchecked(self, model: PreTrainedModel, longest: int) -> bool:
+        if longest <= self._longest or isinstance(self._decoder, PlainDecoder):
+            return False
+        return len(switches(model, longest)) > len(switches(model, int(self._longest)))
 
     def use(self, decoder: Decoder) -> None:
         """Take this decoder for the student's present model, unchecked."""
-        self._decoder, self._checked = decoder, self.student.model
+        self._decoder, self._checked, self._longest = decoder, self.student.model, float("inf")
+
+
+def longest_text(prompts: Sequence[Prompt], sampling: Sampling) -> int:
+    """The most tokens, with its prompt, that a rollout can have."""
+    return max(len(prompt.ids) for prompt in prompts) + sampling.max_tokens
 
 
 # ------------------------------------------------------------------ rows in flight
@@ -203,14 +219,14 @@ class _Flight:
 # ------------------------------------------------------------------ which decoder
 
 
-def choose_decoder(model: PreTrainedModel, vocab_size: int) -> Decoder:
-    """The fastest decoder whose logits equal those of a plain forward pass."""
+def choose_decoder(model: PreTrainedModel, vocab_size: int, longest: int = 0) -> Decoder:
+    """The fastest decoder whose logits equal those of a plain forward pass, on texts of up to `longest` tokens."""
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
     reason = ""
     for build in (FusedDecoder, CachedDecoder):
         try:
             decoder = build(model)
-            error = decoder_error(decoder, model, vocab_size)
+            error = decoder_error(decoder, model, vocab_size, longest)
         except torch.OutOfMemoryError:
             raise
         except Exception as problem:  # noqa: BLE001 - a model may dislike the mask or the cache in any way; the warning tells

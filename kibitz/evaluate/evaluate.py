@@ -189,6 +189,7 @@ def evaluate_model(
     scorer = None if theirs is None else reader_of(theirs, tokenizer, data.template)
     student = load_model(config, "student", where, tokenizer)
     share_vocabulary([student, *([] if theirs is None else [theirs])])
+    student.read_up_to(max(len(prompt.ids) for prompt in prompts) + rollout.max_tokens)
     sampling = Sampling(
         max_tokens=rollout.max_tokens,
         num_samples=eval.samples,

@@ -67,8 +67,9 @@ def top_k_buckets(student_CV: Tensor, teacher_CV: Tensor, token_C: Tensor, of: T
 def signal_buckets(student_CV: Tensor, signal: TopK) -> Buckets:
     """The tokens that the teacher sent, and the tail. The student's temperature must be the signal's.
 
-    Only the teacher's K log-probabilities are known, so its tail is log(1 - sum p) = log(-expm1(logsumexp)), and a tail
-    below the precision of its numbers counts as that precision (1e-7 in float32). The student's tail is exact.
+    The student's tail is exact, and so is the teacher's where the signal has it. Otherwise it is what is left of 1:
+    log(1 - sum p) = log(-expm1(logsumexp)), and a tail below the precision of the numbers counts as that precision (1e-7 in
+    float32).
     """
     ids_CK, order_CK = signal.ids_TK.long().sort(dim=-1)
     repeated_CK = _repeated(ids_CK)
@@ -81,7 +82,7 @@ def signal_buckets(student_CV: Tensor, signal: TopK) -> Buckets:
             f"The teacher's top-k probabilities add up to {log_mass_C1.max().exp():.3g}. They must be natural "
             "log-probabilities over the whole vocabulary, not logits and not renormalised over the k tokens."
         )
-    tail_C1 = _rest_of(log_mass_C1)
+    tail_C1 = _told_rest(signal, log_mass_C1.squeeze(-1)).unsqueeze(-1)
     if logp_CK.shape[-1] >= student_CV.shape[-1]:
         everything_C1 = (~repeated_CK).sum(-1, keepdim=True) == student_CV.shape[-1]
         tail_C1 = tail_C1.masked_fill(everything_C1, NOTHING)
@@ -95,8 +96,11 @@ def most_likely_but_one(signal: TopK) -> TopK:
     A server sends its top k and the sampled token, so that the tokens sent depend on the one sampled. A baseline must
     not: from what is left here, the sampled token is gone unless it was in the top k anyway."""
     logp_CK = signal.logp_TK.masked_fill(_repeated_unsorted(signal.ids_TK), NOTHING)
-    best_CK = logp_CK.topk(logp_CK.shape[-1] - 1, dim=-1).indices
-    return TopK(signal.ids_TK.gather(-1, best_CK), logp_CK.gather(-1, best_CK), signal.temperature)
+    best_CK, rest_C = logp_CK.topk(logp_CK.shape[-1] - 1, dim=-1).indices, signal.rest_logp_T
+    if rest_C is not None:
+        rest_C = torch.logaddexp(rest_C, logp_CK.amin(-1))
+    best, logp = signal.ids_TK.gather(-1, best_CK), logp_CK.gather(-1, best_CK)
+    return TopK(best, logp, signal.temperature, rest_logp_T=rest_C)
 
 
 def find_token(signal: TopK, token_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,12 +112,23 @@ def find_token(signal: TopK, token_C: Tensor) -> tuple[Tensor, Tensor]:
     found_C = here_CK.any(-1)
     logp_C = logp_CK.masked_fill(~here_CK, -torch.inf).amax(-1)
     log_mass_C = logp_CK.masked_fill(_repeated_unsorted(signal.ids_TK), NOTHING).logsumexp(-1)
-    return torch.where(found_C, logp_C, _rest_of(log_mass_C)), found_C
+    return torch.where(found_C, logp_C, _told_rest(signal, log_mass_C)), found_C
 
 
-def _rest_of(log_mass: Tensor) -> Tensor:
+def _told_rest(signal: TopK, log_mass_C: Tensor) -> Tensor:
+    """The log-probability of the tokens that were not sent: as it was told, else by `rest_of`."""
+    return rest_of(log_mass_C) if signal.rest_logp_T is None else signal.rest_logp_T.detach().to(log_mass_C.dtype)
+
+
+def rest_of(log_mass: Tensor) -> Tensor:
     """log(1 - mass), at least the precision of the numbers."""
     return log1mexp(log_mass.clamp(max=-torch.finfo(log_mass.dtype).eps))
+
+
+def rest_beside(logp_CV: Tensor, ids_CK: Tensor) -> Tensor:
+    """log of the probability of all tokens but these, `[C]`, summed: exact however small it is. With none left it is nothing,
+    and has no gradient."""
+    return logp_CV.scatter(-1, ids_CK, NOTHING).logsumexp(-1)
 
 
 def _take(logp_CV: Tensor, ids_CK: Tensor, repeated_CK: Tensor) -> Tensor:
@@ -121,8 +136,7 @@ def _take(logp_CV: Tensor, ids_CK: Tensor, repeated_CK: Tensor) -> Tensor:
 
 
 def _rest(logp_CV: Tensor, ids_CK: Tensor) -> Tensor:
-    """log of the probability of all other tokens, [C, 1]. With none left it is nothing, and has no gradient."""
-    return logp_CV.scatter(-1, ids_CK, NOTHING).logsumexp(-1, keepdim=True)
+    return rest_beside(logp_CV, ids_CK).unsqueeze(-1)
 
 
 def _repeated(sorted_ids_CK: Tensor) -> Tensor:

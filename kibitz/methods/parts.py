@@ -6,7 +6,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kibitz.config import MethodConfig, PolicyGradientConfig, Recipe, SignalKind
 from kibitz.engines import Engine
@@ -142,11 +142,20 @@ def token_loss(
     student: LanguageModel, batch: Batch, criterion: Criterion, chunk_tokens: int | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """A criterion over all response tokens of a batch, inside the student's own forward pass. The `loss` among the values
-    is weighted, so that what is logged is what is learnt; the metrics are not."""
+    is weighted, so that what is logged is what is learnt; the metrics are not. The load-balancing loss of a mixture of experts,
+    where its configuration asks for it, is a part of the loss of each token of a row."""
     size = chunk_tokens or student.chunk_tokens
     if batch.tokens.anchor is not None:
         criterion = Sum(criterion, anchor_kl)
-    total, values = student(batch, lambda hidden_TD, head: over_chunks(criterion, hidden_TD, head, batch.tokens, size))
+
+    def use(hidden_TD: Tensor, head: nn.Module, balance_T: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        total, values = over_chunks(criterion, hidden_TD, head, batch.tokens, size)
+        if balance_T is None:
+            return total, values
+        balanced = {"loss": values["loss"] + balance_T.detach(), "balance_loss": balance_T.detach()}
+        return total + (balance_T * batch.tokens.weight_T).sum(), values | balanced
+
+    total, values = student(batch, use, balanced=True)
     return total, values | {"loss": values["loss"] * batch.tokens.weight_T}
 
 

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from kibitz.models import lora
 
@@ -37,7 +37,7 @@ def check_folder(name: str, role: str) -> None:
     if lora.is_adapter(path):
         lora.require_peft()
         check_folder(lora.base_of(path), f"{where(role)}: {name} adapts another model; {role}")
-        _check_dtypes(path / lora.WEIGHTS, role)
+        check_dtypes(path / lora.WEIGHTS, role)
     elif path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"{where(role)}: {name} is not a model: it has no config.json")
@@ -110,7 +110,7 @@ def check_index(path: Path, role: str) -> None:
             raise ValueError(f"{where(role)}: {path} names {name!r}, which is outside of the folder: move it inside")
 
 
-def _check_dtypes(path: Path, role: str, harmless: Iterable[str] = ()) -> None:
+def check_dtypes(path: Path, role: str, harmless: Iterable[str] = ()) -> None:
     """Raise ValueError if a file stores a tensor, other than the `harmless` ones, as something else than floats of 16 bits
     or more: without a quantization's scales such numbers mean nothing."""
     pattern = re.compile("|".join(f"({one})" for one in harmless)) if harmless else None
@@ -142,18 +142,49 @@ def check_loaded(model: Any, info: Mapping[str, Any], name: str, role: str) -> N
                 "there, or leave stored ones out; is config.json of these weights?"
             )
     if getattr(model.config, "quantization_config", None) is None and Path(name).is_dir():
-        buffers = [rf"(^|\.){re.escape(key.rpartition('.')[2])}$" for key, _ in model.named_buffers()]
         for path in sorted(Path(name).glob("*.safetensors")):
-            _check_dtypes(path, role, [*(model._keys_to_ignore_on_load_unexpected or ()), *buffers])
+            check_dtypes(path, role, harmless_keys(model))
+
+
+def check_stored(model: Any, files: Iterable[Path], name: str, role: str) -> None:
+    """Raise ValueError unless each tensor of the files is in `model`, in its shape: what `check_loaded` asks of a model that
+    transformers loads, of one that is read tensor by tensor. That each tensor of the model is in the files is not checked."""
+    shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters(remove_duplicate=False)}
+    harmless = re.compile("|".join(f"({one})" for one in harmless_keys(model)) or "$^")
+    unknown, reshaped = [], []
+    for path in files:
+        check_dtypes(path, role, harmless_keys(model))
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                if key not in shapes and not harmless.search(key):
+                    unknown.append(key)
+                elif key in shapes and tuple(file.get_slice(key).get_shape()) != shapes[key]:
+                    reshaped.append(key)
+    for verb, keys in {"holds what the model has not:": unknown, "holds in another shape": reshaped}.items():
+        if keys:
+            raise ValueError(f"{role}.model: {name} {verb} {listed(keys)}; is config.json of these weights?")
+
+
+def harmless_keys(model: Any) -> list[str]:
+    """Patterns of what files may hold beside a model's parameters: its buffers, and what the architecture names."""
+    buffers = [rf"(^|\.){re.escape(key.rpartition('.')[2])}$" for key, _ in model.named_buffers()]
+    return [*(model._keys_to_ignore_on_load_unexpected or ()), *buffers]
 
 
 def check_finite(model: nn.Module, name: str, role: str) -> None:
     """Raise ValueError if a weight is NaN or infinite."""
-    for key, parameter in model.named_parameters():
-        if parameter.dtype in CHECKED and parameter.device.type != "meta" and parameter.numel():
-            low, high = parameter.detach().aminmax()
+    if (key := non_finite(model.named_parameters())) is not None:
+        raise ValueError(f"{where(role)}: {name} holds NaN or infinity in {key}: the file is damaged")
+
+
+def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity, if there is one."""
+    for key, tensor in tensors:
+        if tensor.dtype in CHECKED and tensor.device.type != "meta" and tensor.numel():
+            low, high = tensor.detach().aminmax()
             if not (low.isfinite() and high.isfinite()):
-                raise ValueError(f"{where(role)}: {name} holds NaN or infinity in {key}: the file is damaged")
+                return key
+    return None
 
 
 def listed(keys: Iterable[str], most: int = 3) -> str:

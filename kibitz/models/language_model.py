@@ -1,9 +1,10 @@
 """A Hugging Face model as student or teacher: one body, one output head, one vocabulary."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,9 +16,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kibitz.batching import without_padding
 from kibitz.config import RecipeError
+from kibitz.losses.balance import load_balance
 from kibitz.models import lora
 from kibitz.models.head import body_of, build_head
 from kibitz.models.progress import no_progress_bars
+from kibitz.models.rotary import hold_rotations
 from kibitz.signals import Batch
 from kibitz.types import Prompt, Rollout
 
@@ -74,6 +77,8 @@ class LanguageModel(nn.Module):
         self.name, self.adapter, self.packed = name, adapter, packed
         self.placement, self._writer = placement, writer
         self.vocab_size: int = min(num_ids(tokenizer), model.get_input_embeddings().weight.shape[0])
+        if self.max_positions is not None:
+            self.read_up_to(self.max_positions)
         with self.loaded():
             self.head, self.head_stands_alone = build_head(model, self.vocab_size, name)
         # in a tuple, so that it is no second child
@@ -132,10 +137,15 @@ class LanguageModel(nn.Module):
     def hidden(self, ids_BL: Tensor, position_BL: Tensor | None = None) -> Tensor:
         """The last hidden states `[B, L, D]` of right-padded rows, which need no attention mask in a causal model. Where
         positions restart at 0 inside a row, another sequence begins there (packed models only)."""
+        return self._states(self._read(ids_BL, position_BL))
+
+    def _read(self, ids_BL: Tensor, position_BL: Tensor | None, **wanted: bool) -> Any:
         positions = {} if position_BL is None else {"position_ids": position_BL}
         body = self._compiled[0] if self._compiled else self._body()
         with self.loaded():
-            output = body(ids_BL, use_cache=False, **positions)
+            return body(ids_BL, use_cache=False, **positions, **wanted)
+
+    def _states(self, output: Any) -> Tensor:
         return output.last_hidden_state if self.head_stands_alone else output.logits
 
     def _body(self) -> Any:
@@ -145,9 +155,24 @@ class LanguageModel(nn.Module):
         """Give no probability to tokens from the id `size` on."""
         self.vocab_size = self.head.vocab_size = min(size, self.vocab_size)
 
+    def read_up_to(self, longest: int) -> None:
+        """Take the rotary factors of a text of `longest` tokens for every text, where the architecture chooses them by a text's
+        length. A new model takes those of `max_positions`."""
+        hold_rotations(self.model, longest)
+
     def pack_rows(self, packed: bool) -> None:
         """Read rows without padding from now on, or with it. `kibitz.models.packing` says whether a model can."""
         self.packed = packed
+
+    def round_like(self, student: "LanguageModel") -> None:
+        """Read to the same bits as `student` where the two are equal. torch chooses how to multiply by a matrix by whether it
+        requires a gradient, under `no_grad` too: a frozen Jamba would differ from the one that learns by rounding, which Adam
+        turns into steps as long as any other. So what the student's parameters require, those of this model require."""
+        if type(self.model) is not type(student.model):
+            return
+        learnt = {name for name, parameter in student.model.named_parameters() if parameter.requires_grad}
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in learnt and parameter.is_floating_point())
 
     def materialize(self, fill: Callable[[nn.Module], None], device: torch.device) -> None:
         """Finish a model whose parameters are on the meta device: allocate them on `device`, let `fill` write the
@@ -205,15 +230,41 @@ class LanguageModel(nn.Module):
         """The result of `work`, called inside a forward pass, where FSDP has gathered the weights around the layers."""
         return self(None, lambda *_: work())
 
-    def forward(self, batch: Batch | None, use: Callable[..., T]) -> T:
+    def forward(self, batch: Batch | None, use: Callable[..., T], balanced: bool = False) -> T:
         """The result of `use(hidden_TD, head)` on the positions that score response tokens. The loss runs in here,
-        where FSDP has gathered the output head."""
+        where FSDP has gathered the output head. A `balanced` pass of a model with a `balance` is
+        `use(hidden_TD, head, balance_T)`: the load-balancing loss of each token's row, times its coefficient."""
         if batch is None:
             return use(None, self.head)
-        if not self.packed:
-            return use(self.hidden(batch.ids_BL).flatten(0, 1)[batch.position_T], self.head)
-        ids_1N, position_1N, place = without_padding(batch.ids_BL, batch.length_B)
-        return use(self.hidden(ids_1N, position_1N)[0, place[batch.position_T]], self.head)
+        wanted = {"output_router_logits": True} if balanced and self.balance > 0 else {}
+        if self.packed:
+            ids_BL, position_BL, place = without_padding(batch.ids_BL, batch.length_B)
+            output = self._read(ids_BL, position_BL, **wanted)
+            hidden_TD = self._states(output)[0, place[batch.position_T]]
+        else:
+            output = self._read(batch.ids_BL, None, **wanted)
+            hidden_TD = self._states(output).flatten(0, 1)[batch.position_T]
+        if not wanted:
+            return use(hidden_TD, self.head)
+        return use(hidden_TD, self.head, self._balance(output.router_logits, batch))
+
+    @cached_property
+    def balance(self) -> float:
+        """The coefficient of the load-balancing loss, where the configuration asks for one (`output_router_logits`) and
+        transformers would add it; 0 otherwise."""
+        config = self.model.config.get_text_config()
+        known = hasattr(sys.modules[type(self.model).__module__], "load_balancing_loss_func")
+        asked = known and getattr(config, "output_router_logits", False)
+        return float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0) if asked else 0.0
+
+    def _balance(self, router_logits: Sequence[Tensor], batch: Batch) -> Tensor:
+        num_rows, length = batch.ids_BL.shape
+        row_BL = torch.arange(num_rows, device=self.device)[:, None].expand(num_rows, length)
+        real_BL = torch.arange(length, device=self.device) < batch.length_B[:, None]
+        row_N = row_BL[real_BL] if self.packed else row_BL.masked_fill(~real_BL, -1).flatten()
+        _, top_k = num_experts(self.model.config.get_text_config())
+        layers = [logits.flatten(0, -2) for logits in router_logits]
+        return self.balance * load_balance(layers, row_N, num_rows, top_k)[batch.position_T // length]
 
     def pass_flops(self, rollouts: Sequence[Rollout]) -> float:
         """The FLOPs of one forward pass over these prompts and responses, without padding."""
@@ -273,11 +324,17 @@ def _attention_width(config: Any) -> float:
     return 2.0 * layers * heads * head_dim
 
 
-def _num_idle(model: Any, config: Any) -> int:
-    """Parameters of the experts that a token does not visit."""
+def num_experts(config: Any) -> tuple[int, int]:
+    """How many experts a layer has, and how many of them a token visits; 0 and 0 where there are none."""
     settings = [config, getattr(config, "ffn_config", None)]  # of DBRX
     found = ([getattr(one, name, None) for one in settings for name in names] for names in (NUM_EXPERTS, NUM_CHOSEN))
     total, chosen = (next((value for value in values if isinstance(value, int)), 0) for values in found)
+    return total, chosen
+
+
+def _num_idle(model: Any, config: Any) -> int:
+    """Parameters of the experts that a token does not visit."""
+    total, chosen = num_experts(config)
     if not 0 < chosen < total:
         return 0
     routed: dict[int, int] = {}

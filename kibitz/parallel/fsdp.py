@@ -23,11 +23,13 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from kibitz.config import ModelConfig, RecipeError, StudentConfig
 from kibitz.models import LanguageModel, lora
+from kibitz.models.folders import check_folder, check_stored, non_finite
 from kibitz.models.load import load_tokenizer, pick_dtype
 from kibitz.models.progress import no_progress_bars
 from kibitz.parallel import sharded_files
@@ -140,14 +142,14 @@ def load_sharded(
     a lower precision than float32 the optimizer keeps float32 masters, sharded as well."""
     source = config.model if config.lora is not None or resumed_from is None else str(resumed_from)
     bare, adapter = _on_meta(config, pick_dtype(config.dtype, device)), None
-    stored = _stored(bare, source, ranks, WHOLE_STUDENT)
+    stored = _stored(bare, source, ranks, WHOLE_STUDENT, "student")
     if config.lora is not None:
         with _zero_stride_weights(bare):
             adapter = lora.attach(bare, config.lora, seed) if resumed_from is None else lora.load(bare, resumed_from)
     writer = _ShardedWriter(bare, adapter)
     student = LanguageModel(bare, tokenizer, "student", adapter, writer=writer)
     _shard(student, ranks, MixedPrecisionPolicy(reduce_dtype=torch.float32), reshard=True)
-    student.materialize(partial(_fill, stored=stored), device)
+    student.materialize(partial(_fill_all, stored=stored, source=source, role="student", ranks=ranks), device)
     _join_passes(student, ranks.lockstep)
     writer.register(ranks.lockstep)
     return student
@@ -158,30 +160,35 @@ def load_frozen(config: ModelConfig, role: str, device: torch.device, ranks: Ran
     called outside of its passes, too."""
     tokenizer = load_tokenizer(config, role)
     bare = _on_meta(config, pick_dtype(config.dtype, device)).requires_grad_(False)
-    stored = _stored(bare, config.model, ranks, instead)
+    stored = _stored(bare, config.model, ranks, instead, role)
     model = LanguageModel(bare, tokenizer, role)
     for layer in layers_of(bare):
         fully_shard(layer, mesh=ranks.mesh)
-    model.materialize(partial(_fill, stored=stored), device)
+    model.materialize(partial(_fill_all, stored=stored, source=config.model, role=role, ranks=ranks), device)
     _join_passes(model, ranks.lockstep)
     return model
 
 
-def _stored(bare: Any, source: str, ranks: Ranks, instead: str) -> dict[str, Path]:
-    """The file of each stored parameter, by the parameter's name."""
+def _stored(bare: Any, source: str, ranks: Ranks, instead: str, role: str) -> dict[str, Path]:
+    """The file of each stored parameter, by the parameter's name. Raise ValueError, in all processes, for files of another
+    model."""
     if not layers_of(bare):
         raise ValueError(
             f"transformers does not name the layers by which a {type(bare).__name__} is to be sharded: write {instead}"
         )
-    return _match(bare, ranks.first(lambda: _weight_files(source)), source, instead)
+    files = ranks.first(lambda: _weight_files(source, role))
+    stored = _match(bare, files, source, instead)
+    check_stored(bare, files, source, role)
+    return stored
 
 
 @no_progress_bars()
-def _weight_files(source: str) -> list[Path]:
+def _weight_files(source: str, role: str = "student") -> list[Path]:
     """The safetensors files of a folder, or of a model on the hub, which is downloaded."""
     folder = Path(source)
     if not folder.is_dir():
         folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+    check_folder(str(folder), role)
     if (folder / sharded_files.INDEX).is_file():
         named = json.loads((folder / sharded_files.INDEX).read_text(encoding="utf-8"))["weight_map"]
         return [folder / name for name in sorted(set(named.values()))]
@@ -270,6 +277,15 @@ def _fill(bare: nn.Module, stored: dict[str, Path]) -> None:
         with safe_open(path, framework="pt") as file:
             for name in (name for name, where in stored.items() if where == path):
                 sharded_files.fill(targets[name], file.get_slice(name))
+
+
+def _fill_all(bare: nn.Module, stored: dict[str, Path], source: str, role: str, ranks: Ranks) -> None:
+    """`_fill`, after which all processes raise ValueError if one has read NaN or infinity into its shard."""
+    _fill(bare, stored)
+    own = ((name, p.to_local() if isinstance(p, DTensor) else p) for name, p in bare.named_parameters())
+    damaged = [name for name in ranks.gather(non_finite(own)) if name is not None]
+    if damaged:
+        raise ValueError(f"{role}.model: {source} holds NaN or infinity in {damaged[0]}: the file is damaged")
 
 
 class _ShardedWriter:

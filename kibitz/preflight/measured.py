@@ -16,6 +16,7 @@ from kibitz.losses.chunked import Criterion
 from kibitz.losses.criteria import Divergence, PolicyGradient
 from kibitz.methods import token_loss
 from kibitz.models import LanguageModel
+from kibitz.models.rotary import rotations_vary
 from kibitz.preflight.finding import Finding
 from kibitz.report.formats import many
 from kibitz.signals import Sampled, Scored, Signal, Spans, TopK
@@ -84,6 +85,11 @@ def engine_gap(setup: Setup, rollouts: Sequence[Rollout]) -> Finding:
         text += ": write method.policy_loss=truncated, or sample and train in the same precision"
     if light == "red":
         text += ": the engine has other weights, another temperature or another model"
+    if light != "green" and rotations_vary(setup.parts.student.model):
+        text += (
+            ". This student's rotary factors depend on length: the trainer takes those of the longest text of the run, and a "
+            "server those of its --max-model-len"
+        )
     return Finding("engine against trainer", light, text, {"mean": mean, "max": most})
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kibitz.batching import group, pack
 from kibitz.logprobs import gather_tokens, log_probs
+from kibitz.losses.supports import rest_beside
 from kibitz.models import LanguageModel
 from kibitz.signals import Dense, Sampled, Scored, Signal, TopK, cat_signals, locked
 from kibitz.teachers import ScoreRequest, Teacher
@@ -91,5 +92,5 @@ def reduced(dense: Dense, token_T: Tensor, request: ScoreRequest, chunk_tokens: 
             parts.append(Sampled(gather_tokens(logp_CV, token_C.to(logp_CV.device))))
         else:
             logp_CK, ids_CK = logp_CV.topk(min(request.top_k, logp_CV.shape[-1]), dim=-1)
-            parts.append(TopK(ids_CK, logp_CK, request.temperature))
+            parts.append(TopK(ids_CK, logp_CK, request.temperature, rest_logp_T=rest_beside(logp_CV, ids_CK)))
     return cat_signals(parts)

@@ -9,7 +9,7 @@ import torch
 
 from kibitz.config import MethodConfig, SignalKind, TeacherConfig
 from kibitz.engines import Engine, OnReady, nobody_waits
-from kibitz.engines.torch import Student, TorchEngine
+from kibitz.engines.torch import TorchEngine, longest_text
 from kibitz.ledger import Count, uncounted
 from kibitz.logprobs import log_mixture
 from kibitz.models import LanguageModel
@@ -206,7 +206,7 @@ class SeveralEngine:
 
     def __init__(self, members: Sequence[Teacher], mix: Callable[[Prompt], Mix], make: MakeEngine):
         self.members, self.mix, self.make = members, mix, make
-        self.engines: dict[Mix, tuple[Engine, list[Student]]] = {}
+        self.engines: dict[Mix, tuple[Engine, list[TorchEngine]]] = {}
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, on_ready: OnReady = nobody_waits, count: Count = uncounted
@@ -218,10 +218,14 @@ class SeveralEngine:
         for mix, own in places.items():
             if mix not in self.engines:
                 self.engines[mix] = self._engine(mix)
-            engine, others = self.engines[mix]
-            rollouts = engine.generate([prompts[place] for place in own], sampling, on_ready, count)
-            for model in others:
-                count(model, rollouts)
+            engine, together = self.engines[mix]
+            theirs = [prompts[place] for place in own]
+            if isinstance(engine, TorchEngine) and together:
+                decoders = [writer.decoder(longest_text(theirs, sampling)) for writer in together]
+                engine.use(MixedDecoder(decoders, mix, min(writer.student.vocab_size for writer in together)))
+            rollouts = engine.generate(theirs, sampling, on_ready, count)
+            for writer in together[1:]:
+                count(writer.student, rollouts)
             rollouts = iter(rollouts)
             for place in own:
                 written[place] = [next(rollouts) for _ in range(sampling.num_samples)]
@@ -234,14 +238,12 @@ class SeveralEngine:
         for engine, _ in self.engines.values():
             engine.close()
 
-    def _engine(self, mix: Mix) -> tuple[Engine, list[Student]]:
-        """Return the engine that writes for these teachers, and the models that read along."""
+    def _engine(self, mix: Mix) -> tuple[Engine, list[TorchEngine]]:
+        """Return the engine that writes for these teachers, and of several the engines whose decoders it mixes."""
         if len(mix) == 1:
             return self.members[mix[0][0]].writer(self.make), []
         engines = [self.members[place].writer(self.make) for place, _ in mix]
         writers = [engine for engine in engines if isinstance(engine, TorchEngine)]
         if len(writers) < len(mix):
             raise ValueError(f"these teachers cannot write together: {ALONG}")
-        vocab_size = min(writer.student.vocab_size for writer in writers)
-        writers[0].use(MixedDecoder([writer.decoder() for writer in writers], mix, vocab_size))
-        return writers[0], [writer.student for writer in writers[1:]]
+        return TorchEngine(writers[0].student, writers[0].max_rows), writers

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from kibitz.config import SignalKind
 from kibitz.engines import Engine
 from kibitz.files import write_atomically
+from kibitz.losses.supports import rest_of
 from kibitz.models import LanguageModel
 from kibitz.models.head import Head
 from kibitz.signals import Dense, Sampled, Signal, TopK, cat_signals
@@ -118,7 +119,9 @@ class Store:
             case "dense":
                 return Dense(columns["hidden"], self.shared_head())
             case "top_k":
-                return TopK(columns["ids"].long(), columns["logp"], request.temperature)
+                logp_TK = columns["logp"]
+                rest_T = columns.get("rest_logp", rest_of(logp_TK.float().logsumexp(-1)))  # older stores lack it
+                return TopK(columns["ids"].long(), logp_TK, request.temperature, rest_logp_T=rest_T)
             case _:
                 return Sampled(columns["logp"])
 

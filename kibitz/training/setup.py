@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from kibitz import config, graders, optim
@@ -36,6 +37,7 @@ from kibitz.models.load import (
     stop_ids,
 )
 from kibitz.models.packing import pack_rows
+from kibitz.models.rotary import rotations_vary
 from kibitz.parallel import fsdp
 from kibitz.parallel.ranks import Ranks, join
 from kibitz.teachers import Teacher
@@ -120,11 +122,12 @@ def prepare(
     for check in checks:
         check([*prompts, *held_out], recipe.rollout.max_tokens)
     learner = fsdp.learner_of(student, ranks)
+    encode = partial(encode_response, tokenizer)
+    _hold_rotations(recipe, [*_models(student, teacher, reference), learner], [*prompts, *held_out], encode)
     engine = make_engine(recipe.rollout, student, folder.path, prompts[:2], ranks)
     sampling = _sampling(recipe, student)
     for model in (student, learner):
         save_ends(model, sampling.stop_ids)
-    encode = partial(encode_response, tokenizer)
     ledger = Ledger(watch=Gauge(student.device))
     counted = Counted(engine, ledger.reading("student_sampling"))
     parts = Parts(recipe, student, counted, teacher, sampling, encode, loss, mask_ids, stored, reference, ranks, ledger)
@@ -163,10 +166,35 @@ def _evaluator(
 
 
 def _read_alike(recipe: Recipe, student: LanguageModel, *teachers: Teacher | None) -> None:
-    """Have all models of a run read the same tokens, with padding or without."""
-    models = [student, *(model for teacher in teachers if teacher is not None for model in teacher.models)]
+    """Have all models of a run read the same tokens, with padding or without, and equal ones to the same bits."""
+    models = _models(student, *teachers)
     share_vocabulary(models)
     pack_rows(models, recipe.optim.packing)
+    if not isinstance(student, FSDPModule):  # whose teacher is sharded in another way
+        for model in models[1:]:
+            model.round_like(student)
+
+
+def _models(student: LanguageModel, *teachers: Teacher | None) -> list[LanguageModel]:
+    return [student, *(model for teacher in teachers if teacher is not None for model in teacher.models)]
+
+
+def _hold_rotations(
+    recipe: Recipe, models: Sequence[LanguageModel], prompts: Sequence[Prompt], encode: Callable[[str], list[int]]
+) -> None:
+    """Let models whose rotary factors depend on length read as if every text were as long as the run's longest. Where a
+    teacher reads more than the student does, nobody here knows how long that is, and they go on as loaded: with the factors
+    of the longest text that they can read."""
+    varying = [model for model in models if rotations_vary(model.model)]
+    if not varying or any(teacher.context is not None for teacher in recipe.teachers):
+        return
+    if any(isinstance(one, LocalTeacherConfig) and not _reads_alike(one) for one in recipe.teachers):
+        return
+    lengths = [len(prompt.ids) + recipe.rollout.max_tokens for prompt in prompts]
+    if recipe.wants_demonstrations():
+        lengths += [len(prompt.ids) + len(encode(prompt.response)) for prompt in prompts if prompt.response is not None]
+    for model in varying:
+        model.read_up_to(max(lengths))
 
 
 def training_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

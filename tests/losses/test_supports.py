@@ -1,5 +1,6 @@
 """Truncated supports and the criteria that use them, against brute force over the whole vocabulary."""
 
+import math
 from functools import partial
 from itertools import pairwise
 
@@ -10,8 +11,11 @@ from kibitz.logprobs import log_probs
 from kibitz.losses.criteria import CrossEntropy, Divergence
 from kibitz.losses.divergences import DIVERGENCES, entropy, forward_kl, jsd, reverse_kl
 from kibitz.losses.policy_gradient import k3
-from kibitz.losses.supports import find_token, signal_buckets, top_k_buckets
+from kibitz.losses.supports import find_token, most_likely_but_one, signal_buckets, top_k_buckets
 from kibitz.signals import Dense, Sampled, Tokens, TopK
+from kibitz.teachers import ScoreRequest
+from kibitz.teachers.local import reduced
+from kibitz.teachers.mixture import MixedHead
 
 C, V = 5, 12
 
@@ -172,6 +176,62 @@ def test_a_tiny_tail_is_exact_in_float32():
         return values["loss"].double(), grad.double()
 
     torch.testing.assert_close(run(torch.float32), run(torch.float64), rtol=1e-5, atol=1e-6)
+
+
+def by_hand(student_logits, teacher_logits, k):
+    """The reverse KL of each row on the teacher's k likeliest tokens and the tail, and its gradient, in float64."""
+    z = student_logits.double().requires_grad_()
+    student_CV, teacher_CV = log_probs(z), log_probs(teacher_logits.double())
+    kept = [set(row.topk(k).indices.tolist()) for row in teacher_CV]
+    pairs = [(merged(s, some), merged(t, some)) for s, t, some in zip(student_CV, teacher_CV, kept, strict=True)]
+    loss_C = torch.stack([(s.exp() * (s - t)).sum() for s, t in pairs])
+    (grad,) = torch.autograd.grad(loss_C.sum(), z)
+    return loss_C.detach(), grad
+
+
+@pytest.mark.parametrize("scale", [1.0, 6.0, 12.0])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_top_k_of_a_teacher_in_this_process_has_its_exact_tail(scale, mixed):
+    """Where the teacher is far from the student its tail is 1e-20 and the student's mass is there: 1 - sum p, which is 1.2e-7
+    at least in float32, would give another loss and another gradient."""
+    student_logits, teacher_logits, token_C = example(dtype=torch.float32, rows=40, size=30)
+    teacher_logits = teacher_logits * scale
+    said = dense(teacher_logits)
+    if mixed:
+        head, second = MixedHead(), dense(teacher_logits.flip(-1))
+        said = head.packed(((0, math.log(0.25)), (1, math.log(0.75))), {0: said, 1: second}, 61)
+        both = [log_probs(one.double()) for one in (teacher_logits, teacher_logits.flip(-1))]
+        teacher_logits = torch.logaddexp(both[0] + math.log(0.25), both[1] + math.log(0.75))
+    signal = reduced(said, token_C, ScoreRequest("top_k", top_k=4), chunk_tokens=7)
+    z = student_logits.clone().requires_grad_()
+    values = Divergence(support="teacher")(z, tokens_of(token_C, signal))
+    (grad,) = torch.autograd.grad(values["loss"].sum(), z)
+    loss_C, wanted = by_hand(student_logits, teacher_logits, 4)
+    torch.testing.assert_close(values["loss"].double(), loss_C, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(values["reverse_kl"].double(), loss_C, rtol=1e-5, atol=1e-5)
+    assert (grad.double() - wanted).norm() < 1e-5 * wanted.norm()
+    for support in ("teacher", "union"):  # dense: the written token joins the K
+        dense_C = Divergence(support=support, top_k=4)(student_logits, tokens_of(token_C, said))["loss"]
+        assert (dense_C.double() > loss_C - 1e-4).all()
+    cut = TopK(signal.ids_TK, signal.logp_TK)  # what a server could tell
+    other_C = Divergence(support="teacher")(student_logits, tokens_of(token_C, cut))["loss"].double()
+    assert (scale < 6) == torch.allclose(other_C, loss_C, rtol=1e-3, atol=1e-3), "the test wants tails below 1e-7"
+
+
+def test_fewer_tokens_of_a_signal_have_a_tail_that_holds_the_one_left_out():
+    _, teacher_logits, token_C = example(scale=20.0)
+    whole = reduced(dense(teacher_logits), token_C, ScoreRequest("top_k", top_k=4))
+    fewer, wanted = (
+        most_likely_but_one(whole),
+        reduced(dense(teacher_logits), token_C, ScoreRequest("top_k", top_k=3)),
+    )
+    torch.testing.assert_close(fewer.rest_logp_T, wanted.rest_logp_T)
+    logp_C, found_C = find_token(whole, whole.ids_TK[:, -1])
+    torch.testing.assert_close(logp_C, whole.logp_TK[:, -1])
+    absent_C = torch.tensor([next(v for v in range(V) if v not in row) for row in whole.ids_TK.tolist()])
+    logp_C, found_C = find_token(whole, absent_C)
+    torch.testing.assert_close(logp_C, whole.rest_logp_T)
+    assert not found_C.any()
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)

@@ -1,5 +1,6 @@
 """Sharded models, as far as one process can see: loading on meta, files, joined collectives, and what is refused."""
 
+import json
 import random
 import threading
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from support.folders import CHANGES, changed
 from support.models import make_model, tokenizer
 from support.runs import recipe
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,7 +19,7 @@ from kibitz.config import LoraConfig, ModelConfig, StudentConfig
 from kibitz.models import lora
 from kibitz.models.load import load_student
 from kibitz.parallel import fsdp, lockstep, sharded_files
-from kibitz.parallel.ranks import Ranks
+from kibitz.parallel.ranks import Ranks, plain
 from kibitz.training import setup
 
 
@@ -136,6 +138,41 @@ def test_files_with_other_shapes_than_the_model_are_refused(folders):
     bare._apply(lambda t: t.new_empty(*t.shape[:-1], t.shape[-1] + 1, device="cpu"))
     with pytest.raises(ValueError, match="is stored where"):
         fsdp._fill(bare, stored)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_tensor_of_a_sharded_model_can_be_changed_silently(change, folders, one_process, tmp_path):
+    """Each fifth tensor, of all kinds, as student and as teacher."""
+    names = sorted(load_file(folders["apart"] / "model.safetensors"))
+    for number, name in enumerate(names[::5]):
+        folder = str(
+            changed(folders["apart"], tmp_path / str(number), lambda tensors, name=name: change(tensors, name))
+        )
+        with pytest.raises(ValueError, match=r"student\.model: |parallel\.whole_copy=true"):
+            fsdp.load_sharded(StudentConfig(model=folder), torch.device("cpu"), tokenizer(), 0, None, one_process)
+        with pytest.raises(ValueError, match=r"teacher\.model: |shard_teacher=false"):
+            fsdp.load_frozen(ModelConfig(model=folder), "teacher", torch.device("cpu"), one_process, fsdp.WHOLE_TEACHER)
+
+
+def test_a_sharded_tensor_of_another_float_dtype_keeps_its_numbers(folders, one_process, tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def halve(tensors):
+        tensors[name] = tensors[name].half()
+
+    folder = changed(folders["apart"], tmp_path / "m", halve)
+    model = fsdp.load_frozen(ModelConfig(model=str(folder)), "teacher", torch.device("cpu"), one_process, "x")
+    assert torch.equal(plain(model.model.state_dict()[name]), load_file(folder / "model.safetensors")[name].float())
+
+
+def test_an_index_that_leaves_the_folder_is_not_followed(folders, tmp_path):
+    folder = changed(folders["apart"], tmp_path / "m", lambda tensors: None)
+    names = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, "../a.safetensors")})
+    )
+    with pytest.raises(ValueError, match="outside of the folder"):
+        fsdp._weight_files(str(folder), "teacher")
 
 
 @pytest.mark.parametrize("size", [1, 10_000, 2**30])

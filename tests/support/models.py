@@ -67,7 +67,8 @@ def full_logp(model: Any, rollout: Rollout, prompt_ids: tuple[int, ...] | None =
     """log p of every token at each place of the response, `[T, V]` in float64: one sequence through the plain model, behind
     another prompt than the rollout's if one is given. Gradients flow."""
     prompt_ids = rollout.prompt.ids if prompt_ids is None else prompt_ids
-    logits = model.model(torch.tensor([[*prompt_ids, *rollout.response_ids]])).logits[0, len(prompt_ids) - 1 : -1]
+    ids_1L = torch.tensor([[*prompt_ids, *rollout.response_ids]])
+    logits = model.model(ids_1L, use_cache=False).logits[0, len(prompt_ids) - 1 : -1]
     return logits[:, : model.vocab_size].double().log_softmax(-1)
 
 

@@ -44,8 +44,8 @@ def numbers(signal):
     match signal:
         case Dense(hidden_TD, head):
             return [head(hidden_TD)]
-        case TopK(ids_TK, logp_TK, temperature):
-            return [ids_TK, logp_TK, torch.tensor(temperature)]
+        case TopK(ids_TK, logp_TK, temperature, rest_logp_T=rest_T):
+            return [ids_TK, logp_TK, rest_T, torch.tensor(temperature)]
         case Sampled(logp_T):
             return [logp_T]
 
