@@ -162,7 +162,7 @@ def check_stored(model: Any, files: Iterable[Path], name: str, role: str) -> Non
                     reshaped.append(key)
     for verb, keys in {"holds what the model has not:": unknown, "holds in another shape": reshaped}.items():
         if keys:
-            raise ValueError(f"{role}.model: {name} {verb} {listed(keys)}; is config.json of these weights?")
+            raise ValueError(f"{where(role)}: {name} {verb} {listed(keys)}; is config.json of these weights?")
 
 
 def harmless_keys(model: Any) -> list[str]:
