@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 import kibitz
-from kibitz.cli import chat, check, data, experiments, models, serve, training
+from kibitz.cli import chat, check, data, experiments, models, serve, training, watch
 from kibitz.cli.output import Output, sentence
 
 ANYWHERE = ("--quiet", "-q", "--json", "--debug")
@@ -78,6 +78,7 @@ app.command()(models.score)
 app.command()(models.export)
 app.command()(chat.chat)
 app.command()(data.report)
+app.command()(watch.watch)
 app.add_typer(data.worlds, name="worlds")
 app.command()(experiments.reproduce)
 app.command()(data.schema)
