@@ -56,7 +56,8 @@ def _report(runs: list[Run]) -> str:
         heatmap=_heatmap(runs),
         figures={chart["key"]: chart["figure"] for group in drawn.values() for chart in group},
         compute_known=compute_known,
-        **drawn,
+        curves=drawn["curves"],
+        costs=drawn["costs"],
     )
 
 
