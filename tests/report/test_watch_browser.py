@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,14 +54,21 @@ def visit(browser):
     assert [complaint for complaint in complaints if not complaint.startswith(("data:", "blob:"))] == []
 
 
-def last_point(page, chart: str = "loss") -> float:
-    return page.evaluate(f"document.querySelector('[data-chart=\"{chart}\"]').data?.at(-1)?.x.at(-1) ?? 0")
+def steps_drawn(page, chart: str = "loss") -> list[int]:
+    return page.evaluate(f"document.querySelector('[data-chart=\"{chart}\"]').data?.at(-1)?.x ?? []")
+
+
+def wait_until(page, ready: Callable[[], bool], seconds: int = 120) -> None:
+    """Look ten times a second: the page's policy forbids the loop that playwright would put into it."""
+    for _ in range(10 * seconds):
+        if ready():
+            return
+        page.wait_for_timeout(100)
+    pytest.fail(f"not in {seconds} seconds")
 
 
 def wait_for_step(page, step: int) -> None:
-    page.wait_for_function(
-        f"(document.querySelector('[data-chart=\"loss\"]').data?.at(-1)?.x.at(-1) ?? 0) >= {step}", timeout=60_000
-    )
+    wait_until(page, lambda: max(steps_drawn(page), default=0) >= step)
 
 
 def test_new_rows_appear_without_a_reload(visit, tmp_path):
@@ -189,19 +197,16 @@ def test_a_run_that_trains_is_killed_and_goes_on(visit, models, tmp_path):
         run.send_signal(signal.SIGKILL)
         run.wait()
     time.sleep(1.5)
-    before = last_point(page)
+    before = len(steps_drawn(page))
     assert page.locator(".pulse.running").is_visible()  # silence is told after a minute
     run = training(tree, "resume")
     try:
-        page.wait_for_function(
-            f"document.querySelector('[data-chart=\"loss\"]').data.at(-1).x.length >= {before + 3}", timeout=120_000
-        )
+        wait_until(page, lambda: len(steps_drawn(page)) >= before + 3)
         expect(page.locator(".pulse.finished")).to_be_visible(timeout=120_000)
     finally:
         run.wait(120)
     wait_for_step(page, 40)
-    steps = page.evaluate("document.querySelector('[data-chart=\"loss\"]').data.at(-1).x")
-    assert steps == list(range(1, 41))
+    assert steps_drawn(page) == list(range(1, 41))
     expect(page.get_by_text("After, step 40").first).to_be_attached()
     shutil.rmtree(folder)
     expect(page.locator(".pulse.waiting")).to_be_visible()
