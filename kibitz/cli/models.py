@@ -103,12 +103,38 @@ def score(
     rollouts: Annotated[
         Path | None, typer.Option(help="A stored.jsonl to be scored whole, instead of prompts.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder that keeps the scores of --rollouts.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the scores of --rollouts, or for a diagnosis: runs/diagnosis.")
+    ] = None,
     kind: Annotated[str, typer.Option(help="Of the scores to keep: dense, top_k or sampled.")] = "dense",
     top_k: Annotated[int, typer.Option(min=1, help="K of --kind top_k.")] = 64,
+    prompts: Annotated[
+        str | None, typer.Option(help="A file or dataset: diagnose student and teacher on it, and write a recipe.")
+    ] = None,
+    world: Annotated[str | None, typer.Option(help="The same on a toy world; see `kibitz worlds`.")] = None,
+    num_prompts: Annotated[int, typer.Option(min=2, help="How many of them are answered.")] = 128,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="The price of the machine for one hour, for what the recipe costs.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[A.B=VALUE]...", help="Of --prompts, and kept in the recipe: rollout.max_tokens=512."),
+    ] = None,
 ) -> None:
-    """Let a teacher score every token of a response, and mark where it went wrong; or keep all its scores of a
-    file of rollouts, for runs without the teacher."""
+    """Let a teacher score every token of a response, and mark where it went wrong; or all answers to --prompts, to see
+    where student and teacher differ, what training could gain, and by which recipe; or keep all its scores of a file of
+    rollouts, for runs without the teacher."""
+    if prompts is not None or world is not None:
+        if prompt or response or rollouts or html:
+            raise ValueError(
+                "--prompts or --world asks for a diagnosis: leave out --prompt, --response, --rollouts, --html"
+            )
+        from kibitz.cli.diagnose import diagnose
+
+        diagnose(ctx.obj, (student, teacher), (prompts, world), overrides or [], num_prompts, price, out)
+        return
+    if overrides:
+        raise ValueError(f"{overrides[0]} changes a diagnosis: write --prompts FILE with it")
     if (rollouts is None) != (out is None):
         raise ValueError("--rollouts FILE and --out FOLDER belong together")
     if rollouts is not None and out is not None:
@@ -117,7 +143,7 @@ def score(
         _keep_scores(ctx.obj, teacher or _shipped("teacher"), rollouts, out, kind, top_k)
         return
     if not prompt:
-        raise ValueError("write --prompt TEXT, or --rollouts FILE and --out FOLDER")
+        raise ValueError("write --prompt TEXT, or --prompts FILE for a diagnosis, or --rollouts FILE and --out FOLDER")
     from kibitz.evaluate.annotate import score_texts
     from kibitz.report.terminal import print_rollout
 

@@ -1,5 +1,6 @@
 """The recipe that a diagnosis suggests: each line with the reason for it, and what the run would cost by the clock."""
 
+import textwrap
 from typing import Any
 
 import yaml
@@ -13,6 +14,7 @@ from kibitz.training.setup import Setup
 STEPS = 100
 GOOD_OVERLAP = 0.8
 LR, LR_WIDTH, MOST_LR = 5e-5, 2048, 1e-3
+WIDTH = 110
 OWN = ("student", "teacher", "data")
 Line = tuple[str, Any, str]
 """A setting (`a.b`), its value, and why."""
@@ -156,25 +158,27 @@ def _tree(given: dict[str, Any], lines: list[Line]) -> dict[str, Any]:
 
 
 def _text(tree: dict[str, Any], reasons: dict[str, str], doubts: list[str]) -> str:
-    """The tree as YAML, with the reason of each line behind it."""
+    """The tree as YAML, with the reason of each line behind it, or above it where it is long."""
     written = ["# What kibitz score suggests, and why. kibitz check looks at it before it costs anything."]
-    written += [f"# But: {doubt}" for doubt in doubts]
+    written += [line for doubt in doubts for line in textwrap.wrap(f"# But: {doubt}", WIDTH, subsequent_indent="# ")]
     for key, value in tree.items():
-        inside = [name for name in reasons if name.startswith(f"{key}.")]
-        if not inside:
-            written += _dumped({key: value}, reasons.get(key, ""))
+        if not any(name.startswith(f"{key}.") for name in reasons):
+            written += _dumped({key: value}, reasons.get(key, ""), "")
             continue
         written.append(f"{key}:")
         for name, inner in value.items():
-            written += [f"  {line}" for line in _dumped({name: inner}, reasons.get(f"{key}.{name}", ""))]
+            written += _dumped({name: inner}, reasons.get(f"{key}.{name}", ""), "  ")
     return "\n".join(written) + "\n"
 
 
-def _dumped(tree: dict[str, Any], why: str) -> list[str]:
-    lines = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=1000).rstrip("\n").split("\n")
+def _dumped(tree: dict[str, Any], why: str, indent: str) -> list[str]:
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=1000).rstrip("\n").split("\n")
+    lines = [indent + line for line in text]
     if not why:
         return lines
-    return [f"{lines[0]:<36}  # {why}", *lines[1:]] if len(lines) == 1 else [f"# {why}", *lines]
+    if len(lines) == 1 and len(why) + 38 <= WIDTH:
+        return [f"{lines[0]:<36}# {why}"]
+    return [*textwrap.wrap(f"{indent}# {why}", WIDTH, subsequent_indent=f"{indent}# "), *lines]
 
 
 def _cost(

@@ -25,12 +25,13 @@ GROWTH = 1.1
 LEAST_SHARE = 0.01
 CLEAR = 5.0
 """Standard errors that a context's mean must lie above that of the rest: thousands of patterns are tried."""
-HOLE = "·"
+HOLE = None
+"""Any token, in a pattern."""
 MOST_TOKENS = 30_000
 """Tokens whose contexts are looked at, evenly spread over the answers: each has some fifty patterns before it."""
 EXAMPLES = 5
 
-Pattern = tuple[str, ...]
+Pattern = tuple[str | None, ...]
 """`("after", a, b)`: a and b stand directly before. `("near", a, HOLE, b)`: somewhere before a, any token, b."""
 Place = tuple[int, int]
 """The number of an answer, and of a token in it."""

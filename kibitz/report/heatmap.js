@@ -257,6 +257,16 @@
   document.getElementById("scale").addEventListener("change", recolour);
   list();
 
+  /* Somebody wants to see a token of the first side of a pair. */
+  document.addEventListener("showtoken", ({ detail: { pair, token } }) => {
+    for (const all of document.querySelectorAll('#controls input[value="all"]')) all.checked = true;
+    list();
+    const block = place.querySelectorAll(".pair")[pair];
+    block.open = true;
+    block.fill();
+    goTo(block.querySelector(".rollout"), token);
+  });
+
   /* Other rollouts, of a run that goes on: they wait until nobody looks at a token. What is open stays open. */
   let waiting = null;
   const take = () => {

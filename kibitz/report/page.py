@@ -21,7 +21,7 @@ from kibitz.report import costs, curves, formats, heatmap, summary
 from kibitz.report.folder import Row, Run, dig_number, read_run, unique_names
 
 HERE = Path(__file__).parent
-STYLES = ("style.css", "heatmap.css", "live.css")
+STYLES = ("style.css", "heatmap.css", "live.css", "diagnosis.css")
 
 
 def build(run_folders: list[Path], output: Path | None = None) -> Path:
