@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 import kibitz
-from kibitz.cli import chat, check, data, experiments, models, serve, training, watch
+from kibitz.cli import chat, check, data, experiments, init, models, serve, training, watch
 from kibitz.cli.output import Output, sentence
 
 ANYWHERE = ("--quiet", "-q", "--json", "--debug")
@@ -71,6 +71,7 @@ def options(
 
 
 app.command()(training.demo)
+app.command()(init.init)
 app.command()(training.train)
 app.command()(check.check)
 app.command(name="eval")(models.evaluate)

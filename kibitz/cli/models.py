@@ -179,16 +179,42 @@ def export(
     ],
     output: Annotated[Path, typer.Option(help="The folder to write.")],
     merge: Annotated[bool, typer.Option("--merge", help="Merge a LoRA adapter into its base: a whole model.")] = False,
+    push: Annotated[str | None, typer.Option(help="Also upload it, as OWNER/NAME: private, see --public.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Of --push: for all to see.")] = False,
 ) -> None:
-    """Write a checkpoint as a folder for transformers, peft or vLLM, without what only training needs."""
+    """Write a checkpoint as a folder for transformers, peft or vLLM, without what only training needs, and with a model
+    card (README.md) that says how it was made."""
     from kibitz.training.checkpoint import export as write
 
+    if public and push is None:
+        raise ValueError("--public belongs to --push OWNER/NAME")
     source = resolved(model)
-    write(source, output, merge)
-    ctx.obj.result(
-        {"model": source, "output": output, "merged": merge},
-        lambda console: console.print(f"model      {output}", markup=False),
-    )
+    write(source, output, merge, card_of(Path(source)))
+    address = None
+    if push is not None:
+        from kibitz.models.hub import push as upload
+
+        ctx.obj.say(f"uploading {output}")
+        address = upload(output, push, public)
+
+    def for_a_person(console: Console) -> None:
+        console.print(f"model      {output}", markup=False)
+        if address is not None:
+            console.print(f"hub        {address}", markup=False)
+
+    ctx.obj.result({"model": source, "output": output, "merged": merge, "pushed": address}, for_a_person)
+
+
+def card_of(checkpoint: Path) -> str | None:
+    """The model card of a checkpoint that lies in the folder of its run; of another model there is none to write."""
+    from kibitz.report.card import model_card
+
+    place = checkpoint.resolve()
+    step = place.name.removeprefix("step-")
+    run = place.parent.parent
+    if place.parent.name != "checkpoints" or not step.isdecimal() or not (run / "recipe.yaml").is_file():
+        return None
+    return model_card(run, int(step))
 
 
 def _keep_scores(output: Output, teacher: str, rollouts: Path, out: Path, kind: str, top_k: int) -> None:

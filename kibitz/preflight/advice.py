@@ -1,11 +1,9 @@
 """The recipe that a diagnosis suggests: each line with the reason for it, and what the run would cost by the clock."""
 
-import textwrap
 from typing import Any
 
-import yaml
-
 from kibitz.config import LocalTeacherConfig, Recipe, load
+from kibitz.config.commented import commented
 from kibitz.models.load import pick_device, pick_dtype
 from kibitz.preflight import budget
 from kibitz.preflight.shapes import shape_of
@@ -14,7 +12,6 @@ from kibitz.training.setup import Setup
 STEPS = 100
 GOOD_OVERLAP = 0.8
 LR, LR_WIDTH, MOST_LR = 5e-5, 2048, 1e-3
-WIDTH = 110
 OWN = ("student", "teacher", "data")
 Line = tuple[str, Any, str]
 """A setting (`a.b`), its value, and why."""
@@ -28,7 +25,9 @@ def advise(
     lines = [line for line in _lines(setup, recipe, numbers) if not _has(given, line[0])]
     tree = _tree(given, lines)
     wanted = load(tree)
-    text = _text(tree, {setting: why for setting, _, why in lines}, _doubts(numbers))
+    head = ["What kibitz score suggests, and why. kibitz check looks at it before it costs anything."]
+    head += [f"But: {doubt}" for doubt in _doubts(numbers)]
+    text = commented(tree, {setting: why for setting, _, why in lines}, head)
     return {"recipe": text, "reasons": [list(line) for line in lines], "doubts": _doubts(numbers),
             "cost": _cost(setup, wanted, numbers, clock, price)}  # fmt: skip
 
@@ -155,30 +154,6 @@ def _tree(given: dict[str, Any], lines: list[Line]) -> dict[str, Any]:
             node = node.setdefault(name, {})
         node[last] = value
     return tree
-
-
-def _text(tree: dict[str, Any], reasons: dict[str, str], doubts: list[str]) -> str:
-    """The tree as YAML, with the reason of each line behind it, or above it where it is long."""
-    written = ["# What kibitz score suggests, and why. kibitz check looks at it before it costs anything."]
-    written += [line for doubt in doubts for line in textwrap.wrap(f"# But: {doubt}", WIDTH, subsequent_indent="# ")]
-    for key, value in tree.items():
-        if not any(name.startswith(f"{key}.") for name in reasons):
-            written += _dumped({key: value}, reasons.get(key, ""), "")
-            continue
-        written.append(f"{key}:")
-        for name, inner in value.items():
-            written += _dumped({name: inner}, reasons.get(f"{key}.{name}", ""), "  ")
-    return "\n".join(written) + "\n"
-
-
-def _dumped(tree: dict[str, Any], why: str, indent: str) -> list[str]:
-    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=1000).rstrip("\n").split("\n")
-    lines = [indent + line for line in text]
-    if not why:
-        return lines
-    if len(lines) == 1 and len(why) + 38 <= WIDTH:
-        return [f"{lines[0]:<36}# {why}"]
-    return [*textwrap.wrap(f"{indent}# {why}", WIDTH, subsequent_indent=f"{indent}# "), *lines]
 
 
 def _cost(

@@ -77,7 +77,8 @@ def test_the_recipe_has_a_reason_for_each_line_and_trains(found, tmp_path):
     assert max(map(len, found["recipe"].splitlines())) < 130
     assert worst(list(check_files(wanted))) != "red"
     run = kibitz.train(
-        path, ["steps=2", "rollout.prompts_per_step=4", "eval.num_prompts=4", f"output={tmp_path / 'run'}"]
+        path,
+        ["steps=2", "rollout.prompts_per_step=4", "eval.num_prompts=4", "data.limit=64", f"output={tmp_path / 'run'}"],
     )
     assert len(run.metrics) == 2
 
