@@ -136,7 +136,13 @@ def hub():
                 ]
                 self._answer({"files": files})
             else:
-                self._answer({"success": True, "commitUrl": "http://hub/commit/1", "commitOid": "1" * 40})
+                self._answer(
+                    {
+                        "success": True,
+                        "commitUrl": f"http://{self.headers['Host']}/me/my-model/commit/1",
+                        "commitOid": "1" * 40,
+                    }
+                )
 
         def _answer(self, tree: dict) -> None:
             data = json.dumps(tree).encode()
