@@ -2,6 +2,7 @@
 
 import json
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import yaml
 
 from kibitz.report import costs, formats, summary
-from kibitz.report.curves import CHARTS, Line, compute_so_far, main_split
+from kibitz.report.curves import CHARTS, Line, main_split
 from kibitz.report.folder import Row, Run, dig, dig_number
 from kibitz.report.tail import Rows, Tail, newest, parsed, stamp
 
@@ -20,7 +21,7 @@ RECENT = 20
 SILENCE = 60.0
 """Seconds without a written file after which a run is called silent, or ten of its steps, whichever is longer."""
 MOST_ALARMS = 50
-KEPT = ("step", "seconds", "flops", "num_tokens", "peak_bytes", "host_peak_bytes")
+KEPT = ("step", "seconds", "flops", "num_tokens")
 METRICS = tuple(dict.fromkeys((*KEPT, *(line.path[0] for c in CHARTS for line in c.lines if line.source == "metrics"))))
 LINES = {f"{chart.key}/{place}": line for chart in CHARTS for place, line in enumerate(chart.lines)}
 WAITS = {
@@ -39,6 +40,40 @@ def _taken(row: Row) -> Row:
 
 
 @dataclass
+class Sums:
+    """The sums over the steps of a run up to each of them, which grow with it: of its FLOPs, seconds and tokens."""
+
+    version: int = 0
+    steps: list[float] = field(default_factory=list)
+    flops: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    tokens: list[float] = field(default_factory=list)
+
+    def follow(self, rows: Rows) -> None:
+        if rows.version != self.version:
+            self.version = rows.version
+            for column in (self.steps, self.flops, self.seconds, self.tokens):
+                column.clear()
+        for row in rows.rows[len(self.steps) :]:
+            self.steps.append(row["step"])
+            for column, value in (
+                (self.flops, _sum(row.get("flops"))),
+                (self.seconds, _sum(row.get("seconds"))),
+                (self.tokens, dig_number(row, "num_tokens") or 0.0),
+            ):
+                column.append((column[-1] if column else 0.0) + value)
+
+    def until(self, column: list[float], step: float) -> float:
+        """The sum up to a step."""
+        place = bisect_right(self.steps, step)
+        return column[place - 1] if place else 0.0
+
+
+def _sum(parts: Any) -> float:
+    return sum(dig_number(parts, name) or 0.0 for name in parts) if isinstance(parts, dict) else 0.0
+
+
+@dataclass
 class Followed:
     """A run folder that is read again and again; `run` is what it holds, without the rollouts."""
 
@@ -47,6 +82,7 @@ class Followed:
     metrics: Rows = field(init=False)
     evals: Rows = field(init=False)
     alarms: Tail = field(init=False)
+    sums: Sums = field(default_factory=Sums)
     stamps: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -73,6 +109,7 @@ class Followed:
             _, self.run.info = _mapping(self.folder / "run.json", lambda text: parsed(text.encode()))
         self.metrics.look()
         self.evals.look()
+        self.sums.follow(self.metrics)
         found = [row for line in self.alarms.lines(self.run.alarms.clear) if (row := parsed(line)) is not None]
         self.run.alarms[:] = [*self.run.alarms, *found][-MOST_ALARMS:]
 
@@ -131,7 +168,8 @@ def pulse(followed: Followed, price: float | None = None, now: float | None = No
         quiet = now - (newest(followed.folder) or now)
         state = "silent" if quiet > max(SILENCE, 10 * (_step_seconds(run) or 0.0)) else "running"
         if state == "silent":
-            words = f"no sign of life for {formats.seconds(quiet)}"
+            minutes = round(quiet // 60)  # not the seconds: the page is told what changes
+            words = f"no sign of life for {minutes} min" if minutes < 120 else f"no sign of life for {minutes // 60} h"
             parts = [words, *parts, "if it was killed, kibitz train RECIPE --resume goes on with it"]
         else:
             parts = [state, *parts, f"{formats.seconds(left)} left" if left else "", _money(price, spent, left)]
@@ -148,19 +186,14 @@ def _money(price: float | None, spent: float | None, left: float | None) -> str:
 
 def _step_seconds(run: Run) -> float | None:
     """The median time of the latest steps."""
-    recent = [total for row in run.metrics[-RECENT:] if (total := _seconds_of(row))]
+    recent = [total for row in run.metrics[-RECENT:] if (total := _sum(row.get("seconds")))]
     return median(recent) if recent else None
-
-
-def _seconds_of(row: Row) -> float:
-    seconds = row.get("seconds")
-    return sum(value for name in seconds if (value := dig_number(seconds, name))) if isinstance(seconds, dict) else 0.0
 
 
 def _overhead(followed: Followed) -> float:
     """By how much a run takes longer than its steps, for loading, evaluating and saving: since it was last taken up."""
-    run, first = followed.run, dig_number(followed.run.info, "first_step") or 0.0
-    inside = sum(_seconds_of(row) for row in run.metrics if row["step"] > first)
+    run, sums = followed.run, followed.sums
+    inside = sum(sums.seconds[-1:]) - sums.until(sums.seconds, dig_number(run.info, "first_step") or 0.0)
     began, written = formats.moment(run.info.get("started")), stamp(followed.folder / "metrics.jsonl")
     if not inside or began is None or written is None:
         return 1.0
@@ -178,16 +211,17 @@ def _wall(followed: Followed) -> float | None:
     told = dig_number(followed.run.info, "seconds")
     if told is not None and not dig_number(followed.run.info, "first_step"):
         return told
-    inside = sum(map(_seconds_of, followed.run.metrics))
+    inside = sum(followed.sums.seconds[-1:])
     return inside * _overhead(followed) if inside else None
 
 
 # ------------------------------------------------------------------ what a page is sent
 
 
-def points(run: Run, since: tuple[int, int]) -> dict[str, dict[str, Any]]:
+def points(followed: Followed, since: tuple[int, int]) -> dict[str, dict[str, Any]]:
     """What is new of each line of the charts, behind so many rows of metrics and of evals that a page has."""
-    found, split = {}, main_split(run)
+    found, run, sums = {}, followed.run, followed.sums
+    split, counted = main_split(run), sum(sums.flops[-1:]) > 0
     for key, line in LINES.items():
         rows = run.metrics[since[0] :] if line.source == "metrics" else run.evals[since[1] :]
         kept = [
@@ -197,8 +231,8 @@ def points(run: Run, since: tuple[int, int]) -> dict[str, dict[str, Any]]:
         ]
         if kept:
             steps = [row["step"] for row in kept]
-            columns = {"step": steps, "flops": compute_so_far(run, steps), "y": _column(kept, line.path)}
-            found[key] = columns | _edges(kept, line)
+            spent = [sums.until(sums.flops, step) for step in steps] if counted else None
+            found[key] = {"step": steps, "flops": spent, "y": _column(kept, line.path), **_edges(kept, line)}
     return found
 
 
@@ -213,16 +247,15 @@ def _edges(rows: list[Row], line: Line) -> dict[str, list[float | None]]:
 
 def card(followed: Followed, price: float | None = None) -> dict[str, Any]:
     """What the template of one run's card says: how it goes, what was found, which guards spoke, where the time goes."""
-    run, beat = followed.run, pulse(followed, price)
+    run = followed.run
     return {
         "name": formats.safe_lines(run.name),
         "method": summary.title(run) if run.recipe else "",
-        "pulse": beat,
+        "pulse": pulse(followed, price),
         "sentences": summary.sentences(run)[:1] if run.recipe else [],
-        "facts": _facts(run),
+        "facts": _facts(followed),
         "alarms": [_alarm(alarm) for alarm in reversed(run.alarms)],
         "phases": phases(run),
-        "memory": costs.memory(run),
     }
 
 
@@ -231,12 +264,15 @@ def _alarm(alarm: Row) -> dict[str, str]:
     return said | {"remedy": said["remedy"][:1].upper() + said["remedy"][1:]}
 
 
-def _facts(run: Run) -> list[tuple[str, str, str]]:
-    found = [fact for fact in summary.facts(run) if not fact[0].startswith("Compute")]
+def _facts(followed: Followed) -> list[tuple[str, str, str]]:
+    run = followed.run
+    found = summary.facts(Run(name="", evals=run.evals))
     if not any(label.startswith("Reverse KL") for label, *_ in found) and run.metrics:
         first, last = (dig_number(run.metrics[place], "reverse_kl") for place in (0, -1))
         if last is not None:
             found.insert(0, ("Reverse KL", formats.plain(last), f"was {formats.plain(first)}"))
+    if tokens := sum(followed.sums.tokens[-1:]):
+        found.append(("Tokens learnt from", formats.count(tokens), f"in {len(run.metrics):,} steps"))
     speed = [value for row in run.metrics[-RECENT:] if (value := dig_number(row, "tokens_per_second")) is not None]
     if speed:
         found.append(("Speed", formats.plain(fmean(speed)), "tokens per second"))

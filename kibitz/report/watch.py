@@ -77,7 +77,7 @@ class Watched:
             if before == now:
                 continue
             again = before is None or before[0] != now[0]
-            lines = points(followed.run, (0, 0) if again or before is None else before[1:])
+            lines = points(followed, (0, 0) if again or before is None else before[1:])
             seen.rows[index] = now
             yield "points", as_json({"run": index, "again": again, "lines": lines})
 
