@@ -196,10 +196,10 @@ def _goes_on(setup: Setup) -> bool:
 
 def _both(rollouts: Sequence[Rollout], own: Sequence[Rollout]) -> dict[str, int]:
     """The answers by who is right: `both`, `teacher`, `student`, `neither`."""
-    counts = dict.fromkeys(("both", "teacher", "student", "neither"), 0)
+    counts: dict[str, int] = {"both": 0, "teacher": 0, "student": 0, "neither": 0}
     for ours, theirs in zip(rollouts, own, strict=True):
         if ours.reward is not None and theirs.reward is not None:
-            right = (ours.reward >= 1, theirs.reward >= 1)
+            right = ours.reward >= 1, theirs.reward >= 1
             names = {
                 (True, True): "both",
                 (False, True): "teacher",
