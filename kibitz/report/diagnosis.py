@@ -62,7 +62,7 @@ def _facts(numbers: Row) -> list[tuple[str, str, str]]:
         if (value := dig_number(numbers, key, "accuracy")) is not None:
             found.append((label, percent(value), _interval(numbers[key])))
     if (predicted := dig_number(numbers, "predicted")) is not None:
-        found.append(("Expected after training", percent(predicted), "right answers, see below"))
+        found.append(("Within reach", percent(predicted), "right answers, if it learns the worst token of each"))
     found.append(("Reverse KL", plain(dig_number(numbers, "reverse_kl")), "nats per token"))
     found.append(("The worst 1% of tokens", percent(dig_number(numbers, "worst_percent")), "of the divergence"))
     if (mass := dig_number(numbers, "overlap_mass")) is not None:
