@@ -43,6 +43,21 @@ def rollout_page(rows: list[Row]) -> str:
     return render("rollouts.html.j2", ["page.js", "heatmap.js"], heatmap=_heatmap([run]))
 
 
+def summary_page(run: Run) -> str:
+    """A page about one run without its curves: before and after, the heat-map where there are rollouts, costs as a table."""
+    heat = _heatmap([run])
+    values = _run(run)
+    return render(
+        "summary.html.j2",
+        ["page.js", *(["heatmap.js"] if heat else [])],
+        runs=[values],
+        side_by_side=[],
+        phases=costs.labels([values["costs"]]),
+        costs=[],
+        heatmap=heat,
+    )
+
+
 def _report(runs: list[Run]) -> str:
     drawn = {"curves": curves.charts(runs), "costs": costs.charts(runs)}
     compute_known = all(curves.compute_so_far(run, [0]) for run in runs)
