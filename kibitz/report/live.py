@@ -21,6 +21,8 @@ RECENT = 20
 SILENCE = 60.0
 """Seconds without a written file after which a run is called silent, or ten of its steps, whichever is longer."""
 MOST_ALARMS = 50
+MOST = 1e300
+"""A sum that a broken file brings beyond what JSON can say stays here."""
 KEPT = ("step", "seconds", "flops", "num_tokens")
 METRICS = tuple(dict.fromkeys((*KEPT, *(line.path[0] for c in CHARTS for line in c.lines if line.source == "metrics"))))
 LINES = {f"{chart.key}/{place}": line for chart in CHARTS for place, line in enumerate(chart.lines)}
@@ -61,7 +63,7 @@ class Sums:
                 (self.seconds, _sum(row.get("seconds"))),
                 (self.tokens, dig_number(row, "num_tokens") or 0.0),
             ):
-                column.append((column[-1] if column else 0.0) + value)
+                column.append(min(MOST, (column[-1] if column else 0.0) + value))
 
     def until(self, column: list[float], step: float) -> float:
         """The sum up to a step."""
@@ -203,7 +205,7 @@ def _overhead(followed: Followed) -> float:
 def _time_left(followed: Followed, steps: float) -> float | None:
     """Seconds, at the speed of now and with as much beside the steps as until now."""
     each = _step_seconds(followed.run)
-    return None if each is None or steps <= 0 else each * steps * _overhead(followed)
+    return None if each is None or steps <= 0 else min(MOST, each * steps * _overhead(followed))
 
 
 def _wall(followed: Followed) -> float | None:
@@ -212,7 +214,7 @@ def _wall(followed: Followed) -> float | None:
     if told is not None and not dig_number(followed.run.info, "first_step"):
         return told
     inside = sum(followed.sums.seconds[-1:])
-    return inside * _overhead(followed) if inside else None
+    return min(MOST, inside * _overhead(followed)) if inside else None
 
 
 # ------------------------------------------------------------------ what a page is sent

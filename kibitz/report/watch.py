@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from kibitz.report import page
 from kibitz.report.curves import CHARTS, figure
@@ -34,7 +35,7 @@ EVERY = 0.5
 MAX_TOKENS = 24_000
 """Tokens of the heat-map that a page is sent, of all runs together: some 4 MB at each evaluation."""
 MAX_PAGES = 12
-LOOPBACK = {"127.0.0.1", "localhost", "[::1]"}
+LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
 @dataclass
@@ -170,6 +171,14 @@ def serve(folders: list[Path], port: int = 0, price: float | None = None) -> Ite
         watch.close()
 
 
+def _is_here(host: str) -> bool:
+    """Whether a `Host` header names this machine, at whatever port."""
+    try:
+        return urlsplit(f"//{host}").hostname in LOOPBACK
+    except ValueError:
+        return False
+
+
 def _handler(watched: Watched, token: str, ended: threading.Event) -> type[BaseHTTPRequestHandler]:
     pages = threading.BoundedSemaphore(MAX_PAGES)
 
@@ -178,8 +187,7 @@ def _handler(watched: Watched, token: str, ended: threading.Event) -> type[BaseH
 
         def do_GET(self) -> None:
             given, _, what = self.path.removeprefix("/").partition("/")
-            host = (self.headers.get("Host") or "").rpartition(":")[0] or self.headers.get("Host")
-            if host not in LOOPBACK or not hmac.compare_digest(given.encode(), token.encode()):
+            if not _is_here(self.headers.get("Host") or "") or not hmac.compare_digest(given.encode(), token.encode()):
                 self.send_error(404)
             elif what == "":
                 self._page()

@@ -229,6 +229,22 @@ def test_a_page_gets_each_point_once(folder):
     assert again["lines"]["loss/0"]["flops"][0] == pytest.approx(40 * 6.4e9 + 1e9)
 
 
+def test_numbers_beyond_reason_stay_numbers(folder):
+    wild = dict.fromkeys(("sampling", "scoring", "training"), 1e299)
+    append(
+        folder / "metrics.jsonl",
+        *(line(41 + i, loss=1e308, seconds=wild, flops=wild, num_tokens=1e299) for i in range(40)),
+    )
+    append(
+        folder / "metrics.jsonl",
+        '{"step": 90, "loss": Infinity, "flops": {"a": NaN}}\n',
+        '{"step": NaN}\n',
+        '{"step": 1e999}\n',
+    )
+    found = news(Watched([folder], price=1e9), Seen())
+    assert found["points"][0]["lines"]["loss/0"]["step"][-1] == 41 - 1  # 1e308 and Infinity are no losses
+
+
 def test_another_page_gets_everything(folder):
     watched = Watched([folder])
     news(watched, Seen())
@@ -280,12 +296,14 @@ def test_nobody_is_answered_without_the_token(served, path):
     assert asked(served.url, path)[0] == 404
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8770", "127.0.0.1.evil.example:80", ""])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8770", "127.0.0.1.evil.example:80", "[::1", "localhost@evil.example", ""]
+)
 def test_a_page_elsewhere_is_not_answered_even_with_the_token(served, host):
     assert asked(served.url, Host=host)[0] == 404
 
 
-@pytest.mark.parametrize("host", ["localhost:9", "127.0.0.1:9", "[::1]:9", "localhost"])
+@pytest.mark.parametrize("host", ["localhost:9", "127.0.0.1:9", "[::1]:9", "[::1]", "localhost"])
 def test_a_tunnel_may_end_at_another_port(served, host):
     assert asked(served.url, Host=host)[0] == 200
 
