@@ -23,6 +23,8 @@ PAGES = (
     "docs/teachers.md",
     "docs/machines.md",
     "docs/servers.md",
+    "docs/watch.md",
+    "docs/diagnosis.md",
 )
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
 WANTED = ("```", "**Source.**", "**When.**", "**When not.**")

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 import kibitz
-from kibitz.cli import chat, check, data, experiments, models, serve, training
+from kibitz.cli import chat, check, data, experiments, init, models, serve, training, watch
 from kibitz.cli.mistakes import explained
 from kibitz.cli.output import Output
 
@@ -73,6 +73,7 @@ def options(
 
 
 app.command()(training.demo)
+app.command()(init.init)
 app.command()(training.train)
 app.command()(check.check)
 app.command(name="eval")(models.evaluate)
@@ -80,6 +81,7 @@ app.command()(models.score)
 app.command()(models.export)
 app.command()(chat.chat)
 app.command()(data.report)
+app.command()(watch.watch)
 app.add_typer(data.worlds, name="worlds")
 app.command()(experiments.reproduce)
 app.command()(data.recipes)

@@ -111,13 +111,39 @@ def score(
             help="Score all of this file instead of prompts: a stored.jsonl, which rollout.store=true writes."
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the scores of --rollouts.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the scores of --rollouts, or for a diagnosis (runs/diagnosis).")
+    ] = None,
     kind: Annotated[str, typer.Option(help="What to store: dense, top_k or sampled scores.")] = "dense",
     top_k: Annotated[int, typer.Option(min=1, help="Number of tokens K with --kind top_k.")] = 64,
+    prompts: Annotated[
+        str | None, typer.Option(help="A file or dataset: diagnose student and teacher on it, and write a recipe.")
+    ] = None,
+    world: Annotated[str | None, typer.Option(help="Diagnose on a toy world instead; see `kibitz worlds`.")] = None,
+    num_prompts: Annotated[int, typer.Option(min=2, help="Number of prompts that a diagnosis answers.")] = 128,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="Price of the machine for one hour, for the cost of the recipe.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[A.B=VALUE]...", help="With --prompts, kept in the recipe: rollout.max_tokens=512."),
+    ] = None,
 ) -> None:
     """Let a teacher score every token of a response and mark where it first went wrong.
 
-    With --rollouts and --out, store the teacher's scores of a file of rollouts, for training without the teacher."""
+    With --prompts, diagnose without training: where student and teacher differ, what training could gain, and by which
+    recipe. With --rollouts and --out, store the teacher's scores of a file of rollouts, for training without the teacher."""
+    if prompts is not None or world is not None:
+        if prompt or response or rollouts or html:
+            raise ValueError(
+                "--prompts or --world asks for a diagnosis: leave out --prompt, --response, --rollouts, --html"
+            )
+        from kibitz.cli.diagnose import diagnose
+
+        diagnose(ctx.obj, (student, teacher), (prompts, world), overrides or [], num_prompts, price, out)
+        return
+    if overrides:
+        raise ValueError(f"{overrides[0]} changes a diagnosis: write --prompts FILE with it")
     if (rollouts is None) != (out is None):
         raise ValueError("--rollouts FILE and --out FOLDER belong together")
     if rollouts is not None and out is not None:
@@ -126,7 +152,7 @@ def score(
         _keep_scores(ctx.obj, teacher or _shipped("teacher"), rollouts, out, kind, top_k)
         return
     if not prompt:
-        raise ValueError("write --prompt TEXT, or --rollouts FILE and --out FOLDER")
+        raise ValueError("write --prompt TEXT, or --prompts FILE for a diagnosis, or --rollouts FILE and --out FOLDER")
     from kibitz.evaluate.annotate import score_texts
     from kibitz.report.terminal import print_rollout
 
@@ -166,16 +192,42 @@ def export(
     ],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     merge: Annotated[bool, typer.Option("--merge", help="Merge a LoRA adapter into its base model.")] = False,
+    push: Annotated[str | None, typer.Option(help="Also upload it as OWNER/NAME, private unless --public.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make the upload of --push public.")] = False,
 ) -> None:
-    """Export a checkpoint as a folder for transformers, peft or vLLM, without the training state."""
+    """Export a checkpoint as a folder for transformers, peft or vLLM, without the training state and with a model card
+    (README.md) that says how it was made."""
     from kibitz.training.checkpoint import export as write
 
+    if public and push is None:
+        raise ValueError("--public belongs to --push OWNER/NAME")
     source = resolved(model)
-    write(source, output, merge)
-    ctx.obj.result(
-        {"model": source, "output": output, "merged": merge},
-        lambda console: console.print(f"model      {output}", markup=False),
-    )
+    write(source, output, merge, card_of(Path(source)))
+    address = None
+    if push is not None:
+        from kibitz.models.hub import push as upload
+
+        ctx.obj.say(f"uploading {output}")
+        address = upload(output, push, public)
+
+    def for_a_person(console: Console) -> None:
+        console.print(f"model      {output}", markup=False)
+        if address is not None:
+            console.print(f"hub        {address}", markup=False)
+
+    ctx.obj.result({"model": source, "output": output, "merged": merge, "pushed": address}, for_a_person)
+
+
+def card_of(checkpoint: Path) -> str | None:
+    """The model card of a checkpoint that lies in the folder of its run; of another model there is none to write."""
+    from kibitz.report.card import model_card
+
+    place = checkpoint.resolve()
+    step = place.name.removeprefix("step-")
+    run = place.parent.parent
+    if place.parent.name != "checkpoints" or not step.isdecimal() or not (run / "recipe.yaml").is_file():
+        return None
+    return model_card(run, int(step))
 
 
 def _keep_scores(output: Output, teacher: str, rollouts: Path, out: Path, kind: str, top_k: int) -> None:

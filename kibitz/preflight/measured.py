@@ -107,7 +107,7 @@ def teacher_gap(remote: Sequence[Signal], local: Sequence[Signal]) -> Finding:
 def opinions(setup: Setup, rollouts: Sequence[Rollout], signals: Sequence[Signal]) -> list[Finding]:
     """Report the distance between the two models on the student's text, and check the teacher's overlap and entropy."""
     values = values_of(
-        setup.parts.student, rollouts, signals, _criterion(signals), setup.parts.recipe.optim.tokens_per_micro_batch
+        setup.parts.student, rollouts, signals, criterion_for(signals), setup.parts.recipe.optim.tokens_per_micro_batch
     )
     means = {name: value_T.mean().item() for name, value_T in values.items()}
     findings = [_distance(means)]
@@ -123,7 +123,7 @@ def opinions(setup: Setup, rollouts: Sequence[Rollout], signals: Sequence[Signal
     return findings
 
 
-def _criterion(signals: Sequence[Signal]) -> Criterion:
+def criterion_for(signals: Sequence[Signal]) -> Criterion:
     match signals[0]:
         case Sampled() | Spans():
             return PolicyGradient()

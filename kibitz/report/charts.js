@@ -59,6 +59,10 @@
   charts.forEach((chart) => near.observe(chart));
   addEventListener("beforeprint", () => charts.forEach(draw));
   document.addEventListener("themechange", redraw);
+  document.addEventListener("figureschange", ({ detail }) => {  // new traces, by chart
+    for (const [key, data] of Object.entries(detail)) figures[key].data = data;
+    [...drawn].filter((element) => element.dataset.chart in detail && element.offsetParent).forEach(draw);
+  });
   document.getElementById("axis")?.addEventListener("change", redraw);
 
   for (const button of document.querySelectorAll(".runs button")) {

@@ -103,7 +103,7 @@ def charts(runs: list[Run]) -> list[dict[str, Any]]:
                 "unit": chart.unit,
                 "note": chart.note if held_out else chart.note.replace("Held-out", "Training"),
                 "lines": words.capitalize() + "." if len(lines) > 1 else "",
-                "figure": _figure(chart, traces),
+                "figure": figure(chart, traces),
             }
         )
     return drawn
@@ -160,8 +160,9 @@ def _edge(rows: list[Row], path: tuple[str, ...]) -> list[float]:
     return edge if len(edge) == len(rows) else []
 
 
-def _figure(chart: Chart, traces: list[go.Scatter]) -> dict[str, Any]:
-    highest = max(abs(value) for trace in traces for value in trace.y or ())
+def figure(chart: Chart, traces: list[go.Scatter]) -> dict[str, Any]:
+    """The figure of a chart, for plotly."""
+    highest = max((abs(value) for trace in traces for value in trace.y or ()), default=0.0)
     for trace in traces:
         if trace.hoverinfo != "skip":
             trace.hovertemplate = "%{y:.1%}" if chart.share else "%{y:,.4~r}"

@@ -2,6 +2,7 @@
 
 import math
 import unicodedata
+from datetime import datetime
 
 DASH = "–"
 MINUS = "−"
@@ -115,6 +116,14 @@ def seconds(value: float | None) -> str:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     hours = round(value / 3600)
     return f"{hours // 24} d {hours % 24} h"
+
+
+def moment(text: object) -> float | None:
+    """A time as run.json writes it, in seconds since 1970; None if it is none."""
+    try:
+        return datetime.fromisoformat(str(text)).timestamp()
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 def change(before: float | None, after: float | None, *, points: bool = False) -> str:

@@ -2,7 +2,7 @@
 /* The heat-map: draws the rollouts that are looked at, colours their tokens, and shows a card for one of them.
    Model text enters the page through textContent only. */
 (() => {
-  const { levels, runs, strings } = JSON.parse(document.getElementById("rollouts").textContent);
+  let { levels, runs, strings } = JSON.parse(document.getElementById("rollouts").textContent);
   const [TEXT, STUDENT, TEACHER, KL, STUDENT_TOP, TEACHER_TOP, VOICES] = [0, 1, 2, 3, 4, 5, 6];
   const PER_PAGE = 2000, OPEN = 4, STRIP_FROM = 200, STRIP_BINS = 120;
   const place = document.getElementById("pairs");
@@ -256,4 +256,28 @@
   for (const id of ["run", "filter", "filter-after"]) document.getElementById(id)?.addEventListener("change", list);
   document.getElementById("scale").addEventListener("change", recolour);
   list();
+
+  /* Somebody wants to see a token of the first side of a pair. */
+  document.addEventListener("showtoken", ({ detail: { pair, token } }) => {
+    for (const all of document.querySelectorAll('#controls input[value="all"]')) all.checked = true;
+    list();
+    const block = place.querySelectorAll(".pair")[pair];
+    block.open = true;
+    block.fill();
+    goTo(block.querySelector(".rollout"), token);
+  });
+
+  /* Other rollouts, of a run that goes on: they wait until nobody looks at a token. What is open stays open. */
+  let waiting = null;
+  const take = () => {
+    if (!waiting || shownFor) return;
+    const open = new Set([...place.querySelectorAll(".pair[open] .prompt")].map((prompt) => prompt.textContent)), first = !runs.some((run) => run.pairs.length);
+    ({ levels, runs, strings } = waiting);
+    waiting = null;
+    list();
+    if (first) return;
+    for (const block of place.querySelectorAll(".pair")) block.open = open.has(block.querySelector(".prompt").textContent);
+  };
+  document.addEventListener("rolloutschange", ({ detail }) => { waiting = detail; take(); });
+  for (const leave of ["pointerout", "focusout"]) place.addEventListener(leave, () => setTimeout(take));
 })();

@@ -5,6 +5,7 @@ once, because the alternatives of neighbouring tokens are mostly the same words.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
 from statistics import median
@@ -119,16 +120,27 @@ def island(runs: list[Run]) -> dict[str, Any]:
     strings: dict[str, int] = {}
 
     def intern(text: Any) -> int:
-        return strings.setdefault(visible(str(text)), len(strings))
+        return interned(strings, text)
 
     per_run = []
     for run in runs:
         found = shown(pairs(run.rollouts), MAX_TOKENS // max(1, len(runs)))
-        per_run.append({"name": safe_lines(run.name), "pairs": [_pair(pair, intern) for pair in found]})
-    return {"levels": [round(bound, 3) for bound in LEVELS], "runs": per_run, "strings": list(strings)}
+        per_run.append({"name": safe_lines(run.name), "pairs": [for_page(pair, intern) for pair in found]})
+    return {"levels": levels(), "runs": per_run, "strings": list(strings)}
 
 
-def _pair(pair: Pair, intern: Any) -> Row:
+def interned(strings: dict[str, int], text: Any) -> int:
+    """The number of a harmless form of the text in a table of strings, which it joins if it is new."""
+    return strings.setdefault(visible(str(text)), len(strings))
+
+
+def levels() -> list[float]:
+    """The bounds of the colours, in nats."""
+    return [round(bound, 3) for bound in LEVELS]
+
+
+def for_page(pair: Pair, intern: Callable[[Any], int]) -> Row:
+    """One pair as the page's script reads it; `intern` gives texts their numbers."""
     sides = []
     for row in pair.sides:
         listed = tokens(row)

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import os
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from kibitz.report import costs, curves, formats, heatmap, summary
 from kibitz.report.folder import Row, Run, dig_number, read_run, unique_names
 
 HERE = Path(__file__).parent
+STYLES = ("style.css", "heatmap.css", "live.css", "diagnosis.css")
 
 
 def build(run_folders: list[Path], output: Path | None = None) -> Path:
@@ -38,13 +40,28 @@ def build(run_folders: list[Path], output: Path | None = None) -> Path:
 def rollout_page(rows: list[Row]) -> str:
     """A page with the heat-map only, of annotated rollouts."""
     run = Run(name="Scored rollouts", rollouts=rows)
-    return _render("rollouts.html.j2", ["page.js", "heatmap.js"], heatmap=_heatmap([run]))
+    return render("rollouts.html.j2", ["page.js", "heatmap.js"], heatmap=_heatmap([run]))
+
+
+def summary_page(run: Run) -> str:
+    """A page about one run without its curves: before and after, the heat-map where there are rollouts, costs as a table."""
+    heat = _heatmap([run])
+    values = _run(run)
+    return render(
+        "summary.html.j2",
+        ["page.js", *(["heatmap.js"] if heat else [])],
+        runs=[values],
+        side_by_side=[],
+        phases=costs.labels([values["costs"]]),
+        costs=[],
+        heatmap=heat,
+    )
 
 
 def _report(runs: list[Run]) -> str:
     drawn = {"curves": curves.charts(runs), "costs": costs.charts(runs)}
     compute_known = all(curves.compute_so_far(run, [0]) for run in runs)
-    return _render(
+    return render(
         "report.html.j2",
         ["plotly", "page.js", "heatmap.js", "charts.js"],
         runs=[_run(run) for run in runs],
@@ -54,7 +71,8 @@ def _report(runs: list[Run]) -> str:
         heatmap=_heatmap(runs),
         figures={chart["key"]: chart["figure"] for group in drawn.values() for chart in group},
         compute_known=compute_known,
-        **drawn,
+        curves=drawn["curves"],
+        costs=drawn["costs"],
     )
 
 
@@ -145,25 +163,46 @@ def _part(part: Row) -> str:
     return f"{words}: {part['ended_by']}" if part.get("ended_by") else words
 
 
-def _render(template: str, scripts: list[str], **values: Any) -> str:
-    environment = Environment(loader=PackageLoader("kibitz.report"), autoescape=True, undefined=StrictUndefined)
-    environment.trim_blocks = environment.lstrip_blocks = True
-    environment.filters["many"] = formats.many
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+def empty_heatmap(names: list[str]) -> dict[str, Any]:
+    """The values of the heat-map's template for a page that gets its rollouts later, one run a name."""
+    island = {"levels": heatmap.levels(), "runs": [{"name": name, "pairs": []} for name in names], "strings": []}
+    return {"island": island, "levels": len(heatmap.LEVELS), "left_out": 0, "facts": None} | dict.fromkeys(
+        ("paired", "judged", "graded"), True
+    )
+
+
+def render_part(template: str, **values: Any) -> str:
+    """A piece of a page, with everything that it says escaped."""
+    return _environment().get_template(template).render(**values)
+
+
+def render(template: str, scripts: list[str], connect: str = "", **values: Any) -> str:
+    """A whole page. `connect` is whom its scripts may ask, by the word of the security policy; nobody, if it is empty."""
     sources = [get_plotlyjs() if name == "plotly" else (HERE / name).read_text(encoding="utf-8") for name in scripts]
-    return environment.get_template(template).render(
-        styles=Markup("".join((HERE / name).read_text(encoding="utf-8") for name in ("style.css", "heatmap.css"))),
+    return render_part(
+        template,
+        styles=Markup("".join((HERE / name).read_text(encoding="utf-8") for name in STYLES)),
         scripts=[Markup(source) for source in sources],
-        policy=_policy(sources),
+        policy=_policy(sources, connect),
         **values,
     )
 
 
-def _policy(sources: list[str]) -> str:
+@cache
+def _environment() -> Environment:
+    environment = Environment(loader=PackageLoader("kibitz.report"), autoescape=True, undefined=StrictUndefined)
+    environment.trim_blocks = environment.lstrip_blocks = True
+    environment.filters["many"] = formats.many
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    return environment
+
+
+def _policy(sources: list[str], connect: str) -> str:
     """Hashes are of the text between the script tags, byte for byte."""
     digests = [base64.b64encode(hashlib.sha256(source.encode()).digest()).decode() for source in sources]
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
-    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'"
+    asked = f"connect-src {connect}; " if connect else ""
+    return f"default-src 'none'; script-src {allowed}; {asked}style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'"
 
 
 def _write(path: Path, page: str) -> Path:

@@ -146,9 +146,9 @@ def load_state(checkpoint: Path, stateful: Mapping[str, Stateful]) -> dict[str, 
     return json.loads((checkpoint / "training" / "state.json").read_text(encoding="utf-8"))
 
 
-def export(source: str, output: Path, merge: bool) -> None:
+def export(source: str, output: Path, merge: bool, card: str | None = None) -> None:
     """A folder for others: what is in a checkpoint or model folder, without what training needs; an adapter may be merged
-    into its base. That is done in float32 and then rounded once, to the dtype of the base."""
+    into its base. That is done in float32 and then rounded once, to the dtype of the base. `card` is its README.md."""
     config = ModelConfig(model=source)
     tokenizer = load_tokenizer(config, "model")
     if merge and not lora.is_adapter(source):
@@ -167,6 +167,8 @@ def export(source: str, output: Path, merge: bool) -> None:
         else:
             shutil.copytree(source, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns("training"))
         tokenizer.save_pretrained(temporary)
+        if card is not None:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
 
     write_folder(output, write)
 

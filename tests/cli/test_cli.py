@@ -56,7 +56,8 @@ def test_version():
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "train", "eval", "score", "export", "report", "worlds", "recipes", "schema"]
+    "command",
+    ["demo", "init", "train", "watch", "eval", "score", "export", "report", "worlds", "recipes", "schema"],
 )
 def test_every_command_explains_itself(command):
     assert f" {command} " in kibitz_says("--help").stdout
