@@ -1,8 +1,9 @@
-"""Files of a run: JSON lines that survive a crash, and writing that leaves the old file or the new one."""
+"""Files of a run: JSON lines that survive a crash, writing that leaves the old file or the new one, and whose code ran."""
 
 import json
 import math
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,16 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def commit() -> str | None:
+    """The commit of the code that ran, where it is a git checkout."""
+    answer = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return answer.stdout.strip() or None
+
 
 
 def _plain(value: Any) -> Any:

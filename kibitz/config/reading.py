@@ -3,7 +3,7 @@
 import difflib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -15,11 +15,17 @@ from kibitz.config.teachers import SEVERAL, TEACHER_CONFIGS
 
 TAGGED: dict[str, dict[str, Any]] = {"method": METHOD_CONFIGS, "teacher": TEACHER_CONFIGS}
 """The sections that are one of several kinds."""
+Kind = TypeVar("Kind", bound=Section)
 
 
 def load(source: "str | Path | dict | Recipe", overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Return a checked recipe from a YAML file, a dict or a recipe, with `a.b=value` overrides (values are YAML)."""
-    if isinstance(source, Recipe):
+    return load_as(Recipe, source, overrides)
+
+
+def load_as(kind: type[Kind], source: "str | Path | dict | Section", overrides: list[str] | tuple[str, ...] = ()) -> Kind:
+    """The same of a recipe of another kind, such as those of `kibitz control`."""
+    if isinstance(source, Section):
         tree = source.model_dump(mode="json", exclude_unset=True)
     elif isinstance(source, dict):
         tree = json.loads(json.dumps(source))
@@ -28,9 +34,9 @@ def load(source: "str | Path | dict | Recipe", overrides: list[str] | tuple[str,
     for override in overrides:
         _assign(tree, override)
     try:
-        return Recipe.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(_explain(error, tree)) from None
+        raise RecipeError(_explain(error, kind)) from None
 
 
 def _read(path: Path) -> dict:
@@ -86,13 +92,13 @@ def _place(entries: list, name: str, override: str) -> int:
     return int(name)
 
 
-def _explain(error: ValidationError, tree: dict) -> str:
-    lines = []
+def _explain(error: ValidationError, kind: type[Section]) -> str:
+    lines, tagged = [], TAGGED if kind is Recipe else {}
     for problem in error.errors():
-        place = ".".join(str(part) for part in _without_tags(problem["loc"]))
+        place = ".".join(str(part) for part in _without_tags(problem["loc"], tagged))
         match problem["type"]:
             case "extra_forbidden":
-                lines.append(f"unknown key {place}{_nearest(problem['loc'])}")
+                lines.append(f"unknown key {place}{_nearest(problem['loc'], kind, tagged)}")
             case "missing":
                 lines.append(f"{place} is missing")
             case "union_tag_invalid" | "union_tag_not_found":
@@ -107,9 +113,9 @@ def _explain(error: ValidationError, tree: dict) -> str:
     return "; ".join(lines)
 
 
-def _without_tags(location: tuple) -> list:
+def _without_tags(location: tuple, tagged: dict[str, dict[str, Any]]) -> list:
     """pydantic puts the tag of a union (`opd`) into the path; people did not write it."""
-    parts, tags = list(location), TAGGED.get(location[0], {}) if location else {}
+    parts, tags = list(location), tagged.get(location[0], {}) if location else {}
     if len(parts) > 1 and parts[1] == SEVERAL and tags is TEACHER_CONFIGS:
         return [parts[0], parts[2], *parts[4:]] if len(parts) > 2 else [parts[0]]
     if tags and len(parts) > 1 and parts[1] in tags:
@@ -117,8 +123,8 @@ def _without_tags(location: tuple) -> list:
     return parts
 
 
-def _nearest(location: tuple) -> str:
-    section, tags, inside = Recipe, TAGGED.get(location[0], {}), location[:-1]
+def _nearest(location: tuple, section: type[Section], tagged: dict[str, dict[str, Any]]) -> str:
+    tags, inside = tagged.get(location[0], {}), location[:-1]
     if len(inside) > 3 and inside[1] == SEVERAL:
         section, inside = tags[inside[3]], inside[4:]
     elif tags and len(inside) > 1:
@@ -136,11 +142,11 @@ def _section_of(annotation: Any) -> type[Section]:
     return next(option for option in options if isinstance(option, type) and issubclass(option, Section))
 
 
-def dump(recipe: Recipe) -> str:
+def dump(recipe: Section) -> str:
     """Return the whole recipe as YAML, defaults included, so that a run folder records every setting."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def json_schema() -> dict:
+def json_schema(kind: type[Section] = Recipe) -> dict:
     """Return the JSON schema of a recipe. Editors use it after the line `# yaml-language-server: $schema=recipe.schema.json`."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **kind.model_json_schema()}

@@ -15,8 +15,7 @@ import torch
 from kibitz import __version__, config
 from kibitz.experiments.design import Experiment
 from kibitz.experiments.statistics import cost_at, part_way
-from kibitz.files import JSONL, write_atomically
-from kibitz.training.folder import commit
+from kibitz.files import JSONL, commit, write_atomically
 
 if TYPE_CHECKING:
     from kibitz.training.trainer import Run
