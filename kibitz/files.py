@@ -66,7 +66,6 @@ def commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-
 def _plain(value: Any) -> Any:
     """JSON has no NaN: numbers that are not finite become null."""
     if isinstance(value, dict):

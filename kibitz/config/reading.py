@@ -23,7 +23,9 @@ def load(source: "str | Path | dict | Recipe", overrides: list[str] | tuple[str,
     return load_as(Recipe, source, overrides)
 
 
-def load_as(kind: type[Kind], source: "str | Path | dict | Section", overrides: list[str] | tuple[str, ...] = ()) -> Kind:
+def load_as(
+    kind: type[Kind], source: "str | Path | dict | Section", overrides: list[str] | tuple[str, ...] = ()
+) -> Kind:
     """The same of a recipe of another kind, such as those of `kibitz control`."""
     if isinstance(source, Section):
         tree = source.model_dump(mode="json", exclude_unset=True)

@@ -50,7 +50,9 @@ class SparseReward(gymnasium.Wrapper):
     def step(self, action: Any):
         observation, reward, terminated, truncated, info = self.env.step(action)
         if self.key is not None and self.key not in info:
-            raise ValueError(f"env.sparse_info: a step's info has no {self.key!r}; it has {', '.join(info) or 'nothing'}")
+            raise ValueError(
+                f"env.sparse_info: a step's info has no {self.key!r}; it has {', '.join(info) or 'nothing'}"
+            )
         value = float(reward) if self.key is None else float(info[self.key])
         return observation, float(value >= self.above), terminated, truncated, info
 

@@ -102,4 +102,3 @@ def newest(folder: Path) -> Path | None:
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
-

@@ -28,7 +28,9 @@ class EnvConfig(Section):
     @model_validator(mode="after")
     def _sparse(self) -> "EnvConfig":
         if self.sparse_info is not None and self.sparse_above is None:
-            raise ValueError("sparse_info says what is looked at: write sparse_above, the value that it must reach, too")
+            raise ValueError(
+                "sparse_info says what is looked at: write sparse_above, the value that it must reach, too"
+            )
         return self
 
 
@@ -38,7 +40,8 @@ class PolicyTeacherConfig(Section):
     sb3: str | None = Field(None, description="A file of stable-baselines3.")
     algorithm: Literal["A2C", "DQN", "DDPG", "PPO", "SAC", "TD3"] = Field("PPO", description="That wrote the sb3 file.")
     trust: bool = Field(
-        False, description="Of sb3 and python: run the code that they hold. A file of stable-baselines3 has pickles in it."
+        False,
+        description="Of sb3 and python: run the code that they hold. A file of stable-baselines3 has pickles in it.",
     )
     run: str | None = Field(None, description="Run folder of `kibitz control rpd` or `distil`.")
     python: str | None = Field(None, description="module:function, from observations [B, O] to actions [B, A] or [B].")
@@ -46,7 +49,9 @@ class PolicyTeacherConfig(Section):
         None, description='A server: POST of {"observations": [B, O]} is answered by {"actions": [B, A] or [B]}.'
     )
     samples: int = Field(
-        1, ge=1, description="Of a teacher without a distribution: answers that a Gaussian or shares are fitted to (RPD)."
+        1,
+        ge=1,
+        description="Of a teacher without a distribution: answers that a Gaussian or shares are fitted to (RPD).",
     )
     noise: float = Field(0.0, ge=0, description="Deviation of Gaussian noise on its actions, in units of their range.")
     seed: int = Field(0, description="Of noise and samples.")
@@ -60,7 +65,9 @@ class PolicyTeacherConfig(Section):
     def _one(self) -> "PolicyTeacherConfig":
         given = [kind for kind in TEACHER_KINDS if getattr(self, kind) is not None]
         if len(given) != 1:
-            raise ValueError(f"a teacher is one of {', '.join(TEACHER_KINDS)}; this one has {', '.join(given) or 'none'}")
+            raise ValueError(
+                f"a teacher is one of {', '.join(TEACHER_KINDS)}; this one has {', '.join(given) or 'none'}"
+            )
         if given[0] in ("sb3", "python") and not self.trust:
             raise ValueError(f"{given[0]} runs code that stands in the file: write trust: true if you trust it")
         return self
@@ -87,7 +94,7 @@ class TaughtConfig(Section):
     )
     direction: Literal["reverse", "forward"] = Field(
         "reverse",
-        description="Of kl. reverse: KL(student, teacher), as in RPD; forward: as Proximal Policy Distillation's code (2407.15134).",
+        description="Of kl. reverse: KL(student, teacher), as in RPD; forward: as in PPD's code (2407.15134).",
     )
 
     @model_validator(mode="after")

@@ -34,8 +34,8 @@ STORIES = {
     "ppo": "A policy played {env} and learnt from the reward alone (PPO).",
     "bc": "The teacher {teacher} played {env}, and a policy learnt to do the same where the teacher had been.",
     "opd": "A policy played {env}, and learnt in every state that it came to what the teacher {teacher} would have done there.",
-    "rpd": "A policy played {env} and learnt from the reward and, in every state that it came to, from what the teacher {teacher} "
-    "would have done there (PPO with a term of weight {weight:g}{anneal}).",
+    "rpd": "A policy played {env} and learnt from the reward and, in every state that it came to, from what the teacher "
+    "{teacher} would have done there (PPO with a term of weight {weight:g}{anneal}).",
 }
 
 
@@ -56,7 +56,9 @@ class ControlRun:
     evals: list[Row]
 
 
-def run(recipe: RPDRecipe, resume: bool = False, overwrite: bool = False, progress: Progress | None = None) -> ControlRun:
+def run(
+    recipe: RPDRecipe, resume: bool = False, overwrite: bool = False, progress: Progress | None = None
+) -> ControlRun:
     """Train as the recipe says; ValueError for what cannot be, TeacherError for a teacher that fails."""
     require()
     torch.set_num_threads(recipe.threads or torch.get_num_threads())
@@ -155,7 +157,9 @@ class _Loop:
 
     def _iterate(self, size: int, episodes: Episodes) -> Row:
         method, lesson = self.recipe.method, self.model.lesson
-        lesson.weight = 0.0 if method.type == "ppo" else method.weight * cosine(self.done / self.recipe.steps, method.anneal)
+        lesson.weight = (
+            0.0 if method.type == "ppo" else method.weight * cosine(self.done / self.recipe.steps, method.anneal)
+        )
         episodes.ended.clear()
         self.model.learn(size, callback=episodes, reset_num_timesteps=False)
         self.done = self.model.num_timesteps
@@ -180,7 +184,9 @@ class _Loop:
         teacher, lesson = self.model.lesson.teacher, self.model.lesson
         asked = (lesson.weight > 0) + (self.recipe.method.type == "bc")
         found = {"student_sampling": once, "student_training": 3 * once * self.recipe.ppo.epochs}
-        return found | ({"teacher_scoring": asked * size * teacher.flops} if teacher is not None and teacher.flops else {})
+        return found | (
+            {"teacher_scoring": asked * size * teacher.flops} if teacher is not None and teacher.flops else {}
+        )
 
     def _evaluate(self, split: str, num: int) -> Row:
         row = {"step": self.done, **evaluated(act_of(self.model), self.recipe.env, split, self.recipe.seed, num)}

@@ -1,6 +1,6 @@
 """A teacher behind HTTP, as a large model that acts (vision-language-action) would be: batched, rate-limited, checked.
 
-    POST url  {"observations": [[...], ...]}  ->  {"actions": [...]}, with "std" or "logp" where it knows them
+POST url  {"observations": [[...], ...]}  ->  {"actions": [...]}, with "std" or "logp" where it knows them
 """
 
 import time

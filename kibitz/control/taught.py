@@ -1,12 +1,12 @@
 """PPO of stable-baselines3 with a teacher's term in its loss, by the hooks that it offers: a policy class and a buffer class.
 
-PPO's loss is  L_clip + c_v L_V - c_e mean(entropy)  on each mini-batch, where the policy's `evaluate_actions` says what the entropy
-is. `TaughtPolicy` says  c_e H - lambda term  there, and PPO is told c_e = 1:
+PPO's loss is  L_clip + c_v L_V - c_e mean(entropy)  on each mini-batch, where the policy's `evaluate_actions` says what the
+entropy is. `TaughtPolicy` says  c_e H - lambda term  there, and PPO is told c_e = 1:
 
     L = L_clip + c_v L_V - c_e mean(H) + lambda mean(term)
 
-which is RPD's (2503.05833, eq. of `mse`), on every mini-batch of every epoch. No line of PPO is written again. The teacher is asked
-once for each observation of an iteration. Without the reward (`opd`, `bc`) all advantages are 0, and so is L_clip; with `bc` it is the
+which is RPD's (2503.05833), on every mini-batch of every epoch. No line of PPO is written again. The teacher is asked once for
+each observation of an iteration. Without the reward (`opd`, `bc`) all advantages are 0, and so is L_clip; with `bc` it is the
 teacher who acts.
 """
 

@@ -1,4 +1,4 @@
-"""Teachers of policies: a file of stable-baselines3, a run of kibitz, a function, a server. Each answer is checked where it enters.
+"""Teachers of policies: a file of stable-baselines3, a run of kibitz, a function, a server. Answers are checked where they enter.
 
 A teacher says which action it would take; where it knows them, also the deviation of its Gaussian (continuous) or the
 log-probabilities of all actions (discrete). One that says actions only, and is asked for a distribution, is asked `samples` times
@@ -48,18 +48,24 @@ def checked(name: str, answer: Answer, size: int, shape: Shape) -> Answer:
     """The answer in its types, with actions in their bounds; TeacherError for one that cannot be."""
     action = np.asarray(answer.action)
     if action.dtype.kind not in "iuf":
-        raise TeacherError(f"{name} answered with {action.dtype} and not with numbers: its actions are {action.tolist()!r:.80}")
+        raise TeacherError(
+            f"{name} answered with {action.dtype} and not with numbers: its actions are {action.tolist()!r:.80}"
+        )
     wanted = (size,) if shape.discrete else (size, len(shape.low_A))
     if action.shape != wanted and action.size == np.prod(wanted):
         action = action.reshape(wanted)
     if action.shape != wanted:
-        raise TeacherError(f"{name} answered {size} observations with actions of shape {action.shape}: it must be {wanted}")
+        raise TeacherError(
+            f"{name} answered {size} observations with actions of shape {action.shape}: it must be {wanted}"
+        )
     if not np.isfinite(action).all():
         raise TeacherError(f"{name} answered with an action that is not finite")
     if shape.discrete:
         whole = action.astype(np.int64)
         if (whole != action).any() or (whole < 0).any() or (whole >= shape.num_actions).any():
-            raise TeacherError(f"{name} answered with {_odd(action, whole, shape)}: an action is 0 to {shape.num_actions - 1}")
+            raise TeacherError(
+                f"{name} answered with {_odd(action, whole, shape)}: an action is 0 to {shape.num_actions - 1}"
+            )
         return Answer(whole, None, answer.logp_BK)
     slack = ROUNDING * (shape.high_A - shape.low_A)
     outside = (action < shape.low_A - slack) | (action > shape.high_A + slack)
@@ -90,7 +96,7 @@ class FunctionTeacher:
     def answer(self, observed_BO: np.ndarray) -> Answer:
         try:
             action = self.function(observed_BO)
-        except Exception as error:  # noqa: BLE001  # whatever somebody's function raises is its failure
+        except Exception as error:  # whatever somebody's function raises is its failure
             raise TeacherError(f"{self.name} failed: {type(error).__name__}: {error}") from error
         return checked(self.name, Answer(np.asarray(action)), len(observed_BO), self.shape)
 
@@ -153,7 +159,7 @@ class CachedTeacher:
 
 
 class SampledTeacher:
-    """Fits a distribution to several answers: a Gaussian of continuous actions, shares of discrete ones with one added to each."""
+    """Fits a distribution to several answers: a Gaussian of continuous actions, of discrete ones shares, one added to each."""
 
     def __init__(self, inner: Teacher, samples: int, shape: Shape):
         self.inner, self.samples, self.shape = inner, samples, shape
@@ -201,7 +207,7 @@ def _sb3(config: PolicyTeacherConfig) -> Any:
         raise ValueError(f"teacher.sb3: there is no file {path}")
     try:
         return getattr(stable_baselines3, config.algorithm).load(path, device="cpu")
-    except Exception as error:  # noqa: BLE001  # a pickle raises what it likes
+    except Exception as error:  # a pickle raises what it likes
         raise ValueError(f"teacher.sb3: {path} cannot be loaded as {config.algorithm}: {error}") from error
 
 

@@ -43,8 +43,8 @@ def cross_entropy(logp_BK: torch.Tensor, teacher_logp_BK: torch.Tensor) -> torch
 
 
 def proximal(divergence_B: torch.Tensor, ratio_B: torch.Tensor, clip: float) -> torch.Tensor:
-    """Proximal policy distillation (2407.15134): a divergence times max(ratio, 1 - eps), where ratio = pi(a|o) / pi_old(a|o) has its
-    gradient: the divergence is weighed by how likely the state's action has become."""
+    """Proximal policy distillation (2407.15134): a divergence times max(ratio, 1 - eps), where ratio = pi(a|o) / pi_old(a|o) has
+    its gradient: the divergence is weighed by how likely the state's action has become."""
     return divergence_B * ratio_B.clamp(min=1 - clip)
 
 
