@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 import kibitz
-from kibitz.cli import chat, check, data, experiments, models, serve, training
+from kibitz.cli import chat, check, control, data, experiments, models, serve, training
 from kibitz.cli.output import Output, sentence
 
 ANYWHERE = ("--quiet", "-q", "--json", "--debug")
@@ -79,6 +79,7 @@ app.command()(models.export)
 app.command()(chat.chat)
 app.command()(data.report)
 app.add_typer(data.worlds, name="worlds")
+app.add_typer(control.app, name="control")
 app.command()(experiments.reproduce)
 app.command()(data.schema)
 app.command()(serve.serve)

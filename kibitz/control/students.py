@@ -133,8 +133,8 @@ def _logistic(columns_NM: np.ndarray, data: Labelled) -> np.ndarray:
     if len(np.unique(data.action)) == 1:
         return np.zeros((1, columns_NM.shape[1]))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the best of 300 rounds is a rule, too
-        model = LogisticRegression(C=100.0, fit_intercept=False, max_iter=300)
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the best of 100 rounds is a rule, too
+        model = LogisticRegression(C=100.0, fit_intercept=False, max_iter=100)
         model.fit(columns_NM, data.action, sample_weight=data.weight_N * len(columns_NM) / data.weight_N.sum())
     return model.coef_
 

@@ -82,6 +82,12 @@ def measure(row: Record, name: str = "") -> Record:
     return row.get("measures", {}).get(name, row)
 
 
+def played(folder: Path) -> list[Record]:
+    """Return the records of policies that played in environments, in the order of their names."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return [record for record in found if "policy" in record]
+
+
 Key = Callable[[Sequence[Record]], tuple[float, ...]]
 
 

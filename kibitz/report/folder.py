@@ -13,12 +13,15 @@ from typing import Any
 
 import yaml
 
+from kibitz.report.shown import NAME, read_shown
+
 Row = dict[str, Any]
 
 
 @dataclass
 class Run:
-    """The contents of one run folder. `metrics` has one row a step, `evals` one row a step and split, both in order."""
+    """The contents of one run folder. `metrics` has one row a step, `evals` one row a step and split, both in order. `shown`
+    is what the run itself wants shown; None of a run that writes texts and has their heat-map."""
 
     name: str
     recipe: Row = field(default_factory=dict)
@@ -29,6 +32,7 @@ class Run:
     rollouts: list[Row] = field(default_factory=list)
     alarms: list[Row] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    shown: list[Row] | None = None
 
     @property
     def last_step(self) -> int:
@@ -47,7 +51,10 @@ def read_run(folder: Path) -> Run:
     run.evals = _by_step(
         _read_jsonl(folder / "evals.jsonl", run.notices), key=lambda row: (row["step"], str(row.get("split")))
     )
-    run.rollouts = _read_jsonl(folder / "rollouts.jsonl", run.notices)
+    if (folder / NAME).is_file():  # of a run that writes no texts
+        run.shown = read_shown(folder, run.notices)
+    else:
+        run.rollouts = _read_jsonl(folder / "rollouts.jsonl", run.notices)
     if (folder / "alarms.jsonl").is_file():  # there is none where no guard spoke
         run.alarms = _read_jsonl(folder / "alarms.jsonl", run.notices)
     if run.info.get("status") == "running":

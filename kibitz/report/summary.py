@@ -22,6 +22,8 @@ UNTOLD_TEACHER = "The student {student} learnt from the teacher {teacher} on {pr
 
 def title(run: Run) -> str:
     """The method's name for a reader: `On-policy distillation`, or its type in the recipe."""
+    if run.info.get("title"):
+        return safe_lines(str(run.info["title"]))
     kind = str(dig(run.recipe, "method", "type") or "")
     section = METHOD_CONFIGS.get(kind, MethodConfig)
     return section.title or (safe_lines(kind) if kind else "A run")
@@ -35,6 +37,8 @@ def sentences(run: Run) -> list[Markup]:
 
 
 def _what(run: Run) -> Markup:
+    if run.info.get("story"):
+        return Markup("{}").format(safe_lines(str(run.info["story"])))
     names = {
         "student": _code(_model(run.recipe.get("student"))),
         "teacher": _code(_model(run.recipe.get("teacher"))),
@@ -141,7 +145,7 @@ class Comparison:
     """Before and after on one split."""
 
     split: str
-    num_prompts: str
+    asked: str
     first_step: int
     last_step: int
     measures: list[Measure]
@@ -155,14 +159,23 @@ def comparisons(run: Run) -> list[Comparison]:
         rows = [row for row in run.evals if str(row.get("split")) == split]
         measures = [measure for measure in _measures(rows[0], rows[-1]) if not measure.empty]
         name = "" if split == "None" else safe_lines(split)
-        prompts = count(dig_number(rows[-1], "num_prompts"))
-        found.append(Comparison(name, prompts, int(rows[0]["step"]), int(rows[-1]["step"]), measures))
+        found.append(Comparison(name, _asked(rows[-1]), int(rows[0]["step"]), int(rows[-1]["step"]), measures))
     return found
+
+
+def _asked(row: Row) -> str:
+    episodes = dig_number(row, "num_episodes")
+    return (
+        f"{count(dig_number(row, 'num_prompts'))} held-out prompts"
+        if episodes is None
+        else f"{count(episodes)} episodes"
+    )
 
 
 def _measures(before: Row, after: Row) -> list[Measure]:
     powers = [k for k in (dig(after, "pass_at_k") or {}) if str(k) != "1"]
     return [
+        _measure("Mean return of an episode", before, after, "return", "mean"),
         _measure("Accuracy, sampled at T = 1", before, after, "sampled", "accuracy", share=True),
         _measure("Accuracy, greedy", before, after, "greedy", "accuracy", share=True),
         *(
@@ -201,8 +214,11 @@ def _overlap(a: Cell, b: Cell) -> bool:
 
 def _cell(row: Row, path: tuple[str, ...], share: bool) -> Cell:
     value = dig_number(row, *path)
-    low, high = (dig_number(row, *path[:-1], edge) if path[-1] == "accuracy" else None for edge in ("low", "high"))
-    interval = f"{100 * low:.1f}–{percent(high)}" if low is not None and high is not None else ""
+    known = path[-1] in ("accuracy", "mean")
+    low, high = (dig_number(row, *path[:-1], edge) if known else None for edge in ("low", "high"))
+    interval = ""
+    if low is not None and high is not None:
+        interval = f"{100 * low:.1f}–{percent(high)}" if share else f"{plain(low)} to {plain(high)}"
     return Cell(percent(value) if share else plain(value), interval, value, low, high)
 
 
@@ -214,7 +230,7 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
     found = []
     for comparison in comparisons(run)[:1]:
         for measure in comparison.measures:
-            if measure.label.startswith(("Accuracy, sampled", "Reverse KL")):
+            if measure.label.startswith(("Mean return", "Accuracy, sampled", "Reverse KL")):
                 label = measure.label.split(",")[0].removesuffix(" to the teacher")
                 was = f"was {measure.before.text}" if measure.before.value is not None else ""
                 found.append((label, measure.after.text, was))
