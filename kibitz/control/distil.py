@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from kibitz.config import RecipeError
-from kibitz.control import export, require, students, teachers
+from kibitz.control import export, frames, require, students, teachers
 from kibitz.control.environments import Act, make, seeds_of, shape_of, visits
 from kibitz.control.folder import Folder, newest
 from kibitz.control.recipe import DistilRecipe
@@ -197,7 +197,8 @@ class _Loop:
         observed, acted = states(student.act, recipe, recipe.method.iterations + 1)
         alike = students.agreement(acted, self.teacher.answer(observed).action, self.shape)
         sizes = student.size()
-        folder.show([section])
+        drawn = [frames.section(folder.path, "after.png", "An episode of the student")] if recipe.eval.frames else []
+        folder.show([section, *drawn])
         folder.finish(
             best_iterate=best, agreement_on_own_states=alike, teacher_return=theirs["return"]["mean"], **sizes
         )

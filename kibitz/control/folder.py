@@ -12,8 +12,8 @@ from kibitz.config import RecipeError
 from kibitz.files import JSONL, commit, write_atomically
 
 FREE_TO_CHANGE = {"output", "threads"}
-WRITTEN = ("run.json", "report.html", "shown.json", "policy.py", "policy.txt", "policy.svg", "policy.onnx", "data.npz",
-           "metrics.jsonl", "evals.jsonl", "recipe.yaml")  # fmt: skip
+WRITTEN = ("run.json", "report.html", "shown.json", "policy.py", "policy.txt", "policy.svg", "policy.onnx", "before.png",
+           "after.png", "metrics.jsonl", "evals.jsonl", "recipe.yaml")  # fmt: skip
 
 
 class Folder:
@@ -63,6 +63,7 @@ class Folder:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "machine": platform.machine(), "torch": torch.__version__,
             "threads": torch.get_num_threads(), "first_step": done, **facts,
         }  # fmt: skip
+        self.show([])
         self._write()
 
     def finish(self, **facts: Any) -> None:
@@ -72,6 +73,11 @@ class Folder:
 
     def _write(self) -> None:
         write_atomically(self.path / "run.json", json.dumps(self.info, indent=1))
+
+    def seen(self, name: str, title: str) -> list[dict[str, Any]]:
+        """The section of a picture that is there already."""
+        words = "One episode, from left to right."
+        return [{"title": title, "words": words, "image": name}] if (self.path / name).is_file() else []
 
     def show(self, sections: list[dict[str, Any]]) -> None:
         """What the report shows beside curves and tables: pictures and texts."""

@@ -6,7 +6,7 @@ from a seed of that step. So a run that was killed goes on bit for bit, whatever
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from stable_baselines3.common.utils import set_random_seed
 
-from kibitz.control import require, teachers
+from kibitz.control import frames, require, teachers
 from kibitz.control.environments import Act, make, returns, seeds_of, shape_of, vectorised
 from kibitz.control.folder import Folder, newest, step_of
 from kibitz.control.recipe import EnvConfig, RPDRecipe
@@ -119,6 +119,7 @@ class _Loop:
     folder: Folder
     done: int = 0
     ended: bool = False
+    shown: list[Row] = field(default_factory=list)
 
     def take_up(self) -> None:
         """Begin, or go on from the newest checkpoint."""
@@ -128,6 +129,7 @@ class _Loop:
             state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
             self.done, self.ended = step_of(checkpoint), state["ended"]
             self.model.num_timesteps = self.done
+            self.shown = self.folder.seen("before.png", "An episode before training")
         self.folder.begin(self.done)
 
     def rows(self) -> Iterator[tuple[str, Row]]:
@@ -136,6 +138,7 @@ class _Loop:
         if self.done == 0:
             yield "evals", self._evaluate("episodes", recipe.eval.episodes)
             self._save()
+            self._draw("before.png", "An episode before training")
         while self.done < recipe.steps and not self.ended:
             self._fresh()
             for _ in range(recipe.eval.every):
@@ -147,6 +150,12 @@ class _Loop:
             self.ended = recipe.stop_at is not None and row["return"]["mean"] >= recipe.stop_at
             self._save()
         yield "evals", self._evaluate("fresh episodes", recipe.eval.last)
+        self._draw("after.png", "An episode after training")
+        self.folder.show(self.shown)
+
+    def _draw(self, name: str, title: str) -> None:
+        if self.recipe.eval.frames:
+            self.shown.append(frames.section(self.folder.path, name, title))
 
     def _fresh(self) -> None:
         """All chance begins from a seed of this step, and all environments begin new episodes."""

@@ -15,7 +15,7 @@ from kibitz.experiments.results import NotRun, Results
 from kibitz.experiments.statistics import NUM_DRAWS, Estimate, interval
 
 TEACHER_SEED = 1000
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-3, 3e-3)
 ARMS: Mapping[str, Mapping[str, Any]] = {
     "ppo": {"type": "ppo"},
     "bc": {"type": "bc"},
@@ -23,15 +23,20 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "rpd": {"type": "rpd"},
     "rpd-anneal": {"type": "rpd", "anneal": 0.5},
 }
-PPO = {"batch": 512, "num_steps": 256}
+PPO = {"batch": 512, "num_steps": 128}
 EVAL = {"every": 2, "episodes": 10, "last": 50, "frames": 0}
 ENVS: Mapping[str, Mapping[str, Any]] = {
     "pendulum": {
-        "student": {"env": {"id": "Pendulum-v1"}, "ppo": {**PPO, "gamma": 0.9}, "eval": EVAL, "steps": 40_000},
+        "student": {
+            "env": {"id": "Pendulum-v1", "num_envs": 16},
+            "ppo": {**PPO, "gamma": 0.9},
+            "eval": EVAL,
+            "steps": 32_768,
+        },
         "teacher": {"stop_at": -800.0, "steps": 100_000, "ppo": {"lr": 3e-3}},
     },
     "acrobot": {
-        "student": {"env": {"id": "Acrobot-v1"}, "ppo": PPO, "eval": EVAL, "steps": 32_000},
+        "student": {"env": {"id": "Acrobot-v1", "num_envs": 16}, "ppo": PPO, "eval": EVAL, "steps": 24_576},
         "teacher": {"stop_at": -250.0, "steps": 100_000, "ppo": {"lr": 1e-3}},
     },
 }
@@ -48,7 +53,7 @@ def play(run: Play) -> None:
         teacher = merged(env["student"], env["teacher"], {"method": {"type": "ppo"}, "seed": TEACHER_SEED}, small)
         run.trained(f"{name}-teacher", "teacher", teacher, env=name, lr=teacher["ppo"]["lr"], seed=TEACHER_SEED)
         for arm in ARMS:
-            rates = RATES[1:2] if run.quick else RATES
+            rates = RATES[:1] if run.quick else RATES
             sweep = [_run(run, name, arm, rate, 0, small) for rate in rates]
             best = max(sweep, key=score)["lr"]
             for seed in range(1, run.seeds):
