@@ -191,7 +191,11 @@ class StudentConfig(Section):
             "tree": {"depth", "leaves"}, "linear": set(), "polynomial": {"degree", "terms"},
             "symbolic": {"population", "generations", "parsimony", "functions"},
         }  # fmt: skip
-        for name in self.model_fields_set - {"type"} - own[self.type]:
+        fields = type(self).model_fields
+        changed = {
+            name for name in fields if getattr(self, name) != fields[name].get_default(call_default_factory=True)
+        }
+        for name in sorted(changed - {"type"} - own[self.type]):
             owner = next(kind for kind, names in own.items() if name in names)
             raise ValueError(f"{name} is a setting of {owner}: leave it out, or write type: {owner}")
         return self

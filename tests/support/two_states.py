@@ -28,3 +28,19 @@ class TwoStates(gymnasium.Env):
 
 
 gymnasium.register("TwoStates-v0", entry_point=TwoStates, max_episode_steps=10)
+
+
+def oracle(seen_BO: np.ndarray) -> np.ndarray:
+    """A teacher that is right."""
+    return np.array(RIGHT)[seen_BO.argmax(-1)]
+
+
+ASKED = [0]
+
+
+def tiring(seen_BO: np.ndarray) -> np.ndarray:
+    """A teacher that raises when it is asked the third time."""
+    ASKED[0] += 1
+    if ASKED[0] >= 3:
+        raise RuntimeError("enough")
+    return oracle(seen_BO)
