@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from kibitz.config import RecipeError
-from kibitz.control import export, frames, require, students, teachers
+from kibitz.control import export, frames, require, students
+from kibitz.control.build import build_teacher
 from kibitz.control.environments import Act, make, seeds_of, shape_of, visits
 from kibitz.control.folder import Folder, newest
 from kibitz.control.recipe import DistilRecipe
@@ -97,7 +98,7 @@ def run(
     require()
     torch.set_num_threads(recipe.threads or torch.get_num_threads())
     shape = shape_of(make(recipe.env), recipe.env.id)
-    teacher = teachers.build(recipe.teacher, shape)
+    teacher = build_teacher(recipe.teacher, shape)
     first = teacher.answer(first_look(recipe.env))
     if recipe.method.type == "viper" and first.logp_BK is None:
         raise RecipeError(
@@ -174,8 +175,9 @@ class _Loop:
     def _save(self, step: int) -> None:
         def write(folder: Path) -> None:
             data = self.data
-            arrays = {"observed": data.observed_NO, "action": data.action}
-            np.savez_compressed(folder / "data.npz", **arrays | ({} if data.cost_N is None else {"cost": data.cost_N}))
+            costs = {} if data.cost_N is None else {"cost": data.cost_N}
+            arrays: Any = {"observed": data.observed_NO, "action": data.action, **costs}
+            np.savez_compressed(folder / "data.npz", **arrays)
             write_atomically(folder / "state.json", json.dumps({"ends": data.ends}))
 
         self.folder.save(step, write)

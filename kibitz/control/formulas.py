@@ -53,7 +53,7 @@ def text(node: Node, names: Sequence[str], digits: int = 3) -> str:
     """The same for a person: names in the place of indices, numbers with few digits, signs between terms."""
     match node:
         case ("x", index):
-            return names[index]
+            return str(names[index])
         case ("c", number):
             return f"{number:.{digits}g}"
         case (name, inner):

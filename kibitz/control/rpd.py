@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from stable_baselines3.common.utils import set_random_seed
 
-from kibitz.control import frames, require, teachers
+from kibitz.control import frames, require
+from kibitz.control.build import build_teacher
 from kibitz.control.environments import Act, make, returns, seeds_of, shape_of, vectorised
 from kibitz.control.folder import Folder, newest, step_of
 from kibitz.control.recipe import EnvConfig, RPDRecipe
@@ -63,7 +64,7 @@ def run(
     require()
     torch.set_num_threads(recipe.threads or torch.get_num_threads())
     shape = shape_of(make(recipe.env), recipe.env.id)
-    teacher = teachers.build(recipe.teacher, shape) if recipe.teacher else None
+    teacher = build_teacher(recipe.teacher, shape) if recipe.teacher else None
     folder = Folder(recipe, TITLES[recipe.method.type], story(recipe))
     set_random_seed(recipe.seed)
     model = TaughtPPO(recipe, teacher, vectorised(recipe.env), shape)
@@ -125,7 +126,7 @@ class _Loop:
         """Begin, or go on from the newest checkpoint."""
         checkpoint = newest(self.folder.path)
         if checkpoint is not None:
-            self.model.set_parameters(checkpoint / "policy.zip", device="cpu")
+            self.model.set_parameters(str(checkpoint / "policy.zip"), device="cpu")
             state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
             self.done, self.ended = step_of(checkpoint), state["ended"]
             self.model.num_timesteps = self.done
@@ -161,8 +162,10 @@ class _Loop:
         """All chance begins from a seed of this step, and all environments begin new episodes."""
         (seed,) = seeds_of(f"from {self.done}", self.recipe.seed, 1)
         set_random_seed(seed)
-        self.model.env.seed(seed)
-        self.model.set_env(self.model.env, force_reset=True)
+        env = self.model.env
+        assert env is not None
+        env.seed(seed)
+        self.model.set_env(env, force_reset=True)
 
     def _iterate(self, size: int, episodes: Episodes) -> Row:
         method, lesson = self.recipe.method, self.model.lesson

@@ -117,6 +117,7 @@ class TaughtPolicy(ActorCriticPolicy):
     def evaluate_actions(self, obs: torch.Tensor, actions: torch.Tensor):
         """Values, log-probabilities, and what PPO takes for the entropy: c_e H - lambda term."""
         values, logp_B, entropy_B = super().evaluate_actions(obs, actions)
+        assert entropy_B is not None, "Gaussians and categoricals have one"
         told_B = self.lesson.entropy * entropy_B
         if self.lesson.weight:
             told_B = told_B - self.lesson.weight * self.lesson.term(self.spoken, logp_B)
@@ -213,5 +214,5 @@ def load_policy(folder: Path) -> PPO:
     if checkpoint is None:
         raise ValueError(f"{folder} holds no checkpoint of a policy: let its run go on by --resume")
     model = plain(recipe, vectorised(recipe.env))
-    model.set_parameters(checkpoint / "policy.zip", device="cpu")
+    model.set_parameters(str(checkpoint / "policy.zip"), device="cpu")
     return model

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.paths import ROOT
 from typer.testing import CliRunner
 
 pytest.importorskip("stable_baselines3")
@@ -19,7 +20,7 @@ import support.two_states  # noqa: F401  # registers the environment
 from kibitz import report
 from kibitz.cli import app
 from kibitz.config import RecipeError, load_as
-from kibitz.control import distil, frames, rpd
+from kibitz.control import distil, rpd, strip
 from kibitz.control.environments import make
 from kibitz.control.folder import newest
 from kibitz.control.recipe import DistilRecipe, EnvConfig, RPDRecipe
@@ -248,7 +249,7 @@ def test_a_picture_is_a_picture(tmp_path):
     import numpy as np
 
     pixels = np.arange(18).reshape(2, 3, 3)
-    file = frames.png(pixels)
+    file = strip.png(pixels)
     data = file[file.index(b"IDAT") + 4 : file.index(b"IEND") - 8]
     rows = np.frombuffer(zlib.decompress(data), np.uint8).reshape(2, 10)
     assert (rows[:, 0] == 0).all() and (rows[:, 1:].reshape(2, 3, 3) == pixels).all()
@@ -270,3 +271,10 @@ def test_an_episode_of_cartpole_is_drawn(tmp_path):
     shown = json.loads((run.folder / "shown.json").read_text())
     assert [row.get("image") for row in shown] == ["before.png", "after.png"], shown
     assert (run.folder / "after.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "control").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_that_come_with_it_are_read(path):
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    load_as(DistilRecipe if "student" in tree else RPDRecipe, path)
+    assert tree["output"] == f"runs/{path.stem}"

@@ -11,6 +11,7 @@ pytest.importorskip("stable_baselines3")
 
 from kibitz.config import RecipeError, load_as
 from kibitz.control import teachers
+from kibitz.control.build import build_teacher
 from kibitz.control.environments import Shape
 from kibitz.control.recipe import PolicyTeacherConfig
 from kibitz.control.served import ServedTeacher
@@ -86,7 +87,7 @@ def test_shares_are_fitted_to_discrete_answers():
 )
 def test_a_teacher_that_is_not_there_is_told_before_anything_is_played(section, words):
     with pytest.raises((RecipeError, ValueError), match=words):
-        teachers.build(load_as(PolicyTeacherConfig, section), DISCRETE)
+        build_teacher(load_as(PolicyTeacherConfig, section), DISCRETE)
 
 
 def test_a_file_of_stable_baselines3_answers_with_its_distribution(tmp_path):
@@ -95,11 +96,11 @@ def test_a_file_of_stable_baselines3_answers_with_its_distribution(tmp_path):
     PPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8, device="cpu", seed=0).save(tmp_path / "ppo.zip")
     DQN("MlpPolicy", "CartPole-v1", buffer_size=10, device="cpu", seed=0).save(tmp_path / "dqn.zip")
     shape, seen = Shape(4, 2, np.empty(0), np.empty(0)), np.zeros((3, 4), np.float32)
-    found = teachers.build(PolicyTeacherConfig(sb3=str(tmp_path / "ppo.zip"), trust=True), shape).answer(seen)
+    found = build_teacher(PolicyTeacherConfig(sb3=str(tmp_path / "ppo.zip"), trust=True), shape).answer(seen)
     np.testing.assert_allclose(np.exp(found.logp_BK).sum(-1), 1.0, atol=1e-6)
     assert (found.action == found.logp_BK.argmax(-1)).all()
     other = PolicyTeacherConfig(sb3=str(tmp_path / "dqn.zip"), algorithm="DQN", trust=True)
-    found = teachers.build(other, shape).answer(seen)
+    found = build_teacher(other, shape).answer(seen)
     assert found.logp_BK is None and found.action.shape == (3,)
 
 
