@@ -65,6 +65,19 @@ def report(ctx: typer.Context, recipe: Recipe, overrides: Overrides = None) -> N
 
 
 @app.command()
+def where(ctx: typer.Context, run: Annotated[Path, typer.Argument(help="Run folder of `kibitz train`.")]) -> None:
+    """The bridge to language: rules that say where a student of language disagrees with its teacher; its report shows them."""
+    from kibitz import control, report
+    from kibitz.evaluate import where as bridge
+
+    control.require()
+    lines = bridge.write(run)
+    page = report.build([run])
+    told = lambda console: console.print(Text(harmless("\n".join(lines))), soft_wrap=True)  # noqa: E731
+    ctx.obj.result({"rules": lines, "report": page}, told)
+
+
+@app.command()
 def schema(
     which: Annotated[str, typer.Argument(help="rpd or distil.")],
 ) -> None:

@@ -42,6 +42,22 @@ class Play:
             name, {"policy": policy, **keys, "settings": dict(tree)}, make, self.work / name / "checkpoints"
         )
 
+    def measured(self, name: str, teacher: str, tree: Mapping[str, Any], **keys: Any) -> Record:
+        """The record of a teacher on the episodes that a student of that recipe is measured on: `level` of those that it is
+        evaluated on during training, `final` of the fresh ones."""
+        settings = {"teacher": teacher, **{key: tree[key] for key in ("env", "eval", "seed")}}
+
+        def make() -> Record:
+            from kibitz.control import rpd, taught
+
+            recipe = load_as(RPDRecipe, {**self._runnable(name, settings), "method": {"type": "ppo"}, "teacher": None})
+            act, env, seed = rpd.act_of(taught.load_policy(self.work / teacher)), recipe.env, recipe.seed
+            level = rpd.evaluated(act, env, "episodes", seed, recipe.eval.episodes)
+            fresh = rpd.evaluated(act, env, "fresh episodes", seed, recipe.eval.last)
+            return {"level": level["return"]["mean"], "final": fresh["return"], "episodes": recipe.eval.last}
+
+        return self._once(name, {"policy": "teacher again", **keys, "settings": settings}, make)
+
     def distilled(self, name: str, policy: str, tree: Mapping[str, Any], **keys: Any) -> Record:
         """The same of a student that can be read."""
         recipe = load_as(DistilRecipe, self._runnable(name, tree))
@@ -62,7 +78,7 @@ class Play:
 
     def _runnable(self, name: str, tree: Mapping[str, Any]) -> dict[str, Any]:
         found = {**tree, "output": str(self.work / name), "eval": {**tree.get("eval", {}), "frames": 0}}
-        if "teacher" in found:
+        if isinstance(found.get("teacher"), Mapping):
             found["teacher"] = {**found["teacher"], "run": str(self.work / found["teacher"]["run"])}
         return found
 

@@ -21,7 +21,7 @@ Row = dict[str, Any]
 @dataclass
 class Run:
     """The contents of one run folder. `metrics` has one row a step, `evals` one row a step and split, both in order. `shown`
-    is what the run itself wants shown; None of a run that writes texts and has their heat-map."""
+    is what the run itself wants shown, None where there is no such file."""
 
     name: str
     recipe: Row = field(default_factory=dict)
@@ -51,9 +51,9 @@ def read_run(folder: Path) -> Run:
     run.evals = _by_step(
         _read_jsonl(folder / "evals.jsonl", run.notices), key=lambda row: (row["step"], str(row.get("split")))
     )
-    if (folder / NAME).is_file():  # of a run that writes no texts
+    if (folder / NAME).is_file():
         run.shown = read_shown(folder, run.notices)
-    else:
+    if run.shown is None or (folder / "rollouts.jsonl").is_file():  # a run of policies has no texts to show
         run.rollouts = _read_jsonl(folder / "rollouts.jsonl", run.notices)
     if (folder / "alarms.jsonl").is_file():  # there is none where no guard spoke
         run.alarms = _read_jsonl(folder / "alarms.jsonl", run.notices)

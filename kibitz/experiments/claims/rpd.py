@@ -52,6 +52,9 @@ def play(run: Play) -> None:
         small = {"steps": 4096, "eval": {**EVAL, "episodes": 2, "last": 2}} if run.quick else {}
         teacher = merged(env["student"], env["teacher"], {"method": {"type": "ppo"}, "seed": TEACHER_SEED}, small)
         run.trained(f"{name}-teacher", "teacher", teacher, env=name, lr=teacher["ppo"]["lr"], seed=TEACHER_SEED)
+        for seed in range(run.seeds):
+            asked = merged(env["student"], {"seed": seed}, small)
+            run.measured(f"{name}-teacher-{seed}", f"{name}-teacher", asked, env=name, seed=seed)
         for arm in ARMS:
             rates = RATES[:1] if run.quick else RATES
             sweep = [_run(run, name, arm, rate, 0, small) for rate in rates]
@@ -85,24 +88,25 @@ def find(results: Results) -> Finding:
 
 def _env(env: str, records: Sequence[Record]) -> dict[str, Any]:
     """The numbers of one environment."""
-    teachers = [r for r in records if r["policy"] == "teacher"]
-    if not teachers:
+    made = [r for r in records if r["policy"] == "teacher"]
+    again = {r["seed"]: r for r in records if r["policy"] == "teacher again"}
+    if not made or not again:
         raise NotRun(f"{env}-teacher")
-    teacher = teachers[0]["final"]["mean"]
-    arms = {arm: _arm(env, arm, records, teacher) for arm in ARMS}
+    arms = {arm: _arm(env, arm, records, again) for arm in ARMS}
+    theirs = [again[seed]["final"]["mean"] for seed in sorted(again)]
     best = max(REFINED, key=lambda arm: arms[arm]["final"][0])
-    above = _paired(arms[best]["finals"], [teacher] * len(arms[best]["finals"]))
+    above = _paired(arms[best]["finals"], theirs)
     sooner = _ratio(arms["ppo"]["reached"], arms[best]["reached"], arms["ppo"]["budget"])
     beyond_opd = _paired(arms[best]["finals"], arms["opd"]["finals"])
-    opd_gap = _paired(arms["opd"]["finals"], [teacher] * len(arms["opd"]["finals"]))
+    opd_gap = _paired(arms["opd"]["finals"], theirs)
     return {
-        "teacher": teacher, "teacher_steps": teachers[0]["steps"], "arms": arms, "best": best, "above": above,
+        "teacher": (fmean(theirs), half_of_seeds(theirs)), "teacher_steps": made[0]["steps"], "arms": arms, "best": best, "above": above,
         "sooner": sooner, "beyond_opd": beyond_opd, "opd_gap": opd_gap, "seeds": len(arms[best]["finals"]),
         "beyond_ppo": _paired(arms[best]["finals"], arms["ppo"]["finals"]),
     }  # fmt: skip
 
 
-def _arm(env: str, arm: str, records: Sequence[Record], teacher: float) -> dict[str, Any]:
+def _arm(env: str, arm: str, records: Sequence[Record], again: Mapping[int, Record]) -> dict[str, Any]:
     runs = [r for r in records if r["policy"] == arm]
     sweep = [r for r in runs if r["seed"] == 0]
     if not sweep:
@@ -110,7 +114,7 @@ def _arm(env: str, arm: str, records: Sequence[Record], teacher: float) -> dict[
     rate = max(sweep, key=score)["lr"]
     chosen = sorted((r for r in runs if r["lr"] == rate), key=lambda r: r["seed"])
     finals = [r["final"]["mean"] for r in chosen]
-    reached = [reaches(r["curve"], teacher) for r in chosen]
+    reached = [reaches(r["curve"], again[r["seed"]]["level"]) for r in chosen]
     curve = [
         (points[0][0], fmean(p[1] for p in points), half_of_seeds([p[1] for p in points]))
         for points in zip(*(r["curve"] for r in chosen), strict=False)
@@ -160,7 +164,7 @@ def verdict(envs: Sequence[Mapping[str, Any]]) -> Verdict:
 def _panel(env: str, found: Mapping[str, Any]) -> Panel:
     lines = [Line(arm, [(x / 1000, y, half) for x, y, half in one["curve"]]) for arm, one in found["arms"].items()]
     return Panel(
-        env, "thousand steps of the environment", "mean return", lines, {"teacher": found["teacher"]}, percent=False
+        env, "thousand steps of the environment", "mean return", lines, {"teacher": found["teacher"][0]}, percent=False
     )
 
 
