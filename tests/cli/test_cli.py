@@ -70,7 +70,9 @@ def test_version():
     assert (answer.exit_code, answer.stdout) == (0, f"kibitz {kibitz.__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "eval", "score", "export", "report", "worlds", "schema"])
+@pytest.mark.parametrize(
+    "command", ["demo", "train", "eval", "score", "export", "report", "worlds", "control", "schema"]
+)
 def test_every_command_explains_itself(command):
     assert f" {command} " in kibitz_says("--help").stdout
     assert kibitz_says(command, "--help").exit_code == 0
