@@ -26,7 +26,7 @@ from kibitz.control.folder import Folder, newest
 from kibitz.control.recipe import DistilRecipe
 from kibitz.control.rpd import ControlRun, Progress, Row, evaluated, first_look
 from kibitz.control.students import Labelled, Student
-from kibitz.control.teachers import Answer, Teacher
+from kibitz.control.teachers import Answer, Teacher, reseed
 from kibitz.files import write_atomically
 
 TITLES = {"bc": "Behaviour cloning", "dagger": "DAgger", "viper": "VIPER"}
@@ -164,6 +164,7 @@ class _Loop:
 
     def _collect(self, iteration: int) -> float | None:
         """Add states; returns how often the student that visited them acted as the teacher would have."""
+        reseed(self.teacher, seeds_of(f"teacher {iteration}", self.recipe.seed, 1)[0])
         by_teacher = iteration == 0 or self.recipe.method.type == "bc"
         player = None if by_teacher else self.data.fitted(self.recipe, self.shape, iteration - 1)
         act: Act = (lambda seen: self.teacher.answer(seen).action) if player is None else player.act
@@ -191,8 +192,7 @@ class _Loop:
         names = students.names_of(recipe.env.id, self.shape.num_observed)
         section = export.write(student, names, folder.path)
         fresh = evaluated(student.act, recipe.env, "fresh episodes", recipe.seed, recipe.eval.last)
-        step = len(self.data.ends)
-        folder.evals.append({"step": step, **fresh})
+        folder.note({"step": len(self.data.ends), **fresh})
         theirs = evaluated(
             lambda seen: self.teacher.answer(seen).action, recipe.env, "fresh episodes", recipe.seed, recipe.eval.last
         )

@@ -74,6 +74,11 @@ class Folder:
     def _write(self) -> None:
         write_atomically(self.path / "run.json", json.dumps(self.info, indent=1))
 
+    def note(self, row: dict[str, Any]) -> None:
+        """Append an evaluation, unless a run that had ended already is taken up once more."""
+        if not any(old["step"] == row["step"] and old["split"] == row["split"] for old in self.evals.read()):
+            self.evals.append(row)
+
     def seen(self, name: str, title: str) -> list[dict[str, Any]]:
         """The section of a picture that is there already."""
         words = "One episode, from left to right."

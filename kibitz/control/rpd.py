@@ -21,6 +21,7 @@ from kibitz.control.environments import Act, make, returns, seeds_of, shape_of, 
 from kibitz.control.folder import Folder, newest, step_of
 from kibitz.control.recipe import EnvConfig, RPDRecipe
 from kibitz.control.taught import Episodes, TaughtPPO, check, plain
+from kibitz.control.teachers import reseed
 from kibitz.control.terms import cosine
 from kibitz.files import write_atomically
 
@@ -162,6 +163,7 @@ class _Loop:
         """All chance begins from a seed of this step, and all environments begin new episodes."""
         (seed,) = seeds_of(f"from {self.done}", self.recipe.seed, 1)
         set_random_seed(seed)
+        reseed(self.model.lesson.teacher, seed)
         env = self.model.env
         assert env is not None
         env.seed(seed)
@@ -202,7 +204,7 @@ class _Loop:
 
     def _evaluate(self, split: str, num: int) -> Row:
         row = {"step": self.done, **evaluated(act_of(self.model), self.recipe.env, split, self.recipe.seed, num)}
-        self.folder.evals.append(row)
+        self.folder.note(row)
         return row
 
     def _save(self) -> None:

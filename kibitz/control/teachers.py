@@ -15,6 +15,8 @@ from kibitz.control.environments import Shape
 
 SMALLEST_STD = 1e-2
 """Of a Gaussian fitted to a few answers: equal answers are no proof of certainty."""
+MOST_KNOWN = 200_000
+"""Observations whose answers are kept."""
 ROUNDING = 1e-4
 """Of the range of an action: so far outside its bounds it still counts as inside."""
 
@@ -139,14 +141,24 @@ class NoisyTeacher:
         return Answer(action.clip(self.shape.low_A, self.shape.high_A))
 
 
+def reseed(teacher: Any, seed: int) -> None:
+    """Have a teacher's noise begin from a seed, so that a run that goes on hears what it would have heard."""
+    if isinstance(teacher, NoisyTeacher):
+        teacher.rng = np.random.default_rng(seed)
+    if hasattr(teacher, "inner"):
+        reseed(teacher.inner, seed)
+
+
 class CachedTeacher:
-    """Asks once for each observation. Of a teacher that answers with actions only."""
+    """Asks once for each observation, and forgets all when it knows too many. Of a teacher that answers with actions only."""
 
     def __init__(self, inner: Teacher):
         self.inner, self.name, self.flops = inner, inner.name, inner.flops
         self.known: dict[bytes, np.ndarray] = {}
 
     def answer(self, observed_BO: np.ndarray) -> Answer:
+        if len(self.known) > MOST_KNOWN:
+            self.known.clear()
         keys = [row.tobytes() for row in observed_BO]
         new = {key: place for place, key in enumerate(keys) if key not in self.known}
         if new:

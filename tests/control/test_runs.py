@@ -25,13 +25,13 @@ from kibitz.control.environments import make
 from kibitz.control.folder import newest
 from kibitz.control.recipe import DistilRecipe, EnvConfig, RPDRecipe
 
-ORACLE = {"python": "support.two_states:oracle", "trust": True, "samples": 2}
+ORACLE = {"python": "support.two_states:oracle", "trust": True, "samples": 2, "noise": 0.1}
 
 
 def rpd_recipe(output: Path, **changes) -> dict:
     tree = {
         "env": {"id": "support.two_states:TwoStates-v0", "num_envs": 2},
-        "teacher": {"python": "support.two_states:oracle", "trust": True},
+        "teacher": {"python": "support.two_states:oracle", "trust": True, "noise": 0.1},
         "method": {"type": "rpd", "weight": 0.5, "anneal": 0.5},
         "ppo": {"num_steps": 16, "batch": 16, "epochs": 2, "hidden": [8]},
         "steps": 192, "eval": {"every": 2, "episodes": 4, "last": 6, "frames": 0}, "output": str(output),
@@ -86,6 +86,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(name, tmp_path):
     stopped = loop.run(recipe, resume=True)
     assert without_clock(stopped.metrics) == without_clock(whole.metrics)
     assert stopped.evals == whole.evals
+    assert loop.run(recipe, resume=True).evals == whole.evals, "a run that has ended stays as it is"
     policy = "policy.py" if name == "distil" else f"checkpoints/{newest(whole.folder).name}/policy.zip"
     if name == "distil":
         assert (stopped.folder / policy).read_text() == (whole.folder / policy).read_text()
@@ -130,7 +131,7 @@ def test_its_policy_is_a_teacher_and_a_plain_file_of_stable_baselines3(tmp_path)
 def test_a_readable_student_solves_two_states_and_is_a_teacher_if_trusted(tmp_path):
     run = distil.run(load_as(DistilRecipe, distil_recipe(tmp_path / "tree")))
     info = json.loads((run.folder / "run.json").read_text())
-    assert run.evals[-1]["return"]["mean"] == 1.0 and info["agreement_on_own_states"] == 1.0
+    assert run.evals[-1]["return"]["mean"] == 1.0 and info["agreement_on_own_states"] > 0.8  # the teacher errs at times
     assert info["depth"] == 1 and info["leaves"] == 2
     for trust, words in ((False, "is a program"), (True, None)):
         tree = rpd_recipe(
