@@ -1,10 +1,12 @@
-"""Files of a run: JSON lines that survive a crash, writing that leaves the old file or the new one, and one writer a folder."""
+"""Files of a run: JSON lines that survive a crash, writing that leaves the old file or the new one, one writer a folder, and
+whose code ran."""
 
 import fcntl
 import json
 import math
 import os
 import socket
+import subprocess
 import time
 import weakref
 from collections.abc import Callable
@@ -117,6 +119,15 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def commit() -> str | None:
+    """The commit of the code that ran, where it is a git checkout."""
+    answer = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return answer.stdout.strip() or None
 
 
 def _plain(value: Any) -> Any:

@@ -26,6 +26,7 @@ ROOMS = (
     "files",
     "report",  # reads the files of a run, and knows what its recipe's words mean
     "ledger",
+    "control",  # policies: it knows no language model
     "logprobs",
     "losses",
     "batching",
@@ -46,9 +47,12 @@ ROOMS = (
     "cli",
     "__main__",
 )
-MAX_ENTRIES = 26
+MAX_ENTRIES = 27
 FORBIDDEN = {"vllm", "gymnasium", "ray", "hydra", "wandb", "tensorboard", "trackio", "lightning"}
-THE_ONE_PLACE = {"kibitz.training.trackers": {"wandb", "tensorboard", "trackio"}}
+THE_ONE_PLACE = {
+    "kibitz.training.trackers": {"wandb", "tensorboard", "trackio"},
+    "kibitz.control.environments": {"gymnasium"},
+}
 
 
 def module_name(path: Path) -> str:
@@ -222,13 +226,14 @@ def test_kibitz_exports_what_it_says():
         "from kibitz.cli import main; sys.argv = ['kibitz', '--help']; main()",
         "from kibitz.cli import main; sys.argv = ['kibitz', 'train', '--help']; main()",
         "from kibitz.cli import main; sys.argv = ['kibitz', 'worlds']; main()",
+        "from kibitz.cli import main; sys.argv = ['kibitz', 'control', '--help']; main()",
         "from kibitz.cli import main; sys.argv = ['kibitz', 'schema']; main()",
     ],
 )
 def test_light_commands_import_nothing_heavy(line):
     program = (
         "import atexit, sys\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'plotly', 'pandas', 'numpy'}\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'plotly', 'pandas', 'numpy', 'sklearn', 'gymnasium', 'kibitz.control'}\n"
         "atexit.register(lambda: print('HEAVY', sorted(heavy & sys.modules.keys())))\n" + line
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)

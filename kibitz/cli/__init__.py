@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 import kibitz
-from kibitz.cli import chat, check, data, experiments, init, models, serve, training, watch
+from kibitz.cli import chat, check, control, data, experiments, init, models, serve, training, watch
 from kibitz.cli.mistakes import explained
 from kibitz.cli.output import Output
 
@@ -83,6 +83,7 @@ app.command()(chat.chat)
 app.command()(data.report)
 app.command()(watch.watch)
 app.add_typer(data.worlds, name="worlds")
+app.add_typer(control.app, name="control")
 app.command()(experiments.reproduce)
 app.command()(data.recipes)
 app.command()(data.schema)

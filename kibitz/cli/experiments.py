@@ -57,6 +57,10 @@ def reproduce(
     models = _pairs(model) | {role: where for role, where in (("student", student), ("teacher", teacher)) if where}
     files = _pairs(prompts)
     results = output or Path("runs/quick" if quick else "results")
+    if name != "all" and chosen[0].play is not None and (models or files or settings or only):
+        raise ValueError(
+            f"{name} plays policies and has no language model: it takes --seeds, --quick and --output only"
+        )
     rows = {}
     for experiment in chosen:
         here = {role: where for role, where in models.items() if role in experiment.roles or name != "all"}
@@ -70,7 +74,30 @@ def reproduce(
 
 def _one(out, experiment, models, files, settings, seeds, quick, only, results) -> dict:
     """Run one experiment, and say what came of it."""
-    from kibitz.experiments import Subject, pages
+    from kibitz.experiments import pages
+
+    if experiment.play is None:
+        _studied(out, experiment, models, files, settings, seeds, quick, only, results)
+    else:
+        _played(out, experiment, seeds, quick, results)
+    files = pages.write(experiment, results)
+    if len(files) == 1:
+        out.say(pages.NO_CHARTS)
+    text = (results / experiment.name / "table.md").read_text(encoding="utf-8")
+    return {"files": files, "rows": pages.tree(experiment, results), "text": text}
+
+
+def _played(out, experiment, seeds, quick, results) -> None:
+    """Run what has no language model in it."""
+    from kibitz.experiments.played import Play
+
+    out.say(experiment.question)
+    work = Path("runs/reproduce") / ("quick" if quick else "whole") / experiment.home
+    experiment.play(Play(results / experiment.home, work, seeds or (1 if quick else experiment.seeds), quick, out.say))
+
+
+def _studied(out, experiment, models, files, settings, seeds, quick, only, results) -> None:
+    from kibitz.experiments import Subject
     from kibitz.experiments.study import Study
 
     settings = list(settings)
@@ -83,11 +110,6 @@ def _one(out, experiment, models, files, settings, seeds, quick, only, results) 
     out.say(experiment.question)
     work = Path("runs/reproduce") / ("quick" if quick else "whole") / experiment.home
     Study(experiment, subject, results / experiment.home, work, out.say).run(arms, seeds)
-    files = pages.write(experiment, results)
-    if len(files) == 1:
-        out.say(pages.NO_CHARTS)
-    text = (results / experiment.name / "table.md").read_text(encoding="utf-8")
-    return {"files": files, "rows": pages.tree(experiment, results), "text": text}
 
 
 def _tell(out: Output, found: dict) -> None:

@@ -18,7 +18,7 @@ STYLES = {"better": "green", "worse": "red"}
 def before_and_after(console: Console, folder: Path) -> None:
     """One table for each split that was evaluated."""
     for comparison in comparisons(read_run(folder)):
-        table = _table(f"{comparison.split or 'evaluation'}, {comparison.prompts}")
+        table = _table(f"{comparison.split or 'evaluation'}, {comparison.asked}")
         for column in ("before", "after", "change"):
             table.add_column(column, justify="right", no_wrap=True)
         for measure in comparison.measures:
@@ -30,7 +30,7 @@ def before_and_after(console: Console, folder: Path) -> None:
 def evaluation(console: Console, row: dict[str, Any]) -> None:
     """The figures of one evaluation."""
     for comparison in comparisons(Run(name="", evals=[{"step": 0, **row}])):
-        table = _table(f"{comparison.split or 'evaluation'}, {comparison.prompts}")
+        table = _table(f"{comparison.split or 'evaluation'}, {comparison.asked}")
         table.add_column("", justify="right", no_wrap=True)
         for measure in comparison.measures:
             table.add_row(_label(measure), _cell(measure.after))
@@ -75,5 +75,5 @@ def _label(measure: Measure) -> Text:
 
 
 def _cell(cell: Cell) -> Text:
-    interval = "" if cell.low is None or cell.high is None else f"  {100 * cell.low:.1f}–{100 * cell.high:.1f}"
-    return Text.assemble(cell.text, (interval, "dim"))
+    interval = cell.interval.removesuffix("%")
+    return Text.assemble(cell.text, (f"  {interval}" if interval else "", "dim"))

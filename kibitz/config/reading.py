@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -15,11 +15,19 @@ from kibitz.config.teachers import SEVERAL, TEACHER_CONFIGS
 
 TAGGED: dict[str, dict[str, Any]] = {"method": METHOD_CONFIGS, "teacher": TEACHER_CONFIGS}
 """The sections that are one of several kinds."""
+Kind = TypeVar("Kind", bound=Section)
 
 
 def load(source: "str | Path | dict | Recipe", overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Return a checked recipe from a YAML file, a dict or a recipe, with `a.b=value` overrides (values are YAML)."""
-    if isinstance(source, Recipe):
+    return load_as(Recipe, source, overrides)
+
+
+def load_as(
+    kind: type[Kind], source: "str | Path | dict | Section", overrides: list[str] | tuple[str, ...] = ()
+) -> Kind:
+    """The same of a recipe of another kind, such as those of `kibitz control`."""
+    if isinstance(source, Section):
         tree = source.model_dump(mode="json", exclude_unset=True)
     elif isinstance(source, dict):
         tree = plain_yaml.as_tree(source)
@@ -29,9 +37,9 @@ def load(source: "str | Path | dict | Recipe", overrides: list[str] | tuple[str,
         _assign(tree, override)
     plain_yaml.check_plain(tree)
     try:
-        return Recipe.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(_explain(error, tree)) from None
+        raise RecipeError(_explain(error, kind)) from None
 
 
 def _read(path: Path) -> dict:
@@ -91,20 +99,20 @@ def _place(entries: list, name: str, override: str) -> int:
     return int(name)
 
 
-def _explain(error: ValidationError, tree: dict) -> str:
-    lines = []
+def _explain(error: ValidationError, kind: type[Section]) -> str:
+    lines, tagged = [], TAGGED if kind is Recipe else {}
     for problem in error.errors():
-        place = ".".join(str(part) for part in _without_tags(problem["loc"]))
+        place = ".".join(str(part) for part in _without_tags(problem["loc"], tagged))
         match problem["type"]:
             case "extra_forbidden":
-                lines.append(f"unknown key {place}{_nearest(problem['loc'])}")
+                lines.append(f"unknown key {place}{_nearest(problem['loc'], kind, tagged)}")
             case "missing":
                 lines.append(f"{place} is missing")
             case "union_tag_invalid" | "union_tag_not_found":
                 lines.append(_of_a_method(place, problem["input"]))
             case "model_type" | "model_attributes_type":
                 lines.append(
-                    f"{place}: a section is needed, got {problem['input']!r}: write {_as_section(place, problem)}"
+                    f"{place}: a section is needed, got {problem['input']!r}: write {_as_section(place, problem, kind, tagged)}"
                 )
             case "value_error":
                 lines.append((f"{place}: " if place else "") + problem["msg"].removeprefix("Value error, "))
@@ -124,9 +132,9 @@ def _of_a_method(place: str, value: Any) -> str:
     return f"unknown method {given!r}: {place}.type is one of {names}{f'; did you mean {near[0]}?' if near else ''}"
 
 
-def _as_section(place: str, problem: Any) -> str:
+def _as_section(place: str, problem: Any, kind: type[Section], tagged: dict[str, dict[str, Any]]) -> str:
     """How to write a section that was given as one value: by the key that it must have, else by its first."""
-    fields, given = _section_at(problem["loc"]).model_fields, problem["input"]
+    fields, given = _section_at(problem["loc"], kind, tagged).model_fields, problem["input"]
     key = next((name for name, field in fields.items() if field.is_required()), next(iter(fields)))
     return f"{place}.{key}={'VALUE' if isinstance(given, bool | list | None) else given}"
 
@@ -151,9 +159,9 @@ def _is_plain(text: str, wanted: str) -> bool:
     return isinstance(value, bool) if wanted == "bool_type" else type(value) in (int, float)
 
 
-def _without_tags(location: tuple) -> list:
+def _without_tags(location: tuple, tagged: dict[str, dict[str, Any]]) -> list:
     """pydantic puts the tag of a union (`opd`) into the path; people did not write it."""
-    parts, tags = list(location), TAGGED.get(location[0], {}) if location else {}
+    parts, tags = list(location), tagged.get(location[0], {}) if location else {}
     if len(parts) > 1 and parts[1] == SEVERAL and tags is TEACHER_CONFIGS:
         return [parts[0], parts[2], *parts[4:]] if len(parts) > 2 else [parts[0]]
     if tags and len(parts) > 1 and parts[1] in tags:
@@ -161,17 +169,17 @@ def _without_tags(location: tuple) -> list:
     return parts
 
 
-def _nearest(location: tuple) -> str:
-    section = _section_at(location[:-1])
+def _nearest(location: tuple, kind: type[Section], tagged: dict[str, dict[str, Any]]) -> str:
+    section = _section_at(location[:-1], kind, tagged)
     places = {name: f"{inner}.{name}" for name, inner in section.also_here.items()}
     places |= {name: name for name in section.model_fields}
     near = difflib.get_close_matches(str(location[-1]), places, 1, cutoff=0.5)
     return f": did you mean {places[near[0]]}?" if near else f": it has {', '.join(section.model_fields)}"
 
 
-def _section_at(inside: tuple) -> type[Section]:
+def _section_at(inside: tuple, section: type[Section], tagged: dict[str, dict[str, Any]]) -> type[Section]:
     """The section at a place of the recipe; pydantic's tags stand in the path."""
-    section, tags = Recipe, TAGGED.get(inside[0], {}) if inside else {}
+    tags = tagged.get(inside[0], {}) if inside else {}
     if len(inside) > 3 and inside[1] == SEVERAL:
         section, inside = tags[inside[3]], inside[4:]
     elif tags and len(inside) > 1:
@@ -186,11 +194,11 @@ def _section_of(annotation: Any) -> type[Section]:
     return next(option for option in options if isinstance(option, type) and issubclass(option, Section))
 
 
-def dump(recipe: Recipe) -> str:
+def dump(recipe: Section) -> str:
     """Return the whole recipe as YAML, defaults included, so that a run folder records every setting."""
     return plain_yaml.dump(recipe.model_dump(mode="json"))
 
 
-def json_schema() -> dict:
+def json_schema(kind: type[Section] = Recipe) -> dict:
     """Return the JSON schema of a recipe. Editors use it after the line `# yaml-language-server: $schema=recipe.schema.json`."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **kind.model_json_schema()}

@@ -78,7 +78,8 @@ class Experiment:
     `models`). They are run with seed 0, once, and only where nobody names another model for the role. `probe`: what is
     looked at beside training, or instead of it, for each seed, from the `Study` and the seed to a record. `made`: models and
     files of prompts that code writes, from the `Study` to the path, named `made:NAME` in recipes and data. `series`: metrics
-    of each step that are kept with the record of a run.
+    of each step that are kept with the record of a run. `play`: what runs in the place of arms where no language model has a part
+    (`kibitz.experiments.played`); then arms, models and data are empty.
 
     `find`: what the results say about a published claim, from `Results` to a `Finding`. The claim itself, and the page, stand
     in the Markdown file beside the experiment's. An experiment without `find` compares its arms and claims nothing.
@@ -105,6 +106,7 @@ class Experiment:
     makers: tuple[Arm, ...] = ()
     made: Mapping[str, Callable[[Any], Path]] = field(default_factory=dict)
     probe: Callable[[Any, int], Mapping[str, Any]] | None = None
+    play: Callable[[Any], None] | None = None
     find: Callable[[Any], Any] | None = None
 
     @property

@@ -68,6 +68,13 @@ def pair(value: Sequence[float]) -> str:
     return f"{fixed(value[0])} ± {fixed(value[1])}"
 
 
+def whole(value: Sequence[float] | float) -> str:
+    """A mean and half its interval without decimals: `-366 ± 12`; a number alone: `-366`."""
+    if isinstance(value, Sequence):
+        return f"{value[0]:,.0f} ± {value[1]:,.0f}"
+    return f"{value:,.0f}"
+
+
 def nats(value: Sequence[float] | None) -> str:
     """`0.050 ± 0.005`; without the interval where that is 0."""
     return NONE if value is None else f"{value[0]:.3f}" + (f" ± {value[1]:.3f}" if value[1] else "")
@@ -109,6 +116,6 @@ FILTERS: Mapping[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
         *(percent, rounded, signed, between, times, fold),
-        *(figures, fixed, pair, nats, number, general, params, listed, code),
+        *(figures, fixed, pair, whole, nats, number, general, params, listed, code),
     )
 }

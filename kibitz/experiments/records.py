@@ -16,8 +16,7 @@ from kibitz import __version__, config
 from kibitz.evaluate.statistics import t_quantile
 from kibitz.experiments.design import Experiment
 from kibitz.experiments.statistics import cost_at, part_way
-from kibitz.files import JSONL, write_atomically
-from kibitz.training.folder import commit
+from kibitz.files import JSONL, commit, write_atomically
 
 if TYPE_CHECKING:
     from kibitz.training.trainer import Run
@@ -79,6 +78,12 @@ def score(record: Record, judge: Sequence[str] = ()) -> float:
 def measure(row: Record, name: str = "") -> Record:
     """One measure of an evaluation, the main one if none of the others has the name."""
     return row.get("measures", {}).get(name, row)
+
+
+def played(folder: Path) -> list[Record]:
+    """Return the records of policies that played in environments, in the order of their names."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return [record for record in found if "policy" in record]
 
 
 Key = Callable[[Sequence[Record]], tuple[float, ...]]

@@ -13,6 +13,7 @@ from kibitz.experiments.records import (
     chooser,
     finals,
     half_of_seeds,
+    played,
     probes,
     read,
     read_all,
@@ -165,7 +166,7 @@ def made_from(experiment: Experiment, folder: Path) -> str:
     names = {arm.name for arm in experiment.arms}
     records, chosen = [r for r in read_all(folder) if r["arm"] in names], finals(experiment, folder)
     if not chosen:
-        return _of_probes(probes(folder))
+        return _of_played(played(folder)) or _of_probes(probes(folder))
     seeds = sorted({len(runs) for runs in chosen.values()})
     first = next(iter(chosen.values()))[0]
     problems = (
@@ -180,6 +181,12 @@ def made_from(experiment: Experiment, folder: Path) -> str:
 def _of_probes(records: list[Record]) -> str:
     """The same of an experiment without arms."""
     return f"{_range([len(records)])}. {_when_and_where(records)}" if records else ""
+
+
+def _of_played(records: list[Record]) -> str:
+    """The same of policies in environments."""
+    seeds = {record["seed"] for record in records}
+    return f"{len(records)} runs, {_range([len(seeds)])}. {_when_and_where(records)}" if records else ""
 
 
 def _when_and_where(records: list[Record]) -> str:

@@ -51,11 +51,20 @@ CHARTS = (
         (_accuracy("sampled", "sampled", "solid"), _accuracy("greedy", "greedy", "dot")), share=True,
     ),
     Chart(
+        "return", "Return", "of an episode", "Fresh episodes without chance in the actions; the band is a 95% interval.",
+        (Line("return", "evals", ("return", "mean"), ("return", "low"), ("return", "high")),),
+    ),
+    Chart(
+        "agreement", "Agreement", "of actions", "Where the student itself went: would the teacher have done the same?",
+        (Line("agreement", "metrics", ("agreement",)),), share=True,
+    ),
+    Chart(
         "reverse_kl", "Reverse KL", "nats per token", "How far the student is from the teacher, on its own text.",
         (Line("training", "metrics", ("reverse_kl",)), Line("evaluation", "evals", ("reverse_kl",), dash="dot")),
     ),
     Chart("loss", "Loss", "", "What the optimiser saw.", (Line("loss", "metrics", ("loss",)),)),
     Chart("reward", "Reward", "mean", "Of the rollouts trained on.", (Line("reward", "metrics", ("reward",)),)),
+    Chart("teacher_term", "Teacher's term", "", "Without its weight.", (Line("term", "metrics", ("teacher_term",)),)),
     Chart(
         "entropy", "Entropy", "nats per token", "How undecided each model is about the next token.",
         (
@@ -175,7 +184,7 @@ def figure(chart: Chart, traces: list[go.Scatter]) -> dict[str, Any]:
         xaxis={"title": {"text": "step"}, "rangemode": "tozero"},
         yaxis={
             "tickformat": "~%" if chart.share else "~s" if highest >= 1000 else "~g",
-            "rangemode": "normal" if chart.key in ("loss", "accuracy") else "tozero",
+            "rangemode": "normal" if chart.key in ("loss", "accuracy", "return") else "tozero",
         },
     )
     return go.Figure(traces, layout).to_plotly_json()

@@ -15,11 +15,13 @@ import yaml
 
 from kibitz.config import plain_yaml
 from kibitz.files import Row, has_step, left_behind, named, read_lines, writer_of
+from kibitz.report.shown import NAME, read_shown
 
 
 @dataclass
 class Run:
-    """The contents of one run folder. `metrics` has one row a step, `evals` one row a step and split, both in order."""
+    """The contents of one run folder. `metrics` has one row a step, `evals` one row a step and split, both in order. `shown`
+    is what the run itself wants shown, None where there is no such file."""
 
     name: str
     recipe: Row = field(default_factory=dict)
@@ -30,6 +32,7 @@ class Run:
     rollouts: list[Row] = field(default_factory=list)
     alarms: list[Row] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    shown: list[Row] | None = None
 
     @property
     def last_step(self) -> int:
@@ -44,7 +47,9 @@ def read_run(folder: Path) -> Run:
     run = Run(name=folder.resolve().name)
     run.recipe_text, run.recipe = _read_mapping(folder / "recipe.yaml", plain_yaml.parse, run.notices)
     _, run.info = _read_mapping(folder / "run.json", json.loads, run.notices)
-    unasked = not _evaluates(run.recipe)
+    if (folder / NAME).is_file():
+        run.shown = read_shown(folder, run.notices)
+    unasked = not _evaluates(run.recipe) or run.shown is not None  # a run of policies has no texts to show
     run.metrics = _by_step(_read_log(folder / "metrics.jsonl", run.notices), key=lambda row: row["step"])
     evals = _read_log(folder / "evals.jsonl", run.notices, unasked)
     run.evals = _by_step(evals, key=lambda row: (row["step"], str(row.get("split"))))

@@ -90,6 +90,7 @@ def _run(run: Run) -> dict[str, Any]:
         "notices": [formats.safe_lines(notice) for notice in run.notices],
         "details": _details(run),
         "recipe": formats.safe_lines(run.recipe_text),
+        "shown": run.shown,
         "status": _status(run),
     }
 

@@ -22,6 +22,8 @@ UNTOLD_TEACHER = "The student {student} learnt from the teacher {teacher} on {pr
 
 def title(run: Run) -> str:
     """The method's name for a reader: `On-policy distillation`, or its type in the recipe."""
+    if run.info.get("title"):
+        return safe_lines(str(run.info["title"]))
     kind = str(dig(run.recipe, "method", "type") or "")
     section = METHOD_CONFIGS.get(kind, MethodConfig)
     return section.title or (safe_lines(kind) if kind else "A run")
@@ -35,6 +37,8 @@ def sentences(run: Run) -> list[Markup]:
 
 
 def _what(run: Run) -> Markup:
+    if run.info.get("story"):
+        return Markup("{}").format(safe_lines(str(run.info["story"])))
     names = {
         "student": _code(_model(run.recipe.get("student"))),
         "teacher": _code(_model(run.recipe.get("teacher"))),
@@ -139,10 +143,10 @@ class Measure:
 
 @dataclass
 class Comparison:
-    """Before and after on one split. `prompts` says how many, and whether they are held out."""
+    """Before and after on one split. `asked` says how many prompts or episodes, and whether they are held out."""
 
     split: str
-    prompts: str
+    asked: str
     first_step: int
     last_step: int
     measures: list[Measure]
@@ -161,9 +165,7 @@ def comparisons(run: Run) -> list[Comparison]:
         rows = [row for row in run.evals if str(row.get("split")) == split]
         measures = [measure for measure in _measures(rows[0], rows[-1]) if not measure.empty]
         name = "" if split == "None" else safe_lines(split)
-        kind = "held-out prompt" if is_held_out(rows[-1]) else "training prompt"
-        prompts = many(dig_number(rows[-1], "num_prompts"), kind)
-        found.append(Comparison(name, prompts, int(rows[0]["step"]), int(rows[-1]["step"]), measures))
+        found.append(Comparison(name, _asked(rows[-1]), int(rows[0]["step"]), int(rows[-1]["step"]), measures))
     return found
 
 
@@ -172,10 +174,18 @@ def is_held_out(row: Row) -> bool:
     return row.get("held_out") is not False
 
 
+def _asked(row: Row) -> str:
+    episodes = dig_number(row, "num_episodes")
+    if episodes is not None:
+        return many(episodes, "episode")
+    return many(dig_number(row, "num_prompts"), "held-out prompt" if is_held_out(row) else "training prompt")
+
+
 def _measures(before: Row, after: Row) -> list[Measure]:
     tries = dig(after, "pass_at_k")
     powers = [k for k in tries if str(k) != "1"] if isinstance(tries, dict) else []
     return [
+        _measure("Mean return of an episode", before, after, "return", "mean"),
         _measure("Accuracy, sampled at T = 1", before, after, "sampled", "accuracy", share=True),
         _measure("Accuracy, greedy", before, after, "greedy", "accuracy", share=True),
         *(
@@ -214,8 +224,11 @@ def _overlap(a: Cell, b: Cell) -> bool:
 
 def _cell(row: Row, path: tuple[str, ...], share: bool) -> Cell:
     value = dig_number(row, *path)
-    low, high = (dig_number(row, *path[:-1], edge) if path[-1] == "accuracy" else None for edge in ("low", "high"))
-    interval = f"{100 * low:.1f}–{percent(high)}" if low is not None and high is not None else ""
+    known = path[-1] in ("accuracy", "mean")
+    low, high = (dig_number(row, *path[:-1], edge) if known else None for edge in ("low", "high"))
+    interval = ""
+    if low is not None and high is not None:
+        interval = f"{100 * low:.1f}–{percent(high)}" if share else f"{plain(low)} to {plain(high)}"
     return Cell(percent(value) if share else plain(value), interval, value, low, high)
 
 
@@ -227,7 +240,7 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
     found = []
     for comparison in comparisons(run)[:1]:
         for measure in comparison.measures:
-            if measure.label.startswith(("Accuracy, sampled", "Reverse KL")):
+            if measure.label.startswith(("Mean return", "Accuracy, sampled", "Reverse KL")):
                 label = measure.label.split(",")[0].removesuffix(" to the teacher")
                 was = f"was {measure.before.text}" if measure.before.value is not None else ""
                 found.append((label, measure.after.text, was))

@@ -3,7 +3,6 @@
 import json
 import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from kibitz import __version__, config
 from kibitz.config import Recipe, RecipeError
-from kibitz.files import JSONL, Lock, write_atomically, writer_of
+from kibitz.files import JSONL, Lock, commit, write_atomically, writer_of
 from kibitz.methods.stored import as_row
 from kibitz.models import LanguageModel
 from kibitz.parallel.ranks import ALONE, Ranks
@@ -239,12 +238,3 @@ def _to_resume(path: Path, recipe: Recipe, held: bool) -> tuple[Path | None, lis
             f"output: {'; '.join(damaged)}. No other is left: put a copy back, or begin anew by --overwrite"
         )
     return None, [f"the run at {path} had saved no checkpoint: it starts again from step 0"]
-
-
-def commit() -> str | None:
-    """The commit of the code that ran, where it is a git checkout."""
-    answer = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return answer.stdout.strip() or None

@@ -97,6 +97,7 @@ class Bar:
             self.accuracy = sampled["accuracy"]
         parts = [f"step {row.get('step', 0)}: {row.get('split', 'evaluation')}"]
         parts += [f"accuracy {sampled['accuracy']:.1%}"] if sampled else []
+        parts += [f"return {row['return']['mean']:.4g}"] if row.get("return") else []
         parts += [f"greedy {greedy['accuracy']:.1%}"] if greedy else []
         parts += [f"reverse KL {row['reverse_kl']:.3g}"] if row.get("reverse_kl") is not None else []
         self.console.print(Text(harmless("  ".join(parts))), soft_wrap=True)
@@ -113,7 +114,12 @@ class Bar:
         return f"  {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
 
     def _figures(self, row: dict[str, Any]) -> str:
-        shown = {"loss": row.get("loss"), "reverse KL": row.get("reverse_kl"), "reward": row.get("reward")}
+        shown = {
+            "loss": row.get("loss"),
+            "reverse KL": row.get("reverse_kl"),
+            "reward": row.get("reward"),
+            "agreement": row.get("agreement"),
+        }
         parts = [f"{name} {value:.3g}" for name, value in shown.items() if isinstance(value, int | float)]
         if self.accuracy is not None:
             parts.append(f"accuracy {self.accuracy:.1%}")

@@ -57,7 +57,7 @@ def test_version():
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "init", "train", "watch", "eval", "score", "export", "report", "worlds", "recipes", "schema"],
+    ["demo", "init", "train", "watch", "eval", "score", "export", "report", "worlds", "control", "recipes", "schema"],
 )
 def test_every_command_explains_itself(command):
     assert f" {command} " in kibitz_says("--help").stdout

@@ -1,0 +1,147 @@
+"""`kibitz control`: policies instead of texts."""
+
+import json
+import shlex
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from kibitz.cli.output import Output, harmless
+from kibitz.training.progress import Bar
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Policies: learn from a reward and a mediocre teacher (rpd), or become a tree or a formula (distil).",
+)
+Recipe = Annotated[
+    str, typer.Argument(help="A YAML file; `kibitz control schema rpd` or `distil` says what it may say.")
+]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[A.B=VALUE]...", help="Such as method.weight=0.5.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run that the output folder holds.")]
+
+
+@app.command()
+def rpd(
+    ctx: typer.Context,
+    recipe: Recipe,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """PPO with a teacher's term, in a Gymnasium environment; without the reward or the teacher, the other arms."""
+    from kibitz.control.recipe import RPDRecipe
+
+    _run(ctx.obj, RPDRecipe, ["rpd", recipe, *(overrides or [])], resume, overwrite)
+
+
+@app.command()
+def distil(
+    ctx: typer.Context,
+    recipe: Recipe,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """A tree, a linear rule or a formula that plays as a teacher does, by DAgger and VIPER."""
+    from kibitz.control.recipe import DistilRecipe
+
+    _run(ctx.obj, DistilRecipe, ["distil", recipe, *(overrides or [])], resume, overwrite)
+
+
+@app.command()
+def report(ctx: typer.Context, recipe: Recipe, overrides: Overrides = None) -> None:
+    """Write the page of a recipe's run again; `kibitz report` shows several runs side by side."""
+    from kibitz import config, report
+
+    tree = config.load_as(_kind(recipe), recipe, overrides or [])
+    path = report.build([Path(tree.output)])
+    ctx.obj.result({"report": path}, lambda console: console.print(Text(harmless(str(path))), soft_wrap=True))
+
+
+@app.command()
+def where(ctx: typer.Context, run: Annotated[Path, typer.Argument(help="Run folder of `kibitz train`.")]) -> None:
+    """The bridge to language: rules that say where a student of language disagrees with its teacher; its report shows them."""
+    from kibitz import control, report
+    from kibitz.evaluate import where as bridge
+
+    control.require()
+    lines = bridge.write(run)
+    page = report.build([run])
+    told = lambda console: console.print(Text(harmless("\n".join(lines))), soft_wrap=True)  # noqa: E731
+    ctx.obj.result({"rules": lines, "report": page}, told)
+
+
+@app.command()
+def schema(
+    which: Annotated[str, typer.Argument(help="rpd or distil.")],
+) -> None:
+    """The JSON schema of a recipe: editors complete and check YAML with it."""
+    from kibitz import config
+
+    typer.echo(json.dumps(config.json_schema(_kinds(which)), indent=2, ensure_ascii=False))
+
+
+def _kinds(which: str) -> Any:
+    from kibitz.control.recipe import DistilRecipe, RPDRecipe
+
+    kinds = {"rpd": RPDRecipe, "distil": DistilRecipe}
+    if which not in kinds:
+        raise ValueError(f"there is no recipe {which!r}: write rpd or distil")
+    return kinds[which]
+
+
+def _kind(recipe: str) -> Any:
+    """Which of the two a file is: only one of them names a student or a way to collect states."""
+    import yaml
+
+    path = Path(recipe)
+    tree = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    method = (tree.get("method") or {}) if isinstance(tree, dict) else {}
+    is_distil = isinstance(tree, dict) and ("student" in tree or method.get("type") in ("dagger", "viper"))
+    return _kinds("distil" if is_distil else "rpd")
+
+
+def _run(out: Output, kind: Any, words: list[str], resume: bool, overwrite: bool) -> None:
+    from kibitz import config, control, report
+
+    if resume and overwrite:
+        raise ValueError("write either --resume, to go on with the run, or --overwrite, to delete it")
+    recipe = config.load_as(kind, words[1], words[2:])
+    control.require()
+    try:
+        with Bar(out.errors) if out.live else nullcontext() as bar:
+            run = _loop(words[0])(recipe, resume, overwrite, bar)
+    except KeyboardInterrupt:
+        again = shlex.join(["kibitz", "control", *words, "--resume"])
+        out.errors.print(f"stopped; the run is in {recipe.output}, go on with: {again}", markup=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    page = report.build([run.folder])
+    tree = {"folder": run.folder, "report": page, "before": run.evals[0], "after": run.evals[-1]}
+
+    def for_a_person(console: Console) -> None:
+        from kibitz.cli import show
+
+        show.before_and_after(console, run.folder)
+        show.costs(console, run.folder)
+        policy = run.folder / "policy.txt"
+        if policy.is_file():
+            console.print(Text(harmless(policy.read_text(encoding="utf-8"))), soft_wrap=True)
+        show.files(console, {"run": run.folder, "policy": run.folder / "policy.py", "report": page})
+
+    out.result(tree, for_a_person)
+
+
+def _loop(name: str) -> Callable[..., Any]:
+    if name == "rpd":
+        from kibitz.control import rpd
+
+        return rpd.run
+    from kibitz.control import distil
+
+    return distil.run

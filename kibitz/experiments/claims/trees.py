@@ -1,0 +1,146 @@
+"""Can a policy be a tree or a formula that a person reads, and what do the student's own states and their weights add?"""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from kibitz.experiments.charts import Line, Panel
+from kibitz.experiments.design import Experiment, merged
+from kibitz.experiments.evidence import Finding, Verdict
+from kibitz.experiments.played import Play
+from kibitz.experiments.records import Record, half_of_seeds, played
+from kibitz.experiments.results import NotRun, Results
+from kibitz.experiments.statistics import Estimate
+
+WANTED = 475.0  # what gymnasium calls solved, of 500
+TEACHER_SEED = 1000
+EVAL = {"every": 5, "episodes": 20, "last": 100, "frames": 0}
+TEACHERS: Mapping[str, Mapping[str, Any]] = {
+    "cartpole": {
+        "env": {"id": "CartPole-v1"},
+        "ppo": {"lr": 1e-3, "num_steps": 128},
+        "stop_at": 500.0,
+        "steps": 100_000,
+    },
+    "acrobot": {"env": {"id": "Acrobot-v1"}, "ppo": {"lr": 1e-3}, "stop_at": -85.0, "steps": 100_000},
+}
+STUDENTS: Mapping[str, Mapping[str, Any]] = {
+    "depth 1": {"type": "tree", "depth": 1},
+    "depth 2": {"type": "tree", "depth": 2},
+    "depth 3": {"type": "tree", "depth": 3},
+    "linear": {"type": "linear"},
+    "symbolic": {"type": "symbolic", "population": 200, "generations": 8},
+}
+TREES, FORMULAS = ("depth 1", "depth 2", "depth 3"), ("linear", "symbolic")
+DEPTHS = (1, 2, 4)
+LOOPS = ("bc", "dagger", "viper")
+
+
+# ------------------------------------------------------------------ what is run
+
+
+def play(run: Play) -> None:
+    small = {"steps": 2048, "eval": {**EVAL, "episodes": 2, "last": 2}} if run.quick else {}
+    for env, tree in TEACHERS.items():
+        whole = merged({"eval": EVAL}, tree, {"method": {"type": "ppo"}, "seed": TEACHER_SEED}, small)
+        run.trained(f"{env}-teacher", "teacher", whole, env=env, seed=TEACHER_SEED)
+    for name, student in STUDENTS.items():
+        for seed in range(run.seeds):
+            tried = {"population": 20, "generations": 2} if run.quick and name == "symbolic" else {}
+            _run(run, "cartpole", name, {**student, **tried}, "viper", seed)
+    for depth in DEPTHS[:2] if run.quick else DEPTHS:
+        for loop in LOOPS:
+            for seed in range(run.seeds):
+                _run(run, "acrobot", f"{loop} {depth}", {"type": "tree", "depth": depth}, loop, seed)
+
+
+def _run(run: Play, env: str, name: str, student: Mapping[str, Any], loop: str, seed: int) -> Record:
+    method = {"type": loop, "iterations": 6, "steps": 1000, "validation": 10, "most": 3000}
+    if run.quick:
+        method |= {"iterations": 2, "steps": 100, "validation": 1}
+    tree = {
+        "env": TEACHERS[env]["env"], "teacher": {"run": f"{env}-teacher"}, "student": dict(student), "method": method,
+        "eval": {"last": 2 if run.quick else 100}, "seed": seed,
+    }  # fmt: skip
+    return run.distilled(f"{env}-{name.replace(' ', '-')}-{seed}", name, tree, env=env, seed=seed)
+
+
+# ------------------------------------------------------------------ what came out
+
+
+def find(results: Results) -> Finding:
+    records = played(results.folder)
+    teachers = {r["env"]: r["final"]["mean"] for r in records if r["policy"] == "teacher"}
+    if set(teachers) != set(TEACHERS):
+        raise NotRun("teachers")
+    students = {name: _of(records, "cartpole", name) for name in STUDENTS}
+    depths = sorted(
+        {r["settings"]["student"]["depth"] for r in records if r["env"] == "acrobot" and r["policy"] != "teacher"}
+    )
+    loops = {loop: {depth: _of(records, "acrobot", f"{loop} {depth}") for depth in depths} for loop in LOOPS}
+    viper = loops["viper"]
+    numbers = {
+        "teachers": teachers, "students": students, "loops": loops, "depths": depths, "wanted": WANTED,
+        "tree": max((students[n] for n in TREES), key=lambda one: one["final"][0]),
+        "formula": max((students[n] for n in FORMULAS), key=lambda one: one["final"][0]),
+        "best_formula": max(FORMULAS, key=lambda n: students[n]["final"][0]),
+        "exported": sum(r["exported"]["mean"] == r["final"]["mean"] for r in records if "exported" in r),
+        "exports": sum("exported" in r for r in records), "seeds": len(students["depth 3"]["finals"]),
+        "own_states": _over_depths(loops["dagger"], loops["bc"]), "weights": _over_depths(viper, loops["dagger"]),
+    }  # fmt: skip
+    found = verdict(students, numbers["own_states"], numbers["weights"])
+    return Finding(found, numbers, [_cartpole(students, teachers["cartpole"]), _acrobot(loops, teachers["acrobot"])])
+
+
+def _of(records: Sequence[Record], env: str, name: str) -> dict[str, Any]:
+    """A student's numbers over seeds, and the rules of its best seed."""
+    runs = sorted((r for r in records if r["env"] == env and r["policy"] == name), key=lambda r: r["seed"])
+    if not runs:
+        raise NotRun(f"{env} {name}")
+    finals = [r["final"]["mean"] for r in runs]
+    best = max(runs, key=lambda r: r["final"]["mean"])
+    sizes = {key: fmean(r[key] for r in runs) for key in ("leaves", "terms", "nodes") if key in runs[0]}
+    alike = [r["agreement_on_own_states"] for r in runs]
+    return {
+        "finals": finals, "final": (fmean(finals), half_of_seeds(finals)), "best": max(finals), "rules": best["rules"].strip(),
+        "agreement": (fmean(alike), half_of_seeds(alike)), "sizes": sizes, "size": next(iter(sizes.values())),
+    }  # fmt: skip
+
+
+def _over_depths(ours: Mapping[int, Any], theirs: Mapping[int, Any]) -> Estimate:
+    """The mean difference in return over all depths, seed by seed, and half its interval over seeds."""
+    by_seed = [
+        fmean(ours[depth]["finals"][seed] - theirs[depth]["finals"][seed] for depth in ours)
+        for seed in range(min(len(one["finals"]) for one in (*ours.values(), *theirs.values())))
+    ]
+    return fmean(by_seed), half_of_seeds(by_seed)
+
+
+def verdict(students: Mapping[str, Any], own_states: Estimate, weights: Estimate) -> Verdict:
+    """reproduced: on CartPole a tree of depth 3 or less and a formula solve it in the mean of all seeds, and on Acrobot DAgger is
+    above cloning and VIPER above DAgger, beyond the intervals. partly: some of these."""
+    solved = [max(students[name]["final"][0] for name in names) >= WANTED for names in (TREES, FORMULAS)]
+    held = [*solved, *(gain[0] > gain[1] for gain in (own_states, weights))]
+    return "reproduced" if all(held) else "partly" if any(held) else "not"
+
+
+def _cartpole(students: Mapping[str, Any], teacher: float) -> Panel:
+    """A point for each student; the ticks name them."""
+    points = [(float(place), *one["final"]) for place, one in enumerate(students.values())]
+    ticks = {float(place): name.replace("depth ", "tree ") for place, name in enumerate(students)}
+    levels = {"teacher": teacher, "solved": WANTED}
+    return Panel(
+        "CartPole", "student", "mean return", [Line("VIPER", points, joined=False)], levels, percent=False, ticks=ticks
+    )
+
+
+def _acrobot(loops: Mapping[str, Any], teacher: float) -> Panel:
+    lines = [Line(loop, [(float(d), *one["final"]) for d, one in by.items()]) for loop, by in loops.items()]
+    return Panel("Acrobot", "depth of the tree", "mean return", lines, {"teacher": teacher}, percent=False)
+
+
+EXPERIMENT = Experiment(
+    name="trees",
+    question="Can a policy be a tree or a formula that a person reads, and what do the student's own states add?",
+    world="", recipe={}, arms=(), rates=(), seeds=5, play=play,
+)  # fmt: skip
