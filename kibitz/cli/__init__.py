@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 import kibitz
-from kibitz.cli import chat, check, data, experiments, models, serve, training
+from kibitz.cli import chat, check, data, experiments, gguf, models, serve, training
 from kibitz.cli.output import Output, sentence
 
 ANYWHERE = ("--quiet", "-q", "--json", "--debug")
@@ -76,6 +76,7 @@ app.command()(check.check)
 app.command(name="eval")(models.evaluate)
 app.command()(models.score)
 app.command()(models.export)
+app.command(name="import")(gguf.import_model)
 app.command()(chat.chat)
 app.command()(data.report)
 app.add_typer(data.worlds, name="worlds")

@@ -151,16 +151,25 @@ def export(
     model: Annotated[
         str, typer.Argument(help="A run folder (its last checkpoint), or the folder of a model or adapter.")
     ],
-    output: Annotated[Path, typer.Option(help="The folder to write.")],
+    output: Annotated[Path, typer.Option(help="The folder, or with --gguf the file, to write.")],
     merge: Annotated[bool, typer.Option("--merge", help="Merge a LoRA adapter into its base: a whole model.")] = False,
+    gguf: Annotated[
+        str | None,
+        typer.Option(help="One file for llama.cpp and Ollama instead: float16, or q8_0 with 8-bit matrices."),
+    ] = None,
 ) -> None:
-    """Write a checkpoint as a folder for transformers, peft or vLLM, without what only training needs."""
-    from kibitz.training.checkpoint import export as write
-
+    """Write a checkpoint as a folder for transformers, peft or vLLM, without what only training needs; or as a GGUF file."""
     source = resolved(model)
-    write(source, output, merge)
+    if gguf is not None:
+        from kibitz.models.gguf_export import export_gguf
+
+        export_gguf(source, output, gguf)
+    else:
+        from kibitz.training.checkpoint import export as write
+
+        write(source, output, merge)
     ctx.obj.result(
-        {"model": source, "output": output, "merged": merge},
+        {"model": source, "output": output, "merged": merge, "gguf": gguf},
         lambda console: console.print(f"model      {output}", markup=False),
     )
 
