@@ -16,9 +16,9 @@ from kibitz.experiments.results import NotRun, Results, gflop
 from kibitz.experiments.statistics import Estimate
 from kibitz.models import LanguageModel, load_model
 
-STEPS = 20
-EQUAL_FLOPS = 25  # steps of SFT, which needs no teacher's scores, for the FLOPs of STEPS of OPD
-EVERY = 20
+STEPS = 16
+EQUAL_FLOPS = 20  # steps of SFT, which needs no teacher's scores, for the FLOPs of STEPS of OPD
+EVERY = 16
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "opd": {"type": "opd"},
     "kd": {"type": "gkd", "on_policy": 0, "source": "teacher", "divergence": "forward_kl"},
