@@ -67,7 +67,10 @@ def _words() -> dict[str, Any]:
 
 def prompts(study: Any) -> Path:
     """A folder with the instructions of each split."""
-    folder = study.work / "made" / "prompts"
+    return write_instructions(study.work / "made" / "prompts")
+
+
+def write_instructions(folder: Path) -> Path:
     for split, rows in instructions().items():
         write_rows(folder / f"{split}.jsonl", rows)
     return folder
@@ -115,10 +118,14 @@ def whole(study: Any) -> Path:
 
 
 def cut(study: Any) -> Path:
-    """The teacher without the fifth of its layers that it misses least, one by one; `cut.json` says which, and the damage
-    of each. What is cut out of another teacher is another folder."""
+    """The student: the teacher with a fifth of its layers cut out. What is cut out of another teacher is another folder."""
     teacher = study.place("teacher", 0)
-    folder = study.work / "made" / f"cut-of-{Path(teacher).name}"
+    return make_cut(teacher, study.work / "made" / f"cut-of-{Path(teacher).name}")
+
+
+def make_cut(teacher: str, folder: Path) -> Path:
+    """Write a model without the fifth of its layers that it misses least, one by one, unless the folder is there; `cut.json`
+    says which, and the damage of each."""
     if not (folder / "cut.json").is_file():
         config = ModelConfig(model=teacher)
         model = load_model(config, "teacher", torch.device("cpu"))
