@@ -17,6 +17,7 @@ PHASES = {
     "checkpoint": "saving",
 }
 LINES_WITHOUT_TERMINAL = 10
+SPEED_SECONDS = 1800.0  # of the last steps, from which the time left is foretold: a step can take minutes
 
 
 class Bar:
@@ -33,6 +34,7 @@ class Bar:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("left"),
+            speed_estimate_period=SPEED_SECONDS,
         )
         self.task = self.progress.add_task("starting", total=None)
         self.live = Live(get_renderable=self._drawn, console=console, transient=True, refresh_per_second=8)

@@ -1,5 +1,7 @@
 """One annotated rollout in the terminal: the heat-map in background colours, the fork also as a line underneath."""
 
+import re
+
 from rich.cells import cell_len
 from rich.console import Console
 from rich.style import Style
@@ -21,6 +23,8 @@ STYLES = (
     Style(color="#ffffff", bgcolor="#b3241c"),
 )
 MOST_PUNISHED = 5
+SPACE = re.compile(r" (?![^\W\d_])")
+"""A space that a dot stands for: not one before a word, which everybody sees."""
 
 
 def print_rollout(row: Row, console: Console) -> None:
@@ -66,7 +70,7 @@ def _lines(listed: list[Row], at: int | None, width: int) -> list[Text]:
 
     for index, token in enumerate(listed):
         style = STYLES[level(penalty(token))]
-        pieces = visible(str(token.get("text", ""))).replace(" ", "·").split("\n")
+        pieces = SPACE.sub("·", visible(str(token.get("text", "")))).split("\n")
         for number, piece in enumerate(pieces):
             if number:
                 end_line()
