@@ -148,8 +148,8 @@ class DataConfig(Section):
         given = [one for one in (self.prompts, self.world, self.reasoning_gym) if one is not None]
         if len(given) != 1:
             raise ValueError(
-                "write either data.prompts (a file or dataset name), or data.world (a toy world), or data.reasoning_gym (a family "
-                "of tasks), one of them"
+                "write either data.prompts (a file or dataset name), or data.world (a toy world), or data.reasoning_gym (a "
+                "family of tasks), one of them"
             )
         if self.reasoning_gym is not None and not isinstance(self.reasoning_gym.get("name"), str):
             raise ValueError("reasoning_gym: it needs the name of a family: write reasoning_gym={name: chain_sum}")
