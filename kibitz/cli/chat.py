@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -10,6 +10,9 @@ from rich.text import Text
 
 from kibitz.cli.models import resolved
 from kibitz.cli.output import Output, harmless
+
+if TYPE_CHECKING:
+    from kibitz.evaluate.chat import Conversation
 
 NEW = "/new"
 
@@ -27,7 +30,7 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1, help="Token limit of an answer.")] = 256,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
-    """Talk to a model. `/new` starts a new conversation; an empty line or Ctrl-D ends the chat.
+    """Talk to a model. `/new` starts a new conversation; an empty line or Ctrl-D ends the chat; Ctrl-C stops an answer.
 
     Input may come from a pipe: `echo "5+2*3" | kibitz chat runs/demo --single`.
     """
@@ -44,16 +47,17 @@ def chat(
             conversation.forget()
         if line == NEW:
             continue
+        live = at_terminal and not out.as_json
         try:
-            answer = conversation.ask(line)
+            answer = _streamed(out.console, conversation, line) if live else conversation.ask(line)
         except ValueError as error:
             if not at_terminal:
                 raise
             out.fail(str(error))
             continue
         said.append({"user": line, "assistant": answer})
-        if not out.as_json:
-            _show(out.console, said[-1], echo=not at_terminal)
+        if not out.as_json and not live:
+            _show(out.console, said[-1])
     if out.as_json:
         out.result({"model": model, "turns": said}, lambda _: None)
 
@@ -73,7 +77,23 @@ def _lines(out: Output, at_terminal: bool) -> Iterator[str]:
         yield line
 
 
-def _show(console: Console, turn: dict[str, str], echo: bool) -> None:
-    if echo:
-        console.print(Text.assemble(("you    ", "bold"), harmless(turn["user"])), soft_wrap=True)
+def _streamed(console: Console, conversation: "Conversation", line: str) -> str:
+    """Print the answer as it is written. Ctrl-C ends the answer, not the conversation."""
+    pieces: list[str] = []
+    stream = conversation.stream(line)
+    try:
+        for piece in stream:
+            console.print(Text("" if pieces else "model  ", style="bold"), end="")
+            console.print(Text(harmless(piece)), end="", soft_wrap=True)
+            pieces.append(piece)
+    except KeyboardInterrupt:
+        stream.close()
+        pieces.append(" (stopped)")
+        console.print(Text(pieces[-1], style="dim"), end="")
+    console.print()
+    return "".join(pieces)
+
+
+def _show(console: Console, turn: dict[str, str]) -> None:
+    console.print(Text.assemble(("you    ", "bold"), harmless(turn["user"])), soft_wrap=True)
     console.print(Text.assemble(("model  ", "bold"), harmless(turn["assistant"])), soft_wrap=True)

@@ -53,8 +53,9 @@ def reproduce(
     name, *settings = words
     if name == "all" and only:
         raise ValueError("--only chooses arms of one experiment: name it instead of all")
-    chosen = list(experiments.EXPERIMENTS.values()) if name == "all" else [experiments.get(name)]
     models = _pairs(model) | {role: where for role, where in (("student", student), ("teacher", teacher)) if where}
+    every = [one for one in experiments.EXPERIMENTS.values() if "teacher" in models or not one.outside]
+    chosen = every if name == "all" else [experiments.get(name)]
     files = _pairs(prompts)
     results = output or Path("runs/quick" if quick else "results")
     if name != "all" and chosen[0].play is not None and (models or files or settings or only):

@@ -190,20 +190,30 @@ def export(
     model: Annotated[
         str, typer.Argument(help="A run folder (its last checkpoint is used), or the folder of a model or adapter.")
     ],
-    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    output: Annotated[Path, typer.Option(help="Folder to write, or with --gguf the file.")],
     merge: Annotated[bool, typer.Option("--merge", help="Merge a LoRA adapter into its base model.")] = False,
+    gguf: Annotated[
+        str | None,
+        typer.Option(help="One file for llama.cpp and Ollama instead: float16, or q8_0 with 8-bit matrices."),
+    ] = None,
     push: Annotated[str | None, typer.Option(help="Also upload it as OWNER/NAME, private unless --public.")] = None,
     public: Annotated[bool, typer.Option("--public", help="Make the upload of --push public.")] = False,
 ) -> None:
     """Export a checkpoint as a folder for transformers, peft or vLLM, without the training state and with a model card
-    (README.md) that says how it was made."""
-    from kibitz.training.checkpoint import export as write
-
+    (README.md) that says how it was made; or as a GGUF file."""
     if public and push is None:
         raise ValueError("--public belongs to --push OWNER/NAME")
-    source = resolved(model)
-    write(source, output, merge, card_of(Path(source)))
-    address = None
+    if gguf is not None and (push is not None or merge):
+        raise ValueError("--gguf writes one file, of a whole model: leave out --push and --merge")
+    source, address = resolved(model), None
+    if gguf is not None:
+        from kibitz.models.gguf_export import export_gguf
+
+        export_gguf(source, output, gguf)
+    else:
+        from kibitz.training.checkpoint import export as write
+
+        write(source, output, merge, card_of(Path(source)))
     if push is not None:
         from kibitz.models.hub import push as upload
 
@@ -215,7 +225,7 @@ def export(
         if address is not None:
             console.print(f"hub        {address}", markup=False)
 
-    ctx.obj.result({"model": source, "output": output, "merged": merge, "pushed": address}, for_a_person)
+    ctx.obj.result({"model": source, "output": output, "merged": merge, "gguf": gguf, "pushed": address}, for_a_person)
 
 
 def card_of(checkpoint: Path) -> str | None:

@@ -105,14 +105,19 @@ class Columns(Section):
 
 
 class DataConfig(Section):
-    """The source of the prompts: a file, a `datasets` name, or a toy world."""
+    """The source of the prompts: a file, a `datasets` name, a toy world, or a family of reasoning-gym's tasks."""
 
     prompts: str | None = Field(None, description="JSONL, parquet, or a name for `datasets.load_dataset`.")
     subset: str | None = Field(
         None, description="Configuration of a data set that has several, such as main of openai/gsm8k."
     )
     world: str | None = Field(None, description="A toy world that a CPU can learn; see `kibitz worlds`.")
-    split: str = Field("train", description="Split of the dataset or world.")
+    reasoning_gym: dict[str, Any] | None = Field(
+        None,
+        description="A family of the package reasoning-gym (kibitz[tasks]) by its name, with settings of its own, such as {name: "
+        "chain_sum, max_terms: 3}: problems without end, and the family judges every answer.",
+    )
+    split: str = Field("train", description="Split of the dataset, world or family.")
     columns: Columns = Columns()
     system: str | None = Field(None, description="System message put before every `prompt`.")
     template: dict[str, Any] = Field(
@@ -121,10 +126,14 @@ class DataConfig(Section):
     grader: str = Field(
         "auto",
         description="exact, math, choice, constraints, constraints_strict, code (unit tests in a confined process), or "
-        "auto: the world's own, else by what the answers are: choice for letters, math where each answer is right by itself, "
-        "exact for others.",
+        "auto: the world's or family's own, else by what the answers are: choice for letters, math where each answer is right by "
+        "itself, exact for others.",
     )
-    limit: int | None = Field(None, ge=1, description="Use only so many rows; a world makes this many (default 20000).")
+    limit: int | None = Field(
+        None,
+        ge=1,
+        description="Use only so many rows; a world makes this many (default 20000), a family of tasks too (default 2000).",
+    )
     pick: Literal["first", "random"] = Field(
         "first", description="Which rows `limit` leaves: random ones are the same for every seed of the run."
     )
@@ -139,11 +148,20 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataConfig":
-        if (self.prompts is None) == (self.world is None):
+        given = [one for one in (self.prompts, self.world, self.reasoning_gym) if one is not None]
+        if len(given) != 1:
             raise ValueError(
-                "write either data.prompts (a file or dataset name) or data.world (a toy world), one of them"
+                "write either data.prompts (a file or dataset name), or data.world (a toy world), or data.reasoning_gym (a "
+                "family of tasks), one of them"
             )
+        if self.reasoning_gym is not None and not isinstance(self.reasoning_gym.get("name"), str):
+            raise ValueError("reasoning_gym: it needs the name of a family: write reasoning_gym={name: chain_sum}")
         return self
+
+    @property
+    def source(self) -> str:
+        """What the prompts come from, as an error calls it."""
+        return self.prompts or self.world or str((self.reasoning_gym or {}).get("name"))
 
 
 class RolloutServerConfig(ServerConfig):

@@ -37,13 +37,13 @@ def load_prompts(
     rows = read_rows(config, seed, demonstrations)
     prompts = [_prompt(place, row, config, tokenizer, demonstrations, gaps) for place, row in rows]
     if not prompts:
-        raise ValueError(f"{config.prompts or config.world} holds no prompts")
+        raise ValueError(f"{config.source} holds no prompts")
     if config.too_long == "drop":
         prompts = [prompt for prompt in prompts if len(prompt.ids) <= config.max_prompt_tokens]
     if room is not None and demonstrations:
         prompts = [prompt for prompt in prompts if _fits(prompt, config, tokenizer, room)]
     if not prompts:
-        raise ValueError(f"every prompt of {config.prompts or config.world} is longer than {config.max_prompt_tokens} tokens: "
+        raise ValueError(f"every prompt of {config.source} is longer than {config.max_prompt_tokens} tokens: "
                          "raise data.max_prompt_tokens")  # fmt: skip
     return prompts
 
@@ -67,7 +67,8 @@ def load_grader(config: DataConfig, prompts: Sequence[Prompt], need_all: bool = 
     if config.world is not None:
         world = worlds.get(config.world)
         return graders.pick(config.grader, prompts, lambda prompt, text: world.grade(dict(prompt.columns), text))
-    grader = graders.pick(config.grader, prompts)
+    own = None if config.reasoning_gym is None else graders.verify
+    grader = graders.pick(config.grader, prompts, own)
     if grader is not None:
         graders.check(grader, prompts, need_all or not any(graders.is_graded(grader, prompt) for prompt in prompts))
     return grader

@@ -8,8 +8,9 @@ from typing import Any
 
 from kibitz import worlds
 from kibitz.config import DataConfig
+from kibitz.graders import tasks
 
-WORLD_ROWS, MAX_DEPTH = 20_000, 64
+WORLD_ROWS, FAMILY_ROWS, MAX_DEPTH = 20_000, 2_000, 64
 
 
 def read_rows(config: DataConfig, seed: int, demonstrations: bool) -> Iterable[tuple[str, dict[str, Any]]]:
@@ -22,6 +23,12 @@ def read_rows(config: DataConfig, seed: int, demonstrations: bool) -> Iterable[t
         except TypeError as error:
             raise ValueError(f"data.options: the world {config.world} does not take these: {error}") from None
         return [(f"{config.world} row {i + 1}", row) for i, row in enumerate(rows)]
+    if config.reasoning_gym is not None:
+        rows = tasks.rows(config.reasoning_gym, config.split, config.limit or FAMILY_ROWS, seed)
+        return [
+            (f"{config.source} problem {i + 1}", _answered(row) if demonstrations else row)
+            for i, row in enumerate(rows)
+        ]
     assert config.prompts is not None
     path = Path(config.prompts)
     if path.suffix in (".jsonl", ".json", ".ndjson"):
@@ -30,6 +37,11 @@ def read_rows(config: DataConfig, seed: int, demonstrations: bool) -> Iterable[t
         rows = _read_jsonl(path)
         return [rows[i] for i in _picked(len(rows), config)]
     return _read_dataset(config, path)
+
+
+def _answered(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its answer as the response, where the problem has one answer."""
+    return row if row["answer"] is None else {**row, "response": row["answer"]}
 
 
 def _picked(count: int, config: DataConfig) -> Sequence[int]:

@@ -1,5 +1,6 @@
 """A conversation with a model: its chat template, its tokens, the embedded engine."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +11,9 @@ from kibitz.engines.torch import TorchEngine
 from kibitz.models import LanguageModel
 from kibitz.models.load import load_model, pick_device, stop_ids
 from kibitz.types import Prompt, Sampling
+
+MOST_AT_ONCE = 16
+"""Tokens of a piece of a stream: what was written before is read again for each."""
 
 
 @dataclass
@@ -33,6 +37,37 @@ class Conversation:
 
     def ask(self, text: str) -> str:
         """The model's answer, cut off where its room ends. Raises ValueError where there is no room for any."""
+        ids, asked, sampling = self._asked(text)
+        prompt = Prompt(ids=ids, text=text, key=str(len(asked)))
+        (rollout,) = self.engine.generate([prompt], sampling)
+        answer = self._decoded(rollout.response_ids)
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
+        return answer
+
+    def stream(self, text: str) -> Iterator[str]:
+        """The same in pieces, as they are written: greedily the same text, else another sample. Whoever stops listening, by
+        Ctrl-C or `close`, leaves what was said so far as the answer."""
+        ids, asked, sampling = self._asked(text)
+        written: list[int] = []
+        shown = ""
+        try:
+            while len(written) < sampling.max_tokens:
+                piece = min(MOST_AT_ONCE, 1 + len(written) // 4, sampling.max_tokens - len(written))
+                prompt = Prompt(ids=(*ids, *written), text=text, key=f"{len(asked)}|{len(written)}")
+                (rollout,) = self.engine.generate([prompt], replace(sampling, max_tokens=piece))
+                written += rollout.response_ids
+                said = self._decoded(written)
+                last = rollout.finished or len(written) == sampling.max_tokens
+                if last or not said.endswith("\ufffd"):  # a sign of which some bytes are still to come
+                    shown, new = said, said[len(shown) :]
+                    yield new
+                if rollout.finished:
+                    return
+        finally:
+            self.messages = [*asked, {"role": "assistant", "content": shown}]
+
+    def _asked(self, text: str) -> tuple[tuple[int, ...], list[dict[str, str]], Sampling]:
+        """What the model reads, as ids and as messages, and how much it may write."""
         if not text.strip():
             raise ValueError("there is nothing to answer: write a text")
         asked = [*self.messages, {"role": "user", "content": text}]
@@ -41,12 +76,10 @@ class Conversation:
         room = (self.model.max_positions or len(ids) + self.sampling.max_tokens) - len(ids)
         if room < 1:
             raise ValueError(f"the conversation has {len(ids)} tokens, and the model room for no more: begin a new one")
-        prompt = Prompt(ids=tuple(ids), text=text, key=str(len(asked)))
-        sampling = replace(self.sampling, max_tokens=min(room, self.sampling.max_tokens))
-        (rollout,) = self.engine.generate([prompt], sampling)
-        answer = self.model.tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
-        self.messages = [*asked, {"role": "assistant", "content": answer}]
-        return answer
+        return tuple(ids), asked, replace(self.sampling, max_tokens=min(room, self.sampling.max_tokens))
+
+    def _decoded(self, ids: list[int]) -> str:
+        return self.model.tokenizer.decode(ids, skip_special_tokens=True)
 
     def forget(self) -> None:
         """Begin a new conversation."""

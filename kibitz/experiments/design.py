@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ class Arm:
     trains on. `every`: its checkpoints of so many steps are all measured on the dev split, a curve; with `stop: best`
     the best of them is the arm's result, not the last. `judge` names the measures whose mean accuracy on the dev
     split chooses rates and checkpoints, the first measure if empty. `measures`: the names of those of the experiment's
-    that are taken of it, all if empty; the first of them is then its main one.
+    that are taken of it, all if empty; the first of them is then its main one. `rate_of`: a maker, mostly a shorter run, whose
+    best rate it takes instead of sweeping one of its own.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Arm:
     stop: str = "last"
     judge: tuple[str, ...] = ()
     measures: tuple[str, ...] = ()
+    rate_of: str = ""
 
     def needs(self) -> list[str]:
         """The names of the arms whose checkpoints it is made of."""
@@ -73,6 +75,8 @@ class Experiment:
 
     `until`: rates and batches are chosen not by accuracy, but by the FLOPs up to this share of the way from the student's
     accuracy to the teacher's, by the curves of the arms.
+
+    `outside`: its models are not shipped, so that `all` leaves it out where nobody names a teacher.
 
     `makers`: arms that make a model which no world ships and a role stands for (`{"teacher-large": "arm:large"}` of
     `models`). They are run with seed 0, once, and only where nobody names another model for the role. `probe`: what is
@@ -102,6 +106,7 @@ class Experiment:
     measures: Mapping[str, str] = field(default_factory=lambda: {"accuracy": "prompts"})
     series: tuple[str, ...] = ()
     runs_in: str = ""
+    outside: bool = False
     until: float | None = None
     makers: tuple[Arm, ...] = ()
     made: Mapping[str, Callable[[Any], Path]] = field(default_factory=dict)
@@ -186,7 +191,7 @@ class Subject:
         known(experiment.name, "role", named, experiment.roles)
         files = files or {}
         known(experiment.name, "source of prompts", [name for name in files if name], experiment.sources)
-        own = [name for name, section in experiment.sources.items() if not is_made(section)]
+        own = [name for name, section in experiment.sources.items() if name in files or not is_made(section)]
         found = {}
         for role, shipped in experiment.roles.items():
             kin = "teacher" if role.startswith("teacher") else "student"
@@ -263,6 +268,14 @@ def models_of(tree: Any) -> Iterator[str]:
     elif isinstance(tree, list | tuple):
         for one in tree:
             yield from models_of(one)
+
+
+def families(arms: Iterable[Arm]) -> list[list[Arm]]:
+    """In the order of their first arms; an arm without a family is one of its own."""
+    found: dict[str, list[Arm]] = {}
+    for arm in arms:
+        found.setdefault(arm.family or arm.name, []).append(arm)
+    return list(found.values())
 
 
 def shape(name: str) -> dict[str, int]:

@@ -76,20 +76,20 @@ def plot(experiment: Experiment, results: Path) -> str | None:
     return draw(panels) if panels else None
 
 
-def claims(experiments: Iterable[Experiment]) -> list[Experiment]:
-    """The experiments with a claim, in the order of the pages."""
-    found = [experiment for experiment in experiments if experiment.find is not None]
+def claims(experiments: Iterable[Experiment], outside: bool = False) -> list[Experiment]:
+    """The experiments with a claim, in the order of the pages: those on toy worlds, or those on models from `outside`."""
+    found = [one for one in experiments if one.find is not None and one.outside == outside]
     return sorted(found, key=lambda experiment: (prose(experiment.name).order, experiment.name))
 
 
-def overview(experiments: Iterable[Experiment], results: Path, page: str = "") -> str:
+def overview(experiments: Iterable[Experiment], results: Path, page: str = "", outside: bool = False) -> str:
     """All claims in one table."""
     rows = []
-    for experiment in claims(experiments):
+    for experiment in claims(experiments, outside):
         found, text = try_finding(experiment, results), prose(experiment.name)
         ours = NONE if found.verdict == "not run" else filled(text.ours, found.numbers)
         rows.append((f"[`{experiment.name}`]({page}#{experiment.name})", text.short, ours, MARKS[found.verdict]))
-    return table(("experiment", "published", "here, on toy worlds", "verdict"), rows)
+    return table(("experiment", "published", "here" if outside else "here, on toy worlds", "verdict"), rows)
 
 
 def headlines(experiments: Iterable[Experiment], results: Path, page: str = "docs/evidence.md") -> str:

@@ -86,6 +86,16 @@ def played(folder: Path) -> list[Record]:
     return [record for record in found if "policy" in record]
 
 
+def told(row: Record) -> str:
+    """An evaluation in a few words."""
+    if "sampled" not in row:
+        return f"reverse KL {row['reverse_kl']:.4f}"
+    others = "".join(
+        f", {name} {100 * other['sampled']['accuracy']:.1f}%" for name, other in row.get("measures", {}).items()
+    )
+    return f"{100 * row['sampled']['accuracy']:.1f}%{others}"
+
+
 Key = Callable[[Sequence[Record]], tuple[float, ...]]
 
 

@@ -13,7 +13,8 @@ import torch
 import kibitz
 from kibitz.config import DataConfig, EvalConfig, Recipe
 from kibitz.evaluate.evaluate import evaluate_model
-from kibitz.experiments.design import BLANK, MADE, OF_ARM, Arm, Experiment, Subject, cut, models_of, shape, with_models
+from kibitz.experiments import design
+from kibitz.experiments.design import BLANK, MADE, OF_ARM, Arm, Experiment, Subject, cut, models_of, with_models
 from kibitz.experiments.make_world import blank
 from kibitz.experiments.records import (
     PROBE,
@@ -28,6 +29,7 @@ from kibitz.experiments.records import (
     read,
     read_all,
     score,
+    told,
     write,
 )
 from kibitz.models.lora import is_adapter
@@ -58,7 +60,7 @@ class Study:
         torch.set_num_threads(recipes[0].threads or torch.get_num_threads())
         for role in self.experiment.roles:
             self._model(role, max(recipes, key=lambda recipe: recipe.rollout.max_tokens))
-        for family in _families(arms):
+        for family in design.families(arms):
             for arm, rate in self._leading(family):
                 for seed in range(num_seeds):
                     self.measured(arm, rate, seed)
@@ -81,6 +83,8 @@ class Study:
     def sweep(self, arm: Arm) -> float:
         """The best rate on the dev split. One at the edge is tried against one beyond it, a few times."""
         self._forget(arm)
+        if arm.rate_of:
+            return self.sweep(self.experiment.arm(arm.rate_of))
         rates, key = sorted(arm.rates or self.experiment.rates), chooser(self.experiment, self.folder)
         found = {rate: self.trained(arm, rate, 0) for rate in rates}
         factor = rates[1] / rates[0] if len(rates) > 1 else 2.0
@@ -117,7 +121,7 @@ class Study:
         record = self.trained(arm, rate, seed)
         record["test"] = self._evaluate(str(model), "test", self.recipe(arm, rate, seed), arm, seed)
         write(path, record)
-        self.say(f"{path.stem}: {_told(record['test'])} on test")
+        self.say(f"{path.stem}: {told(record['test'])} on test")
         return record
 
     def recipe(self, arm: Arm, rate: float, seed: int) -> Recipe:
@@ -133,7 +137,7 @@ class Study:
         """Return the folder of a model that a recipe names by a role, by an arm, or by a shape (`blank:64x3`)."""
         name = self.subject.called(name)
         if name.startswith(BLANK):
-            return str(blank(self.work / name.replace(":", "-"), shape(name), 0, self.experiment.world))
+            return str(blank(self.work / name.replace(":", "-"), design.shape(name), 0, self.experiment.world))
         if name.startswith(MADE):
             return self.made(name)
         if not name.startswith(OF_ARM):
@@ -144,6 +148,11 @@ class Study:
     def made(self, name: str) -> str:
         """Return the path of a model or a file that the experiment's own code writes."""
         return self.experiment.made[name.removeprefix(MADE)](self).as_posix()
+
+    def _file(self, name: str, split: str) -> str:
+        """The path of a file of prompts that code writes: the file itself, or that of the split in a folder."""
+        path = Path(self.made(name))
+        return (path / f"{split}.jsonl" if path.is_dir() else path).as_posix()
 
     def _seed_of(self, arm: Arm, seed: int) -> int:
         """Models that one starts from are the same for all seeds."""
@@ -183,7 +192,7 @@ class Study:
             **self._on_dev(run, arm, recipe, seed),
         }
         write(path, record)
-        self.say(f"{path.stem}: {_told(record['dev'])} on dev")
+        self.say(f"{path.stem}: {told(record['dev'])} on dev")
         return record
 
     def _on_dev(self, run: "kibitz.Run", arm: Arm, recipe: Recipe, seed: int) -> Record:
@@ -206,7 +215,7 @@ class Study:
         if arm.data in self.subject.files:
             tree["data"] = {**tree["data"], "prompts": str(self._data(arm.data) / "train.jsonl")}
         elif (prompts := str(tree["data"].get("prompts", ""))).startswith(MADE):
-            tree["data"] = {**tree["data"], "prompts": self.made(prompts)}
+            tree["data"] = {**tree["data"], "prompts": self._file(prompts, "train")}
         return tree | QUIET | {"save": {"every": arm.every, "keep": 10_000 if arm.every else 1}}
 
     def _evaluate(self, model: str, split: str, recipe: Recipe, arm: Arm | None, seed: int) -> dict[str, Any]:
@@ -234,8 +243,10 @@ class Study:
         how = {name: value for name, value in given.items() if name not in OF_A_SOURCE | own.keys()}
         section = self.subject.section(self.experiment, source)
         changes: dict[str, Any] = {"split": split, "limit": min(num, section.get("limit", num))}
-        if self.subject.files:
+        if source in self.subject.files:
             changes["prompts"] = str(self._data(source) / f"{split}.jsonl")
+        elif design.is_made(section):
+            changes["prompts"] = self._file(section["prompts"], split)
         return DataConfig.model_validate({**how, **section, **changes})
 
     def _judge(self, recipe: Recipe, seed: int) -> str | None:
@@ -323,23 +334,6 @@ def _whole(checkpoint: Path) -> Path:
     if not merged.exists():
         export(str(checkpoint), merged, merge=True)
     return merged
-
-
-def _families(arms: Iterable[Arm]) -> list[list[Arm]]:
-    """In the order of their first arms; an arm without a family is one of its own."""
-    found: dict[str, list[Arm]] = {}
-    for arm in arms:
-        found.setdefault(arm.family or arm.name, []).append(arm)
-    return list(found.values())
-
-
-def _told(row: dict[str, Any]) -> str:
-    if "sampled" not in row:
-        return f"reverse KL {row['reverse_kl']:.4f}"
-    others = "".join(
-        f", {name} {100 * other['sampled']['accuracy']:.1f}%" for name, other in row.get("measures", {}).items()
-    )
-    return f"{100 * row['sampled']['accuracy']:.1f}%{others}"
 
 
 def _rounded(rate: float) -> float:

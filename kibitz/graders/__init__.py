@@ -10,9 +10,21 @@ from kibitz.graders import sandbox
 from kibitz.graders.answers import check_answer, check_choice, check_math, choice, exact, is_math, math, option_of
 from kibitz.graders.code import code, tests_of
 from kibitz.graders.constraints import constraints, constraints_of, constraints_strict
+from kibitz.graders.tasks import verify
 from kibitz.types import Prompt
 
-__all__ = ["GRADERS", "Grader", "choice", "code", "constraints", "constraints_strict", "exact", "math", "pick"]
+__all__ = [
+    "GRADERS",
+    "Grader",
+    "choice",
+    "code",
+    "constraints",
+    "constraints_strict",
+    "exact",
+    "math",
+    "pick",
+    "verify",
+]
 
 Grader = Callable[[Prompt, str], float]
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,9 @@ class Worker:
     """A process that answers one question after another, each within `seconds` of its own CPU time. `bounded.py` says which
     kinds of questions there are. It starts with the first question and ends with this process."""
 
-    def __init__(self, kind: str, seconds: float) -> None:
+    def __init__(self, kind: str, seconds: float, environment: Mapping[str, str] | None = None) -> None:
         self.kind, self.most, self.patience = kind, seconds, Patience()
+        self.environment = environment  # all of it; this process's own if None
         self.process: subprocess.Popen[bytes] | None = None
         self.owner, self.lock = 0, threading.Lock()
 
@@ -80,6 +82,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # what libraries log is the student's text, and may hold control characters
             start_new_session=True,
+            env=self.environment,
         )
         if self._exchange(b"{}", START_SECONDS) is None:
             self._stop()

@@ -33,7 +33,7 @@
     span.dataset.index = index;
     span.tabIndex = -1;
     span.setAttribute("role", "option");
-    if (text[0] === " ") span.classList.add("space");
+    if (/^ (?!\p{L})/u.test(text)) span.classList.add("space"); // before a word everybody sees it
     if (index === side.fork) span.classList.add("fork");
     return span;
   };

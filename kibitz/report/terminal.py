@@ -1,5 +1,6 @@
 """One annotated rollout in the terminal: the heat-map in background colours, the fork also as a line underneath."""
 
+import re
 from math import exp
 
 from rich.cells import cell_len
@@ -27,6 +28,8 @@ NO_PENALTY = (
     f"No token is punished: the teacher finds each at least {exp(-LEVELS[0]):.1f} times as likely as the student does. That "
     "compares the two models; whether the answer is right is another question."
 )
+SPACE = re.compile(r" (?![^\W\d_])")
+"""A space that a dot stands for: not one before a word, which everybody sees."""
 
 
 def print_rollout(row: Row, console: Console) -> None:
@@ -72,7 +75,7 @@ def _lines(listed: list[Row], at: int | None, width: int) -> list[Text]:
 
     for index, token in enumerate(listed):
         style = STYLES[level(penalty(token))]
-        pieces = visible(str(token.get("text", ""))).replace(" ", "·").split("\n")
+        pieces = SPACE.sub("·", visible(str(token.get("text", "")))).split("\n")
         for number, piece in enumerate(pieces):
             if number:
                 end_line()

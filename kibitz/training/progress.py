@@ -19,6 +19,7 @@ PHASES = {
 }
 LOADING = "loading"
 LINES_WITHOUT_TERMINAL = 10
+SPEED_SECONDS = 1800.0  # of the last steps, from which the time left is foretold: a step can take minutes
 
 
 def harmless(text: str) -> str:
@@ -55,6 +56,7 @@ class Bar:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("left"),
+            speed_estimate_period=SPEED_SECONDS,
         )
         self.task = self.progress.add_task(LOADING, total=None)
         self.live = Live(get_renderable=self._drawn, console=console, transient=True, refresh_per_second=8)

