@@ -8,7 +8,7 @@ fused, cached, or, loudly, one that recomputes everything for each token.
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -229,15 +229,27 @@ def choose_decoder(model: PreTrainedModel, vocab_size: int) -> Decoder:
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Dropout off, and every module's own mode given back afterwards."""
+    """Dropout off, and attention by a kernel that takes the 4-D masks of rows of many lengths: flash and flex attention do
+    not. Every module's own mode and kernel are given back afterwards."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
+    kernels = [(config, config._attn_implementation) for config in _with_other_kernels(model)]
+    for config, _ in kernels:
+        config._attn_implementation_internal = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
     try:
         yield
     finally:
         for module in training:
             module.training = True
+        for config, kernel in kernels:
+            config._attn_implementation_internal = kernel
+
+
+def _with_other_kernels(model: PreTrainedModel) -> list[Any]:
+    """The configurations of a model and its parts whose attention takes no 4-D mask."""
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    return [one for one in configs.values() if getattr(one, "_attn_implementation", None) not in (None, "sdpa", "eager")]
 
 
 # ------------------------------------------------------------------ what a user can get wrong

@@ -14,6 +14,7 @@ from kibitz.models.language_model import CHUNK_NUMBERS, forward_flops
 from kibitz.models.load import pick_dtype
 from kibitz.preflight.finding import Finding
 from kibitz.preflight.shapes import Shape
+from kibitz.types import is_gpu
 
 GIB = 2**30
 LOSS_TENSORS = 10  # float32 [chunk, V] tensors of an exact divergence with its metrics and gradient: losses/chunked.py
@@ -242,8 +243,9 @@ def cost_finding(estimate: Cost, flops_per_second: float) -> Finding:
 
 def device_room(device: torch.device) -> tuple[float | None, str]:
     """Return the memory in bytes of the device (of the machine, for the CPU; None if unknown), and its name."""
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory), torch.cuda.get_device_name(device)
+    if is_gpu(device):
+        module = torch.get_device_module(device)
+        return float(module.mem_get_info(device)[1]), module.get_device_name(device)
     try:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), "this machine"
     except (ValueError, OSError):  # not every system says

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from kibitz.ledger import PEAKS
+from kibitz.types import is_gpu
 
 MARK, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -23,17 +24,17 @@ class Gauge:
 
     def reset(self) -> None:
         """A phase begins."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        if is_gpu(self.device):
+            torch.get_device_module(self.device).reset_peak_memory_stats(self.device)
         _reset_host()
 
     def peaks(self) -> dict[str, float]:
         """Bytes since then, by the names of `PEAKS`; what is not known is left out."""
         of_device, of_host = PEAKS
         host = _host_peak()
-        if self.device.type != "cuda":
+        if not is_gpu(self.device):
             return {} if host is None else {of_device: host}
-        found = {of_device: float(torch.cuda.max_memory_allocated(self.device))}
+        found = {of_device: float(torch.get_device_module(self.device).max_memory_allocated(self.device))}
         return found if host is None else {**found, of_host: host}
 
 
