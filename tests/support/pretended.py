@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -122,9 +121,9 @@ class Device:
         self.pinned: dict[int, Tensor] = {}  # kept alive, so that no address comes twice
 
     def run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        flat, spec = pytree.tree_flatten((args, kwargs))
-        there = [one for one in flat if isinstance(one, OnDevice)]
-        here = [one for one in flat if isinstance(one, Tensor) and not isinstance(one, OnDevice)]
+        tensors = [*_tensors(args), *_tensors(list(kwargs.values()))]
+        there = [one for one in tensors if isinstance(one, OnDevice)]
+        here = [one for one in tensors if not isinstance(one, OnDevice)]
         wanted = None if kwargs.get("device") is None else torch.device(kwargs["device"])
         to_device = wanted.type == NAME if wanted is not None else bool(there)
         if (done := self._pins(func, args, kwargs, there)) is not NotImplemented:
@@ -135,19 +134,18 @@ class Device:
             return 0  # the plain one, which every device has
         self._check(func, args, there, here)
         self._count(func, args, there, to_device)
-        plain = [one.held if isinstance(one, OnDevice) else one for one in flat]
-        plain_args, plain_kwargs = pytree.tree_unflatten(plain, spec)
+        plain_args, plain_kwargs = _held(args), {name: _held(value) for name, value in kwargs.items()}
         if wanted is not None and wanted.type == NAME:
             plain_kwargs["device"] = torch.device("cpu")
         if "pin_memory" in plain_kwargs:
             plain_kwargs["pin_memory"] = False
         out = func(*plain_args, **plain_kwargs)
-        if func is aten._to_copy.default and any(out is one for one in plain):
+        if func is aten._to_copy.default and out is plain_args[0]:
             out = out.clone()
         if (written := _written(func, args, kwargs)) is not None:
             assert all(one.held.shape == one.shape for one in there), f"{func} changed a shape"
             return written
-        return pytree.tree_map(_wrapped, out) if to_device else out
+        return _wrapped(out) if to_device else out
 
     def _check(self, func: Any, args: tuple, there: list[OnDevice], here: list[Tensor]) -> None:
         """Numbers of no dimension may come from the CPU, indices too, and copies go between devices; all else is refused."""
@@ -191,7 +189,7 @@ class Device:
             return self._locked(args[0].clone())
         if kwargs.get("pin_memory") and torch.device(kwargs.get("device") or "cpu").type == "cpu":
             device = {"device": torch.device("cpu")} if there else {}
-            return self._locked(func(*_held(args), **_held({**kwargs, "pin_memory": False, **device})))
+            return self._locked(func(*_held(args), **{**kwargs, "pin_memory": False, **device}))
         return NotImplemented
 
     def _locked(self, tensor: Tensor) -> Tensor:
@@ -199,12 +197,24 @@ class Device:
         return tensor
 
 
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for one in values:
+        if isinstance(one, Tensor):
+            yield one
+        elif isinstance(one, list | tuple):
+            yield from _tensors(one)
+
+
 def _held(tree: Any) -> Any:
-    return pytree.tree_map(lambda one: one.held if isinstance(one, OnDevice) else one, tree)
+    if isinstance(tree, list | tuple):
+        return type(tree)(map(_held, tree))
+    return tree.held if isinstance(tree, OnDevice) else tree
 
 
-def _wrapped(one: Any) -> Any:
-    return OnDevice(one) if isinstance(one, Tensor) and not isinstance(one, OnDevice) else one
+def _wrapped(tree: Any) -> Any:
+    if isinstance(tree, list | tuple):
+        return type(tree)(map(_wrapped, tree))
+    return OnDevice(tree) if isinstance(tree, Tensor) and not isinstance(tree, OnDevice) else tree
 
 
 def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
