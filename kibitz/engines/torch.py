@@ -249,7 +249,9 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 def _with_other_kernels(model: PreTrainedModel) -> list[Any]:
     """The configurations of a model and its parts whose attention takes no 4-D mask."""
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    return [one for one in configs.values() if getattr(one, "_attn_implementation", None) not in (None, "sdpa", "eager")]
+    return [
+        one for one in configs.values() if getattr(one, "_attn_implementation", None) not in (None, "sdpa", "eager")
+    ]
 
 
 # ------------------------------------------------------------------ what a user can get wrong
