@@ -45,7 +45,7 @@ def sorted_whole(logits_NV: torch.Tensor, top_k: int, top_p: float) -> torch.Ten
     for row, logits_V in enumerate(logits_NV):
         order = sorted(range(len(logits_V)), key=lambda i: (-logits_V[i].item(), i))[: top_k or None]
         p = logits_V[order].softmax(-1).double()
-        kept = [i for i, before in zip(order, (p.cumsum(-1) - p).tolist(), strict=True) if before < top_p]
+        kept = [i for i, before in zip(order, (p.cumsum(-1) - p).tolist(), strict=True) if before < top_p or top_p == 1]
         cut_NV[row, kept] = logits_V[kept]
     return cut_NV
 
