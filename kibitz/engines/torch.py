@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from kibitz.engines import OnReady, nobody_waits
 from kibitz.engines.cache import CachedDecoder, Decoder, PlainDecoder, decoder_error, prefill
 from kibitz.engines.fused import FusedDecoder
+from kibitz.engines.room import num_rows
 from kibitz.engines.sampling import row_seed, sample, uniforms
 from kibitz.ledger import Count, uncounted
 from kibitz.types import Prompt, Rollout, Sampling
@@ -35,8 +36,8 @@ class Student(Protocol):
 class TorchEngine:
     """Continuous batching over a Hugging Face causal model.
 
-    The memory for keys and values is `max_rows` times the longest prompt plus `max_tokens`: on a large model, lower
-    `max_rows`. Dropout is off while it writes. The weights are the student's own, so that nothing can be stale.
+    The memory for keys and values is `max_rows` times the longest prompt plus `max_tokens`; on a GPU there are no more rows than
+    fit. Dropout is off while it writes. The weights are the student's own, so that nothing can be stale.
     """
 
     def __init__(self, student: Student, max_rows: int = 256):
@@ -57,12 +58,13 @@ class TorchEngine:
         if not prompts:
             return []
         jobs = [(prompt, index) for prompt in prompts for index in range(sampling.num_samples)]
-        num_rows = min(self.max_rows, len(jobs))
+        num_slots = max(len(prompt.ids) for prompt in prompts) + sampling.max_tokens
         with torch.no_grad(), evaluating(self.student.model):
-            decoder = self.decoder()
-            decoder.start(num_rows, max(len(prompt.ids) for prompt in prompts) + sampling.max_tokens)
+            decoder, most = self.decoder(), min(self.max_rows, len(jobs))
+            rows = num_rows(most, self.student.model, self.student.device, num_slots, self.student.vocab_size)
+            decoder.start(rows, num_slots)
             try:
-                rollouts = _Flight(decoder, jobs, sampling, num_rows, self.student, on_ready).run()
+                rollouts = _Flight(decoder, jobs, sampling, rows, self.student, on_ready).run()
             finally:
                 decoder.stop()
         count(self.student, rollouts)

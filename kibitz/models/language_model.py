@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from kibitz.batching import without_padding
 from kibitz.config import RecipeError
 from kibitz.models import lora
-from kibitz.models.head import body_of, build_head
+from kibitz.models.head import body_of, build_head, keep_float32
 from kibitz.models.progress import no_progress_bars
 from kibitz.signals import Batch
 from kibitz.types import Prompt, Rollout
@@ -74,6 +74,7 @@ class LanguageModel(nn.Module):
         self.name, self.adapter, self.packed = name, adapter, packed
         self.placement, self._writer = placement, writer
         self.vocab_size: int = min(num_ids(tokenizer), model.get_input_embeddings().weight.shape[0])
+        keep_float32(model.get_output_embeddings())
         with self.loaded():
             self.head, self.head_stands_alone = build_head(model, self.vocab_size, name)
         # in a tuple, so that it is no second child

@@ -13,6 +13,7 @@ from kibitz.models.load import load_model, load_tokenizer, pick_device, pick_dty
 from kibitz.preflight import budget, measured, texts
 from kibitz.preflight.finding import Finding, Light, worst
 from kibitz.preflight.shapes import shape_of
+from kibitz.preflight.speed import speed_of
 from kibitz.signals import TopK
 from kibitz.teachers import ScoreRequest, Teacher
 from kibitz.teachers.local import LocalScorer
@@ -86,7 +87,7 @@ def _sizes(recipe: Recipe, options: Options, prompt_lengths: list[int]) -> Itera
         budget.device_room(device) if options.gibibytes is None else (options.gibibytes * budget.GIB, "the device")
     )
     yield budget.memory_finding(plan, room, what)
-    speed = budget.matrix_speed(device) if options.teraflops is None else options.teraflops * 1e12
+    speed = speed_of(device, None if options.teraflops is None else options.teraflops * 1e12)
     yield budget.cost_finding(
         budget.cost(recipe, student, teachers, prompt_lengths, speed, options.price, options.devices), speed
     )

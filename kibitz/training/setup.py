@@ -44,7 +44,7 @@ from kibitz.teachers.local import local_teacher
 from kibitz.teachers.own import base_teacher
 from kibitz.training import trackers
 from kibitz.training.folder import RunFolder, open_folder
-from kibitz.training.memory import Gauge
+from kibitz.training.memory import Gauge, clock_of
 from kibitz.types import Prompt, Rollout, Sampling
 
 
@@ -121,7 +121,7 @@ def prepare(
     for model in (student, learner):
         save_ends(model, sampling.stop_ids)
     encode = partial(encode_response, tokenizer)
-    ledger = Ledger(watch=Gauge(student.device))
+    ledger = Ledger(watch=Gauge(student.device), clock=clock_of(student.device))
     counted = Counted(engine, ledger.reading("student_sampling"))
     parts = Parts(recipe, student, counted, teacher, sampling, encode, loss, mask_ids, stored, reference, ranks, ledger)
     parts.stateful.update({} if teacher is None else teacher.stateful)
