@@ -321,7 +321,7 @@ class Module(SimpleNamespace):
         return 2**20
 
     def memory_reserved(self, device: Any = None) -> int:
-        return 2**30
+        return 2**20
 
     def memory_allocated(self, device: Any = None) -> int:
         return 2**20
@@ -343,6 +343,11 @@ def register() -> Module:
     module = Module()
     _setup_privateuseone_for_python_backend(NAME, module)
     return module
+
+
+def gpu() -> torch.device:
+    register()
+    return torch.device(NAME)
 
 
 @contextmanager
