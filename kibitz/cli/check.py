@@ -31,7 +31,10 @@ def check(
     ] = None,
     devices: Annotated[int, typer.Option(min=1, help="Over how many the run is divided.")] = 1,
     memory: Annotated[
-        float | None, typer.Option(min=0, help="Of one device, in GiB; without it, that of this one.")
+        float | None,
+        typer.Option(
+            min=0, help="Of one GPU, in GiB, such as 24, 80 or 141; without it, that of this machine's device."
+        ),
     ] = None,
     teraflops: Annotated[
         float | None, typer.Option(min=0, help="Of one device in matrix products; or measured.")

@@ -165,11 +165,12 @@ def _bytes_of_moments(optim: OptimConfig) -> int:
             return 8
 
 
-def memory_finding(plan: Memory, room: float | None, what: str) -> Finding:
-    """Compare a plan with the memory of one device: `room` in bytes, if known; `what` names the device."""
+def memory_finding(plan: Memory, room: float | None, what: str, lines: Sequence[str] = ()) -> Finding:
+    """Compare a plan with the memory of one device: `room` in bytes, if known; `what` names the device. `lines` are overrides
+    with which it would fit."""
     phase = max(plan.phases, key=lambda name: sum(plan.phases[name].values()))
-    text = f"about {plan.peak / GIB:.3g} GiB at the peak ({phase}), {sum(plan.held.values()) / GIB:.3g} of them all the time"
-    numbers = {"peak": plan.peak, "room": room, "bytes": plan.as_numbers()}
+    text = f"about {plan.peak / GIB:.3g} GiB at the peak ({phase}), {sum(plan.held.values()) / GIB:.3g} of them all the time; by phase: {by_phase(plan)}"
+    numbers = {"peak": plan.peak, "room": room, "bytes": plan.as_numbers()} | ({"fits_with": [*lines]} if lines else {})
     if room is None:
         return Finding("memory", "green", text, numbers)
     text += f"; {what} has {room / GIB:.3g}"
@@ -191,7 +192,14 @@ def memory_finding(plan: Memory, room: float | None, what: str) -> Finding:
             "parallel.whole_copy=false if one cannot hold the student"
         )
     light = "red" if plan.peak > room else "amber"
-    return Finding("memory", light, f"{text}; the largest part is {largest}, {size / GIB:.3g} GiB: {remedy}", numbers)
+    text += f"; the largest part is {largest}, {size / GIB:.3g} GiB: {remedy}"
+    return Finding("memory", light, f"{text}. It would fit with {' '.join(lines)}" if lines else text, numbers)
+
+
+def by_phase(plan: Memory) -> str:
+    """GiB of each phase, with what is held all the time."""
+    held = sum(plan.held.values())
+    return ", ".join(f"{name} {(held + sum(parts.values())) / GIB:.3g}" for name, parts in plan.phases.items())
 
 
 @dataclass(frozen=True)
