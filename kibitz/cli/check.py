@@ -32,9 +32,7 @@ def check(
     devices: Annotated[int, typer.Option(min=1, help="Over how many the run is divided.")] = 1,
     memory: Annotated[
         float | None,
-        typer.Option(
-            min=0, help="Of one GPU, in GiB, such as 24, 80 or 141; without it, that of this machine's device."
-        ),
+        typer.Option(min=0, help="Of one GPU, in GiB, such as 24, 80 or 141; or this device's own."),
     ] = None,
     teraflops: Annotated[
         float | None, typer.Option(min=0, help="Of one device in matrix products; or measured.")

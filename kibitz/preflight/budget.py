@@ -169,7 +169,8 @@ def memory_finding(plan: Memory, room: float | None, what: str, lines: Sequence[
     """Compare a plan with the memory of one device: `room` in bytes, if known; `what` names the device. `lines` are overrides
     with which it would fit."""
     phase = max(plan.phases, key=lambda name: sum(plan.phases[name].values()))
-    text = f"about {plan.peak / GIB:.3g} GiB at the peak ({phase}), {sum(plan.held.values()) / GIB:.3g} of them all the time; by phase: {by_phase(plan)}"
+    text = f"about {plan.peak / GIB:.3g} GiB at the peak ({phase}), {sum(plan.held.values()) / GIB:.3g} of them all the time"
+    text += f"; by phase: {by_phase(plan)}"
     numbers = {"peak": plan.peak, "room": room, "bytes": plan.as_numbers()} | ({"fits_with": [*lines]} if lines else {})
     if room is None:
         return Finding("memory", "green", text, numbers)
