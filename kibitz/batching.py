@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kibitz.signals import Batch, Scored, Tokens, cat_signals
+from kibitz.signals import Batch, Scored, Tokens, beside, cat_signals
 from kibitz.types import Rollout
 
 
@@ -51,10 +51,10 @@ def pack(scored: Sequence[Scored], device: torch.device | str = "cpu") -> Batch:
         token_T=torch.tensor([t for r in rollouts for t in r.response_ids], device=device),
         weight_T=torch.cat([s.weight_T for s in scored]).to(device),
         logp_T=torch.cat([r.logp_T for r in rollouts]).to(device),
-        signal=cat_signals(signals) if signals else None,
+        signal=beside(cat_signals(signals), device) if signals else None,
         advantage_T=torch.cat(advantages).to(device) if advantages else None,
         numbers={name: torch.cat([s.numbers[name] for s in scored]).to(device) for name in scored[0].numbers},
-        anchor=cat_signals(anchors) if anchors else None,
+        anchor=beside(cat_signals(anchors), device) if anchors else None,
     )
     length_B = torch.tensor([len(r.prompt.ids) + r.num_tokens for r in rollouts], device=device)
     return Batch(ids_BL.to(device), length_B, position_T.to(device), tokens, scored[0].objective)

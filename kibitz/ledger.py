@@ -36,12 +36,30 @@ class Watch(Protocol):
     def peaks(self) -> dict[str, float]: ...
 
 
+class Clock(Protocol):
+    """Tells the time; `kibitz.training.memory.DeviceClock` that of a GPU, whose work is still under way when a phase ends."""
+
+    def now(self) -> Any: ...
+    def seconds(self, start: Any, end: Any) -> float: ...
+
+
+class HostClock:
+    """The clock of this process."""
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, start: float, end: float) -> float:
+        return end - start
+
+
 class Ledger:
     """Seconds, FLOPs and largest memory of one step by phase, and of the whole run. Evaluation is not part of a method's
     cost; its memory counts for the run. `metrics` are numbers that a method wants in the step's row."""
 
-    def __init__(self, total: Book | None = None, watch: Watch | None = None):
-        self.total, self.watch = _empty() | (total or {}), watch
+    def __init__(self, total: Book | None = None, watch: Watch | None = None, clock: Clock | None = None):
+        self.total, self.watch, self.clock = _empty() | (total or {}), watch, clock or HostClock()
+        self._phases: list[tuple[str, Any, Any]] = []  # of this step: when each began and ended
         self.step = _empty()
         self.metrics: dict[str, float] = {}
         self._spent: Counter[str] = Counter()  # FLOPs of this process in this step
@@ -60,10 +78,11 @@ class Ledger:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
+        """A phase of a step. Its seconds are entered when the step is closed, so that nobody waits for a GPU before that."""
+        start = self.clock.now()
         with self.watched(phase, self.step, self.total):
             yield
-        self.add("seconds", phase, time.perf_counter() - start)
+        self._phases.append((phase, start, self.clock.now()))
 
     @contextmanager
     def watched(self, phase: str, *books: Book) -> Iterator[None]:
@@ -85,6 +104,9 @@ class Ledger:
 
     def close_step(self, over_ranks: Callable[[Counter[str]], Mapping[str, float]] = dict) -> Book:
         """The finished step's entries; the next step starts from nothing. `over_ranks` adds the FLOPs of all processes."""
+        for phase, start, end in self._phases:
+            self.add("seconds", phase, self.clock.seconds(start, end))
+        self._phases.clear()
         for phase, flops in over_ranks(self._spent).items():
             self.add("flops", phase, flops)
         self._spent.clear()

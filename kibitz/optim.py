@@ -88,8 +88,11 @@ class Optimizer:
         """Return an empty tensor for an entry of AdamW's state, sharded as its parameter is."""
         parameter, _, key = name.rpartition("|")
         if key == "step":
-            return torch.zeros(())
-        return torch.empty_like(next(p for p, known in self.names.items() if known == parameter), requires_grad=False)
+            return torch.zeros((), device=self._named(parameter).device)
+        return torch.empty_like(self._named(parameter), requires_grad=False)
+
+    def _named(self, name: str) -> Tensor:
+        return next(p for p, known in self.names.items() if known == name)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         for part in self.parts:
@@ -99,12 +102,15 @@ class Optimizer:
                 if (master := moments.pop("master", None)) is not None:
                     parameter.data.copy_(shared_like(master, parameter.data))
                 part.state[parameter] = {
-                    key: self._step(value) if key == "step" else shared_like(value, parameter.data)
+                    key: self._step(value, parameter) if key == "step" else shared_like(value, parameter.data)
                     for key, value in moments.items()
                 }
 
-    def _step(self, value: Tensor) -> Any:
-        return int(value) if self.config.name == "adamw_8bit" else value.clone()
+    def _step(self, value: Tensor, parameter: Tensor) -> Any:
+        """The count of steps as the optimizer keeps it: a fused one reads it on the device of the parameter."""
+        if self.config.name == "adamw_8bit":
+            return int(value)
+        return value.to(parameter.device, torch.float32, copy=True)
 
 
 def _plain(parameters: list[Tensor], config: OptimConfig) -> torch.optim.Optimizer:

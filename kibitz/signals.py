@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 
-from kibitz.types import Rollout
+from kibitz.types import Rollout, is_gpu
 
 
 @dataclass
@@ -136,8 +136,16 @@ def locked(column: Any) -> Any:
     """A copy of a Tensor or `Columns` in the CPU's memory, page-locked where there is a GPU to carry it back to."""
     if isinstance(column, Columns):
         return column.each(locked)
-    copy = torch.empty(column.shape, dtype=column.dtype, pin_memory=column.is_cuda)
+    copy = torch.empty(column.shape, dtype=column.dtype, device="cpu", pin_memory=is_gpu(column.device))
     return copy.copy_(column)
+
+
+def beside(column: Any, device: torch.device | str) -> Any:
+    """A Tensor or `Columns` on a device, but for hidden states: those of a dense signal may wait in host memory until the head
+    takes a chunk of them."""
+    if isinstance(column, Dense):
+        return column
+    return column.each(lambda one: beside(one, device)) if isinstance(column, Columns) else column.to(device)
 
 
 # ------------------------------------------------------------------ what the loss is given

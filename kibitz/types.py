@@ -22,6 +22,12 @@ import torch
 from torch import Tensor
 
 
+def is_gpu(device: torch.device) -> bool:
+    """Return whether a device has memory, streams and a clock of its own, of which `torch.get_device_module(device)` tells: CUDA
+    (as which ROCm speaks), and backends that add themselves to torch."""
+    return device.type in ("cuda", torch._C._get_privateuse1_backend_name())
+
+
 class Writer(IntEnum):
     """The writer of a response token. What the environment wrote is never learnt."""
 

@@ -35,7 +35,8 @@ def check(
     ] = None,
     devices: Annotated[int, typer.Option(min=1, help="Number of devices that share the run.")] = 1,
     memory: Annotated[
-        float | None, typer.Option(min=0, help="Memory of a device in GiB. Default: this machine's.")
+        float | None,
+        typer.Option(min=0, help="Memory of a GPU in GiB, such as 24, 80 or 141. Default: this machine's."),
     ] = None,
     teraflops: Annotated[
         float | None, typer.Option(min=0, help="Speed of a device in TFLOP/s. Default: measured here.")

@@ -31,6 +31,9 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
+MANY = 1024
+"""Tokens that top-p is first looked for among: beyond them a distribution is nearly flat, and the vocabulary is sorted."""
+
 _STEP = _signed(0x9E3779B97F4A7C15)
 _MIX_1 = _signed(0xBF58476D1CE4E5B9)
 _MIX_2 = _signed(0x94D049BB133111EB)
@@ -62,6 +65,8 @@ def truncate(logits_NV: Tensor, top_k: int, top_p: float) -> Tensor:
     top-p keeps the smallest set of likeliest tokens whose probability reaches `top_p`, so never none. Of equal logits
     the lower id comes first, and exactly k tokens stay.
     """
+    if (cut_NV := _truncate_the_best(logits_NV, top_k, top_p)) is not None:
+        return cut_NV
     vocab = logits_NV.shape[-1]
     by_rank_NV, id_NV = logits_NV.sort(dim=-1, descending=True, stable=True)
     if 0 < top_k < vocab:
@@ -70,6 +75,27 @@ def truncate(logits_NV: Tensor, top_k: int, top_p: float) -> Tensor:
         p_NV = by_rank_NV.softmax(-1).double()
         by_rank_NV[p_NV.cumsum(-1) - p_NV >= top_p] = -torch.inf
     return torch.empty_like(logits_NV).scatter_(-1, id_NV, by_rank_NV)
+
+
+def _truncate_the_best(logits_NV: Tensor, top_k: int, top_p: float) -> Tensor | None:
+    """`truncate` without sorting the vocabulary, which costs as much as the model: by the likeliest tokens alone. None where they
+    are not enough, or not few."""
+    size = top_k if top_k > 0 else MANY
+    if 2 * size > logits_NV.shape[-1]:
+        return None
+    best_NK = logits_NV.topk(size, dim=-1).values
+    if top_p < 1.0:
+        whole_N1 = (best_NK if top_k > 0 else logits_NV).logsumexp(-1, keepdim=True)
+        p_NK = (best_NK - whole_N1).exp().double()
+        num_kept_N1 = (p_NK.cumsum(-1) - p_NK < top_p).sum(-1, keepdim=True).clamp(min=1)
+        if top_k == 0 and bool((num_kept_N1 == size).any()):
+            return None
+        last_N1 = best_NK.gather(-1, num_kept_N1 - 1)
+    else:
+        num_kept_N1, last_N1 = size, best_NK[:, -1:]
+    likelier_NV, tied_NV = logits_NV > last_N1, logits_NV == last_N1
+    place_NV = tied_NV.cumsum(-1) + likelier_NV.sum(-1, keepdim=True)  # in the order of ids, among equals
+    return logits_NV.masked_fill(~(likelier_NV | (tied_NV & (place_NV <= num_kept_N1))), -torch.inf)
 
 
 def log_distribution(logits_NV: Tensor, sampling: Sampling) -> Tensor:

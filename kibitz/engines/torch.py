@@ -8,7 +8,7 @@ fused, cached, or, loudly, one that recomputes everything for each token.
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from kibitz.engines import OnReady, nobody_waits
 from kibitz.engines.cache import CachedDecoder, Decoder, PlainDecoder, decoder_error, prefill, switches
 from kibitz.engines.fused import FusedDecoder
+from kibitz.engines.room import num_rows
 from kibitz.engines.sampling import row_seed, sample, uniforms
 from kibitz.ledger import Count, uncounted
 from kibitz.models.rotary import hold_rotations, holds_rotations
@@ -36,8 +37,8 @@ class Student(Protocol):
 class TorchEngine:
     """Continuous batching over a Hugging Face causal model.
 
-    The memory for keys and values is `max_rows` times the longest prompt plus `max_tokens`: on a large model, lower
-    `max_rows`. Dropout is off while it writes. The weights are the student's own, so that nothing can be stale.
+    The memory for keys and values is `max_rows` times the longest prompt plus `max_tokens`; on a GPU there are no more rows than
+    fit. Dropout is off while it writes. The weights are the student's own, so that nothing can be stale.
     """
 
     def __init__(self, student: Student, max_rows: int = 256):
@@ -59,12 +60,13 @@ class TorchEngine:
         if not prompts:
             return []
         jobs = [(prompt, index) for prompt in prompts for index in range(sampling.num_samples)]
-        num_rows, longest = min(self.max_rows, len(jobs)), longest_text(prompts, sampling)
+        longest = longest_text(prompts, sampling)
         with torch.no_grad(), evaluating(self.student.model):
-            decoder = self.decoder(longest)
-            decoder.start(num_rows, longest)
+            decoder, most = self.decoder(longest), min(self.max_rows, len(jobs))
+            rows = num_rows(most, self.student.model, self.student.device, longest, self.student.vocab_size)
+            decoder.start(rows, longest)
             try:
-                rollouts = _Flight(decoder, jobs, sampling, num_rows, self.student, on_ready).run()
+                rollouts = _Flight(decoder, jobs, sampling, rows, self.student, on_ready).run()
             finally:
                 decoder.stop()
         count(self.student, rollouts)
@@ -245,15 +247,29 @@ def choose_decoder(model: PreTrainedModel, vocab_size: int, longest: int = 0) ->
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Dropout off, and every module's own mode given back afterwards."""
+    """Dropout off, and attention by a kernel that takes the 4-D masks of rows of many lengths: flash and flex attention do
+    not. Every module's own mode and kernel are given back afterwards."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
+    kernels = [(config, config._attn_implementation) for config in _with_other_kernels(model)]
+    for config, _ in kernels:
+        config._attn_implementation_internal = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
     try:
         yield
     finally:
         for module in training:
             module.training = True
+        for config, kernel in kernels:
+            config._attn_implementation_internal = kernel
+
+
+def _with_other_kernels(model: PreTrainedModel) -> list[Any]:
+    """The configurations of a model and its parts whose attention takes no 4-D mask."""
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    return [
+        one for one in configs.values() if getattr(one, "_attn_implementation", None) not in (None, "sdpa", "eager")
+    ]
 
 
 # ------------------------------------------------------------------ what a user can get wrong

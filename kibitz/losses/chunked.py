@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kibitz.losses.checks import together
 from kibitz.signals import Spans, Tokens
 
 Criterion = Callable[[Tensor, Tokens], dict[str, Tensor]]
@@ -46,20 +47,21 @@ def over_chunks(
     hidden_grad_TD = torch.zeros_like(hidden_TD) if with_grad and hidden_TD.requires_grad else None
     parameter_grads = [torch.zeros_like(p, dtype=_at_least_float32(p)) for p in parameters] if with_grad else []
     chunks: list[dict[str, Tensor]] = []
-    for chunk in _chunks(tokens, chunk_size):
-        hidden_CD = hidden_TD[chunk].detach().requires_grad_(hidden_grad_TD is not None)
-        with torch.set_grad_enabled(with_grad):
-            logits_CV = head(hidden_CD)
-            values = criterion(logits_CV.to(_at_least_float32(logits_CV)), tokens[chunk])
-            if with_grad:
-                wanted = parameters if hidden_grad_TD is None else [*parameters, hidden_CD]
-                grads = _gradients(tokens.weight_T[chunk], values["loss"], wanted)
-                if hidden_grad_TD is not None:
-                    hidden_grad_TD[chunk] = grads.pop()
-                for total, grad in zip(parameter_grads, grads, strict=True):
-                    total += grad
-        chunks.append({name: value.detach() for name, value in values.items()})
-        del logits_CV, values  # before the next chunk's logits are made
+    with together():
+        for chunk in _chunks(tokens, chunk_size):
+            hidden_CD = hidden_TD[chunk].detach().requires_grad_(hidden_grad_TD is not None)
+            with torch.set_grad_enabled(with_grad):
+                logits_CV = head(hidden_CD)
+                values = criterion(logits_CV.to(_at_least_float32(logits_CV)), tokens[chunk])
+                if with_grad:
+                    wanted = parameters if hidden_grad_TD is None else [*parameters, hidden_CD]
+                    grads = _gradients(tokens.weight_T[chunk], values["loss"], wanted)
+                    if hidden_grad_TD is not None:
+                        hidden_grad_TD[chunk] = grads.pop()
+                    for total, grad in zip(parameter_grads, grads, strict=True):
+                        total += grad
+            chunks.append({name: value.detach() for name, value in values.items()})
+            del logits_CV, values  # before the next chunk's logits are made
     values_T = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
     loss = (tokens.weight_T.to(values_T["loss"].dtype) * values_T["loss"]).sum()
     if not with_grad:

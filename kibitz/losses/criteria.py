@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kibitz.logprobs import gather_tokens, log_probs
 from kibitz.losses import policy_gradient
+from kibitz.losses.checks import refuse_if
 from kibitz.losses.divergences import entropy, reverse_kl
 from kibitz.losses.overlap import top_k_overlap
 from kibitz.losses.spans import span_sums
@@ -186,11 +187,11 @@ class PolicyGradient:
                         f"log-probabilities are at {signal.temperature}: make the two equal."
                     )
                 metrics = _student_metrics(plain_CV, tokens) | _signal_metrics(student_CV, tokens, signal)
-                if self.coefficient != 0.0 and not find_token(signal, tokens.token_T)[1].all():
-                    raise ValueError(
+                if self.coefficient != 0.0:
+                    refuse_if(~find_token(signal, tokens.token_T)[1].all(), lambda: ValueError(
                         "The teacher's top k lacks tokens that were sampled. Ask it for the sampled token's "
                         "log-probability as well (a server's prompt log-probabilities hold it)."
-                    )
+                    ))  # fmt: skip
                 buckets = signal_buckets(student_CV, most_likely_but_one(signal))
                 return metrics["teacher_logp"], reverse_kl(buckets.student_CS, buckets.teacher_CS), metrics
             case Sampled() | Spans():
@@ -259,11 +260,10 @@ def _signal_metrics(student_CV: Tensor, tokens: Tokens, signal: TopK | Sampled |
         teacher_C = torch.where(heard_C, signal.teacher_logp_T.to(student_CV.dtype), student_C)
     else:
         teacher_C = signal.logp_T.to(student_CV.dtype)
-    if not torch.isfinite(teacher_C.sum()):
-        raise ValueError(
-            "The teacher's log-probabilities of the sampled tokens hold NaN or -inf: it gives one of them probability "
-            "zero. Score without top-p or top-k on the teacher's side, and check that both use the same tokenizer."
-        )
+    refuse_if(~torch.isfinite(teacher_C.sum()), lambda: ValueError(
+        "The teacher's log-probabilities of the sampled tokens hold NaN or -inf: it gives one of them probability "
+        "zero. Score without top-p or top-k on the teacher's side, and check that both use the same tokenizer."
+    ))  # fmt: skip
     return {"teacher_logp": teacher_C / size, "reverse_kl": policy_gradient.k3(student_C, teacher_C) / size}
 
 

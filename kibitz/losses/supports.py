@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kibitz.logprobs import NOTHING, log1mexp
+from kibitz.losses.checks import refuse_if
 from kibitz.signals import Dense, TopK
 
 TopKOf = Literal["student", "teacher", "union"]
@@ -77,11 +78,12 @@ def signal_buckets(student_CV: Tensor, signal: TopK) -> Buckets:
     _refuse_non_finite(logp_CK, "log-probabilities")
     logp_CK = logp_CK.masked_fill(repeated_CK, NOTHING)
     log_mass_C1 = logp_CK.logsumexp(-1, keepdim=True)
-    if log_mass_C1.numel() and log_mass_C1.max() > 0.05:  # exp(0.05): room for rounding in bfloat16
-        raise ValueError(
-            f"The teacher's top-k probabilities add up to {log_mass_C1.max().exp():.3g}. They must be natural "
+    if log_mass_C1.numel():
+        most = log_mass_C1.max()
+        refuse_if(most > 0.05, lambda: ValueError(  # exp(0.05): room for rounding in bfloat16
+            f"The teacher's top-k probabilities add up to {most.exp():.3g}. They must be natural "
             "log-probabilities over the whole vocabulary, not logits and not renormalised over the k tokens."
-        )
+        ))  # fmt: skip
     tail_C1 = _told_rest(signal, log_mass_C1.squeeze(-1)).unsqueeze(-1)
     if logp_CK.shape[-1] >= student_CV.shape[-1]:
         everything_C1 = (~repeated_CK).sum(-1, keepdim=True) == student_CV.shape[-1]
@@ -158,8 +160,7 @@ def _with_masses(student_CS: Tensor, teacher_CS: Tensor) -> Buckets:
 
 def _refuse_non_finite(values: Tensor, what: str) -> None:
     # The sum is finite only if every number is, and needs no mask as large as the logits.
-    if not torch.isfinite(values.sum()):
-        raise ValueError(
-            f"The teacher's {what} hold NaN or infinite numbers. Tokens that it rules out need a very negative finite "
-            "value; rows of a padded vocabulary must be cut off; NaN often means float16 overflow: load it in bfloat16."
-        )
+    refuse_if(~torch.isfinite(values.sum()), lambda: ValueError(
+        f"The teacher's {what} hold NaN or infinite numbers. Tokens that it rules out need a very negative finite "
+        "value; rows of a padded vocabulary must be cut off; NaN often means float16 overflow: load it in bfloat16."
+    ))  # fmt: skip

@@ -1,10 +1,15 @@
 """The output head of a causal language model, called alone on the hidden states of some tokens."""
 
 import warnings
+from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from kibitz.types import is_gpu
 
 
 class Head(nn.Module):
@@ -29,6 +34,38 @@ class Head(nn.Module):
         if self.softcap is not None:
             logits_CV = torch.tanh(logits_CV / self.softcap) * self.softcap
         return logits_CV
+
+
+def keep_float32(projection: Any) -> None:
+    """Let a plain output layer of 16-bit weights give float32 logits on a GPU, which sums in float32 in any case. Rounded to
+    bfloat16 they go in steps of 0.125 between 16 and 32. Engine and loss call the same layer, and so agree."""
+    if type(projection) is nn.Linear:
+        projection.forward = MethodType(_logits, projection)
+
+
+def _logits(projection: nn.Linear, hidden: Tensor) -> Tensor:
+    weight, bias = projection.weight, projection.bias
+    if weight.itemsize != 2 or not is_gpu(weight.device):
+        return F.linear(hidden, weight, bias)
+    logits: Any = _WideProduct.apply(hidden.reshape(-1, hidden.shape[-1]), weight)
+    return (logits if bias is None else logits + bias).view(*hidden.shape[:-1], -1)
+
+
+class _WideProduct(torch.autograd.Function):
+    """hidden W^T in float32; gradients are products in the dtype of W, as those of a plain layer are."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_ND, weight_VD)
+        return torch.mm(hidden_ND, weight_VD.t(), out_dtype=torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NV: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        hidden_ND, weight_VD = ctx.saved_tensors
+        grad_NV = grad_NV.to(weight_VD.dtype)
+        to_hidden, to_weight = ctx.needs_input_grad
+        return grad_NV @ weight_VD if to_hidden else None, grad_NV.t() @ hidden_ND if to_weight else None
 
 
 def build_head(model: Any, vocab_size: int, name: str) -> tuple[Head, bool]:

@@ -18,7 +18,7 @@ from kibitz.batching import without_padding
 from kibitz.config import RecipeError
 from kibitz.losses.balance import load_balance
 from kibitz.models import lora
-from kibitz.models.head import body_of, build_head
+from kibitz.models.head import body_of, build_head, keep_float32
 from kibitz.models.progress import no_progress_bars
 from kibitz.models.rotary import hold_rotations
 from kibitz.signals import Batch
@@ -79,6 +79,7 @@ class LanguageModel(nn.Module):
         self.vocab_size: int = min(num_ids(tokenizer), model.get_input_embeddings().weight.shape[0])
         if self.max_positions is not None:
             self.read_up_to(self.max_positions)
+        keep_float32(model.get_output_embeddings())
         with self.loaded():
             self.head, self.head_stands_alone = build_head(model, self.vocab_size, name)
         # in a tuple, so that it is no second child

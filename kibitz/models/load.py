@@ -1,5 +1,6 @@
 """Loading of Hugging Face models and tokenizers: folders are checked first, adapters are merged, stop tokens collected."""
 
+import importlib.util
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from kibitz.models.folders import (
 )
 from kibitz.models.language_model import LanguageModel
 from kibitz.models.progress import no_progress_bars
+from kibitz.types import is_gpu
 
 SMALLEST = 256
 """The fewest tokens of a tokenizer that needs no file: one for each byte."""
@@ -104,7 +106,15 @@ def load_model(
 ) -> LanguageModel:
     """The model of a recipe's `student` or `teacher` section, on `device`; an adapter is merged into its base."""
     tokenizer = tokenizer or load_tokenizer(config, role)
-    return LanguageModel(load_weights(config, role, device).to(device), tokenizer, role, compiled=config.compile)
+    model = load_weights(config, role, device, **straight_to(device))
+    return LanguageModel(model.to(device), tokenizer, role, compiled=config.compile)
+
+
+def straight_to(device: torch.device) -> dict[str, Any]:
+    """The options that load weights onto a GPU without a copy in host memory, of which each of several processes would hold
+    one."""
+    straight = is_gpu(device) and importlib.util.find_spec("accelerate") is not None
+    return {"device_map": {"": device}} if straight else {}
 
 
 def load_student(
@@ -124,8 +134,10 @@ def load_student(
             f"student.model: {config.model} is an adapter itself: write a whole folder of it by "
             "`kibitz export FOLDER --merge --output NEW`, and student.model=NEW"
         )
-    model = load_weights(config, "student", device)
+    model = load_weights(config, "student", device, **straight_to(device))
     adapter = lora.attach(model, config.lora, seed) if resumed_from is None else lora.load(model, resumed_from)
+    if model.dtype != torch.float32:
+        torch.backends.cuda.matmul.allow_tf32 = True  # of A and B, which alone are float32; an eighth of the time
     if resumed_from is not None:
         check_finite(model, str(resumed_from), "student")
     return LanguageModel(model.to(device), tokenizer, "student", adapter, compiled=config.compile)

@@ -20,6 +20,7 @@ from kibitz.config import FrozenConfig
 from kibitz.models import lora
 from kibitz.models.language_model import LanguageModel, Placement
 from kibitz.models.load import load_model, load_tokenizer, load_weights
+from kibitz.types import is_gpu
 
 Fetch = Callable[[Tensor], Tensor]
 """Copies a host tensor to the device."""
@@ -85,7 +86,7 @@ def offloaded(
         )
     fetch = fetch or partial(Tensor.to, device=device, non_blocking=True)
     modules = [model] if how == "body" else layers
-    residencies = [Residency(module, resident, fetch, pinned=device.type == "cuda") for module in modules]
+    residencies = [Residency(module, resident, fetch, pinned=is_gpu(device)) for module in modules]
     moved = {id(holder) for residency in residencies for holder, _, _ in residency.host}
     for holder, name in _holders(model):
         if id(holder) not in moved:

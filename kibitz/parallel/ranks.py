@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from kibitz.config import ParallelConfig
 from kibitz.parallel.lockstep import Lockstep
 from kibitz.signals import Scored
-from kibitz.types import Rollout
+from kibitz.types import Rollout, is_gpu
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -131,9 +131,9 @@ def join(config: ParallelConfig, device: torch.device) -> tuple[Ranks, torch.dev
         )
     if size == 1:
         return ALONE, device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    if is_gpu(device):
+        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+        torch.get_device_module(device).set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
         atexit.register(dist.destroy_process_group)

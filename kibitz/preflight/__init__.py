@@ -6,13 +6,17 @@ few rollouts: does the student read 0 against itself, do engine and trainer agre
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+
+import torch
 
 from kibitz.config import LocalTeacherConfig, Recipe, StoredTeacherConfig
 from kibitz.methods import teacher_engine
 from kibitz.models.load import load_model, load_tokenizer, pick_device, pick_dtype
-from kibitz.preflight import budget, measured, texts
+from kibitz.preflight import budget, fitting, measured, texts
 from kibitz.preflight.finding import Finding, Light, worst
 from kibitz.preflight.shapes import shape_of
+from kibitz.preflight.speed import speed_of
 from kibitz.signals import TopK
 from kibitz.teachers import ScoreRequest, Teacher
 from kibitz.teachers.local import LocalScorer
@@ -73,20 +77,25 @@ def _models(recipe: Recipe) -> list[LocalTeacherConfig]:
 
 def _sizes(recipe: Recipe, options: Options, prompt_lengths: list[int]) -> Iterator[Finding]:
     device, sections = pick_device(recipe.device), [recipe.student, *_models(recipe)]
+    planned = (
+        device if options.gibibytes is None else torch.device("cuda")
+    )  # --memory is of a GPU, wherever it is asked
     try:
-        shapes = [shape_of(section, pick_dtype(section.dtype, device)) for section in sections]
-        others = {key: shape_of(one, pick_dtype(one.dtype, device)) for key, one in recipe.other_models().items()}
+        shapes = [shape_of(section, pick_dtype(section.dtype, planned)) for section in sections]
+        others = {key: shape_of(one, pick_dtype(one.dtype, planned)) for key, one in recipe.other_models().items()}
     except ValueError as error:
         yield Finding("sizes", "amber", f"{error}; lengths, memory and cost are not planned")
         return
     student, teachers = shapes[0], shapes[1:]
     yield texts.lengths(recipe, prompt_lengths, [shape.max_positions for shape in shapes])
-    plan = budget.memory(recipe, budget.Models(student, teachers, **others), max(prompt_lengths), options.devices)
+    models = budget.Models(student, teachers, **others)
+    plan = partial(budget.memory, models=models, longest_prompt=max(prompt_lengths), devices=options.devices)
     room, what = (
         budget.device_room(device) if options.gibibytes is None else (options.gibibytes * budget.GIB, "the device")
     )
-    yield budget.memory_finding(plan, room, what)
-    speed = budget.matrix_speed(device) if options.teraflops is None else options.teraflops * 1e12
+    lines = None if room is None else fitting.changes(recipe, plan, room)
+    yield budget.memory_finding(plan(recipe), room, what, lines or ())
+    speed = speed_of(device, None if options.teraflops is None else options.teraflops * 1e12)
     yield budget.cost_finding(
         budget.cost(recipe, student, teachers, prompt_lengths, speed, options.price, options.devices), speed
     )

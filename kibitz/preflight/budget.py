@@ -1,8 +1,6 @@
 """Memory and cost of a recipe, from the shapes of its models: what each phase of a step holds, and what a run takes."""
 
-import math
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -11,14 +9,15 @@ import torch
 
 from kibitz.config import OptimConfig, Recipe, StudentTeacherConfig
 from kibitz.models.language_model import CHUNK_NUMBERS, forward_flops
-from kibitz.models.load import pick_dtype
 from kibitz.preflight.finding import Finding
 from kibitz.preflight.shapes import Shape
+from kibitz.preflight.speed import Speed
+from kibitz.types import is_gpu
 
 GIB = 2**30
 LOSS_TENSORS = 10  # float32 [chunk, V] tensors of an exact divergence with its metrics and gradient: losses/chunked.py
 UTILISATION = 0.35
-"""Share of the matrix speed that a step reaches; rollouts reach less, large models more. A plan, not a promise."""
+"""Share of the matrix speed, and of the memory's, that a step reaches; large models reach more. A plan, not a promise."""
 
 
 @dataclass(frozen=True)
@@ -166,11 +165,13 @@ def _bytes_of_moments(optim: OptimConfig) -> int:
             return 8
 
 
-def memory_finding(plan: Memory, room: float | None, what: str) -> Finding:
-    """Compare a plan with the memory of one device: `room` in bytes, if known; `what` names the device."""
+def memory_finding(plan: Memory, room: float | None, what: str, lines: Sequence[str] = ()) -> Finding:
+    """Compare a plan with the memory of one device: `room` in bytes, if known; `what` names the device. `lines` are overrides
+    with which it would fit."""
     phase = max(plan.phases, key=lambda name: sum(plan.phases[name].values()))
     text = f"about {plan.peak / GIB:.3g} GiB at the peak ({phase}), {sum(plan.held.values()) / GIB:.3g} of them all the time"
-    numbers = {"peak": plan.peak, "room": room, "bytes": plan.as_numbers()}
+    text += f"; by phase: {by_phase(plan)}"
+    numbers = {"peak": plan.peak, "room": room, "bytes": plan.as_numbers()} | ({"fits_with": [*lines]} if lines else {})
     if room is None:
         return Finding("memory", "green", text, numbers)
     text += f"; {what} has {room / GIB:.3g}"
@@ -192,7 +193,14 @@ def memory_finding(plan: Memory, room: float | None, what: str) -> Finding:
             "parallel.whole_copy=false if one cannot hold the student"
         )
     light = "red" if plan.peak > room else "amber"
-    return Finding("memory", light, f"{text}; the largest part is {largest}, {size / GIB:.3g} GiB: {remedy}", numbers)
+    text += f"; the largest part is {largest}, {size / GIB:.3g} GiB: {remedy}"
+    return Finding("memory", light, f"{text}. It would fit with {' '.join(lines)}" if lines else text, numbers)
+
+
+def by_phase(plan: Memory) -> str:
+    """GiB of each phase, with what is held all the time."""
+    held = sum(plan.held.values())
+    return ", ".join(f"{name} {(held + sum(parts.values())) / GIB:.3g}" for name, parts in plan.phases.items())
 
 
 @dataclass(frozen=True)
@@ -206,11 +214,11 @@ class Cost:
 
 
 def cost(
-    recipe: Recipe, student: Shape, teachers: Sequence[Shape], prompt_lengths: list[int], flops_per_second: float,
+    recipe: Recipe, student: Shape, teachers: Sequence[Shape], prompt_lengths: list[int], speed: Speed,
     price: float | None, devices: int = 1,
 ) -> Cost:  # fmt: skip
     """Estimate tokens, FLOPs, hours and money of a run in which every response has the maximum length. `price` is that of one
-    device for one hour."""
+    device for one hour. Rollouts take the time of their FLOPs or that of the bytes they read, whichever is longer."""
     rollouts = recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt
     response = recipe.rollout.max_tokens
     length = fmean(prompt_lengths) + response
@@ -223,40 +231,41 @@ def cost(
     flops = {"student_sampling": forward(student), "student_training": passes * forward(student)}
     if teachers and needs.signals:
         flops["teacher_scoring"] = sum(map(forward, teachers))
-    hours = sum(flops.values()) / (flops_per_second * UTILISATION * devices) / 3600
+    seconds = {name: number / (speed.flops * UTILISATION * devices) for name, number in flops.items()}
+    read = recipe.steps * decoded_bytes(recipe, student, fmean(prompt_lengths), devices) / (speed.bytes * UTILISATION)
+    hours = sum({**seconds, "student_sampling": max(seconds["student_sampling"], read)}.values()) / 3600
     return Cost(
         float(recipe.steps * rollouts * response), flops, hours, None if price is None else hours * price * devices
     )
 
 
-def cost_finding(estimate: Cost, flops_per_second: float) -> Finding:
+def decoded_bytes(recipe: Recipe, student: Shape, prompt: float, devices: int) -> float:
+    """Return the bytes that one device reads to write a step's responses: for each token of as many rows as are written side by
+    side all weights once, and the keys and values of what each row has."""
+    rollout = recipe.rollout
+    responses = -(-rollout.prompts_per_step * rollout.samples_per_prompt // devices)
+    waves, length = -(-responses // rollout.max_rows), rollout.max_tokens
+    weights = waves * length * student.num_parameters * student.itemsize
+    return float(weights + responses * length * (prompt + length / 2) * student.cache_bytes_per_token)
+
+
+def cost_finding(estimate: Cost, speed: Speed) -> Finding:
     money = "" if estimate.money is None else f", {estimate.money:,.2f} at that price"
     time = f"{estimate.hours:.3g} hours" if estimate.hours >= 0.1 else f"{estimate.hours * 60:.2g} minutes"
     text = (
         f"at most {estimate.tokens:.3g} response tokens, {sum(estimate.flops.values()):.3g} FLOPs, about {time}{money}, at "
-        f"{UTILISATION:.0%} of {flops_per_second / 1e12:.3g} TFLOP/s"
+        f"{UTILISATION:.0%} of {speed.flops / 1e12:.3g} TFLOP/s and {speed.bytes / 1e12:.3g} TB/s"
     )
     numbers = {"tokens": estimate.tokens, "flops": estimate.flops, "hours": estimate.hours, "money": estimate.money}
-    return Finding("cost", "green", text, numbers | {"flops_per_second": flops_per_second})
+    return Finding("cost", "green", text, numbers | {"flops_per_second": speed.flops, "bytes_per_second": speed.bytes})
 
 
 def device_room(device: torch.device) -> tuple[float | None, str]:
     """Return the memory in bytes of the device (of the machine, for the CPU; None if unknown), and its name."""
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory), torch.cuda.get_device_name(device)
+    if is_gpu(device):
+        module = torch.get_device_module(device)
+        return float(module.mem_get_info(device)[1]), module.get_device_name(device)
     try:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), "this machine"
     except (ValueError, OSError):  # not every system says
         return None, "this machine"
-
-
-def matrix_speed(device: torch.device, size: int = 1024) -> float:
-    """Measure the FLOP/s of a square matrix product, [size, size], in the dtype that models have on this device."""
-    dtype = pick_dtype("auto", device)
-    one = torch.ones(size, size, dtype=dtype, device=device)
-    best = math.inf
-    for _ in range(4):
-        start = time.perf_counter()
-        (one @ one)[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * size**3 / best

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kibitz.config import FrozenConfig, ModelConfig
+from kibitz.engines.room import cache_bytes
 from kibitz.models import lora
 from kibitz.models.head import body_of
 from kibitz.parallel.fsdp import layers_of
@@ -98,10 +99,7 @@ class Shape:
     @property
     def cache_bytes_per_token(self) -> int:
         """The bytes of keys and values per token, over all layers."""
-        config = self.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * self.num_layers * heads * head_dim * self.itemsize
+        return cache_bytes(self.model)
 
     @cached_property
     def activation_bytes_per_token(self) -> float:

@@ -1,7 +1,7 @@
 """A frozen model in this process: one forward pass scores whole rollouts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,7 +14,7 @@ from kibitz.models import LanguageModel
 from kibitz.signals import Dense, Sampled, Scored, Signal, TopK, cat_signals, locked
 from kibitz.teachers import ScoreRequest, Teacher
 from kibitz.teachers.stored import KINDS
-from kibitz.types import Rollout
+from kibitz.types import Rollout, is_gpu
 
 CHUNK_TOKENS = 256
 """Tokens whose logits exist at one time while a whole rollout's are looked through."""
@@ -71,13 +71,22 @@ class LocalScorer:
     def _waits(self, rollouts: Sequence[Rollout]) -> bool:
         """Return whether hidden states are offloaded to the CPU until the loss takes them. Without a head that can be called
         alone the signal holds logits, which stay on the device."""
-        if self.request.kind != "dense":
-            return False
-        if self.request.hidden_states != "auto" or self.model.device.type != "cuda":
-            return self.request.hidden_states == "cpu" and self.model.head_stands_alone
-        width = self.model.model.config.get_text_config().hidden_size
-        size = sum(r.num_tokens for r in rollouts) * width * self.model.model.dtype.itemsize
-        return size > LARGE and self.model.head_stands_alone
+        request = decided(self.request, [(self.model, rollouts)])
+        return request.kind == "dense" and request.hidden_states == "cpu" and self.model.head_stands_alone
+
+
+def decided(request: ScoreRequest, read: Sequence[tuple[LanguageModel, Sequence[Rollout]]]) -> ScoreRequest:
+    """Return the request with `auto` replaced by where the hidden states wait: one decision for all models that read a step,
+    because what they say is joined."""
+    if request.hidden_states != "auto":
+        return request
+    size = sum(sum(r.num_tokens for r in rollouts) * _bytes_of_states(model) for model, rollouts in read)
+    waits = size > LARGE and all(is_gpu(model.device) for model, _ in read)
+    return replace(request, hidden_states="cpu" if waits else "device")
+
+
+def _bytes_of_states(model: LanguageModel) -> int:
+    return model.model.config.get_text_config().hidden_size * model.model.dtype.itemsize
 
 
 def reduced(dense: Dense, token_T: Tensor, request: ScoreRequest, chunk_tokens: int = CHUNK_TOKENS) -> Signal:

@@ -13,9 +13,9 @@ from kibitz.engines.torch import TorchEngine, longest_text
 from kibitz.ledger import Count, uncounted
 from kibitz.logprobs import log_mixture
 from kibitz.models import LanguageModel
-from kibitz.signals import Dense, Sampled, Signal
+from kibitz.signals import Dense, Sampled, Signal, locked
 from kibitz.teachers import MakeEngine, Scorer, ScoreRequest, Teacher, Voice
-from kibitz.teachers.local import reduced
+from kibitz.teachers.local import decided, reduced
 from kibitz.teachers.mixture import Mix, MixedDecoder, MixedHead, mix_of
 from kibitz.types import Prompt, Rollout, Sampling
 
@@ -150,20 +150,29 @@ class SeveralScorer:
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
         mixes = [self.mix(rollout.prompt) for rollout in rollouts]
+        request = decided(self.request, self._read(rollouts, mixes))
         said: list[dict[int, Signal]] = [{} for _ in rollouts]
         kinds = [self._kind(mix) for mix in mixes]
         for place, member in enumerate(self.members):
             for kind in sorted(set(kinds)):
                 own = [i for i, mix in enumerate(mixes) if kinds[i] == kind and any(place == at for at, _ in mix)]
-                scorer: Scorer = member.scorer(replace(self.request, kind=kind))
+                scorer: Scorer = member.scorer(replace(request, kind=kind))
                 signals = scorer.score([rollouts[i] for i in own]) if own else []
                 for i, signal in zip(own, signals, strict=True):
                     said[i][place] = signal
-        dense = [_dense(one) for one in said]
+        dense = _in_one_place([_dense(one) for one in said])
         width = 1 + max((sum(s.hidden_TD.shape[-1] for s in one.values()) for one in dense if one), default=0)
         whole = [self.head.packed(mix, one, width) if one else None for mix, one in zip(mixes, dense, strict=True)]
         self._watch(mixes, whole)
         return [self._joined(*parts) for parts in zip(rollouts, mixes, said, whole, strict=True)]
+
+    def _read(self, rollouts: Sequence[Rollout], mixes: Sequence[Mix]) -> list[tuple[LanguageModel, list[Rollout]]]:
+        """The models of the teachers, each with the rollouts that it reads."""
+        return [
+            (model, [rollout for rollout, mix in zip(rollouts, mixes, strict=True) if place in dict(mix)])
+            for place, member in enumerate(self.members)
+            for model in member.models
+        ]
 
     def _kind(self, mix: Mix) -> SignalKind:
         """Return the signal to ask the teachers for: a mixture takes whole distributions if all can give them."""
@@ -199,6 +208,14 @@ class SeveralScorer:
 
 def _dense(said: dict[int, Signal]) -> dict[int, Dense]:
     return {place: signal for place, signal in said.items() if isinstance(signal, Dense)}
+
+
+def _in_one_place(said: list[dict[int, Dense]]) -> list[dict[int, Dense]]:
+    """Hidden states that wait in host memory and logits, which stay on the device, are joined in host memory."""
+    places = {signal.hidden_TD.device.type for one in said for signal in one.values()}
+    if len(places) <= 1:
+        return said
+    return [{place: locked(signal) for place, signal in one.items()} for one in said]
 
 
 class SeveralEngine:

@@ -46,7 +46,7 @@ from kibitz.teachers.local import local_teacher
 from kibitz.teachers.own import base_teacher
 from kibitz.training import trackers
 from kibitz.training.folder import RunFolder, open_folder
-from kibitz.training.memory import Gauge
+from kibitz.training.memory import Gauge, clock_of
 from kibitz.training.same_run import Fingerprint, check_same, fingerprint, served, with_date
 from kibitz.types import Prompt, Rollout, Sampling
 
@@ -128,7 +128,7 @@ def prepare(
     sampling = _sampling(recipe, student)
     for model in (student, learner):
         save_ends(model, sampling.stop_ids)
-    ledger = Ledger(watch=Gauge(student.device))
+    ledger = Ledger(watch=Gauge(student.device), clock=clock_of(student.device))
     counted = Counted(engine, ledger.reading("student_sampling"))
     parts = Parts(recipe, student, counted, teacher, sampling, encode, loss, mask_ids, stored, reference, ranks, ledger)
     parts.stateful.update({} if teacher is None else teacher.stateful)

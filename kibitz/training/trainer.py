@@ -241,9 +241,8 @@ class Trainer:
                 passed += self.student.pass_flops([one.rollout for one in members])
             if total.requires_grad:
                 (total / max(1, counts[batch.objective])).backward()
-            learnt_T = batch.tokens.weight_T > 0
-            for name, value_T in values.items():
-                sums[name][batch.objective] += value_T[learnt_T].sum(dtype=torch.float64).item()
+            for name, value in _sums(values, batch.tokens.weight_T).items():
+                sums[name][batch.objective] += value
         # Forward; backward to the activations, and to the weights that learn.
         learns = self.student.num_trainable / self.student.num_parameters
         self.ledger.spend("student_training", (2 + learns) * passed)
@@ -313,6 +312,13 @@ class Trainer:
             stateful, keep = {name: kept.state() for name, kept in self.stateful.items()}, self.recipe.save.keep
             checkpoint.save(self.folder.path, self.done, self.student, stateful, state, keep, self.ranks)
         self.saved = self.done
+
+
+def _sums(values: Mapping[str, Tensor], weight_T: Tensor) -> dict[str, float]:
+    """The sum of each value over the tokens that are learnt, in float64: all fetched from the device together."""
+    learnt = (weight_T > 0).nonzero()[:, 0]
+    sums = torch.stack([value_T[learnt].sum(dtype=torch.float64) for value_T in values.values()]).tolist()
+    return dict(zip(values, sums, strict=True))
 
 
 def _means(sums: Mapping[str, Mapping[str, float]], counts: Mapping[str, int]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from kibitz.models.load import load_tokenizer
 from kibitz.preflight import budget, measured, texts
 from kibitz.preflight.finding import Finding, worst
 from kibitz.preflight.shapes import shape_of
+from kibitz.preflight.speed import Speed
 from kibitz.signals import TopK
 from kibitz.teachers import ScoreRequest, build
 from kibitz.teachers.local import LocalScorer
@@ -83,7 +84,7 @@ def test_the_cost_is_what_the_ledger_counts(small_models, tmp_path):
         {**tree, "rollout": {**tree["rollout"], "max_tokens": round(row["response_tokens"])}}, []
     )
     lengths = [len(p.ids) for p in prepare(loaded_recipe, overwrite=True).stream.prompts]
-    estimate = budget.cost(loaded_recipe, shapes[0], shapes[1:], lengths, 1e12, price=None)
+    estimate = budget.cost(loaded_recipe, shapes[0], shapes[1:], lengths, Speed(1e12, 1e15), price=None)
     assert prompts == tree["rollout"]["prompts_per_step"] * tree["rollout"]["samples_per_prompt"]
     assert sum(estimate.flops.values()) == pytest.approx(sum(row["flops"].values()), rel=0.1)
     assert estimate.hours == pytest.approx(sum(estimate.flops.values()) / (1e12 * budget.UTILISATION) / 3600)
@@ -230,11 +231,22 @@ def test_moments_take_what_the_optimizer_keeps(optim, size, small_models):
 
 def test_money_is_hours_times_devices_times_price(small_models):
     shape = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32)
-    one = budget.cost(loaded(small_models), shape, [], [10], 1e9, price=2.0)
-    two = budget.cost(loaded(small_models), shape, [], [10], 1e9, price=2.0, devices=2)
+    one = budget.cost(loaded(small_models), shape, [], [10], Speed(1e9, 1e15), price=2.0)
+    two = budget.cost(loaded(small_models), shape, [], [10], Speed(1e9, 1e15), price=2.0, devices=2)
     assert one.money == pytest.approx(2.0 * one.hours)
     assert two.hours == pytest.approx(one.hours / 2)
     assert two.money == pytest.approx(one.money)
+
+
+def test_rollouts_take_the_time_of_what_they_read(small_models):
+    """One row of a fast machine: each token reads all weights, and the keys and values of half a response on average."""
+    recipe = loaded(small_models, rollout={"prompts_per_step": 3, "samples_per_prompt": 1, "max_rows": 1}, steps=1)
+    shape = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32)
+    found = budget.cost(recipe, shape, [], [10], Speed(1e30, 1e6), None)
+    tokens = recipe.rollout.max_tokens
+    weights = 3 * tokens * 4 * shape.num_parameters
+    keys_and_values = 3 * sum((10 + t + 0.5) * shape.cache_bytes_per_token for t in range(tokens))
+    assert 3600 * found.hours == pytest.approx((weights + keys_and_values) / (1e6 * budget.UTILISATION))
 
 
 # ------------------------------------------------------------------ planted accidents: text

@@ -1,0 +1,48 @@
+"""How many rows the embedded engine may write side by side in what is left of a GPU's memory."""
+
+import logging
+from typing import Any
+
+import torch
+
+from kibitz.types import is_gpu
+
+log = logging.getLogger(__name__)
+
+SHARE = 0.8
+"""Of the free memory; the rest is for activations, and for what the allocator loses between blocks."""
+BYTES_PER_LOGIT = 32
+"""Float32 logits, their distribution and its float64 sum, with copies, as they exist while a token is drawn."""
+
+
+def cache_bytes(model: Any) -> int:
+    """The bytes of keys and values per token, over all layers; 0 for a model whose configuration names no attention heads."""
+    config = model.config.get_text_config()
+    attention = getattr(config, "num_attention_heads", None)
+    if not attention:
+        return 0
+    heads = getattr(config, "num_key_value_heads", None) or attention
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // attention
+    return 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
+
+
+def rows_that_fit(model: Any, device: torch.device, num_slots: int, vocab_size: int) -> int | None:
+    """The rows of `num_slots` tokens for which a GPU has room; None where its memory is not asked for. At least one, so that
+    what does not fit is an error of the GPU, which says how much it lacks."""
+    if not is_gpu(device):
+        return None
+    module = torch.get_device_module(device)
+    cached = module.memory_reserved(device) - module.memory_allocated(device)  # torch's own, to be used again
+    free = module.mem_get_info(device)[0] + cached
+    return max(1, int(SHARE * free / (num_slots * cache_bytes(model) + BYTES_PER_LOGIT * vocab_size)))
+
+
+def num_rows(most: int, model: Any, device: torch.device, num_slots: int, vocab_size: int) -> int:
+    """`most`, or fewer where the GPU has no room for so many. A rollout is the same in any company."""
+    room = rows_that_fit(model, device, num_slots, vocab_size)
+    if room is None or room >= most:
+        return most
+    log.info(
+        "%d rows are written side by side, not %d: keys and values of more do not fit beside the models", room, most
+    )
+    return room
