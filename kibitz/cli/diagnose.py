@@ -15,7 +15,7 @@ DEFAULT = Path("runs/diagnosis")
 
 def diagnose(
     output: Output,
-    models: tuple[str | None, str | None],
+    models: tuple[str | None, ...],
     source: tuple[str | None, str | None],
     overrides: list[str],
     num_prompts: int,
@@ -48,7 +48,6 @@ def diagnose(
 
 def _tree(student: str | None, teacher: str | None, prompts: str | None, world: str | None) -> dict[str, Any]:
     from kibitz import worlds
-    from kibitz.cli.models import resolved
 
     if prompts is not None and world is not None:
         raise ValueError("write either --prompts FILE or --world NAME")
@@ -59,8 +58,8 @@ def _tree(student: str | None, teacher: str | None, prompts: str | None, world: 
         if name is None and world is not None:
             names[role] = str(worlds.get(world).checkpoint(role))
     return {
-        "student": {"model": resolved(str(names["student"]))},
-        "teacher": {"model": resolved(str(names["teacher"]))},
+        "student": {"model": names["student"]},
+        "teacher": {"model": names["teacher"]},
         "data": {"world": world} if world is not None else {"prompts": prompts},
     }
 

@@ -135,34 +135,44 @@ def score(
     recipe. With --rollouts and --out, store the teacher's scores of a file of rollouts, for training without the teacher."""
     if prompts is not None or world is not None:
         if prompt or response or rollouts or html:
-            raise ValueError(
-                "--prompts or --world asks for a diagnosis: leave out --prompt, --response, --rollouts, --html"
-            )
+            raise ValueError("--prompts and --world diagnose: leave out --prompt, --response, --rollouts and --html")
         from kibitz.cli.diagnose import diagnose
 
-        diagnose(ctx.obj, (student, teacher), (prompts, world), overrides or [], num_prompts, price, out)
-        return
-    if overrides:
+        models = tuple(None if one is None else resolved(one) for one in (student, teacher))
+        diagnose(ctx.obj, models, (prompts, world), overrides or [], num_prompts, price, out)
+    elif overrides:
         raise ValueError(f"{overrides[0]} changes a diagnosis: write --prompts FILE with it")
-    if (rollouts is None) != (out is None):
-        raise ValueError("--rollouts FILE and --out FOLDER belong together")
-    if rollouts is not None and out is not None:
+    elif rollouts is not None or out is not None:
+        if rollouts is None or out is None:
+            raise ValueError("--rollouts FILE and --out FOLDER belong together")
         if prompt or response:
             raise ValueError("write either --prompt, or --rollouts and --out")
         _keep_scores(ctx.obj, teacher or _shipped("teacher"), rollouts, out, kind, top_k)
-        return
-    if not prompt:
+    else:
+        sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        _score_texts(ctx.obj, (student, teacher), prompt or [], response or [], html, sampling)
+
+
+def _score_texts(
+    out: Output,
+    models: tuple[str | None, str | None],
+    prompts: list[str],
+    responses: list[str],
+    html: Path | None,
+    sampling: dict[str, Any],
+) -> None:
+    """Print the scores of each response; where none is given, the student writes them by `sampling`."""
+    if not prompts:
         raise ValueError("write --prompt TEXT, or --prompts FILE for a diagnosis, or --rollouts FILE and --out FOLDER")
     from kibitz.evaluate.annotate import score_texts
     from kibitz.report.terminal import print_rollout
 
+    student, teacher = models
     rows = score_texts(
         resolved(student) if student else _shipped("student"),
         teacher or _shipped("teacher"),
-        _pairs(prompt, response or []),
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
+        _pairs(prompts, responses),
+        **sampling,
     )
     if html is not None:
         _write_page(html, rows)
@@ -171,9 +181,9 @@ def score(
         for row in rows:
             print_rollout(row, console)
 
-    ctx.obj.result({"rollouts": rows, "html": html}, for_a_person)
+    out.result({"rollouts": rows, "html": html}, for_a_person)
     if html is not None:
-        ctx.obj.say(f"heat-map   {html}")
+        out.say(f"heat-map   {html}")
 
 
 def _pairs(prompts: list[str], responses: list[str]) -> list[tuple[str, str | None]]:

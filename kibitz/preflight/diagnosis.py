@@ -14,7 +14,7 @@ from statistics import fmean, quantiles
 from typing import Any
 
 from kibitz import worlds
-from kibitz.config import LocalTeacherConfig, Recipe
+from kibitz.config import LocalTeacherConfig, Recipe, StoredTeacherConfig
 from kibitz.data import apart, joined
 from kibitz.engines import Engine
 from kibitz.evaluate.annotate import annotate
@@ -35,6 +35,11 @@ Note = Callable[[str], object]
 def diagnose(recipe: Recipe, num_prompts: int, price: float | None = None, note: Note = str) -> dict[str, Any]:
     """All findings as one tree that JSON can hold: `numbers`, `contexts`, `tokens`, `tasks`, `examples` (rows as in
     rollouts.jsonl), and `recipe`, the text of the one that follows. `note` is told what is being done."""
+    if any(isinstance(one, StoredTeacherConfig) or not one.answers() for one in recipe.teachers):
+        raise ValueError(
+            "teacher: a diagnosis needs one that scores the student's new answers, which a chat endpoint and stored scores "
+            "cannot: write --teacher FOLDER-OR-NAME, or teacher.url"
+        )
     note("loading the models")
     setup = prepare(_asked(recipe, num_prompts), overwrite=True)
     try:

@@ -111,6 +111,12 @@ def test_equal_models_have_nothing_to_learn(models, tmp_path):
     assert f"# But: {found['doubts'][0][:40]}" in found["recipe"]
 
 
+def test_a_teacher_that_scores_nothing_is_refused_before_anything_loads():
+    tree = {"student": {"model": "nowhere"}, "teacher": {"chat": "http://127.0.0.1:9"}, "data": {"world": "arithmetic"}}
+    with pytest.raises(ValueError, match="which a chat endpoint and stored scores cannot: write --teacher"):
+        diagnose(config.load({**tree, "method": {"type": "sft", "source": "teacher"}}), 4)
+
+
 def test_a_teacher_far_away_is_learnt_by_skd(models, monkeypatch):
     """Random models of the same vocabulary: the tokens that both find likely hold less of the probability than is asked for."""
     monkeypatch.setattr("kibitz.preflight.advice.GOOD_OVERLAP", 1.1)
