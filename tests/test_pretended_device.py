@@ -203,6 +203,18 @@ def test_scores_from_a_store(tree, home, tmp_path):
     assert again["loss"] == first["loss"] != 0
 
 
+@pytest.mark.parametrize("how", ["body", "layers"])
+def test_an_offloaded_teacher(tree, home, how):
+    """Weights come from page-locked memory for a forward pass, and are the host's again behind it."""
+    resident = steps(tree())[0]
+    teacher = {"model": str(home / "teacher"), "offload": how}
+    rows, counts, trainer = steps({**tree(teacher=teacher), "output": str(home / how)})
+    assert rows[0]["loss"] == resident[0]["loss"]
+    assert sum(number for line, number in counts.copies.items() if line.startswith("models/offload.py")) > 10
+    (model,) = trainer.setup.parts.teacher.models
+    assert {p.device.type for p in model.model.model.layers.parameters()} == {"cpu"}
+
+
 @pytest.mark.parametrize("states", ["device", "cpu"])
 def test_several_teachers(tree, home, states):
     pair = [{"model": str(home / name), "name": name} for name in ("teacher", "second")]

@@ -217,7 +217,9 @@ class RolloutConfig(Section):
     store: bool = Field(
         False, description="Keep every rollout in stored.jsonl of the run, for method.rollouts of another (2604.13010)."
     )
-    max_rows: int = Field(256, ge=1, description="Rows generated side by side; bounds the KV cache.")
+    max_rows: int = Field(
+        256, ge=1, description="Rows generated side by side; bounds the KV cache. On a GPU no more than fit."
+    )
 
     @model_validator(mode="after")
     def _engine_and_urls(self) -> "RolloutConfig":

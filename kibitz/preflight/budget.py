@@ -54,13 +54,13 @@ def memory(recipe: Recipe, models: Models, longest_prompt: int, devices: int = 1
     student, optim, rollout = models.student, recipe.optim, recipe.rollout
     responses = -(-rollout.prompts_per_step * rollout.samples_per_prompt // devices)
     length = longest_prompt + rollout.max_tokens
-    tokens = min(optim.tokens_per_micro_batch, responses * length)
+    tokens = min(max(optim.tokens_per_micro_batch, length), responses * length)  # a longer rollout stands alone
     chunk = optim.chunk_tokens or max(16, CHUNK_NUMBERS // student.rows)
     logits = LOSS_TENSORS * 4.0 * min(chunk, tokens) * student.rows
     per_token = student.activation_bytes_per_token
     if optim.checkpointing:
         per_token = student.num_layers * student.width * student.itemsize + per_token / student.num_layers
-    rows = min(rollout.max_rows, responses)
+    rows = min(rollout.max_rows, responses) if rollout.engine == "torch" else 0  # a server's are on its own device
     two_layers = 2 * tokens * student.activation_bytes_per_token / student.num_layers
     told = responses * rollout.max_tokens
     kept = {"teacher's hidden states": float(told * sum(t.width * t.itemsize for t in models.teachers))}

@@ -249,6 +249,8 @@ class _Functions(TorchFunctionMode):
         first = args[0] if args else None
         if func is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == NAME:
             return torch.tensor(*args, **{**kwargs, "device": "cpu"}).to(NAME)
+        if func == torch.Tensor.data.__set__ and isinstance(first, OnDevice) != isinstance(args[1], OnDevice):
+            return _move_into(first, args[1])
         if not isinstance(first, OnDevice):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
@@ -263,6 +265,12 @@ class _Functions(TorchFunctionMode):
         if name in ("__getitem__", "__setitem__"):
             return func(first, _indices(args[1]), *args[2:])
         return func(*args, **kwargs)
+
+
+def _move_into(tensor: Tensor, data: Tensor) -> None:
+    """`tensor.data = data` from one device to the other, which torch allows between the CPU and CUDA."""
+    new = torch.nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else data.detach()
+    torch.utils.swap_tensors(tensor, new)
 
 
 def _indices(index: Any) -> Any:
