@@ -21,6 +21,7 @@ from kibitz.engines.torch import TorchEngine
 from kibitz.experiments.records import read, write, write_rows
 from kibitz.models import LanguageModel, load_model, load_tokenizer
 from kibitz.models.load import stop_ids
+from kibitz.models.progress import no_progress_bars
 from kibitz.types import Prompt, Rollout, Sampling
 
 FOLDER = Path("runs/real/SmolLM2-135M-Instruct")
@@ -133,7 +134,8 @@ def make_cut(teacher: str, folder: Path) -> Path:
         damages = damage_of_layers(model.model, rollouts)
         chosen = sorted(sorted(damages, key=lambda layer: damages[layer])[: max(1, len(damages) // ONE_IN)])
         student = without_layers(model.model, chosen)
-        student.save_pretrained(folder)
+        with no_progress_bars():
+            student.save_pretrained(folder)
         load_tokenizer(config, "teacher").save_pretrained(folder)
         write(folder / "cut.json", {"layers": chosen, "damage": damages, "of": len(damages)})
     return folder

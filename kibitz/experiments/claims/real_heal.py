@@ -17,9 +17,10 @@ from kibitz.experiments.shapes import compared
 from kibitz.experiments.statistics import Estimate
 from kibitz.models import LanguageModel, load_model
 
-STEPS = 16
-EQUAL_FLOPS = 20  # steps of SFT, which needs no teacher's scores, for the FLOPs of STEPS of OPD
-EVERY = 16
+STEPS = 8
+EQUAL_FLOPS = 10  # steps of SFT, which needs no teacher's scores, for the FLOPs of STEPS of OPD
+EVERY = 8
+SHORT = 4  # steps of the runs by which rates are chosen
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "opd": {"type": "opd"},
     "kd": {"type": "gkd", "on_policy": 0, "source": "teacher", "divergence": "forward_kl"},
@@ -35,16 +36,16 @@ NUM_READ = 16  # test prompts whose answers by the teacher are read for the agre
 SHOWN = 3  # of them, whose answers by everybody are kept
 
 
-def quarter(name: str) -> Arm:
-    """The run by which a rate is chosen: a quarter as long."""
-    changes = {"method": METHODS[name], "steps": STEPS // 4, "optim": {"warmup_steps": 1}}
-    return Arm(f"{name}-quarter", f"{ABOUTS[name]}, a quarter as long", changes, measures=("divergence",))
+def short(name: str) -> Arm:
+    """The run by which a rate is chosen."""
+    changes = {"method": METHODS[name], "steps": SHORT, "optim": {"warmup_steps": 1}}
+    return Arm(f"{name}-short", f"{ABOUTS[name]}, {SHORT} steps", changes, measures=("divergence",))
 
 
 def whole(name: str) -> Arm:
     steps = EQUAL_FLOPS if name == "sft" else STEPS
     changes = {"method": METHODS[name], "steps": steps}
-    return Arm(name, ABOUTS[name], changes, every=EVERY, rate_of=f"{name}-quarter")
+    return Arm(name, ABOUTS[name], changes, every=EVERY, rate_of=f"{name}-short")
 
 
 # ------------------------------------------------------------------ what is looked at
@@ -160,7 +161,7 @@ EXPERIMENT = Experiment(
         "device": "cpu",
     },
     arms=tuple(whole(name) for name in METHODS),
-    makers=tuple(quarter(name) for name in METHODS),
+    makers=tuple(short(name) for name in METHODS),
     rates=(5e-5, 1e-4, 2e-4),
     extensions=0,
     dev_problems=16,
