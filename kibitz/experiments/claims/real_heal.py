@@ -11,7 +11,7 @@ from kibitz.experiments import real
 from kibitz.experiments.charts import Panel
 from kibitz.experiments.design import OF_ARM, Arm, Experiment
 from kibitz.experiments.evidence import Finding, Verdict
-from kibitz.experiments.records import Record, half_of_seeds, measure
+from kibitz.experiments.records import Record, half_of_seeds, measure, read
 from kibitz.experiments.results import NotRun, Results, gflop
 from kibitz.experiments.shapes import compared
 from kibitz.experiments.statistics import Estimate
@@ -45,7 +45,8 @@ def short(name: str) -> Arm:
 def whole(name: str) -> Arm:
     steps = EQUAL_FLOPS if name == "sft" else STEPS
     changes = {"method": METHODS[name], "steps": steps}
-    return Arm(name, ABOUTS[name], changes, every=EVERY, rate_of=f"{name}-short")
+    measures = () if name == "opd" else ("divergence",)  # the questions take as long as half of a run
+    return Arm(name, ABOUTS[name], changes, every=EVERY, measures=measures, rate_of=f"{name}-short")
 
 
 # ------------------------------------------------------------------ what is looked at
@@ -56,18 +57,17 @@ def probe(study: Any, seed: int) -> Record:
     rows = real.instructions()["test"][-NUM_READ:]
     max_tokens = study.untrained().rollout.max_tokens
     teacher = _loaded(study.place("teacher", seed))
-    read = real.answers(teacher, rows, max_tokens)
+    texts = real.answers(teacher, rows, max_tokens)
     found: Record = {
-        "cut": real.about_the_cut(study),
         "prompts": [row["prompt"] for row in rows[:SHOWN]],
         "agreement": {},
-        "texts": {"teacher": [real.text_of(teacher, rollout) for rollout in read[:SHOWN]]},
+        "texts": {"teacher": [real.text_of(teacher, rollout) for rollout in texts[:SHOWN]]},
     }
     del teacher
     places = {"student": "student", **{arm.name: f"{OF_ARM}{arm.name}" for arm in study.experiment.arms}}
     for name, place in places.items():
         model = _loaded(study.place(place, seed))
-        found["agreement"][name] = real.agreement(model, read)
+        found["agreement"][name] = real.agreement(model, texts)
         found["texts"][name] = [
             real.text_of(model, rollout) for rollout in real.answers(model, rows[:SHOWN], max_tokens)
         ]
@@ -89,7 +89,7 @@ def find(results: Results) -> Finding:
     before = results.model("student")
     tokens = {name: at_step(results, name, STEPS) for name in names}
     flops = {name: results.mean(name, lambda run: run["test"]["reverse_kl"]) for name in names}
-    probes = results.probes()
+    probes = probes_of(results)
     numbers = {
         "before": before["reverse_kl"],
         "cut_off_before": before["cut_off"],
@@ -101,15 +101,16 @@ def find(results: Results) -> Finding:
         "tflop": {name: results.mean(name, gflop)[0] / 1e3 for name in names},
         "cut_off": {name: results.mean(name, lambda run: run["test"]["cut_off"]) for name in names},
         "teacher_cut_off": results.model("teacher")["cut_off"],
-        "facts": {"student": results.level("student", "greedy", "facts"),
-                  **{name: results.accuracy(name, "greedy", "facts") for name in names}},
+        "facts": {"student": results.level("student", "greedy", "facts"), **{name: _facts(results, name) for name in names}},
         "num_facts": measure(before, "facts")["num_prompts"],
         "num_prompts": before["num_prompts"],
-        "agreement": {name: _over(probes, name) for name in ("student", *names)},
-        "cut": probes[0]["cut"],
+        "short": {name: {run["lr"]: run["dev"]["reverse_kl"] for run in results.made(f"{name}-short")} for name in METHODS},
+        "short_steps": SHORT,
+        "cut": read(results.folder / "cut.json"),
+        "agreement": {name: _over(probes, name) for name in ("student", *names) if probes},
         "said": [
             (prompt, [probes[0]["texts"][name][place] for name in ("teacher", "student", *names)])
-            for place, prompt in enumerate(probes[0]["prompts"])
+            for place, prompt in enumerate(probes[0]["prompts"] if probes else ())
         ],
         "abouts": ABOUTS,
     }  # fmt: skip
@@ -133,6 +134,20 @@ def verdict(tokens: Mapping[str, Estimate], flops: Mapping[str, Estimate], seeds
     if seeds > 1 and all(ours[0] + ours[1] < theirs[0] - theirs[1] for ours, theirs in both):
         return "reproduced"
     return "partly" if all(ours[0] < theirs[0] for ours, theirs in both) else "not"
+
+
+def probes_of(results: Results) -> list[Record]:
+    """What was looked at; nothing, while some arm has no run yet."""
+    try:
+        return results.probes()
+    except NotRun:
+        return []
+
+
+def _facts(results: Results, name: str) -> Estimate | None:
+    """The share of the questions that an arm answers rightly, where it was asked them."""
+    asked = all("facts" in run["test"].get("measures", {}) for run in results.runs(name))
+    return results.accuracy(name, "greedy", "facts") if asked else None
 
 
 def _over(probes: Sequence[Record], name: str) -> Estimate:
