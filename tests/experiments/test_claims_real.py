@@ -44,7 +44,9 @@ def results(tmp_path):
     names = ("teacher", "student", "opd", "sft")
     looked = {"agreement": dict.fromkeys(names[1:], 0.5), "texts": {name: ["a | b", "c"] for name in names}}
     cut = {"layers": [4, 7], "of": 10, "damage": {}}
-    records.write(tmp_path / "probe-0.json", {"prompts": ["Say a.", "Say c."], "cut": cut, **looked})
+    records.write(tmp_path / "probe-0.json", {"prompts": ["Say a.", "Say c."], **looked})
+    records.write(tmp_path / "cut.json", cut)
+    put(tmp_path, *(record(f"{name}-short", rate, 0, 0.0) for name in real_heal.METHODS for rate in (1e-4, 2e-4)))
     return Results(CLAIM, tmp_path)
 
 
@@ -55,9 +57,21 @@ def test_every_number_of_the_page_is_there_also_without_one_rival(results):
     for template in (text.ours, text.body):
         filled(template, found.numbers, strict=True)
     body = filled(text.body, found.numbers)
-    assert "| `opd` | reverse KL on the student's text | 0.0001 |" in body and "`kd`" not in body
+    assert "| `opd` | reverse KL on the student's text | 0.0001 |" in body and "| `kd` |" not in body
     assert "| `Say a.` | `a ¦ b` | `a ¦ b` | `a ¦ b` | `a ¦ b` |" in body
     assert found.panels[0].lines[1].points[0][1] == pytest.approx(0.505)
+
+
+def test_without_a_probe_and_without_facts_the_rest_is_told(results):
+    (results.folder / "probe-0.json").unlink()
+    for path in results.folder.glob("sft-0*.json"):
+        one = records.read(path)
+        del one["test"]["measures"]
+        records.write(path, one)
+    found = real_heal.find(results)
+    assert found.numbers["facts"]["sft"] is None and not found.numbers["said"]
+    body = filled(prose("real-heal").body, found.numbers, strict=True)
+    assert "likeliest too" not in body and "| prompt |" not in body and "layers (numbers 4, 7)" in body
 
 
 def test_without_runs_it_says_which_are_missing(tmp_path):

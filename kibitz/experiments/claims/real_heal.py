@@ -11,15 +11,16 @@ from kibitz.experiments import real
 from kibitz.experiments.charts import Panel
 from kibitz.experiments.design import OF_ARM, Arm, Experiment
 from kibitz.experiments.evidence import Finding, Verdict
-from kibitz.experiments.records import Record, half_of_seeds, measure
+from kibitz.experiments.records import Record, half_of_seeds, measure, read
 from kibitz.experiments.results import NotRun, Results, gflop
 from kibitz.experiments.shapes import compared
 from kibitz.experiments.statistics import Estimate
 from kibitz.models import LanguageModel, load_model
 
-STEPS = 16
-EQUAL_FLOPS = 20  # steps of SFT, which needs no teacher's scores, for the FLOPs of STEPS of OPD
-EVERY = 16
+STEPS = 8
+EQUAL_FLOPS = 10  # steps of SFT, which needs no teacher's scores, for the FLOPs of STEPS of OPD
+EVERY = 8
+SHORT = 4  # steps of the runs by which rates are chosen
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "opd": {"type": "opd"},
     "kd": {"type": "gkd", "on_policy": 0, "source": "teacher", "divergence": "forward_kl"},
@@ -35,16 +36,17 @@ NUM_READ = 16  # test prompts whose answers by the teacher are read for the agre
 SHOWN = 3  # of them, whose answers by everybody are kept
 
 
-def quarter(name: str) -> Arm:
-    """The run by which a rate is chosen: a quarter as long."""
-    changes = {"method": METHODS[name], "steps": STEPS // 4, "optim": {"warmup_steps": 1}}
-    return Arm(f"{name}-quarter", f"{ABOUTS[name]}, a quarter as long", changes, measures=("divergence",))
+def short(name: str) -> Arm:
+    """The run by which a rate is chosen."""
+    changes = {"method": METHODS[name], "steps": SHORT, "optim": {"warmup_steps": 1}}
+    return Arm(f"{name}-short", f"{ABOUTS[name]}, {SHORT} steps", changes, measures=("divergence",))
 
 
 def whole(name: str) -> Arm:
     steps = EQUAL_FLOPS if name == "sft" else STEPS
     changes = {"method": METHODS[name], "steps": steps}
-    return Arm(name, ABOUTS[name], changes, every=EVERY, rate_of=f"{name}-quarter")
+    measures = () if name == "opd" else ("divergence",)  # the questions take as long as half of a run
+    return Arm(name, ABOUTS[name], changes, every=EVERY, measures=measures, rate_of=f"{name}-short")
 
 
 # ------------------------------------------------------------------ what is looked at
@@ -55,18 +57,17 @@ def probe(study: Any, seed: int) -> Record:
     rows = real.instructions()["test"][-NUM_READ:]
     max_tokens = study.untrained().rollout.max_tokens
     teacher = _loaded(study.place("teacher", seed))
-    read = real.answers(teacher, rows, max_tokens)
+    texts = real.answers(teacher, rows, max_tokens)
     found: Record = {
-        "cut": real.about_the_cut(study),
         "prompts": [row["prompt"] for row in rows[:SHOWN]],
         "agreement": {},
-        "texts": {"teacher": [real.text_of(teacher, rollout) for rollout in read[:SHOWN]]},
+        "texts": {"teacher": [real.text_of(teacher, rollout) for rollout in texts[:SHOWN]]},
     }
     del teacher
     places = {"student": "student", **{arm.name: f"{OF_ARM}{arm.name}" for arm in study.experiment.arms}}
     for name, place in places.items():
         model = _loaded(study.place(place, seed))
-        found["agreement"][name] = real.agreement(model, read)
+        found["agreement"][name] = real.agreement(model, texts)
         found["texts"][name] = [
             real.text_of(model, rollout) for rollout in real.answers(model, rows[:SHOWN], max_tokens)
         ]
@@ -88,7 +89,7 @@ def find(results: Results) -> Finding:
     before = results.model("student")
     tokens = {name: at_step(results, name, STEPS) for name in names}
     flops = {name: results.mean(name, lambda run: run["test"]["reverse_kl"]) for name in names}
-    probes = results.probes()
+    probes = probes_of(results)
     numbers = {
         "before": before["reverse_kl"],
         "cut_off_before": before["cut_off"],
@@ -100,15 +101,16 @@ def find(results: Results) -> Finding:
         "tflop": {name: results.mean(name, gflop)[0] / 1e3 for name in names},
         "cut_off": {name: results.mean(name, lambda run: run["test"]["cut_off"]) for name in names},
         "teacher_cut_off": results.model("teacher")["cut_off"],
-        "facts": {"student": results.level("student", "greedy", "facts"),
-                  **{name: results.accuracy(name, "greedy", "facts") for name in names}},
+        "facts": {"student": results.level("student", "greedy", "facts"), **{name: _facts(results, name) for name in names}},
         "num_facts": measure(before, "facts")["num_prompts"],
         "num_prompts": before["num_prompts"],
-        "agreement": {name: _over(probes, name) for name in ("student", *names)},
-        "cut": probes[0]["cut"],
+        "short": {name: {run["lr"]: run["dev"]["reverse_kl"] for run in results.made(f"{name}-short")} for name in METHODS},
+        "short_steps": SHORT,
+        "cut": read(results.folder / "cut.json"),
+        "agreement": {name: _over(probes, name) for name in ("student", *names) if probes},
         "said": [
             (prompt, [probes[0]["texts"][name][place] for name in ("teacher", "student", *names)])
-            for place, prompt in enumerate(probes[0]["prompts"])
+            for place, prompt in enumerate(probes[0]["prompts"] if probes else ())
         ],
         "abouts": ABOUTS,
     }  # fmt: skip
@@ -132,6 +134,20 @@ def verdict(tokens: Mapping[str, Estimate], flops: Mapping[str, Estimate], seeds
     if seeds > 1 and all(ours[0] + ours[1] < theirs[0] - theirs[1] for ours, theirs in both):
         return "reproduced"
     return "partly" if all(ours[0] < theirs[0] for ours, theirs in both) else "not"
+
+
+def probes_of(results: Results) -> list[Record]:
+    """What was looked at; nothing, while some arm has no run yet."""
+    try:
+        return results.probes()
+    except NotRun:
+        return []
+
+
+def _facts(results: Results, name: str) -> Estimate | None:
+    """The share of the questions that an arm answers rightly, where it was asked them."""
+    asked = all("facts" in run["test"].get("measures", {}) for run in results.runs(name))
+    return results.accuracy(name, "greedy", "facts") if asked else None
 
 
 def _over(probes: Sequence[Record], name: str) -> Estimate:
@@ -160,7 +176,7 @@ EXPERIMENT = Experiment(
         "device": "cpu",
     },
     arms=tuple(whole(name) for name in METHODS),
-    makers=tuple(quarter(name) for name in METHODS),
+    makers=tuple(short(name) for name in METHODS),
     rates=(5e-5, 1e-4, 2e-4),
     extensions=0,
     dev_problems=16,
