@@ -44,13 +44,12 @@ def play(run: Play) -> None:
     for env, tree in TEACHERS.items():
         whole = merged({"eval": EVAL}, tree, {"method": {"type": "ppo"}, "seed": TEACHER_SEED}, small)
         run.trained(f"{env}-teacher", "teacher", whole, env=env, seed=TEACHER_SEED)
-    for name, student in STUDENTS.items():
-        for seed in range(run.seeds):
+    for seed in range(run.seeds):
+        for name, student in STUDENTS.items():
             tried = {"population": 20, "generations": 2} if run.quick and name == "symbolic" else {}
             _run(run, "cartpole", name, {**student, **tried}, "viper", seed)
-    for depth in DEPTHS[:2] if run.quick else DEPTHS:
-        for loop in LOOPS:
-            for seed in range(run.seeds):
+        for depth in DEPTHS[:2] if run.quick else DEPTHS:
+            for loop in LOOPS:
                 _run(run, "acrobot", f"{loop} {depth}", {"type": "tree", "depth": depth}, loop, seed)
 
 
