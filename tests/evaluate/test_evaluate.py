@@ -90,6 +90,10 @@ def test_samples_of_one_prompt_are_one_observation():
     assert row["high"] - row["low"] > 0.8
     same = [replace(r, prompt=rollouts[0].prompt) for r in rollouts]
     assert accuracy(same)["num"] == 1  # rows that ask the same and have one answer
+    spaced = [
+        replace(r.prompt, messages=({"role": "user", "content": "1+2" + " " * i},)) for i, r in enumerate(rollouts)
+    ]
+    assert accuracy([replace(r, prompt=p) for r, p in zip(rollouts, spaced, strict=True)])["num"] == 1
     other = [replace(r, prompt=replace(rollouts[0].prompt, answer=str(r.reward))) for r in rollouts]
     assert accuracy(other)["num"] == 2
 
