@@ -458,3 +458,10 @@ def test_answers_of_the_evaluation_alone_are_graded(small_models, tmp_path):
     assert setup.grader is graders.math
     row, _ = setup.evaluator.run()
     assert row["sampled"]["num"] == 1
+
+
+def test_an_end_that_a_demonstration_spells_is_learnt_once():
+    tok = qwen_tokenizer()
+    end = tok.convert_ids_to_tokens(turn_end(tok))
+    assert encode_response(tok, f"3{end}") == encode_response(tok, "3") == [*tok.encode("3"), turn_end(tok)]
+    assert encode_response(tok, "") == encode_response(tok, end) == [turn_end(tok)]

@@ -11,6 +11,7 @@ from numbers import Real
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 
 from kibitz.batching import group, pack
@@ -93,7 +94,7 @@ def _reward(grader: Grader, rollout: Rollout) -> float | None:
             f"the grader failed on prompt {rollout.prompt.text[:200]!r}, response {rollout.text[:200]!r}"
         ) from error
     try:
-        number = float(reward) if isinstance(reward, Real | torch.Tensor) else math.nan
+        number = float(reward) if isinstance(reward, Real | torch.Tensor | np.bool_) else math.nan
     except (OverflowError, ValueError, RuntimeError):  # a number too large, a tensor of several
         number = math.nan
     if not math.isfinite(number):
