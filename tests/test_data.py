@@ -375,3 +375,93 @@ def test_a_row_that_is_nested_too_deep_is_named(tmp_path, depth, brackets):
     path.write_text(json.dumps(rows[0]) + "\n" + rows[1] + "\n")
     with pytest.raises(ValueError, match=r"deep.jsonl, line 2 is nested too deep: lists and objects go 64 deep"):
         load_prompts(DataConfig(prompts=str(path)), tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "answer"),
+    [
+        ({"rm": {"gt": ["3", "4"]}}, "rm.gt.0", "3"),
+        ({"rm": {"gt": ["3", "4"]}}, "rm.gt.1", "4"),
+        ({"rm": {"g.t": "3"}}, "rm.g.t", "3"),
+        ({"rm.x": {"t": "3"}}, "rm.x.t", "3"),
+        ({"rm.x": "3", "rm": {"x": "4"}}, "rm.x", "3"),
+        ({"a": [{"b.c": [{"d": "3"}]}]}, "a.0.b.c.0.d", "3"),
+    ],
+)
+def test_a_dotted_column_goes_into_lists_and_keys_with_dots(tmp_path, row, name, answer):
+    path = write(tmp_path / "p.jsonl", {"prompt": "1", **row}, {"prompt": "2"})
+    assert [p.answer for p in prompts(path, columns={"answer": name})] == [answer, None]
+    with pytest.raises(ValueError, match="a list stands before .x"):
+        prompts(write(tmp_path / "q.jsonl", {"prompt": "1", "rm": [1]}), columns={"answer": "rm.x"})
+
+
+@pytest.mark.parametrize("name", ["anwser", "rm.g", "rm.gt.1"])
+def test_a_column_that_was_named_and_that_no_row_has_is_refused(tmp_path, name):
+    config = DataConfig(
+        prompts=write(tmp_path / "p.jsonl", {"prompt": "1", "rm": {"gt": ["3"]}}), columns={"answer": name}
+    )
+    rows = load_prompts(config, tokenizer())
+    with pytest.raises(ValueError, match=f"data.columns.answer: no row .* {name!r}; the first one has 'prompt', 'rm'"):
+        load_grader(config, rows)
+
+
+def test_a_column_of_prompts_that_was_named_is_read_before_messages(tmp_path):
+    told = [{"role": "user", "content": "other"}]
+    path = write(tmp_path / "p.jsonl", {"question": "1+2", "messages": told}, {"messages": told})
+    assert [p.text for p in prompts(path, columns={"prompt": "question"})] == ["1+2", "other"]
+    with pytest.raises(ValueError, match="line 1: prompt is null"):
+        prompts(write(tmp_path / "q.jsonl", {"prompt": None}))
+
+
+def test_parts_of_text_are_text(tmp_path):
+    def said(*parts):
+        return [{"role": "user", "content": list(parts)}]
+
+    one, two = {"type": "text", "text": "1+"}, {"type": "text", "text": "2", "image": None}
+    path = write(tmp_path / "p.jsonl", {"prompt": "1+2"}, {"prompt": said(one, two)}, {"messages": said(one, two)})
+    plain, *others = prompts(path)
+    assert all((other.ids, other.key, other.text) == (plain.ids, plain.key, plain.text) for other in others)
+    for part, what in (({"type": "image"}, "of type 'image'"), ("1+2", "text"), ({"type": "text"}, "of type 'text'")):
+        with pytest.raises(ValueError, match=f"line 1: prompt hold a part of content that is {what}"):
+            prompts(write(tmp_path / "q.jsonl", {"prompt": said(one, part)}))
+
+
+def test_speakers_of_sharegpt_are_known_or_refused(tmp_path):
+    def talk(speaker):
+        return {"conversations": [{"from": speaker, "value": "1+2"}, {"from": "GPT", "value": "3"}]}
+
+    (prompt,) = load_prompts(
+        DataConfig(prompts=write(tmp_path / "p.jsonl", talk("Human"))), tokenizer(), demonstrations=True
+    )
+    assert (prompt.text, prompt.response) == ("1+2", "3")
+    with pytest.raises(ValueError, match="line 1: conversations are from 'bing', who is none of human"):
+        prompts(write(tmp_path / "q.jsonl", talk("bing")))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1+2"}\n', encoding="utf-8-sig")
+    assert [p.text for p in prompts(str(tmp_path / "p.jsonl"))] == ["1+2"]
+    with pytest.raises(ValueError, match="it begins a list; write one object a line"):
+        prompts(write(tmp_path / "q.json", "[", {"prompt": "1"}, "]"))
+
+
+def test_answers_of_the_evaluation_alone_are_graded(small_models, tmp_path):
+    from kibitz.training.setup import prepare
+
+    train = write(tmp_path / "p.jsonl", {"prompt": "1+2"})
+    held = write(tmp_path / "e.jsonl", {"prompt": "1+3", "sum": "4"})
+    data = {"world": None, "prompts": train, "limit": None, "columns": {"answer": "sum"}}
+    tree = recipe(
+        small_models / "student", small_models / "teacher", tmp_path / "run", data=data, eval={"prompts": held}
+    )
+    setup = prepare(tree)
+    assert setup.grader is graders.math
+    row, _ = setup.evaluator.run()
+    assert row["sampled"]["num"] == 1
+
+
+def test_an_end_that_a_demonstration_spells_is_learnt_once():
+    tok = qwen_tokenizer()
+    end = tok.convert_ids_to_tokens(turn_end(tok))
+    assert encode_response(tok, f"3{end}") == encode_response(tok, "3") == [*tok.encode("3"), turn_end(tok)]
+    assert encode_response(tok, "") == encode_response(tok, end) == [turn_end(tok)]

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from kibitz import graders, worlds
-from kibitz.config import DataConfig
+from kibitz.config import Columns, DataConfig
 from kibitz.data.columns import Conversation, conversation_of, text_of
 from kibitz.data.rows import read_rows
 from kibitz.data.templates import check_template, encode_prompt, encode_response, encode_text, said_by, turn_end
@@ -67,6 +67,12 @@ def load_grader(config: DataConfig, prompts: Sequence[Prompt], need_all: bool = 
     if config.world is not None:
         world = worlds.get(config.world)
         return graders.pick(config.grader, prompts, lambda prompt, text: world.grade(dict(prompt.columns), text))
+    name = config.columns.answer
+    if name != Columns().answer and all(prompt.answer is None for prompt in prompts):
+        has = ", ".join(map(repr, prompts[0].columns))
+        raise ValueError(
+            f"data.columns.answer: no row of the data holds anything under {name!r}; the first one has {has}"
+        )
     own = None if config.reasoning_gym is None else graders.verify
     grader = graders.pick(config.grader, prompts, own)
     if grader is not None:

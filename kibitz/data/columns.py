@@ -7,11 +7,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from kibitz.config import DataConfig
+from kibitz.config import Columns, DataConfig
 from kibitz.data.templates import Message, mentions
 
 SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
-MEANT = ("reasoning_content", "reasoning", "thinking", "tool_calls")
+MEANT = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "tool_calls", "function_call", "images")
 """Fields of a message that say something: a template that does not write them would lose it."""
 
 
@@ -25,19 +25,25 @@ class Conversation:
 
 
 def value_of(place: str, row: Mapping[str, Any], name: str) -> Any:
-    """What a column holds, None if the row lacks it. A dotted name goes into objects, unless a column is called that."""
-    if name in row or "." not in name:
-        return row.get(name)
-    value: Any = row
-    for part in name.split("."):
-        if value is None:
-            return None
-        if not isinstance(value, Mapping):
-            raise ValueError(
-                f"{place}: the column {name!r} goes into an object, and {_shown(value)} stands before .{part}"
-            )
-        value = value.get(part)
-    return value
+    """What a column holds, None if the row lacks it. A dotted name goes into objects and, by numbers from 0, into lists,
+    unless a column is called that; so does a part of it, where keys have dots themselves."""
+    return _inside(place, name, row, name.split("."))
+
+
+def _inside(place: str, name: str, value: Any, parts: Sequence[str]) -> Any:
+    if not parts or value is None:
+        return value
+    if isinstance(value, list) and parts[0].isdecimal():
+        index = int(parts[0])
+        return _inside(place, name, value[index], parts[1:]) if index < len(value) else None
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"{place}: the column {name!r} goes into an object, and {_shown(value)} stands before .{parts[0]}"
+        )
+    for size in range(len(parts), 0, -1):
+        if (key := ".".join(parts[:size])) in value:
+            return _inside(place, name, value[key], parts[size:])
+    return None
 
 
 def text_of(place: str, row: Mapping[str, Any], name: str) -> str | None:
@@ -67,17 +73,17 @@ def conversation_of(place: str, row: dict[str, Any], config: DataConfig, tokeniz
     """The conversation up to where the student speaks, and the assistant's turn behind it, if there is one."""
     columns = config.columns
     told = value_of(place, row, columns.response)
-    for name in ("messages", "conversations"):
-        if row.get(name) is not None:
-            break
-    else:
-        name = columns.prompt
+    name = columns.prompt
+    if name == Columns().prompt or value_of(place, row, name) is None:
+        name = next((whole for whole in ("messages", "conversations") if row.get(whole) is not None), name)
     value = value_of(place, row, name)
+    if value is None and name in row:
+        raise ValueError(f"{place}: {name} is null: write a prompt there, or leave the row out")
     if value is None:
         raise ValueError(
             f"{place} has no column {columns.prompt!r}; it has {', '.join(map(repr, row))}: write data.columns.prompt=NAME"
         )
-    if isinstance(value, list) or name != columns.prompt:
+    if isinstance(value, list) or name in ("messages", "conversations"):
         messages, turn = _split(place, name, _messages(place, name, value, tokenizer))
     else:
         messages, turn = [{"role": "user", "content": as_text(place, name, value)}], None
@@ -109,22 +115,40 @@ def _split(place: str, name: str, messages: list[Message]) -> tuple[list[Message
 
 
 def _messages(place: str, name: str, value: Any, tokenizer: Any) -> list[Message]:
-    turns = _as_messages(value)
+    turns = _as_messages(place, name, value)
     if not isinstance(turns, list) or not turns or not all(map(_is_message, turns)):
         raise ValueError(f"{place}: {name} must be a list of {{role, content}}, both of them text")
     return [_message(f"{place}: {name}", turn, tokenizer) for turn in turns]
 
 
-def _as_messages(conversation: Any) -> Any:
-    """ShareGPT's way of writing them, `{from, value}`, as OpenThoughts has; anything else as it is."""
+def _as_messages(place: str, name: str, conversation: Any) -> Any:
+    """Messages as `{role, content}`, content as text, where they are ShareGPT's `{from, value}`, as OpenThoughts has, or their
+    content is a list of parts; anything else as it is."""
     if not isinstance(conversation, list) or not all(isinstance(turn, dict) for turn in conversation):
         return conversation
-    return [
-        {**turn, "role": SPEAKERS.get(turn["from"], turn["from"]), "content": turn.get("value")}
-        if isinstance(turn.get("from"), str)
-        else turn
-        for turn in conversation
-    ]
+    turns = []
+    for turn in conversation:
+        if isinstance(speaker := turn.get("from"), str):
+            if speaker.lower() not in SPEAKERS:
+                raise ValueError(
+                    f"{place}: {name} are from {speaker!r:.60}, who is none of {', '.join(SPEAKERS)}: write {{role, content}}"
+                )
+            turn = {**turn, "role": SPEAKERS[speaker.lower()], "content": turn.get("value")}
+        turns.append({**turn, "content": _joined_parts(place, name, turn.get("content"))})
+    return turns
+
+
+def _joined_parts(place: str, name: str, content: Any) -> Any:
+    """The text of parts such as `{"type": "text", "text": ...}`, the format of chat servers; other content as it is."""
+    if not isinstance(content, list) or not content:
+        return content
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            what = f"of type {part.get('type')!r:.60}" if isinstance(part, dict) else _shown(part)
+            raise ValueError(
+                f'{place}: {name} hold a part of content that is {what}: only {{"type": "text", "text": ...}} is read'
+            )
+    return "".join(part["text"] for part in content)
 
 
 def _is_message(turn: Any) -> bool:

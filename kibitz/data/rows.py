@@ -57,7 +57,7 @@ def _read_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
         raise ValueError(f"data.prompts: there is no file {path}")
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: text may hold U+2028
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: text may hold U+2028
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     for number, line in enumerate(lines, 1):
@@ -69,7 +69,10 @@ def _read_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
         except RecursionError:
             row, too_deep = None, True
         except ValueError as error:  # an integer of more digits than Python reads is one, too
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+            advice = (
+                ": it begins a list; write one object a line (JSONL)" if not rows and line.lstrip()[0] == "[" else ""
+            )
+            raise ValueError(f"{path}, line {number} is not JSON: {error}{advice}") from None
         if too_deep:
             raise ValueError(f"{path}, line {number} is nested too deep: lists and objects go {MAX_DEPTH} deep at most")
         if not isinstance(row, dict):
@@ -98,7 +101,7 @@ def _read_dataset(config: DataConfig, path: Path) -> list[tuple[str, dict[str, A
         else:
             table = datasets.load_dataset(config.prompts or "", config.subset, split=config.split)
     except Exception as error:  # the library raises a dozen kinds
-        why, several = " ".join(str(error).split())[:300], "onfig name is missing" in str(error)
+        why, several = " ".join(str(error.__cause__ or error).split())[:300], "onfig name is missing" in str(error)
         advice = ": write data.subset=NAME" if several else ""
         raise ValueError(f"data.prompts: cannot read {config.prompts}: {why}{advice}") from error
     places = _picked(len(table), config)

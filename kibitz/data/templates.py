@@ -111,8 +111,9 @@ def _spelt(tokenizer: Any, messages: Sequence[Message], arguments: Mapping[str, 
 
 
 def encode_response(tokenizer: Any, text: str) -> list[int]:
-    """A demonstration as the student should write it, with the end that it has to learn."""
-    return [*tokenizer(text, add_special_tokens=False)["input_ids"], turn_end(tokenizer)]
+    """A demonstration as the student should write it, with the end that it has to learn, once: some data spells it already."""
+    ids, end = tokenizer(text, add_special_tokens=False)["input_ids"], turn_end(tokenizer)
+    return [*ids[: -1 if ids and ids[-1] == end else None], end]
 
 
 def turn_end(tokenizer: Any) -> int:

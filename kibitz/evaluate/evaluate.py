@@ -3,6 +3,7 @@
 The evaluation has its own seed, so two evaluations of one run differ by the weights only.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from numbers import Real
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 
 from kibitz.batching import group, pack
@@ -92,7 +94,7 @@ def _reward(grader: Grader, rollout: Rollout) -> float | None:
             f"the grader failed on prompt {rollout.prompt.text[:200]!r}, response {rollout.text[:200]!r}"
         ) from error
     try:
-        number = float(reward) if isinstance(reward, Real | torch.Tensor) else math.nan
+        number = float(reward) if isinstance(reward, Real | torch.Tensor | np.bool_) else math.nan
     except (OverflowError, ValueError, RuntimeError):  # a number too large, a tensor of several
         number = math.nan
     if not math.isfinite(number):
@@ -118,12 +120,22 @@ def _pass_at_k(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def _by_prompt(rollouts: Sequence[Rollout]) -> list[list[float]]:
-    """The rewards of all samples of each prompt. Rows that ask the same and have the same answer are one prompt."""
-    groups: dict[tuple[str, str | None], list[float]] = {}
+    """The rewards of all samples of each prompt. Rows that ask the same and have the same answer, up to white space, are one
+    prompt."""
+    groups: dict[tuple[str, ...], list[float]] = {}
     for rollout in rollouts:
         if rollout.reward is not None:
-            groups.setdefault((rollout.prompt.key, rollout.prompt.answer), []).append(rollout.reward)
+            groups.setdefault(_asked(rollout.prompt), []).append(rollout.reward)
     return list(groups.values())
+
+
+def _asked(prompt: Prompt) -> tuple[str, ...]:
+    """The words of a problem: equal for its copies, however they are spaced."""
+    if not prompt.messages:
+        return prompt.key, prompt.answer or ""
+    said = "\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)
+    tools = json.dumps(prompt.tools, default=str) if prompt.tools else ""
+    return " ".join(said.split()), tools, " ".join((prompt.answer or "").split())
 
 
 @torch.no_grad()

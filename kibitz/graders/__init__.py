@@ -7,7 +7,17 @@ wrong thing. So does a row that its grader cannot read, which `check` finds befo
 from collections.abc import Callable, Sequence
 
 from kibitz.graders import sandbox
-from kibitz.graders.answers import check_answer, check_choice, check_math, choice, exact, is_math, math, option_of
+from kibitz.graders.answers import (
+    check_answer,
+    check_choice,
+    check_math,
+    choice,
+    exact,
+    is_math,
+    is_serial,
+    math,
+    option_of,
+)
 from kibitz.graders.code import code, tests_of
 from kibitz.graders.constraints import constraints, constraints_of, constraints_strict
 from kibitz.graders.tasks import verify
@@ -68,13 +78,17 @@ def pick(name: str, prompts: Sequence[Prompt], world_grader: Grader | None = Non
 
 
 def _by_answers(prompts: Sequence[Prompt]) -> Grader | None:
-    """The first grader that calls each answer right that is its own response: options, then mathematics, then any text."""
+    """The first grader that calls each answer right that is its own response: options, then mathematics, then any text.
+    Dates and the like are text, unless most of the answers are not of that kind."""
     answers = sorted({prompt.answer for prompt in prompts if prompt.answer is not None})
     if not answers:
         return None
     if len(answers) > 1 and all(len(option := option_of(answer)) == 1 and option in "ABCDEFGHIJ" for answer in answers):
         return choice
-    return math if all(map(is_math, answers[:: -(-len(answers) // SAMPLE)])) else exact
+    sample = answers[:: -(-len(answers) // SAMPLE)]
+    if 2 * sum(map(is_serial, sample)) >= len(sample):
+        return exact
+    return math if all(map(is_math, sample)) else exact
 
 
 def is_graded(grader: Grader, prompt: Prompt) -> bool:

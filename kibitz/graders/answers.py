@@ -1,6 +1,7 @@
 """Graders that compare a response with the row's answer."""
 
 import re
+from decimal import Decimal
 from functools import lru_cache
 
 from kibitz.graders.worker import Worker
@@ -13,15 +14,23 @@ MATH_SECONDS = 2.0
 """For one text, of CPU time; an expression can be made to take forever. One that takes longer is wrong."""
 
 NUMBER = re.compile(r"[-+]?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?(/[1-9]\d*)?")
+SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d+)?[eE][-+]?\d{1,3}")
 WORD = re.compile(r"[^\W\d_]{2,}")
 LATEX = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s?\{[^{}]*\}|\\[A-Za-z]+|\b(?:sin|cos|tan|log|ln|exp|sqrt|pi|mod)\b")
 
-BOXED_LETTER = re.compile(r"\\boxed\s?\{\s?(?:\\(?:text|mathrm|textbf)\s?\{)?\s?\(?([A-J])\)?[.:)]?\s?\}")
+SERIAL = re.compile(r"\d\s?:\s?\d|\d\.\d+\.\d|\d[-/]\d+[-/]\d|\d\s+\d|[vV]\d+\.\d")
+"""Dates, times, versions, addresses and telephone numbers: mathematics reads differences and quotients in them."""
+
+BOXED_LETTER = re.compile(
+    r"\\boxed\s?\{\s?(?:\\(?:text|mathrm|textbf)\s?\{)?\s?\(?([A-Ja-j])\)?[.:)]?\s?\}?[.:)]?\s?\}"
+)
 ANSWER_LETTER = re.compile(
-    r"\b[Aa]nswer(?:\s(?:is|would be):?|:)(?:\s(?:option|choice))?[\s*$]{0,4}\(?([A-J])\)?(?![A-Za-z])"
+    r"\b(?:[Aa]nswer|ANSWER|[Oo]ption|[Cc]hoice)\*{0,2}(?:\s(?:is|would be):?|:)\*{0,2}(?:\s(?:[Oo]ption|[Cc]hoice))?[\s*$]{0,4}"
+    r"(?:\(?([A-J])\)?(?![A-Za-z])|\(([a-j])\)|([a-j])(?=[ ]?(?:$|[\n.,;:!)*$])))"
 )
 LETTER = re.compile(r"(?<![A-Za-z])(\()?([A-J])(?!['’]?[A-Za-z])\)?")
-PRONOUN = re.compile(r"\s(?!(?:is|are)\b)[a-z]")
+SMALL_LETTER = re.compile(r"(?<![\w)])\(([a-j])\)|^\W{0,3}([a-j])(?=[.:)]\s|[.:)*]{0,3}[ ]*$)", re.MULTILINE)
+PRONOUN = re.compile(r"\s(?!(?:is|are)\b)[a-z]|,\s(?:however|too|personally|therefore|myself|for\sone)\b")
 ARTICLE = re.compile(
     r"\s(?!(?:is|was|has|would|because|since|and|or|but|as|seems|looks|fits|matches|cannot|does)\b)[a-z]"
 )
@@ -35,15 +44,20 @@ def exact(prompt: Prompt, text: str) -> float:
 
 
 def math(prompt: Prompt, text: str) -> float:
-    """1 if the last `\\boxed{...}` of the text, or else its last mathematical expression, equals the answer, by math-verify.
+    """1 if the last `\\boxed{...}` of the text, or else its last mathematical expression, equals the answer, by math-verify; or
+    if the text is the answer, sign by sign.
 
     GSM8K's answers, worked solutions that end in `#### 18`, are understood."""
-    return float(_worker.ask(ask="mathematics", answer=_final(_answer(prompt)), text=text) is True)
+    answer = _answer(prompt)
+    if text.strip() in (answer.strip(), final := _final(answer)):
+        return 1.0
+    return float(_worker.ask(ask="mathematics", answer=_positional(final), text=text) is True)
 
 
 def choice(prompt: Prompt, text: str) -> float:
     """1 if the option that the text settles on, A to J, is the answer: its last boxed letter, or else the last after `answer
-    is` or `answer:`, or else the last that stands alone and is neither the pronoun `I` nor the article `A`."""
+    is` or `answer:`, or else the last that stands alone and is neither the pronoun `I` nor the article `A`. A small letter
+    counts in a box, behind `answer is`, in parentheses and at the head of a line."""
     return float(chosen(text) == option_of(_answer(prompt)))
 
 
@@ -51,11 +65,13 @@ def chosen(text: str) -> str | None:
     """The option that a text settles on."""
     text = text[-MAX_CHARACTERS:]
     for pattern in (BOXED_LETTER, ANSWER_LETTER):
-        said = [match[1] for match in pattern.finditer(text) if not _is_word(match[1], text, match.end(1))]
+        places = [(m, m.lastindex or 0) for m in pattern.finditer(text)]
+        said = [m[group] for m, group in places if not _is_word(m[group], text, m.end(group))]
         if said:
-            return said[-1]
+            return said[-1].upper()
     letters = [m[2] for m in LETTER.finditer(text) if m[1] or not _is_word(m[2], text, m.end(2))]
-    return letters[-1] if letters else None
+    small = [] if letters else [m[m.lastindex or 0] for m in SMALL_LETTER.finditer(text)]
+    return (letters or [letter.upper() for letter in small] or [None])[-1]
 
 
 def option_of(answer: str) -> str:
@@ -98,9 +114,9 @@ def is_math(answer: str) -> bool:
     """Return whether `math` is the grader for an answer: its last line is a number, or an expression without words that is
     right when compared with itself."""
     final = _final(answer)
-    if NUMBER.fullmatch(final):
+    if NUMBER.fullmatch(final) or SCIENTIFIC.fullmatch(final):
         return True
-    if len(final) == 1 or WORD.search(LATEX.sub(" ", final)):
+    if len(final) == 1 or WORD.search(LATEX.sub(" ", final)) or not _is_expression(final):
         return False
     return _worker.ask(ask="mathematics", answer=final, text=f"\\boxed{{{final}}}") is True
 
@@ -108,6 +124,16 @@ def is_math(answer: str) -> bool:
 @lru_cache(maxsize=1 << 16)
 def _is_expression(final: str) -> bool:
     return bool(NUMBER.fullmatch(final)) or _worker.ask(ask="gold", answer=final) is True
+
+
+def is_serial(answer: str) -> bool:
+    """Return whether an answer looks like a date, a time, a version, an address or a telephone number."""
+    return SERIAL.search(_final(answer)) is not None
+
+
+def _positional(final: str) -> str:
+    """A number such as `1e5` without its exponent, which mathematics reads as the letter e."""
+    return f"{Decimal(final):f}" if SCIENTIFIC.fullmatch(final) else final
 
 
 def _final(answer: str) -> str:

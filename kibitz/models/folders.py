@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -47,12 +48,20 @@ def check_folder(name: str, role: str) -> None:
             )
         for index in sorted(path.glob(f"*{INDEX}")):
             check_index(index, role)
-    elif path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or _is_a_place(path):
+    elif path.exists() or not _is_name_of_the_hub(name) or _is_a_place(path):
         raise ValueError(f"{where(role)}: there is no model folder at {name}")
     elif not _is_on_hub(name):
         raise ValueError(
             f"{where(role)}: {name} is neither a folder here nor a model on the hub, or the hub is out of reach"
         )
+
+
+def _is_name_of_the_hub(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_a_place(path: Path) -> bool:

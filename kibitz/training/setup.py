@@ -97,9 +97,9 @@ def prepare(
     _check_other_models(recipe, tokenizer)
     mask_ids = single_tokens(tokenizer, recipe.method.mask_tokens, "method.mask_tokens")
     prompts = training_prompts(recipe, tokenizer)
-    grader = grader or _grader(recipe, prompts)
-    stored = _stored(recipe, prompts, num_ids(tokenizer))
     held_out = _held_out(recipe, tokenizer)
+    grader = grader or _grader(recipe, prompts, held_out)
+    stored = _stored(recipe, prompts, num_ids(tokenizer))
     if grader is not None:
         graders.check(grader, held_out)
     teacher_tokenizers = teachers.check_all(recipe, tokenizer, [*prompts, *held_out])
@@ -138,8 +138,11 @@ def prepare(
     return Setup(parts, folder, resumed_from, known, learner, engine, stream, grader, evaluator)
 
 
-def _grader(recipe: Recipe, prompts: Sequence[Prompt]) -> Grader | None:
+def _grader(recipe: Recipe, prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> Grader | None:
+    """The grader of the prompts; of those of the evaluation where only they have answers and no reward is trained on."""
     needed = recipe.method.needs().reward
+    if not needed and recipe.data.world is None and not any(prompt.answer for prompt in prompts):
+        prompts = held_out if any(prompt.answer for prompt in held_out) else prompts
     grader = load_grader(recipe.data, prompts, needed)
     if needed and grader is None:
         raise RecipeError(

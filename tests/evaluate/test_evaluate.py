@@ -4,9 +4,11 @@ import json
 import math
 import random
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from statistics import fmean, stdev
 
+import numpy as np
 import pytest
 import torch
 from support.models import full_logp, language_model, make_model
@@ -18,7 +20,7 @@ import kibitz
 from kibitz import worlds
 from kibitz.config import DataConfig, EvalConfig, RolloutConfig
 from kibitz.evaluate.annotate import FORK_NATS, annotate, score_texts
-from kibitz.evaluate.evaluate import accuracy, evaluate_model, mean_reverse_kl
+from kibitz.evaluate.evaluate import accuracy, evaluate_model, grade, mean_reverse_kl
 from kibitz.evaluate.statistics import interval, t_quantile
 from kibitz.teachers.local import local_teacher
 from kibitz.training.setup import prepare
@@ -90,6 +92,10 @@ def test_samples_of_one_prompt_are_one_observation():
     assert row["high"] - row["low"] > 0.8
     same = [replace(r, prompt=rollouts[0].prompt) for r in rollouts]
     assert accuracy(same)["num"] == 1  # rows that ask the same and have one answer
+    spaced = [
+        replace(r.prompt, messages=({"role": "user", "content": "1+2" + " " * i},)) for i, r in enumerate(rollouts)
+    ]
+    assert accuracy([replace(r, prompt=p) for r, p in zip(rollouts, spaced, strict=True)])["num"] == 1
     other = [replace(r, prompt=replace(rollouts[0].prompt, answer=str(r.reward))) for r in rollouts]
     assert accuracy(other)["num"] == 2
 
@@ -229,3 +235,11 @@ def test_word_problems_on_random_models_of_real_architectures(kind, tmp_path):
     assert run.evals[-1]["greedy"]["num"] == 4
     saved = AutoModelForCausalLM.from_pretrained(run.checkpoint)
     assert saved.config.vocab_size == 512
+
+
+@pytest.mark.parametrize(
+    "reward", [True, np.True_, np.float32(1), np.int64(1), Fraction(1), torch.tensor([1.0]), torch.tensor(True)]
+)
+def test_every_kind_of_number_is_a_reward(pair, reward):
+    (graded,) = grade(lambda prompt, text: reward, pair[0], [rollout([1], [2])])
+    assert graded.reward == 1.0 and type(graded.reward) is float

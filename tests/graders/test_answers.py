@@ -66,7 +66,87 @@ def test_a_pronoun_is_no_option(text, option):
     assert chosen(text) == option
 
 
+@pytest.mark.parametrize(
+    ("text", "option"),
+    [
+        ("b", "B"),
+        ("b)", "B"),
+        ("b. Paris", "B"),
+        ("(b)", "B"),
+        ("**b**", "B"),
+        ("Answer: b", "B"),
+        ("The correct answer is b.", "B"),
+        ("The answer is (b) Paris", "B"),
+        ("the answer is e", "E"),
+        (r"\boxed{b}", "B"),
+        (r"\boxed{\text{(b)}}", "B"),
+        ("b) is wrong, so the answer is C", "C"),
+        ("**Answer**: B. A and C are wrong", "B"),
+        ("The correct option is B, not A", "B"),
+        ("D. I, however, doubt it", "D"),
+        ("the answer is a dog", None),
+        ("e = m c^2", None),
+        ("e.g. f(a) and i.e. g(b)", None),
+        ("a cat", None),
+    ],
+)
+def test_small_letters_are_options_where_options_stand(text, option):
+    assert chosen(text) == option
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("1e5", r"\boxed{100000}"),
+        ("1e+22", r"\boxed{10^{22}}"),
+        ("-2.5e-3", "-0.0025"),
+        ("12", r"so \boxed {12}"),
+        ("+1", "+1"),
+        ("x+1", "x+1"),
+        ("[1,2]", " [1,2]\n"),
+        ("work #### $[1,2]$", "$[1,2]$"),
+        (r"\text{yes}", r"\text{yes}"),
+    ],
+)
+def test_mathematics_as_data_writes_it(answer, text):
+    graders.check(graders.math, [a_prompt(answer)])
+    assert graders.math(a_prompt(answer), text) == 1.0
+    assert graders.math(a_prompt(answer), r"\boxed{77}") == 0.0
+
+
 # ------------------------------------------------------------------ what `auto` takes
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        ["2024-01-05", "2024-02-04"],
+        ["10:30", "11:45"],
+        ["192.168.0.1", "10.0.0.1"],
+        ["v1.2", "v1.3"],
+        ["+1 555 1234", "+1 555 4321"],
+        ["№3", "№4"],
+        ["<a>", "</a>"],
+    ],
+)
+def test_dates_and_the_like_are_text(answers):
+    """In each list, mathematics would call two answers equal, none equal to itself, or a row unreadable."""
+    prompts = [a_prompt(answer) for answer in answers]
+    grader = graders.pick("auto", prompts)
+    assert grader is graders.exact
+    graders.check(grader, prompts)
+    assert graders.pick("auto", [a_prompt("2:3"), a_prompt("4"), a_prompt("5")]) is graders.math
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [["a", "b"], ["x+1", "2x"], ["-1", "+1"], ["1e5"], ["Paris"], ["[1,2]"], ["1/2"], [r"\frac12"], ["50%"], ["$5"]],
+)
+def test_the_grader_of_auto_calls_each_answer_right_that_is_its_own_response(answers):
+    prompts = [a_prompt(answer) for answer in answers]
+    grader = graders.pick("auto", prompts)
+    assert grader is not None
+    assert all(grader(prompt, prompt.answer) == 1.0 for prompt in prompts)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +156,7 @@ def test_a_pronoun_is_no_option(text, option):
         (["yes", "no"], graders.exact),
         (["3 apples", "4"], graders.exact),
         (["18", "1,234.5", "-2"], graders.math),
-        (["9 * 2 = 18\n#### 18"], graders.math),
+        (["9 * 2 = 18\n#### 18", "from 9:30 to 10:30 on 2024-01-05\n#### 1"], graders.math),
         ([r"\frac{1}{2}", r"\text{Monday}", "x^2+1", r"\sin x"], graders.math),
         (["A", "b", "(C)"], graders.choice),
     ],

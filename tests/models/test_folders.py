@@ -10,10 +10,10 @@ from support.folders import CHANGES, changed, not_a_number, remove, reshape
 from support.models import CPU, language_model, make_model, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from kibitz.config import StudentConfig
+from kibitz.config import ModelConfig, StudentConfig
 from kibitz.models import LanguageModel, load_student, pick_device
 from kibitz.models.language_model import forward_flops, num_ids
-from kibitz.models.load import check_folder, share_vocabulary, stop_ids
+from kibitz.models.load import check_folder, load_tokenizer, share_vocabulary, stop_ids
 from kibitz.types import Prompt
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -256,3 +256,10 @@ def test_of_experts_those_count_that_a_token_visits(kind):
         return forward_flops(model, 10, 100, 3)
 
     assert flops(num_experts_per_tok=8) - flops() == 2 * 10 * 2 * 6 * size
+
+
+@pytest.mark.parametrize("name", ["modèle", "org/ü", "-x", "a..b", "a b", "x" * 120, "a/b/c"])
+def test_a_name_that_the_hub_cannot_have_is_a_folder_that_is_not_there(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="teacher.model: there is no model folder at "):
+        load_tokenizer(ModelConfig(model=name), "teacher")

@@ -67,7 +67,7 @@ def last_box(text):
             return text[start:]  # such as \\boxed 5
         if brace >= 0 and (size := closed(text[brace : brace + MAX_BOX])):
             percent = re.match(r"\s{0,9}\\?%", text[brace + size : brace + size + 12])
-            return text[start : brace + size] + (percent[0] if percent else "")
+            return "\\boxed" + text[brace : brace + size] + (percent[0] if percent else "")
         end = start
     return text
 
