@@ -104,13 +104,7 @@ def load_model(
 ) -> LanguageModel:
     """The model of a recipe's `student` or `teacher` section, on `device`; an adapter is merged into its base."""
     tokenizer = tokenizer or load_tokenizer(config, role)
-    weights = load_weights(config, role, device).to(device)
-    try:
-        return LanguageModel(weights, tokenizer, role, compiled=config.compile)
-    except AssertionError as error:  # of a library for quantized weights, on those that are not packed as it expects
-        if getattr(weights, "hf_quantizer", None) is None:
-            raise
-        raise ValueError(_unreadable(config.model, role, error)) from error
+    return LanguageModel(load_weights(config, role, device).to(device), tokenizer, role, compiled=config.compile)
 
 
 def load_student(

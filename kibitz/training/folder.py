@@ -115,7 +115,8 @@ class RunFolder:
     def choose_shown(self, rollouts: list[Rollout], num: int) -> list[Rollout]:
         """The rollouts that the heat-map shows: of those before training two thirds wrong ones, and the same prompts
         ever after."""
-        keys = list(dict.fromkeys(row.get("prompt_key") for row in self.rollouts.read() if row["step"] == 0))
+        before = [row.get("prompt_key") for row in self.rollouts.read() if row["step"] == 0]
+        keys = list(dict.fromkeys(key for key in before if isinstance(key, str)))
         first = {rollout.prompt.key: rollout for rollout in reversed(rollouts)}
         if not keys:
             wrong = [key for key, rollout in first.items() if rollout.reward is not None and rollout.reward < 1]
@@ -223,7 +224,10 @@ def _to_resume(path: Path, recipe: Recipe, held: bool) -> tuple[Path | None, lis
     """The checkpoint to go on from, none if there is none yet, and what to tell about the choice."""
     if not held:
         return None, [f"there is no run at {path} yet: it starts from step 0"]
-    old = config.load(path / "recipe.yaml").model_dump(mode="json")
+    try:
+        old = config.load(path / "recipe.yaml").model_dump(mode="json")
+    except RecipeError as error:
+        raise RecipeError(f"output: the recipe.yaml of the run at {path} cannot be read: {error}") from None
     new = recipe.model_dump(mode="json")
     changed = [key for key in new if key not in FREE_TO_CHANGE and new[key] != old.get(key)]
     if changed:

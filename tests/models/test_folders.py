@@ -129,6 +129,17 @@ def test_a_quantization_that_is_not_loaded_excuses_no_integers(method, sound, tm
             language_model(folder)
 
 
+def test_settings_that_fail_in_the_first_pass_are_a_sentence(adapter, tmp_path):
+    folder = shutil.copytree(adapter, tmp_path / "replicated")
+    edit_json(folder / "adapter_config.json", layer_replication=[[0, 1], [0, 2]])
+    with pytest.raises(ValueError, match=r"student: Qwen3ForCausalLM cannot read 8 tokens, .* IndexError"):
+        language_model(folder)
+    heads = {"q_lora_rank": None, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "num_key_value_heads": 4, "head_dim": 8}
+    folder = make_model(tmp_path / "heads", kind="deepseek_v3", first_k_dense_replace=2, **heads)
+    with pytest.raises(ValueError, match=r"teacher: DeepseekV3ForCausalLM cannot read 8 tokens, .* RuntimeError"):
+        language_model(folder, "teacher")
+
+
 def two_of(folder):
     """The tensors of a folder in two shards, with an index; the whole file is gone."""
     tensors = {name: tensor.clone() for name, tensor in load_file(folder / FILE).items()}
