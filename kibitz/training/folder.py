@@ -13,7 +13,7 @@ import torch
 
 from kibitz import __version__, config
 from kibitz.config import Recipe, RecipeError
-from kibitz.files import JSONL, Lock, write_atomically, writer_of
+from kibitz.files import JSONL, LOCK, Lock, write_atomically, writer_of
 from kibitz.methods.stored import as_row
 from kibitz.models import LanguageModel
 from kibitz.parallel.ranks import ALONE, Ranks
@@ -198,6 +198,7 @@ def _how_to_begin(recipe: Recipe, resume: bool, overwrite: bool) -> tuple[Path |
     path = Path(recipe.output)
     if path.exists() and not path.is_dir():
         raise RecipeError(f"output: {path} is a file; write the name of a folder")
+    _check_places(path)
     if not overwrite and (other := writer_of(path)) is not None:
         raise RecipeError(_written_by(path, other))
     held = (path / "recipe.yaml").exists() or (path / "metrics.jsonl").exists()
@@ -208,6 +209,22 @@ def _how_to_begin(recipe: Recipe, resume: bool, overwrite: bool) -> tuple[Path |
             f"output: {path} already holds a run: write --resume to continue it, --overwrite to replace it, or output=ANOTHER"
         )
     return None, []
+
+
+def _check_places(path: Path) -> None:
+    """Raise RecipeError where something else stands in the place of what a run writes, before it has anything to save."""
+    if path.is_symlink() and not path.exists():
+        raise RecipeError(f"output: {path} is a link to a folder that is not there: make it, or write output=ANOTHER")
+    folders = [
+        name
+        for name in ("run.json", "recipe.yaml", LOCK, *(f"{name}.jsonl" for name in FILES))
+        if (path / name).is_dir()
+    ]
+    if folders:
+        raise RecipeError(f"output: {path / folders[0]} is a folder, and a run writes a file there: take it away")
+    kept = path / "checkpoints"
+    if (kept.exists() or kept.is_symlink()) and not kept.is_dir():
+        raise RecipeError(f"output: {kept} is no folder, and a run saves its checkpoints there: take it away")
 
 
 def _forget(path: Path) -> None:
