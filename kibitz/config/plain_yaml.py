@@ -14,8 +14,8 @@ MAX_CHARACTERS, MAX_NODES, MAX_DEPTH = 1_000_000, 100_000, 32
 LARGEST = 2**53
 """Beyond it a float, and so many a reader of JSON, does not hold every integer."""
 
-INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$")
-FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9_]*)(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$")  # fmt: skip  # noqa: E501
+INT = re.compile(r"[-+]?(?:0|[1-9](?:_?[0-9])*)$")
+FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|(?:0|[1-9](?:_?[0-9])*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$")  # fmt: skip  # noqa: E501
 OURS = {"int": (INT, "-+0123456789"), "float": (FLOAT, "-+.0123456789")}
 NOT_OURS = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp", "value")}
 
@@ -67,10 +67,10 @@ def parse(text: str) -> Any:
         return yaml.load(text, _Loader)  # a SafeLoader, as far as tags go
     except RecursionError:
         raise _too_deep() from None
-    except (ValueError, TypeError) as error:  # a tag that PyYAML cannot build from what stands behind it
-        if isinstance(error, RecipeError):
-            raise
-        raise yaml.YAMLError(str(error)) from None
+    except (RecipeError, yaml.YAMLError):
+        raise
+    except Exception as error:  # noqa: BLE001 - a tag that PyYAML cannot build from what stands behind it, as `!!bool 3`
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
 
 
 def dump(tree: Any) -> str:
@@ -87,7 +87,7 @@ def mistake(error: Exception) -> str:
 
 def check_plain(value: Any, place: str = "", depth: int = 0) -> None:
     """Raise RecipeError, with its place, for what no field of a recipe can be: an integer beyond 2^53, a number that is not
-    finite, half a character, or a tree deeper than 32."""
+    finite, half a character, a NUL, or a tree deeper than 32."""
     if depth > MAX_DEPTH:
         raise _too_deep()
     if isinstance(value, dict | list):
@@ -97,6 +97,8 @@ def check_plain(value: Any, place: str = "", depth: int = 0) -> None:
         raise RecipeError(f"{place}: an integer in a recipe is at most 2^53, got one of {value.bit_length()} bits")
     elif isinstance(value, float) and not math.isfinite(value):
         raise RecipeError(f"{place}: write a finite number, got {value}")
+    elif isinstance(value, str) and "\0" in value:
+        raise RecipeError(f"{place}: {value!r:.100} holds a NUL, which no name of a file can hold")
     elif isinstance(value, str) and any("\ud800" <= sign <= "\udfff" for sign in value):
         raise RecipeError(f"{place}: {ascii(value)[:100]} holds half a surrogate pair, which is no character")
 
@@ -140,7 +142,7 @@ def _once_each(node: yaml.MappingNode) -> None:
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode):
             line, name = key.start_mark.line + 1, (key.tag, key.value)
-            if name in lines and key.value != "<<":
+            if name in lines:
                 raise RecipeError(
                     f"the key {key.value!r} stands twice, in line {lines[name]} and in line {line}: leave one out"
                 )

@@ -1,6 +1,7 @@
 """Read a recipe from YAML and `a.b=value` overrides, check it, and write it back. Mistakes are reported as sentences."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,12 +72,12 @@ def _assign(tree: dict, override: str) -> None:
         _drop_twins(tree.get("method"), [*parents[1:], last])
     node: Any = tree
     for name in parents:
-        if isinstance(node, list):
-            node = node[_place(node, name, override)]
-            continue
-        if not isinstance(node.get(name), dict | list):
-            node[name] = {}
-        node = node[name]
+        place = _place(node, name, override) if isinstance(node, list) else name
+        if isinstance(node, dict):
+            node.setdefault(name, {})
+        if not isinstance(node[place], dict | list):
+            node[place] = {}
+        node = node[place]
     node[_place(node, last, override) if isinstance(node, list) else last] = value
 
 
@@ -92,7 +93,7 @@ def _drop_twins(method: Any, place: list[str]) -> None:
 
 def _place(entries: list, name: str, override: str) -> int:
     """Return the index of an entry in a list, such as the 1 of `teacher.1.weight`."""
-    if not name.isdecimal() or int(name) >= len(entries):
+    if not re.fullmatch("[0-9]{1,9}", name) or int(name) >= len(entries):
         raise RecipeError(
             f"cannot read the override {override!r}: {name} is none of the {len(entries)} entries, 0 and on"
         )

@@ -20,7 +20,8 @@ What a program can still do to be called correct without being it:
 - change an argument in place (`x.clear()`) that the test compares with later.
 
 A correct program fails where a test needs more than the line carries: coroutines, operators between an object of the
-program's class and plain data whose outcome is data, `in` for a class without `__iter__`, inheriting from the program's classes.
+program's class and plain data whose outcome is data, `in` for a class without `__iter__`, inheriting from the program's classes,
+a StopIteration that is not that of `next`.
 """
 
 import ast

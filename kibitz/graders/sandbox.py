@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -86,13 +86,13 @@ def run_tests(program: str, tests: dict, limits: Limits) -> Outcome:
         ends += os.pipe()
         theirs, ours = (ends[0], ends[3]), (ends[2], ends[1])
         with (
-            _started({"role": "program", "source": program}, b"", limits, theirs) as (other, other_folder),
             _started({"role": "tests", **tests}, b"", limits, ours) as (process, folder),
+            _started({"role": "program", "source": program}, b"", limits, theirs) as (other, other_folder),
         ):
             while ends:
                 os.close(ends.pop())  # each process sees the end of the other
             _wait_until_confined(other)
-            _wait_until_confined(process)
+            _wait_until_confined(process, lambda: _folder_is_full(other_folder, limits))  # the program runs by now
             return _watch(process, [folder, other_folder], limits)
     finally:
         while ends:
@@ -136,12 +136,18 @@ def check() -> None:
     run({"source": ""}, b"", Limits())
 
 
-def _wait_until_confined(process: subprocess.Popen[bytes]) -> None:
-    """Read what the interpreter says before the program begins; it closes its standard error then."""
+def _wait_until_confined(process: subprocess.Popen[bytes], enough: Callable[[], bool] = lambda: False) -> None:
+    """Read what the interpreter says before the program begins; it closes its standard error then. Return early once `enough`
+    is true, which is asked fifty times a second."""
     assert process.stderr is not None
     said, deadline = b"", time.monotonic() + START_SECONDS
-    while _readable(process.stderr.fileno(), deadline) and (chunk := os.read(process.stderr.fileno(), 4096)):
-        said += chunk
+    while (now := time.monotonic()) < deadline:
+        if enough():
+            return
+        if _readable(process.stderr.fileno(), min(deadline, now + TICK_MILLISECONDS / 1000)):
+            if not (chunk := os.read(process.stderr.fileno(), 4096)):
+                break
+            said += chunk
     first, _, rest = said.decode(errors="replace").partition(" ")
     if first != "ready":
         raise RuntimeError(

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +20,8 @@ from kibitz.models import lora
 FLOATS = {"F64", "F32", "F16", "BF16"}
 CHECKED = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 INDEX = ".safetensors.index.json"
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+GENERATION = "generation_config.json"
 HUB_SECONDS = 10.0
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken", "tokenizer*.py", "tokenization*.py")
 """The files that can hold the vocabulary of a tokenizer."""
@@ -35,6 +38,10 @@ def check_folder(name: str, role: str) -> None:
     path = Path(name)
     if not name.strip():
         raise ValueError(f"{where(role)}: the name is empty: write a folder, or a name on the hub")
+    if broken_json(name, GENERATION):
+        raise ValueError(
+            f"{where(role)}: {path / GENERATION} is not JSON: it says where responses end, so mend it or take it away"
+        )
     if lora.is_adapter(path):
         lora.require_peft()
         check_folder(lora.base_of(path), f"{where(role)}: {name} adapts another model; {role}")
@@ -48,7 +55,12 @@ def check_folder(name: str, role: str) -> None:
             )
         for index in sorted(path.glob(f"*{INDEX}")):
             check_index(index, role)
+<<<<<<< HEAD
     elif path.exists() or not _is_name_of_the_hub(name) or _is_a_place(path):
+=======
+        check_one_model(path, role)
+    elif path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or _is_a_place(path):
+>>>>>>> breakb
         raise ValueError(f"{where(role)}: there is no model folder at {name}")
     elif not _is_on_hub(name):
         raise ValueError(
@@ -95,14 +107,15 @@ def lacks_tokenizer(name: str) -> bool:
     return Path(name).is_dir() and not any(True for pattern in TOKENIZERS for _ in Path(name).glob(pattern))
 
 
-def broken_json(name: str) -> str | None:
-    """The first file of a folder that is called JSON and is none: libraries say what is wrong with it and not which one it is."""
-    for path in sorted(Path(name).glob("*.json")) if Path(name).is_dir() else ():
+def broken_json(name: str, pattern: str = "*.json") -> str:
+    """The first file of a folder that is called JSON and is none, or nothing: libraries say what is wrong with it and not which
+    one it is."""
+    for path in sorted(Path(name).glob(pattern)) if Path(name).is_dir() else ():
         try:
             json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
+        except (OSError, ValueError, RecursionError):
             return path.name
-    return None
+    return ""
 
 
 def check_index(path: Path, role: str) -> None:
@@ -119,6 +132,29 @@ def check_index(path: Path, role: str) -> None:
             raise ValueError(f"{where(role)}: {path} names {name!r}, which is outside of the folder: move it inside")
 
 
+def check_one_model(folder: Path, role: str) -> None:
+    """Raise ValueError if a folder holds weights twice, of which loaders take one or the other: a whole file beside an index or
+    beside shards, shards that no index names, a tensor in two shards."""
+    index, whole = folder / f"model{INDEX}", folder / "model.safetensors"
+    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
+    loaded = {str(PurePosixPath(name)) for name in named} or {whole.name}
+    left = sorted(path.name for path in folder.glob("*.safetensors") if SHARD.fullmatch(path.name))
+    left = [name for name in left if name not in loaded]
+    if whole.is_file() and whole.name not in loaded:
+        left.append(whole.name)
+    if left:
+        raise ValueError(
+            f"{where(role)}: {folder} holds {listed(left)} beside {listed(loaded)}, which are weights of one model or of two: "
+            "leave those of one there, with an index that names all their files"
+        )
+    seen: dict[str, str] = {}
+    for name in sorted(loaded) if len(loaded) > 1 else ():
+        with suppress(SafetensorError, OSError), safe_open(folder / name, framework="pt") as file:  # loading says more
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                if seen.setdefault(key, name) != name:
+                    raise ValueError(f"{where(role)}: {folder} holds {key} in {seen[key]} and in {name}: leave one out")
+
+
 def check_dtypes(path: Path, role: str, harmless: Iterable[str] = ()) -> None:
     """Raise ValueError if a file stores a tensor, other than the `harmless` ones, as something else than floats of 16 bits
     or more: without a quantization's scales such numbers mean nothing."""
@@ -131,8 +167,8 @@ def check_dtypes(path: Path, role: str, harmless: Iterable[str] = ()) -> None:
     for name, dtype in stored.items():
         if dtype not in FLOATS and not (pattern and pattern.search(name)):
             raise ValueError(
-                f"{where(role)}: {path} stores {name} as {dtype} and its config.json names no quantization: a weight is a "
-                "float of 16 bits or more"
+                f"{where(role)}: {path} stores {name} as {dtype} and its config.json names no quantization that is loaded: a "
+                "weight is a float of 16 bits or more"
             )
 
 
@@ -150,7 +186,9 @@ def check_loaded(model: Any, info: Mapping[str, Any], name: str, role: str) -> N
                 f"{where(role)}: {name} {verb} {listed(keys)}: a {type(model).__name__} would begin with random numbers "
                 "there, or leave stored ones out; is config.json of these weights?"
             )
-    if getattr(model.config, "quantization_config", None) is None and Path(name).is_dir():
+    if (
+        getattr(model, "hf_quantizer", None) is None and Path(name).is_dir()
+    ):  # one that config.json names may be unknown
         for path in sorted(Path(name).glob("*.safetensors")):
             check_dtypes(path, role, harmless_keys(model))
 

@@ -1,6 +1,7 @@
 """The output head of a causal language model, called alone on the hidden states of some tokens."""
 
 import warnings
+from textwrap import shorten
 from types import MethodType
 from typing import Any
 
@@ -80,7 +81,7 @@ def build_head(model: Any, vocab_size: int, name: str) -> tuple[Head, bool]:
     ids_BL = torch.arange(min(8, vocab_size), device=model.device).repeat(2, 1)
     ids_BL[1, -1] = 0
     with torch.no_grad():
-        whole = model(ids_BL, use_cache=False).logits[..., :vocab_size].float()
+        whole = _first_pass(model, ids_BL, name).logits[..., :vocab_size].float()
         hidden = getattr(body_of(model)(ids_BL, use_cache=False), "last_hidden_state", None)
         alone = None if hidden is None else head(hidden).float()
     _check_logits(whole, name, type(model).__name__)
@@ -90,6 +91,20 @@ def build_head(model: Any, vocab_size: int, name: str) -> tuple[Head, bool]:
     warnings.warn(f"{name}: the output head of {type(model).__name__} cannot be called alone; logits are kept instead, "
                   f"{vocab_size} numbers a token", stacklevel=2)  # fmt: skip
     return Head(nn.Identity(), vocab_size), False
+
+
+def _first_pass(model: Any, ids_BL: Tensor, name: str) -> Any:
+    """The first forward pass of a model, where settings turn out that do not fit: sizes of heads, layers without a kind,
+    quantized weights of another packing."""
+    try:
+        return model(ids_BL, use_cache=False)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        why = shorten(f"{type(error).__name__} {error}", 200, placeholder=" ...")
+        raise ValueError(
+            f"{name}: {type(model).__name__} cannot read {len(ids_BL[0])} tokens, so its config.json does not fit: {why}"
+        ) from error
 
 
 def body_of(model: Any) -> Any:

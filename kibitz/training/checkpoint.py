@@ -14,6 +14,7 @@ teacher keeps (`Stateful`).
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -37,11 +38,19 @@ from kibitz.parallel.ranks import ALONE, Ranks
 from kibitz.types import Stateful
 
 MANIFEST = Path("training") / "manifest.json"
+NAME = re.compile(r"step-\d{6,}")
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run folder, oldest first. Whether their files are sound, `damage` says."""
-    return sorted(path for path in (folder / "checkpoints").glob("step-*") if path.is_dir())
+    """The checkpoints of a run folder, oldest first; a copy that a person made, such as step-000050.bak, is none. Whether
+    their files are sound, `damage` says."""
+    named = [path for path in (folder / "checkpoints").glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(named, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
@@ -65,10 +74,13 @@ def damage(checkpoint: Path) -> str | None:
         if missing:
             return f"{missing[0]} is missing"
         found = _sums(checkpoint, wanted)
+        changed = [name for name in wanted if found[name] != wanted[name]]
+        if changed:
+            return f"{changed[0]} is not as it was written"
+        step = json.loads((checkpoint / "training" / "state.json").read_text(encoding="utf-8"))["step"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its {MANIFEST.name} cannot be read ({type(error).__name__})"
-    changed = [name for name in wanted if found[name] != wanted[name]]
-    return f"{changed[0]} is not as it was written" if changed else None
+    return None if step == step_of(checkpoint) else f"it is that of step {step} under another name"
 
 
 def save(
@@ -123,7 +135,7 @@ def remove(checkpoint: Path) -> None:
 def set_aside(folder: Path, last_step: int) -> None:
     """Take the name from checkpoints of later steps than a run goes on from: they are damaged, and not of it any more."""
     for path in checkpoints(folder):
-        if int(path.name.removeprefix("step-")) > last_step:
+        if step_of(path) > last_step:
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)

@@ -12,7 +12,7 @@ import torch
 
 from kibitz import __version__, config
 from kibitz.config import Recipe, RecipeError
-from kibitz.files import JSONL, Lock, commit, write_atomically, writer_of
+from kibitz.files import JSONL, LOCK, Lock, commit, write_atomically, writer_of
 from kibitz.methods.stored import as_row
 from kibitz.models import LanguageModel
 from kibitz.parallel.ranks import ALONE, Ranks
@@ -114,7 +114,8 @@ class RunFolder:
     def choose_shown(self, rollouts: list[Rollout], num: int) -> list[Rollout]:
         """The rollouts that the heat-map shows: of those before training two thirds wrong ones, and the same prompts
         ever after."""
-        keys = list(dict.fromkeys(row.get("prompt_key") for row in self.rollouts.read() if row["step"] == 0))
+        before = [row.get("prompt_key") for row in self.rollouts.read() if row["step"] == 0]
+        keys = list(dict.fromkeys(key for key in before if isinstance(key, str)))
         first = {rollout.prompt.key: rollout for rollout in reversed(rollouts)}
         if not keys:
             wrong = [key for key, rollout in first.items() if rollout.reward is not None and rollout.reward < 1]
@@ -196,6 +197,7 @@ def _how_to_begin(recipe: Recipe, resume: bool, overwrite: bool) -> tuple[Path |
     path = Path(recipe.output)
     if path.exists() and not path.is_dir():
         raise RecipeError(f"output: {path} is a file; write the name of a folder")
+    _check_places(path)
     if not overwrite and (other := writer_of(path)) is not None:
         raise RecipeError(_written_by(path, other))
     held = (path / "recipe.yaml").exists() or (path / "metrics.jsonl").exists()
@@ -206,6 +208,22 @@ def _how_to_begin(recipe: Recipe, resume: bool, overwrite: bool) -> tuple[Path |
             f"output: {path} already holds a run: write --resume to continue it, --overwrite to replace it, or output=ANOTHER"
         )
     return None, []
+
+
+def _check_places(path: Path) -> None:
+    """Raise RecipeError where something else stands in the place of what a run writes, before it has anything to save."""
+    if path.is_symlink() and not path.exists():
+        raise RecipeError(f"output: {path} is a link to a folder that is not there: make it, or write output=ANOTHER")
+    folders = [
+        name
+        for name in ("run.json", "recipe.yaml", LOCK, *(f"{name}.jsonl" for name in FILES))
+        if (path / name).is_dir()
+    ]
+    if folders:
+        raise RecipeError(f"output: {path / folders[0]} is a folder, and a run writes a file there: take it away")
+    kept = path / "checkpoints"
+    if (kept.exists() or kept.is_symlink()) and not kept.is_dir():
+        raise RecipeError(f"output: {kept} is no folder, and a run saves its checkpoints there: take it away")
 
 
 def _forget(path: Path) -> None:
@@ -222,7 +240,10 @@ def _to_resume(path: Path, recipe: Recipe, held: bool) -> tuple[Path | None, lis
     """The checkpoint to go on from, none if there is none yet, and what to tell about the choice."""
     if not held:
         return None, [f"there is no run at {path} yet: it starts from step 0"]
-    old = config.load(path / "recipe.yaml").model_dump(mode="json")
+    try:
+        old = config.load(path / "recipe.yaml").model_dump(mode="json")
+    except RecipeError as error:
+        raise RecipeError(f"output: the recipe.yaml of the run at {path} cannot be read: {error}") from None
     new = recipe.model_dump(mode="json")
     changed = [key for key in new if key not in FREE_TO_CHANGE and new[key] != old.get(key)]
     if changed:

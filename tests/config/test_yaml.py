@@ -99,6 +99,9 @@ def test_a_field_takes_no_scalar_for_another(place, value):
         ("data: {world: arithmetic, split: no}", "quote the word"),
         ("output: 2026", "output: input should be a valid string, got 2026"),
         ('output: "\\ud800"', "half a surrogate pair"),
+        ('output: "a\\0b"', "holds a NUL"),
+        ("steps: 1__0", "valid integer, got '1__0'"),
+        ("optim: {lr: 1_.0}", "valid number, got '1_.0'"),
     ],
 )
 def test_a_scalar_of_another_kind_is_refused(tmp_path, line, words):
@@ -157,6 +160,9 @@ MERGES = "a: &a {x: 1}\n" + "".join(
         ("a: [\n  b: c: d\n", "line 2: "),
         ("a: !!python/object/apply:os.system [true]", "line 1: could not determine a constructor"),
         ("a: !!set [1]", "is not YAML"),
+        ("a: !!bool 3", "is not YAML: KeyError"),
+        ("a: !!timestamp soon", "is not YAML"),
+        ("a: {<<: {x: 1}, <<: {x: 2}}", "the key '<<' stands twice"),
         ("? [a, b]\n: 1", "is not YAML"),
     ],
     ids=str,
@@ -169,6 +175,11 @@ def test_no_override_and_no_dict_grows_either():
     for override in ("steps=" + "[" * 9000, "data.options=" + "[" * 40 + "]" * 40, "optim={lr: 1.0, lr: 2.0}"):
         with pytest.raises(RecipeError, match="deep|stands twice"):
             config.load(TREE, [override])
+    listed = TREE | {"teacher": ["a", {"model": "b"}]}
+    assert config.load(listed, ["teacher.0.model=c"]).teachers[0].model == "c"
+    for override in ("teacher.0.model.name=c", "teacher.\u0661.model=c", "teacher.-1.model=c"):
+        with pytest.raises(RecipeError, match="teacher"):
+            config.load(listed, [override])
     deep: Any = 1
     for _ in range(9000):
         deep = [deep]

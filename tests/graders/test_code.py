@@ -198,12 +198,17 @@ FRAUDS = {
         "content=lambda *x: [3], abs=lambda *x: 0)"
     ),
     "eval": "f = g = eval",
+    "an end of the tests' loop": "def f(x): raise StopIteration\ng = f",
+    "a kind of end of the tests' loop": "class E(StopIteration): pass\ndef f(x): raise E\ng = f",
 }
 TESTS = [
     "assert f(2) == 3",
     "assert 3 == f(2)",
     "y = 3\nassert f(2) == y",
     "assert all(f(i) == i + 1 for i in range(3))",
+    "assert all(map(lambda i: f(i) == i + 1, range(3)))",
+    "assert all(a == b for a, b in zip(map(f, [1, 2]), [2, 3]))",
+    "assert not list(filter(lambda i: f(i) != i + 1, range(3)))",
     "assert abs(g(2) - 3.5) < 1e-6",
     "assert math.isclose(g(2), 3.5)",
     "from math import isclose\nassert isclose(g(2), 3.5)",
@@ -285,6 +290,7 @@ def count(n):
 def rotate(m): m[:] = [list(row) for row in zip(*m[::-1])]
 def fill(d, **more): d.update(more)
 def fails(): raise ValueError("no")
+def look(key): return {}[key]
 def leaf(node): return node.left.value if node.left else None
 """
 
@@ -296,6 +302,8 @@ def leaf(node): return node.left.value if node.left else None
         "s = Stack()\ntry:\n    s.pop()\nexcept Empty as e:\n    assert 'nothing' in str(e)\nelse:\n    assert False",
         "try:\n    Stack().pop()\nexcept KeyError:\n    pass\nelse:\n    assert False",
         "try:\n    fails()\nexcept ValueError as e:\n    assert str(e) == 'no'",
+        "try:\n    look('key')\nexcept KeyError as e:\n    assert e.args == ('key',) and str(e) == repr('key')",
+        "try:\n    next(count(0))\nexcept StopIteration:\n    pass\nelse:\n    assert False",
         "v = Vector(1, 2) + Vector(2, 2)\nassert v == Vector(3, 4) and abs(v) == 5 and v.x == 3 and str(v) == '<3, 4>'",
         "v = Vector(1, 2) * 3\nassert v == Vector(3, 6) and v.y == 6",
         "assert isinstance(Vector(1, 2), Vector) and not isinstance(3, Vector)",

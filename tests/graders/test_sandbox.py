@@ -204,6 +204,17 @@ def test_files_without_a_name_do_not_escape_the_count(tmp_path, monkeypatch):
     assert outcome.stopped and not outcome.output and list(tmp_path.iterdir()) == []
 
 
+def test_what_a_program_writes_before_its_tests_are_ready_counts():
+    """A program begins while the interpreter of its tests, here long ones, still starts; it shrinks its files in time."""
+    fill = (
+        "import time\nfor n in range(24): open(str(n), 'wb').write(bytes(1 << 20))\ntime.sleep(0.2)\n"
+        f"for n in range(24): open(str(n), 'wb').close()\n{ADD}"
+    )
+    job = {"tests": ["assert add(1, 2) == 3", "# " + "é" * (16 << 20)], "names": ["add"], "modules": []}
+    outcome = sandbox.run_tests(fill, job, SLOW)
+    assert outcome.stopped == "it filled its working directory"
+
+
 def test_no_connection_comes_out():
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = server.getsockname()

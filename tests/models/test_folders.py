@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from support.folders import CHANGES, changed, not_a_number, remove, reshape
+from safetensors.torch import load_file, save_file
+from support.folders import CHANGES, as_float8, as_integers, changed, not_a_number, remove, reshape
 from support.models import CPU, language_model, make_model, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -17,6 +17,11 @@ from kibitz.models.load import check_folder, load_tokenizer, share_vocabulary, s
 from kibitz.types import Prompt
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,7 @@ def test_no_tensor_of_a_model_can_be_changed_silently(change, sound, tmp_path):
 
 
 def test_a_tensor_of_another_float_dtype_keeps_its_numbers(sound, tmp_path):
-    name = "model.layers.0.mlp.up_proj.weight"
+    name = UP
 
     def halve(tensors):
         tensors[name] = tensors[name].half()
@@ -112,6 +117,80 @@ def test_an_index_that_names_a_file_that_is_not_there(sound, tmp_path):
     folder = with_index(sound, tmp_path / "m", dict.fromkeys(names, "part.safetensors") | {names[0]: "b.safetensors"})
     with pytest.raises(ValueError, match="is not a model that transformers can load"):
         language_model(folder)
+
+
+@pytest.mark.parametrize("method", ["nope", "bitsandbytes", "finegrained_fp8"])
+def test_a_quantization_that_is_not_loaded_excuses_no_integers(method, sound, tmp_path):
+    """transformers ignores a name that it does not know, and one without the settings that it needs."""
+    for number, change in enumerate((as_integers, as_float8)):
+        folder = changed(sound, tmp_path / str(number), lambda tensors, change=change: change(tensors, UP))
+        edit_json(folder / "config.json", quantization_config={"quant_method": method})
+        with pytest.raises(ValueError, match=f"stores {UP} as .* names no quantization that is loaded"):
+            language_model(folder)
+
+
+def test_settings_that_fail_in_the_first_pass_are_a_sentence(adapter, tmp_path):
+    folder = shutil.copytree(adapter, tmp_path / "replicated")
+    edit_json(folder / "adapter_config.json", layer_replication=[[0, 1], [0, 2]])
+    with pytest.raises(ValueError, match=r"student: Qwen3ForCausalLM cannot read 8 tokens, .* IndexError"):
+        language_model(folder)
+    heads = {"q_lora_rank": None, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "num_key_value_heads": 4, "head_dim": 8}
+    folder = make_model(tmp_path / "heads", kind="deepseek_v3", first_k_dense_replace=2, **heads)
+    with pytest.raises(ValueError, match=r"teacher: DeepseekV3ForCausalLM cannot read 8 tokens, .* RuntimeError"):
+        language_model(folder, "teacher")
+
+
+def two_of(folder):
+    """The tensors of a folder in two shards, with an index; the whole file is gone."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / FILE).items()}
+    (folder / FILE).unlink()
+    names = sorted(tensors)
+    weight_map = {name: f"model-0000{1 + (name > names[9])}-of-00002.safetensors" for name in names}
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name in names if weight_map[name] == file}, folder / file, {"format": "pt"})
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return tensors, names
+
+
+def whole_again(folder, tensors, names):
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / FILE, {"format": "pt"})
+
+
+def a_third_shard(folder, tensors, names):
+    save_file({"more": tensors[names[0]]}, folder / "model-00003-of-00003.safetensors", {"format": "pt"})
+
+
+def no_index(folder, tensors, names):
+    whole_again(folder, tensors, names)
+    (folder / INDEX).unlink()
+
+
+def one_in_both(folder, tensors, names):
+    second = {name: tensor for name, tensor in tensors.items() if name > names[9]} | {names[0]: tensors[names[0]] + 1}
+    save_file(second, folder / "model-00002-of-00002.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("change", [whole_again, a_third_shard, no_index, one_in_both])
+def test_weights_that_are_there_twice_are_refused(change, sound, tmp_path):
+    """Loaders differ in which of them they take."""
+    folder = shutil.copytree(sound, tmp_path / "m")
+    tensors, names = two_of(folder)
+    loaded = language_model(folder).model.state_dict()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in names)
+    change(folder, tensors, names)
+    for role in ("student", "teacher"):
+        with pytest.raises(ValueError, match=rf"{role}\.model: .*(weights of one model or of two|leave one out)"):
+            language_model(folder, role)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"[" * 9000, b"[]", b"null"])
+def test_broken_settings_of_generation_are_not_passed_over(text, sound, adapter, tmp_path):
+    """They say where responses end; transformers takes none in their place."""
+    for number, source in enumerate((sound, adapter)):
+        folder = shutil.copytree(source, tmp_path / str(number))
+        (folder / "generation_config.json").write_bytes(text)
+        with pytest.raises(ValueError, match=r"student\.model: "):
+            language_model(folder)
 
 
 def test_tied_embeddings_are_stored_once_and_load(tmp_path):

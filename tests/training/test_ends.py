@@ -174,3 +174,19 @@ def test_any_value_of_a_row_may_be_of_another_kind(stopped, tmp_path):
                 row[draw.choice([key for key in row if key != "step"])] = draw.choice(odd)
             (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         report.build([tmp_path])
+
+
+@pytest.mark.parametrize("name", ["run.json", "run.lock", "metrics.jsonl", "recipe.yaml", "checkpoints", ""])
+def test_what_stands_in_the_place_of_a_file_is_found_before_training(models, tmp_path, name):
+    """A link to nothing for each folder, a folder for each file."""
+    output = tmp_path / "run"
+    if name in ("checkpoints", ""):
+        (output / name).parent.mkdir(exist_ok=True)
+        (output / name).symlink_to(tmp_path / "nowhere")
+    else:
+        (output / name).mkdir(parents=True)
+    with pytest.raises(kibitz.RecipeError, match=rf"^output: {output / name} is "):
+        kibitz.train(recipe(*models, output), overwrite=True)
+    (tmp_path / "nowhere").mkdir()
+    if name in ("checkpoints", ""):
+        kibitz.train(recipe(*models, output, steps=1))

@@ -278,6 +278,36 @@ def test_a_damaged_manifest_is_damage(finished, tmp_path, harm):
     assert checkpoint.damage(new) is not None
 
 
+def test_what_a_person_puts_beside_the_checkpoints_is_none(models, finished, tmp_path):
+    """Copies under other names, and a checkpoint under the name of another step."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    folder, real = run / "checkpoints", checkpoint.checkpoints(run)
+    for name in ("step-000004.bak", "step-000004 copy", "step-old", "step-"):
+        shutil.copytree(real[-1], folder / name)
+    shutil.copytree(real[0], folder / "step-000009")
+    found, (told,) = checkpoint.newest_sound(run)
+    assert found == real[-1]
+    assert told == "the checkpoint step-000009 is damaged: it is that of step 2 under another name"
+    tree = recipe(*models, run, steps=4, save={"every": 2}) | {"output": str(run)}
+    assert kibitz.train(tree, resume=True).checkpoint == real[-1]
+    names = {path.name for path in folder.iterdir()}
+    assert {"step-000004.bak", "step-000004 copy", "step-old", "step-", "damaged-step-000009"} <= names
+
+
+@pytest.mark.parametrize("text", [b"", b"{}", b"[1]", b"\xff", b"student: {", b"steps: 1\nsteps: 2", b"\0"])
+def test_a_damaged_recipe_of_a_run_is_named(models, finished, tmp_path, text):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "recipe.yaml").write_bytes(text)
+    with pytest.raises(kibitz.RecipeError, match=f"output: the recipe.yaml of the run at {run} cannot be read: "):
+        kibitz.train(recipe(*models, run, steps=5) | {"output": str(run)}, resume=True)
+
+
+def test_a_million_steps_come_after_those_before(tmp_path):
+    for step in (1_000_000, 999_999, 20):
+        (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [20, 999_999, 1_000_000]
+
+
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(models, finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)

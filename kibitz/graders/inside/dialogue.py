@@ -113,12 +113,14 @@ class Line:
             self.answer(message)
         try:
             raised = message.get("raised")
-            error = None if raised is None else self.error_class(raised["class"])(str(raised["text"]))
+            error = None if raised is None else self.error_class(raised["class"])(self.decode(raised["text"]))
             for place, changed in message.get("changed", ()):
                 change(values[place], self.decode(changed))
             value = None if error else self.decode(message["value"])
         except Exception:
             self.broken("it sent what is no data")
+        if self.holds_tests and what != "next" and isinstance(error, StopIteration):
+            raise RuntimeError("StopIteration")  # as in a generator: it would end the test's own `all(map(f, x))`
         if error is not None:
             raise error
         return value
@@ -136,7 +138,7 @@ class Line:
             named = dict(zip(names, parts[first:], strict=True))
             reply["value"] = self.encode(self.operations[message["ask"]](*parts[:first], **named))
         except Exception as error:
-            reply["raised"] = {"class": self.encode_error(type(error)), "text": text_of(error)}
+            reply["raised"] = {"class": self.encode_error(type(error)), "text": self.encode(text_of(error))}
         if message["ask"] == "call":
             now = [(i, self.encode(part)) for i, part in enumerate(parts) if isinstance(part, CHANGING)]
             reply["changed"] = [(i, part) for i, part in now if part != sent[i]]
@@ -295,8 +297,10 @@ def plain_error(kind):
 
 
 def text_of(error):
+    """What the error is made of again. A KeyError quotes the key that it is made of."""
     try:
-        return str(error)[:500]
+        key = error.args[0] if isinstance(error, KeyError) and len(error.args) == 1 else None
+        return key if type(key) in (str, int) else str(error)[:500]
     except Exception:
         return ""
 
