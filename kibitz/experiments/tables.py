@@ -185,7 +185,7 @@ def _of_probes(records: list[Record]) -> str:
 
 def _of_played(records: list[Record]) -> str:
     """The same of policies in environments."""
-    seeds = {record["seed"] for record in records}
+    seeds = {record["seed"] for record in records if not record["policy"].startswith("teacher")}
     return f"{len(records)} runs, {_range([len(seeds)])}. {_when_and_where(records)}" if records else ""
 
 

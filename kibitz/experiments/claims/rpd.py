@@ -94,15 +94,15 @@ def _env(env: str, records: Sequence[Record]) -> dict[str, Any]:
         raise NotRun(f"{env}-teacher")
     arms = {arm: _arm(env, arm, records, again) for arm in ARMS}
     theirs = [again[seed]["final"]["mean"] for seed in sorted(again)]
-    best = max(REFINED, key=lambda arm: arms[arm]["final"][0])
-    above = _paired(arms[best]["finals"], theirs)
+    for one in arms.values():
+        one["above"] = _paired(one["finals"], theirs)
+    best = max(REFINED, key=lambda arm: arms[arm]["last"])  # of episodes that the result is not of
     sooner = _ratio(arms["ppo"]["reached"], arms[best]["reached"], arms["ppo"]["budget"])
     beyond_opd = _paired(arms[best]["finals"], arms["opd"]["finals"])
-    opd_gap = _paired(arms["opd"]["finals"], theirs)
     return {
-        "teacher": (fmean(theirs), half_of_seeds(theirs)), "teacher_steps": made[0]["steps"], "arms": arms, "best": best,
-        "above": above, "sooner": sooner, "beyond_opd": beyond_opd, "opd_gap": opd_gap, "seeds": len(arms[best]["finals"]),
-        "beyond_ppo": _paired(arms[best]["finals"], arms["ppo"]["finals"]),
+        "teacher": (fmean(theirs), half_of_seeds(theirs)), "teacher_steps": made[0]["steps"], "arms": arms,
+        "best": best, "above": arms[best]["above"], "sooner": sooner, "beyond_opd": beyond_opd, "opd_gap": arms["opd"]["above"],
+        "seeds": len(arms[best]["finals"]), "beyond_ppo": _paired(arms[best]["finals"], arms["ppo"]["finals"]),
     }  # fmt: skip
 
 
@@ -120,7 +120,8 @@ def _arm(env: str, arm: str, records: Sequence[Record], again: Mapping[int, Reco
         for points in zip(*(r["curve"] for r in chosen), strict=False)
     ]
     return {
-        "rate": rate, "finals": finals, "final": (fmean(finals), half_of_seeds(finals)), "reached": reached,
+        "rate": rate, "last": fmean(r["curve"][-1][1] for r in chosen),
+        "finals": finals, "final": (fmean(finals), half_of_seeds(finals)), "reached": reached,
         "num_reached": sum(steps < inf for steps in reached), "median_reached": median(reached), "curve": curve,
         "budget": max(r["steps"] for r in chosen), "gflop": fmean(r["gflop"] for r in chosen),
     }  # fmt: skip
@@ -171,5 +172,5 @@ def _panel(env: str, found: Mapping[str, Any]) -> Panel:
 EXPERIMENT = Experiment(
     name="rpd",
     question="Does a policy go beyond a mediocre teacher, and sooner, when it hears the teacher and the reward?",
-    world="", recipe={}, arms=(), rates=(), seeds=5, play=play,
+    world="", recipe={}, arms=(), rates=(), seeds=5, play=play, find=find,
 )  # fmt: skip

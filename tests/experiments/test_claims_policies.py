@@ -1,0 +1,142 @@
+"""The rules of `rpd` and `trees` on made-up records: a verdict turns when the numbers turn."""
+
+import json
+from math import inf
+
+import pytest
+from typer.testing import CliRunner
+
+from kibitz.cli import app
+from kibitz.experiments import EXPERIMENTS
+from kibitz.experiments.claims import rpd, trees
+from kibitz.experiments.records import write
+from kibitz.experiments.results import NotRun, Results
+
+FINALS = {"ppo": -800.0, "bc": -400.0, "opd": -400.0, "rpd": -300.0, "rpd-anneal": -310.0}
+LEVEL = -400.0
+
+
+def put(folder, env: str, arm: str, rate: float, seed: int, final: float) -> None:
+    """A run whose curve rises evenly from -1000 to its end."""
+    curve = [[1000 * i, -1000 + (final + 1000) * i / 10] for i in range(11)]
+    row = {
+        "policy": arm,
+        "env": env,
+        "lr": rate,
+        "seed": seed,
+        "curve": curve,
+        "steps": 10_000,
+        "gflop": 1.0,
+        "settings": {},
+    }
+    write(folder / f"{env}-{arm}-{rate:g}-{seed}.json", {**row, "final": {"mean": final + seed}})
+
+
+def records(folder, finals: dict[str, float] = FINALS, seeds: int = 3) -> Results:
+    for env in rpd.ENVS:
+        made = {"policy": "teacher", "env": env, "seed": 1000, "lr": 1e-3, "steps": 5000, "final": {"mean": LEVEL}}
+        write(folder / f"{env}-teacher.json", {**made, "settings": {}})
+        for seed in range(seeds):
+            again = {
+                "policy": "teacher again",
+                "env": env,
+                "seed": seed,
+                "level": LEVEL,
+                "final": {"mean": LEVEL + seed},
+            }
+            write(folder / f"{env}-teacher-{seed}.json", {**again, "settings": {}})
+            for arm, final in finals.items():
+                put(folder, env, arm, 1e-3, seed, final)
+        for arm, final in finals.items():
+            put(folder, env, arm, 3e-3, 0, final - 50)
+    return Results(EXPERIMENTS["rpd"], folder)
+
+
+def test_refined_distillation_that_passes_its_teacher_sooner_is_reproduced(tmp_path):
+    found = rpd.find(records(tmp_path))
+    assert found.verdict == "reproduced"
+    env = found.numbers["envs"]["pendulum"]
+    assert env["best"] == "rpd" and env["above"] == (100.0, 0.0) and env["arms"]["ppo"]["num_reached"] == 0
+    assert env["arms"]["rpd"]["rate"] == 1e-3, "the rate that was better during training"
+    assert env["sooner"][0] == pytest.approx(10_000 / 9000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({"rpd": -420.0, "rpd-anneal": -420.0, "opd": -300.0, "ppo": -300.0}, "not"),
+        ({"opd": -290.0}, "partly"),
+        ({"ppo": -200.0}, "partly"),
+    ],
+)
+def test_the_verdict_turns_with_the_numbers(tmp_path, changes, verdict):
+    assert rpd.find(records(tmp_path, FINALS | changes)).verdict == verdict
+
+
+def test_a_level_is_reached_at_the_first_evaluation_that_is_there():
+    assert rpd.reaches([[0, -9.0], [10, -5.0], [20, -6.0]], -5.0) == 10
+    assert rpd.reaches([[0, -9.0]], -5.0) == inf
+
+
+def test_what_was_not_run_is_named(tmp_path):
+    with pytest.raises(NotRun, match="pendulum-teacher"):
+        rpd.find(Results(EXPERIMENTS["rpd"], tmp_path))
+
+
+def tree_records(folder, cartpole: float, loops: dict[str, float]) -> Results:
+    for env in trees.TEACHERS:
+        made = {"policy": "teacher", "env": env, "seed": 1000, "final": {"mean": 500.0}, "settings": {}}
+        write(folder / f"{env}-teacher.json", made)
+    for seed in range(3):
+        for name in trees.STUDENTS:
+            put_tree(folder, "cartpole", name, seed, cartpole, 3)
+        for loop, final in loops.items():
+            for depth in (1, 2):
+                put_tree(folder, "acrobot", f"{loop} {depth}", seed, final + depth, depth)
+    return Results(EXPERIMENTS["trees"], folder)
+
+
+def put_tree(folder, env: str, name: str, seed: int, final: float, depth: int) -> None:
+    row = {
+        "policy": name,
+        "env": env,
+        "seed": seed,
+        "settings": {"student": {"depth": depth}},
+        "leaves": 4,
+        "depth": depth,
+    }
+    more = {"agreement_on_own_states": 0.9, "rules": "action 0", "exported": {"mean": final}, "final": {"mean": final}}
+    write(folder / f"{env}-{name.replace(' ', '-')}-{seed}.json", row | more)
+
+
+@pytest.mark.parametrize(
+    ("cartpole", "loops", "verdict"),
+    [
+        (490.0, {"bc": -120.0, "dagger": -100.0, "viper": -90.0}, "reproduced"),
+        (490.0, {"bc": -100.0, "dagger": -100.0, "viper": -90.0}, "partly"),
+        (400.0, {"bc": -100.0, "dagger": -100.0, "viper": -100.0}, "not"),
+    ],
+)
+def test_trees_are_solved_or_not(tmp_path, cartpole, loops, verdict):
+    found = trees.find(tree_records(tmp_path, cartpole, loops))
+    assert found.verdict == verdict
+    assert found.numbers["exported"] == found.numbers["exports"] == 3 * (len(trees.STUDENTS) + 2 * 3)
+
+
+def test_they_take_no_language_models():
+    answer = CliRunner().invoke(app, ["reproduce", "rpd", "--student", "x", "--quiet"])
+    assert answer.exit_code == 2 and "rpd plays policies and has no language model" in answer.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rpd", "trees"])
+def test_the_command_runs_quickly_and_what_was_run_is_not_run_again(name, monkeypatch, tmp_path):
+    pytest.importorskip("stable_baselines3")
+    monkeypatch.chdir(tmp_path)
+    first = CliRunner().invoke(app, ["reproduce", name, "--quick", "--json"])
+    assert first.exit_code == 0, first.output
+    files = sorted((tmp_path / "runs" / "quick" / name).glob("*.json"))
+    before = {path: path.stat().st_mtime_ns for path in files}
+    assert json.loads(files[0].read_text())["commit"]
+    assert CliRunner().invoke(app, ["reproduce", name, "--quick", "--json"]).exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in files} == before
