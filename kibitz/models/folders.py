@@ -55,12 +55,8 @@ def check_folder(name: str, role: str) -> None:
             )
         for index in sorted(path.glob(f"*{INDEX}")):
             check_index(index, role)
-<<<<<<< HEAD
-    elif path.exists() or not _is_name_of_the_hub(name) or _is_a_place(path):
-=======
         check_one_model(path, role)
-    elif path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or _is_a_place(path):
->>>>>>> breakb
+    elif path.exists() or not _is_name_of_the_hub(name) or _is_a_place(path):
         raise ValueError(f"{where(role)}: there is no model folder at {name}")
     elif not _is_on_hub(name):
         raise ValueError(
