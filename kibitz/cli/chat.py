@@ -8,8 +8,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from kibitz.cli.models import resolved
 from kibitz.cli.output import Output, harmless
+from kibitz.cli.places import resolved
 
 if TYPE_CHECKING:
     from kibitz.evaluate.chat import Conversation

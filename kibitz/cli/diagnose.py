@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kibitz.cli.output import Output, harmless
+from kibitz.cli.places import resolved
 
 DEFAULT = Path("runs/diagnosis")
 
@@ -57,6 +58,7 @@ def _tree(student: str | None, teacher: str | None, prompts: str | None, world: 
             raise ValueError(f"write --{role} FOLDER-OR-NAME: --prompts {prompts} brings no models")
         if name is None and world is not None:
             names[role] = str(worlds.get(world).checkpoint(role))
+    names = {role: resolved(str(name)) for role, name in names.items()}
     return {
         "student": {"model": names["student"]},
         "teacher": {"model": names["teacher"]},

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from kibitz.cli.output import Output
+from kibitz.cli.places import resolved
 
 
 def evaluate(
@@ -95,10 +96,8 @@ def score(
     response: Annotated[
         list[str] | None, typer.Option(help="Text to score, one for each prompt. Default: the student writes it.")
     ] = None,
-    student: Annotated[
-        str | None, typer.Option(help="A run folder, a model folder, or a hub name. Default: the toy student.")
-    ] = None,
-    teacher: Annotated[str | None, typer.Option(help="Folder or hub name. Default: the toy teacher.")] = None,
+    student: Annotated[str | None, typer.Option(help="Run folder, model folder or hub name. Default: a toy.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Folder or hub name. Default: the toy's teacher.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write the token heat-map to this HTML file.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Token limit of the student's own response.")] = None,
     temperature: Annotated[
@@ -138,8 +137,7 @@ def score(
             raise ValueError("--prompts and --world diagnose: leave out --prompt, --response, --rollouts and --html")
         from kibitz.cli.diagnose import diagnose
 
-        models = tuple(None if one is None else resolved(one) for one in (student, teacher))
-        diagnose(ctx.obj, models, (prompts, world), overrides or [], num_prompts, price, out)
+        diagnose(ctx.obj, (student, teacher), (prompts, world), overrides or [], num_prompts, price, out)
     elif overrides:
         raise ValueError(f"{overrides[0]} changes a diagnosis: write --prompts FILE with it")
     elif rollouts is not None or out is not None:
@@ -266,20 +264,6 @@ def _keep_scores(output: Output, teacher: str, rollouts: Path, out: Path, kind: 
         tree,
         lambda console: console.print(f"scores of {total} rollouts, {size / 2**20:.1f} MiB, in {out}", markup=False),
     )
-
-
-def resolved(model: str) -> str:
-    """A run folder stands for its last checkpoint."""
-    from kibitz.models.folders import check_folder
-    from kibitz.training.checkpoint import checkpoints
-
-    if not (Path(model) / "recipe.yaml").is_file():
-        check_folder(model, "model")
-        return model
-    found = checkpoints(Path(model))
-    if not found:
-        raise ValueError(f"the run at {model} has no checkpoint yet: continue it with --resume, or name a model folder")
-    return str(found[-1])
 
 
 def _shipped(name: str) -> str:

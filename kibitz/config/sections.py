@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from kibitz.config.base import Section
-from kibitz.config.servers import ServerConfig, ServerURL
+from kibitz.config.servers import RolloutServerConfig, ServerURL
 
 
 class ModelConfig(Section):
@@ -162,29 +162,6 @@ class DataConfig(Section):
     def source(self) -> str:
         """What the prompts come from, as an error calls it."""
         return self.prompts or self.world or str((self.reasoning_gym or {}).get("name"))
-
-
-class RolloutServerConfig(ServerConfig):
-    """vLLM servers that write the rollouts, and how they get the student's new weights after each step."""
-
-    model: str | None = Field(
-        None, description="Name under which the servers have the student. null: the only one served."
-    )
-    sync: Literal["auto", "lora", "reload", "nccl"] = Field(
-        "auto",
-        description="lora: the adapter's folder is loaded; reload: a safetensors folder is; nccl: vLLM's weight transfer, "
-        "GPUs only. auto: lora for an adapter, else reload.",
-    )
-    folder: str | None = Field(
-        None,
-        description="Where lora and reload put weights: servers and trainer must see it. Default: weights/ of the run.",
-    )
-    tolerance: float = Field(
-        0.05,
-        gt=0,
-        description="Mean difference in nats between server and student on a probe after each sync, above which the run stops. "
-        "Measured: 1e-5 in float32, 0.02 in bfloat16, 0.7 where a server kept an old output head.",
-    )
 
 
 class RolloutConfig(Section):

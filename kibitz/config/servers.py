@@ -1,6 +1,6 @@
 """Servers in a recipe: their addresses, and how long to wait for them."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
@@ -40,4 +40,27 @@ class ServerConfig(Section):
     )
     in_flight: int = Field(
         64, ge=1, le=1024, description="Requests at one time to one server. vLLM's own batch limit is 256 or more."
+    )
+
+
+class RolloutServerConfig(ServerConfig):
+    """vLLM servers that write the rollouts, and how they get the student's new weights after each step."""
+
+    model: str | None = Field(
+        None, description="Name under which the servers have the student. null: the only one served."
+    )
+    sync: Literal["auto", "lora", "reload", "nccl"] = Field(
+        "auto",
+        description="lora: the adapter's folder is loaded; reload: a safetensors folder is; nccl: vLLM's weight transfer, "
+        "GPUs only. auto: lora for an adapter, else reload.",
+    )
+    folder: str | None = Field(
+        None,
+        description="Where lora and reload put weights: servers and trainer must see it. Default: weights/ of the run.",
+    )
+    tolerance: float = Field(
+        0.05,
+        gt=0,
+        description="Mean difference in nats between server and student on a probe after each sync, above which the run stops. "
+        "Measured: 1e-5 in float32, 0.02 in bfloat16, 0.7 where a server kept an old output head.",
     )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kibitz.batching import pack
-from kibitz.config.sections import RolloutServerConfig
+from kibitz.config.servers import RolloutServerConfig
 from kibitz.logprobs import gather_tokens, log_probs
 from kibitz.models import LanguageModel
 from kibitz.servers import ServerError, served_model

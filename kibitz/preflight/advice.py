@@ -7,6 +7,7 @@ from kibitz.config.commented import commented
 from kibitz.models.load import pick_device, pick_dtype
 from kibitz.preflight import budget
 from kibitz.preflight.shapes import shape_of
+from kibitz.preflight.speed import speed_of
 from kibitz.training.setup import Setup
 
 STEPS = 100
@@ -184,4 +185,4 @@ def _flops(setup: Setup, recipe: Recipe, numbers: dict[str, Any]) -> float | Non
         update={"rollout": recipe.rollout.model_copy(update={"max_tokens": max(1, round(numbers["response_tokens"]))})}
     )
     lengths = [len(prompt.ids) for prompt in setup.stream.prompts]
-    return sum(budget.cost(mean, student, teachers, lengths, 1e12, None).flops.values())
+    return sum(budget.cost(mean, student, teachers, lengths, speed_of(device, 1e12), None).flops.values())

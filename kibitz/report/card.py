@@ -68,7 +68,7 @@ def _evaluations(run: Run) -> list[str]:
         rows = [["", f"step {comparison.first_step}", f"step {comparison.last_step}"]]
         rows += [[m.label, _cell(m.before), _cell(m.after)] for m in comparison.measures]
         split = f" of the split {_plain(comparison.split)}" if comparison.split else ""
-        found += [f"{comparison.num_prompts} held-out prompts{split}; brackets are 95% intervals.", _table(rows)]
+        found += [f"{comparison.asked}{split}; brackets are 95% intervals.", _table(rows)]
     return found or ["Nothing was evaluated in this run."]
 
 

@@ -167,8 +167,10 @@ def _part(part: Row) -> str:
 def empty_heatmap(names: list[str]) -> dict[str, Any]:
     """The values of the heat-map's template for a page that gets its rollouts later, one run a name."""
     island = {"levels": heatmap.levels(), "runs": [{"name": name, "pairs": []} for name in names], "strings": []}
-    return {"island": island, "levels": len(heatmap.LEVELS), "left_out": 0, "facts": None} | dict.fromkeys(
-        ("paired", "judged", "graded"), True
+    return (
+        {"island": island, "levels": len(heatmap.LEVELS), "left_out": 0, "facts": None}
+        | dict.fromkeys(("paired", "judged", "graded"), True)
+        | {"trained_on": False}
     )
 
 

@@ -263,7 +263,7 @@ class SideBySide:
 
 def side_by_side(runs: list[Run]) -> list[SideBySide]:
     """One table for each split of any of the runs, and apart for prompts that are held out and those of training."""
-    per_run = [{(c.split, "training" in c.prompts): c for c in comparisons(run)} for run in runs]
+    per_run = [{(c.split, "training" in c.asked): c for c in comparisons(run)} for run in runs]
     tables = []
     for split, trained in dict.fromkeys(key for found in per_run for key in found):
         there = [found.get((split, trained)) for found in per_run]

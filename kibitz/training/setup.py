@@ -118,8 +118,7 @@ def prepare(
     ranks.first(lambda: check_same(folder.path, resumed_from, known))
     reference = _reference(recipe, student, ranks)
     _read_alike(recipe, student, teacher, reference)
-    checks = [student.check_lengths, *(model.check for model in (teacher, reference) if model is not None)]
-    for check in checks:
+    for check in [student.check_lengths, *(model.check for model in (teacher, reference) if model is not None)]:
         check([*prompts, *held_out], recipe.rollout.max_tokens)
     learner = fsdp.learner_of(student, ranks)
     encode = partial(encode_response, tokenizer)
