@@ -22,7 +22,8 @@ def texts(experiment: Experiment, results: Path) -> dict[str, str]:
     where charts can be drawn."""
     folder = results / experiment.home
     if experiment.find is None:
-        found, drawing = markdown(experiment, folder), lambda: svg(experiment, folder)
+        shares = any(row.sampled for row in rows(experiment, folder))  # what was not graded has none to draw
+        found, drawing = markdown(experiment, folder), lambda: svg(experiment, folder) if shares else None
     else:
         found = "\n\n".join(
             [evidence.markdown(experiment, results), *([markdown(experiment, folder)] if experiment.arms else [])]
