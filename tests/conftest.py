@@ -6,6 +6,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMN
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import functools
+import signal
 import ssl
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import pytest
 
 # Each of the many clients that tests open would read all certificates of the machine: 20 ms, and none needs them.
 ssl.create_default_context = functools.cache(ssl.create_default_context)
+
+# A shell lets what it starts in the background ignore Ctrl-C, and the children of the tests would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples every time, and no clock: a shared machine is slow when it likes.
 hypothesis.settings.register_profile("kibitz", derandomize=True, deadline=None)
