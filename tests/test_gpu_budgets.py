@@ -220,5 +220,5 @@ def test_phases_are_timed_by_events_of_the_device():
 
 def test_weights_are_loaded_straight_to_a_gpu_only():
     with pretended():
-        assert straight_to(gpu()) == {"device_map": {"": gpu()}}
+        assert straight_to(gpu()) == {"device_map": {"": torch.device("gpu", 0)}}
     assert straight_to(torch.device("cpu")) == {}

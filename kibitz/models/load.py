@@ -113,8 +113,10 @@ def load_model(
 def straight_to(device: torch.device) -> dict[str, Any]:
     """The options that load weights onto a GPU without a copy in host memory, of which each of several processes would hold
     one."""
-    straight = is_gpu(device) and importlib.util.find_spec("accelerate") is not None
-    return {"device_map": {"": device}} if straight else {}
+    if not is_gpu(device) or importlib.util.find_spec("accelerate") is None:
+        return {}
+    index = torch.get_device_module(device).current_device() if device.index is None else device.index
+    return {"device_map": {"": torch.device(device.type, index)}}
 
 
 def load_student(
