@@ -76,7 +76,7 @@ def _how_it_ended(folder: Path, run: Run) -> list[str]:
     if status == "running" and left_behind(folder):
         run.info["status"] = "died"
         return [
-            f"The run died without a word after {at}: it was killed, or its machine failed. Go on with it by --resume."
+            f"The run died without a word after {at}: it was killed, or its machine failed. Continue it with --resume."
         ]
     if status == "running":
         return ["The run had not finished when this report was built."]
