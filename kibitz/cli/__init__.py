@@ -6,6 +6,8 @@ heavy is imported before a command that needs it has begun.
 """
 
 import sys
+from contextlib import suppress
+from io import UnsupportedOperation
 from typing import Annotated, Any
 
 import typer
@@ -93,6 +95,7 @@ app.command()(serve.serve)
 
 def main() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a sign gets a question mark
+        # A terminal that cannot show a sign gets a question mark. A stream that was read before stays as it is.
+        with suppress(AttributeError, UnsupportedOperation):
+            stream.reconfigure(errors="replace")
     app(prog_name="kibitz")

@@ -166,7 +166,9 @@ def test_a_signal_ends_the_step_saves_and_gives_the_usual_exit_code(launcher, mo
     """What a scheduler that wants its machine back does; going on ends as if it had not."""
     path = write_recipe(models, tmp_path, "run", steps=200, save={"every": 0})
     child = launcher.start("train", path, "--quiet")
+    patience = time.monotonic() + 120
     while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert time.monotonic() < patience, launcher.log.read_text()
         time.sleep(0.01)
     os.kill(child, number)
     if number != signal.SIGINT:
@@ -188,7 +190,9 @@ def test_a_terminal_that_is_closed_ends_the_run_after_a_save(models, tmp_path):
     child, terminal = pty.fork()
     if child == 0:
         os.execv(sys.executable, [sys.executable, "-m", "kibitz", "train", str(path)])
+    patience = time.monotonic() + 120
     while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert time.monotonic() < patience, launcher.log.read_text()
         assert select.select([terminal], [], [], 120)[0], "it prints as it learns"
         os.read(terminal, 1 << 16)
     os.close(terminal)
