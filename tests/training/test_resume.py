@@ -190,9 +190,7 @@ def test_a_terminal_that_is_closed_ends_the_run_after_a_save(models, tmp_path):
     child, terminal = pty.fork()
     if child == 0:
         os.execv(sys.executable, [sys.executable, "-m", "kibitz", "train", str(path)])
-    patience = time.monotonic() + 120
     while not (tmp_path / "run" / "metrics.jsonl").exists():
-        assert time.monotonic() < patience, launcher.log.read_text()
         assert select.select([terminal], [], [], 120)[0], "it prints as it learns"
         os.read(terminal, 1 << 16)
     os.close(terminal)
