@@ -283,7 +283,7 @@ def test_all_of_them_quickly(monkeypatch, tmp_path):
         folder = tmp_path / "runs" / "quick" / name
         if experiment.find is not None:
             assert "not run yet" not in (folder / "table.md").read_text(encoding="utf-8"), name
-        assert ET.parse(folder / "plot.svg").getroot().tag.endswith("svg")
+            assert ET.parse(folder / "plot.svg").getroot().tag.endswith("svg")
 
 
 @pytest.mark.slow
