@@ -1,10 +1,11 @@
-"""Files of a run: JSON lines that survive a crash, writing that leaves the old file or the new one, one writer a folder, and
-whose code ran."""
+"""Files of a run: JSON lines that survive a crash, writing that leaves the old file or the new one, one writer a folder, and what
+the folder says of its run: checkpoints, and how each part of it ended."""
 
 import fcntl
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import time
@@ -227,3 +228,70 @@ def _is_file(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
+
+
+# ------------------------------------------------------------------ what a run's folder says
+
+CHECKPOINT = re.compile(r"step-\d{6,}")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, oldest first; a copy that a person made, such as step-000050.bak, is none. Whether
+    their files are sound, `damage` says."""
+    named = [
+        path for path in (folder / "checkpoints").glob("step-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir()
+    ]
+    return sorted(named, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def written_by(path: Path, other: str) -> str:
+    """The refusal of a folder that another process writes."""
+    return f"output: {other}, is writing {path}: wait for its end, stop it, or write output=ANOTHER"
+
+
+def in_words(error: BaseException) -> str:
+    """What ended a run, for `run.json`."""
+    said = " ".join(str(error).split())[:500]
+    if isinstance(error, KeyboardInterrupt):
+        return "Ctrl-C, before the step was over"
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def earlier_parts(path: Path, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What ended each earlier part of the run in this folder, and how many seconds it took; of one that died without a
+    word, what its last checkpoint or evaluation, or its steps, took up to then."""
+    try:
+        info = json.loads((path / "run.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        info = {}
+    if not isinstance(info, dict) or not info:
+        return []
+    listed = info.get("parts")
+    parts = [
+        part
+        for part in (listed if isinstance(listed, list) else [])
+        if isinstance(part, dict) and _seconds(part.get("seconds")) is not None
+    ]
+    before = sum(part["seconds"] for part in parts)
+    first = info.get("first_step") if isinstance(info.get("first_step"), int) else 0
+    steps = [row["seconds"] for row in metrics if row["step"] > first and isinstance(row.get("seconds"), dict)]
+    in_steps = sum(_seconds(value) or 0.0 for phases in steps for value in phases.values())
+    total, died = _seconds(info.get("seconds")) or 0.0, info.get("status") == "running"
+    last = {
+        "first_step": first,
+        "started": info.get("started"),
+        "status": "died" if died else info.get("status"),
+        "ended_by": "nobody knows: it died without a word" if died else info.get("ended_by"),
+        "seconds": max(total - before, in_steps),
+    }
+    return [*parts, last]
+
+
+def _seconds(value: Any) -> float | None:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e12
+    return float(value) if fits else None

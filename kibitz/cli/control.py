@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from kibitz.cli.options import Overwrite, Resume
 from kibitz.cli.output import Output, harmless
 from kibitz.training.progress import Bar
 
@@ -21,37 +22,32 @@ app = typer.Typer(
 Recipe = Annotated[
     str, typer.Argument(help="A YAML file; `kibitz control schema rpd` or `distil` says what it may say.")
 ]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[A.B=VALUE]...", help="Such as method.weight=0.5.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run that the output folder holds.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[A.B=VALUE]...", help="Change a setting of the recipe, such as method.weight=0.5."),
+]
 
 
-@app.command()
-def rpd(
-    ctx: typer.Context,
-    recipe: Recipe,
-    overrides: Overrides = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """PPO with a teacher's term, in a Gymnasium environment; without the reward or the teacher, the other arms."""
-    from kibitz.control.recipe import RPDRecipe
+def _command(name: str) -> Callable[..., None]:
+    def command(
+        ctx: typer.Context,
+        recipe: Recipe,
+        overrides: Overrides = None,
+        resume: Resume = False,
+        overwrite: Overwrite = False,
+    ) -> None:
+        _run(ctx.obj, name, recipe, overrides or [], resume, overwrite)
 
-    _run(ctx.obj, RPDRecipe, ["rpd", recipe, *(overrides or [])], resume, overwrite)
+    return command
 
 
-@app.command()
-def distil(
-    ctx: typer.Context,
-    recipe: Recipe,
-    overrides: Overrides = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """A tree, a linear rule or a formula that plays as a teacher does, by DAgger and VIPER."""
-    from kibitz.control.recipe import DistilRecipe
-
-    _run(ctx.obj, DistilRecipe, ["distil", recipe, *(overrides or [])], resume, overwrite)
+app.command(
+    "rpd",
+    help="Train a policy by PPO with a teacher's term in a Gymnasium environment; other methods leave one of them out.",
+)(_command("rpd"))
+app.command("distil", help="Fit a tree, a linear rule or a formula that plays as a teacher does, by DAgger and VIPER.")(
+    _command("distil")
+)
 
 
 @app.command()
@@ -97,29 +93,30 @@ def _kinds(which: str) -> Any:
 
 
 def _kind(recipe: str) -> Any:
-    """Which of the two a file is: only one of them names a student or a way to collect states."""
-    import yaml
+    """Which of the two a file is: only one of them has a student that is not a network, and its own ways to visit states."""
+    from kibitz import config
 
-    path = Path(recipe)
-    tree = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    method = (tree.get("method") or {}) if isinstance(tree, dict) else {}
-    is_distil = isinstance(tree, dict) and ("student" in tree or method.get("type") in ("dagger", "viper"))
+    tree = config.read_tree(Path(recipe))
+    method = tree.get("method")
+    is_distil = "student" in tree or (isinstance(method, dict) and method.get("type") in ("dagger", "viper"))
     return _kinds("distil" if is_distil else "rpd")
 
 
-def _run(out: Output, kind: Any, words: list[str], resume: bool, overwrite: bool) -> None:
+def _run(out: Output, name: str, path: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
     from kibitz import config, control, report
 
     if resume and overwrite:
-        raise ValueError("write either --resume, to go on with the run, or --overwrite, to delete it")
-    recipe = config.load_as(kind, words[1], words[2:])
+        raise ValueError("--resume continues a run and --overwrite deletes it: choose one of them")
+    recipe = config.load_as(_kinds(name), path, overrides)
     control.require()
     try:
         with Bar(out.errors) if out.live else nullcontext() as bar:
-            run = _loop(words[0])(recipe, resume, overwrite, bar)
+            run = _loop(name)(recipe, resume, overwrite, bar)
     except KeyboardInterrupt:
-        again = shlex.join(["kibitz", "control", *words, "--resume"])
-        out.errors.print(f"stopped; the run is in {recipe.output}, go on with: {again}", markup=False, soft_wrap=True)
+        again = shlex.join(["kibitz", "control", name, path, *overrides, "--resume"])
+        out.errors.print(
+            f"stopped; the run is in {recipe.output}, continue with: {again}", markup=False, soft_wrap=True
+        )
         raise typer.Exit(130) from None
     page = report.build([run.folder])
     tree = {"folder": run.folder, "report": page, "before": run.evals[0], "after": run.evals[-1]}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from kibitz.cli.options import Overwrite, Resume
 from kibitz.cli.output import Output
 
 if TYPE_CHECKING:
@@ -25,10 +26,8 @@ def train(
         list[str] | None,
         typer.Argument(metavar="[A.B=VALUE]...", help="Change a setting of the recipe, such as optim.lr=1e-4."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its last checkpoint.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete the run in the output folder and start again.")
-    ] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train a student as a recipe says. After Ctrl-C or a crash, --resume continues from the last checkpoint."""
     from kibitz import config

@@ -23,7 +23,7 @@ from kibitz.config.methods.opd_policy import PolicyConfig
 from kibitz.config.methods.policy_gradient import PolicyGradientConfig
 from kibitz.config.methods.sft import SFTConfig
 from kibitz.config.methods.skd import SKDConfig
-from kibitz.config.reading import dump, json_schema, load, load_as
+from kibitz.config.reading import dump, json_schema, load, load_as, read_tree
 from kibitz.config.recipe import Recipe, register_method
 from kibitz.config.sections import (
     Columns,
@@ -56,5 +56,5 @@ __all__ = [
     "MethodConfig", "MiniLLMConfig", "ModelConfig", "Needs", "OPDConfig", "OptimConfig", "ParallelConfig",
     "PolicyConfig", "PolicyGradientConfig", "Recipe", "RecipeError", "RolloutConfig", "SFTConfig", "SKDConfig", "SaveConfig",
     "Section", "SignalKind", "StoredTeacherConfig", "StudentConfig", "StudentTeacherConfig", "TeacherConfig",
-    "TrackConfig", "dump", "json_schema", "load", "load_as", "register_method",
+    "TrackConfig", "dump", "json_schema", "load", "load_as", "read_tree", "register_method",
 ]  # fmt: skip

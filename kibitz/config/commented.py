@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
+from kibitz.config import plain_yaml
 
 WIDTH = 110
 COLUMN = 36
@@ -25,7 +25,7 @@ def commented(tree: Mapping[str, Any], reasons: Mapping[str, str], head: Sequenc
 
 
 def _setting(tree: dict[str, Any], why: str, indent: str) -> list[str]:
-    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=1000).rstrip("\n").split("\n")
+    text = plain_yaml.dump(tree, width=1000).rstrip("\n").split("\n")
     lines, why = [indent + line for line in text], " ".join(why.split())
     if not why:
         return lines

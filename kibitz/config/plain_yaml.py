@@ -73,9 +73,9 @@ def parse(text: str) -> Any:
         raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
 
 
-def dump(tree: Any) -> str:
-    """YAML that `parse` reads as the same tree."""
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+def dump(tree: Any, width: int = 80) -> str:
+    """YAML that `parse` reads as the same tree, in lines of about `width` characters."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=width)
 
 
 def mistake(error: Exception) -> str:

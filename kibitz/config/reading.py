@@ -33,7 +33,7 @@ def load_as(
     elif isinstance(source, dict):
         tree = plain_yaml.as_tree(source)
     else:
-        tree = _read(Path(source))
+        tree = read_tree(Path(source))
     for override in overrides:
         _assign(tree, override)
     plain_yaml.check_plain(tree)
@@ -43,7 +43,8 @@ def load_as(
         raise RecipeError(_explain(error, kind)) from None
 
 
-def _read(path: Path) -> dict:
+def read_tree(path: Path) -> dict:
+    """Return what a recipe file holds, unchecked. RecipeError, with the line, if it is no YAML of a recipe."""
     if not path.is_file():
         raise RecipeError(f"there is no recipe at {path}")
     try:

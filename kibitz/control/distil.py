@@ -110,16 +110,16 @@ def run(
         student=KINDS[recipe.student.type].capitalize(), teacher=name, env=recipe.env.id
     )
     folder = Folder(recipe, f"{TITLES[recipe.method.type]} of {KINDS[recipe.student.type]}", told)
-    folder.open(resume, overwrite)
-    loop = _Loop(recipe, teacher, shape, folder)
-    loop.take_up()
-    if progress is not None:
-        progress.start(Counted(recipe.method.iterations), len(loop.data.ends))
-    for row in loop.rows():
+    with folder.open(resume, overwrite):
+        loop = _Loop(recipe, teacher, shape, folder)
+        loop.take_up()
         if progress is not None:
-            progress.step(row["metrics"])
-            progress.evaluated(row["evals"])
-    loop.finish()
+            progress.start(Counted(recipe.method.iterations), len(loop.data.ends))
+        for row in loop.rows():
+            if progress is not None:
+                progress.step(row["metrics"])
+                progress.evaluated(row["evals"])
+        loop.finish()
     return ControlRun(folder.path, folder.metrics.read(), folder.evals.read())
 
 

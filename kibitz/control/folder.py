@@ -4,12 +4,14 @@ import json
 import platform
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from kibitz import __version__, config
 from kibitz.config import RecipeError
-from kibitz.files import JSONL, commit, write_atomically
+from kibitz.files import JSONL, Lock, checkpoints, commit, earlier_parts, in_words, write_atomically, written_by
 
 FREE_TO_CHANGE = {"output", "threads"}
 WRITTEN = ("run.json", "report.html", "shown.json", "policy.py", "policy.txt", "policy.svg", "policy.onnx", "before.png",
@@ -23,10 +25,13 @@ class Folder:
         self.path, self.recipe = Path(recipe.output), recipe
         self.metrics, self.evals = (JSONL(self.path / f"{name}.jsonl") for name in ("metrics", "evals"))
         self.info: dict[str, Any] = {"title": title, "story": story}
-        self.started = time.time()
+        self.started, self.before = time.time(), 0.0
+        """`before`: seconds that earlier parts of the run took."""
 
-    def open(self, resume: bool, overwrite: bool) -> None:
-        """Refuse a folder that holds another run, or none to go on with."""
+    @contextmanager
+    def open(self, resume: bool, overwrite: bool) -> Iterator[None]:
+        """Be the one that writes the folder, and say in `run.json` what ended the run. Refused are a folder that another
+        process writes, and one that holds another run."""
         held = (self.path / "recipe.yaml").exists()
         if held and not resume and not overwrite:
             raise RecipeError(
@@ -35,12 +40,25 @@ class Folder:
             )
         if held and resume:
             self._same()
-        if held and overwrite:
-            shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
-            for name in WRITTEN:
-                (self.path / name).unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / "recipe.yaml", config.dump(self.recipe))
+        lock = Lock(self.path)
+        try:
+            lock.take()
+        except BlockingIOError as other:
+            raise RecipeError(written_by(self.path, str(other))) from None
+        try:
+            if held and overwrite:
+                shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+                for name in WRITTEN:
+                    (self.path / name).unlink(missing_ok=True)
+            write_atomically(self.path / "recipe.yaml", config.dump(self.recipe))
+            yield
+        except BaseException as error:
+            with suppress(OSError):  # of a full disk, the first error says it
+                self._end("stopped" if isinstance(error, KeyboardInterrupt) else "failed", in_words(error))
+            raise
+        finally:
+            lock.release()
 
     def _same(self) -> None:
         old = config.load_as(type(self.recipe), self.path / "recipe.yaml").model_dump(mode="json")
@@ -56,22 +74,30 @@ class Folder:
         """Drop what was written after the step that the run goes on from, and write what is known at the start."""
         import torch
 
+        parts = earlier_parts(self.path, self.metrics.read())
+        self.before = sum(part["seconds"] for part in parts)
         for file in (self.metrics, self.evals):
             file.keep(done if done else -1)
         self.info |= {
             "version": __version__, "commit": commit(), "status": "running", "device": "cpu",
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "machine": platform.machine(), "torch": torch.__version__,
-            "threads": torch.get_num_threads(), "first_step": done, **facts,
+            "threads": torch.get_num_threads(), "first_step": done, "parts": parts, **facts,
         }  # fmt: skip
         self.show([])
         self._write()
 
     def finish(self, **facts: Any) -> None:
-        ended = {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": time.time() - self.started}
-        self.info |= {"status": "finished", **ended, **facts}
-        self._write()
+        self.info |= facts
+        self._end("finished", "all steps are done")
+
+    def _end(self, status: str, ended_by: str) -> None:
+        if "status" in self.info:
+            ended = {"status": status, "ended_by": ended_by, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+            self.info |= ended
+            self._write()
 
     def _write(self) -> None:
+        self.info["seconds"] = self.before + time.time() - self.started
         write_atomically(self.path / "run.json", json.dumps(self.info, indent=1))
 
     def note(self, row: dict[str, Any]) -> None:
@@ -101,15 +127,8 @@ class Folder:
         unfinished.replace(final)
         for old in checkpoints(self.path)[:-1]:
             shutil.rmtree(old)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    return sorted((folder / "checkpoints").glob("step-*"))
+        self._write()  # how long it has taken so far, for whoever finds it dead
 
 
 def newest(folder: Path) -> Path | None:
     return (checkpoints(folder) or [None])[-1]
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])

@@ -13,17 +13,18 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from scipy import stats
 from stable_baselines3.common.utils import set_random_seed
 
 from kibitz.control import frames, require
 from kibitz.control.build import build_teacher
 from kibitz.control.environments import Act, make, returns, seeds_of, shape_of, vectorised
-from kibitz.control.folder import Folder, newest, step_of
+from kibitz.control.folder import Folder, newest
 from kibitz.control.recipe import EnvConfig, RPDRecipe
 from kibitz.control.taught import Episodes, TaughtPPO, check, plain
 from kibitz.control.teachers import reseed
 from kibitz.control.terms import cosine
-from kibitz.files import write_atomically
+from kibitz.files import step_of, write_atomically
 
 Row = dict[str, Any]
 TITLES = {
@@ -72,15 +73,15 @@ def run(
     first = None if teacher is None else teacher.answer(first_look(recipe.env))
     if teacher is not None:
         check(model.lesson, shape, first)
-    folder.open(resume, overwrite)
-    loop = _Loop(recipe, model, folder)
-    loop.take_up()
-    if progress is not None:
-        progress.start(recipe, loop.done)
-    for kind, row in loop.rows():
+    with folder.open(resume, overwrite):
+        loop = _Loop(recipe, model, folder)
+        loop.take_up()
         if progress is not None:
-            (progress.step if kind == "metrics" else progress.evaluated)(row)
-    folder.finish(student_params=sum(p.numel() for p in model.policy.parameters()))
+            progress.start(recipe, loop.done)
+        for kind, row in loop.rows():
+            if progress is not None:
+                (progress.step if kind == "metrics" else progress.evaluated)(row)
+        folder.finish(student_params=sum(p.numel() for p in model.policy.parameters()))
     return ControlRun(folder.path, folder.metrics.read(), folder.evals.read())
 
 
@@ -102,10 +103,11 @@ def act_of(model: Any) -> Act:
 
 
 def evaluated(act: Act, env: EnvConfig, split: str, seed: int, num: int) -> Row:
-    """A row of `evals.jsonl`: the mean return of fresh episodes with its 95% interval (normal, over episodes)."""
+    """A row of `evals.jsonl`: the mean return of fresh episodes with its 95% interval (Student's t, over episodes; of one
+    episode there is none)."""
     found = returns(act, env, seeds_of(split, seed, num))
-    half = 1.96 * float(found.std(ddof=min(1, num - 1))) / num**0.5
     mean = float(found.mean())
+    half = float(stats.t.ppf(0.975, num - 1) * stats.sem(found)) if num > 1 else 0.0
     return {
         "split": split, "num_episodes": num,
         "return": {"mean": mean, "low": mean - half, "high": mean + half, "least": float(found.min())},

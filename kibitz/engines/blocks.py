@@ -5,6 +5,7 @@ what stands behind a rejected token is written over by the next block before a q
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,10 +17,8 @@ from kibitz.engines.cache import (
     PlainDecoder,
     Rows,
     SlotCache,
-    last_logits,
     relative_error,
-    rows_across,
-    switches,
+    worst_error,
 )
 
 
@@ -141,21 +140,13 @@ def choose_block_decoder(model: PreTrainedModel, vocab_size: int, longest: int =
 def block_error(decoder: BlockDecoder, model: PreTrainedModel, vocab_size: int, longest: int = 0) -> float:
     """Root mean square error of a decoder's log-probs relative to their spread: of the worst of a few short rows and of two
     rows beyond each switch of texts of up to `longest` tokens."""
-    errors = [_short_error(decoder, model, vocab_size)]
-    for switch in switches(model, longest):
-        ids, starts = rows_across(switch, longest, vocab_size, model)
-        num = len(ids[0]) - starts[0]
-        decoder.start(2, len(ids[0]))
-        for row, (ids_L, start) in enumerate(zip(ids, starts, strict=True)):
-            if start > 0:
-                decoder.prefill(ids_L[None, :start], ids_L.new_tensor([0]), ids_L.new_tensor([row]))
+
+    def at_once(ids: Sequence[Tensor], starts: Sequence[int], num: int) -> Tensor:
         position_NQ = ids[0].new_tensor(starts)[:, None] + torch.arange(num, device=model.device)
         token_NQ = torch.stack([ids_L[-num:] for ids_L in ids])
-        got_NQV = decoder.block(token_NQ, position_NQ, len(ids[0]))[..., :vocab_size]
-        decoder.stop()
-        want = [last_logits(model, ids_L, num)[:, :vocab_size] for ids_L in ids]
-        errors.append(relative_error(got_NQV, torch.stack(want)))
-    return torch.tensor(errors).max().item()  # NaN, if one is
+        return decoder.block(token_NQ, position_NQ, len(ids[0]))[..., :vocab_size]
+
+    return worst_error(decoder, model, vocab_size, longest, _short_error(decoder, model, vocab_size), at_once)
 
 
 def _short_error(decoder: BlockDecoder, model: PreTrainedModel, vocab_size: int) -> float:

@@ -6,7 +6,7 @@ feeds every live row its pending token (`step`), so a fresh row needs no special
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -249,7 +249,24 @@ def decoder_error(decoder: Decoder, model: PreTrainedModel, vocab_size: int, lon
 
     Relative, because the log-probs of a freshly initialised model are nearly equal and would agree with anything.
     """
-    errors = [_short_error(decoder, model, vocab_size)]
+
+    def step_by_step(ids: Sequence[Tensor], starts: Sequence[int], num: int) -> Tensor:
+        got = []
+        for step in range(num):
+            position_N = ids[0].new_tensor(starts) + step
+            token_N = torch.stack([ids_L[start + step] for ids_L, start in zip(ids, starts, strict=True)])
+            got.append(decoder.step(token_N, position_N, int(position_N.max()) + 1)[:, :vocab_size])
+        return torch.stack(got, dim=1)
+
+    return worst_error(decoder, model, vocab_size, longest, _short_error(decoder, model, vocab_size), step_by_step)
+
+
+def worst_error(
+    decoder: "Rows", model: PreTrainedModel, vocab_size: int, longest: int, short: float, read: Callable[..., Tensor]
+) -> float:
+    """The larger of `short` and the errors of two rows beyond each switch of texts of up to `longest` tokens, NaN if one is.
+    `read(ids, starts, num)` gives the decoder's logits of the last `num` tokens of each row, [N, num, V]."""
+    errors = [short]
     for switch in switches(model, longest):
         ids, starts = rows_across(switch, longest, vocab_size, model)
         num = len(ids[0]) - starts[0]
@@ -257,15 +274,11 @@ def decoder_error(decoder: Decoder, model: PreTrainedModel, vocab_size: int, lon
         for row, (ids_L, start) in enumerate(zip(ids, starts, strict=True)):
             if start > 0:
                 decoder.prefill(ids_L[None, :start], ids_L.new_tensor([0]), ids_L.new_tensor([row]))
-        got = []
-        for step in range(num):
-            position_N = ids[0].new_tensor(starts) + step
-            token_N = torch.stack([ids_L[start + step] for ids_L, start in zip(ids, starts, strict=True)])
-            got.append(decoder.step(token_N, position_N, int(position_N.max()) + 1)[:, :vocab_size])
+        got_NQV = read(ids, starts, num)
         decoder.stop()
         want = [last_logits(model, ids_L, num)[:, :vocab_size] for ids_L in ids]
-        errors.append(relative_error(torch.stack(got, dim=1), torch.stack(want)))
-    return torch.tensor(errors).max().item()  # NaN, if one is
+        errors.append(relative_error(got_NQV, torch.stack(want)))
+    return torch.tensor(errors).max().item()
 
 
 def rows_across(

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from kibitz.config import plain_yaml
 from kibitz.report import costs, formats, summary
 from kibitz.report.curves import CHARTS, Line, main_split
 from kibitz.report.folder import Row, Run, dig, dig_number
@@ -124,7 +125,7 @@ class Followed:
 
 def _yaml(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return plain_yaml.parse(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         return None
 

@@ -14,7 +14,6 @@ teacher keeps (`Stateful`).
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from kibitz.config import ModelConfig
+from kibitz.files import checkpoints, step_of
 from kibitz.models import LanguageModel, lora
 from kibitz.models.load import load_tokenizer, load_weights
 from kibitz.models.progress import no_progress_bars
@@ -38,19 +38,6 @@ from kibitz.parallel.ranks import ALONE, Ranks
 from kibitz.types import Stateful
 
 MANIFEST = Path("training") / "manifest.json"
-NAME = re.compile(r"step-\d{6,}")
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run folder, oldest first; a copy that a person made, such as step-000050.bak, is none. Whether
-    their files are sound, `damage` says."""
-    named = [path for path in (folder / "checkpoints").glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(named, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint's name says."""
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:

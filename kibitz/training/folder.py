@@ -12,7 +12,7 @@ import torch
 
 from kibitz import __version__, config
 from kibitz.config import Recipe, RecipeError
-from kibitz.files import JSONL, LOCK, Lock, commit, write_atomically, writer_of
+from kibitz.files import JSONL, LOCK, Lock, commit, earlier_parts, write_atomically, writer_of, written_by
 from kibitz.methods.stored import as_row
 from kibitz.models import LanguageModel
 from kibitz.parallel.ranks import ALONE, Ranks
@@ -81,7 +81,7 @@ class RunFolder:
         try:
             self.lock.take()
         except BlockingIOError as other:
-            raise RecipeError(_written_by(self.path, str(other))) from None
+            raise RecipeError(written_by(self.path, str(other))) from None
         if self.seen != _names(self.path):
             self.lock.release()
             raise RecipeError(f"output: another process wrote to {self.path} while this one loaded: start again")
@@ -153,45 +153,6 @@ def _names(path: Path) -> list[str]:
     return [one.name for one in checkpoints(path)]
 
 
-def _written_by(path: Path, other: str) -> str:
-    return f"output: {other}, is writing {path}: wait for its end, stop it, or write output=ANOTHER"
-
-
-def earlier_parts(path: Path, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What ended each earlier part of the run in this folder, and how many seconds it took; of one that died without a
-    word, what its last checkpoint or evaluation, or its steps, took up to then."""
-    try:
-        info = json.loads((path / "run.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        info = {}
-    if not isinstance(info, dict) or not info:
-        return []
-    listed = info.get("parts")
-    parts = [
-        part
-        for part in (listed if isinstance(listed, list) else [])
-        if isinstance(part, dict) and _seconds(part.get("seconds")) is not None
-    ]
-    before = sum(part["seconds"] for part in parts)
-    first = info.get("first_step") if isinstance(info.get("first_step"), int) else 0
-    steps = [row["seconds"] for row in metrics if row["step"] > first and isinstance(row.get("seconds"), dict)]
-    in_steps = sum(_seconds(value) or 0.0 for phases in steps for value in phases.values())
-    total, died = _seconds(info.get("seconds")) or 0.0, info.get("status") == "running"
-    last = {
-        "first_step": first,
-        "started": info.get("started"),
-        "status": "died" if died else info.get("status"),
-        "ended_by": "nobody knows: it died without a word" if died else info.get("ended_by"),
-        "seconds": max(total - before, in_steps),
-    }
-    return [*parts, last]
-
-
-def _seconds(value: Any) -> float | None:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e12
-    return float(value) if fits else None
-
-
 def _how_to_begin(recipe: Recipe, resume: bool, overwrite: bool) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from, if there is one, and what to tell about it."""
     path = Path(recipe.output)
@@ -199,7 +160,7 @@ def _how_to_begin(recipe: Recipe, resume: bool, overwrite: bool) -> tuple[Path |
         raise RecipeError(f"output: {path} is a file; write the name of a folder")
     _check_places(path)
     if not overwrite and (other := writer_of(path)) is not None:
-        raise RecipeError(_written_by(path, other))
+        raise RecipeError(written_by(path, other))
     held = (path / "recipe.yaml").exists() or (path / "metrics.jsonl").exists()
     if resume:
         return _to_resume(path, recipe, held)

@@ -20,6 +20,7 @@ from kibitz.batching import micro_batches, pack
 from kibitz.config import Recipe
 from kibitz.evaluate.annotate import annotate
 from kibitz.evaluate.evaluate import grade
+from kibitz.files import in_words
 from kibitz.graders import Grader
 from kibitz.ledger import Ledger, highest
 from kibitz.optim import Optimizer, lr_factor
@@ -139,7 +140,7 @@ class Trainer:
         except BaseException as error:
             with suppress(OSError):  # of a full disk, the first error says it
                 status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-                self.folder.finish(status, _in_words(error), {})
+                self.folder.finish(status, in_words(error), {})
             raise
         finally:
             self.setup.close()
@@ -333,10 +334,3 @@ def _means(sums: Mapping[str, Mapping[str, float]], counts: Mapping[str, int]) -
 
 def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _in_words(error: BaseException) -> str:
-    said = " ".join(str(error).split())[:500]
-    if isinstance(error, KeyboardInterrupt):
-        return "Ctrl-C, before the step was over"
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__

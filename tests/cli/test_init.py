@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from kibitz import config
 from kibitz.cli import app
 from kibitz.cli.init import recipe_text
+from kibitz.config import plain_yaml
 from kibitz.config.commented import commented
 
 
@@ -89,6 +90,14 @@ def test_a_person_is_asked_five_questions(tmp_path):
     assert (recipe.student.model, recipe.data.world, recipe.rollout.max_tokens) == ("my/student", "arithmetic", 300)
     assert recipe.student.lora is not None
     os.close(screen)
+
+
+@pytest.mark.parametrize("name", ["1e-5", "yes", "2026-11-26", "1:30", "0x10", "null", "=", "a: b # c"])
+def test_a_name_that_looks_like_something_else_stays_a_name(name):
+    """What is written is read by the strict reader of recipes."""
+    assert plain_yaml.parse(commented({"student": {"model": name}}, {"student.model": "why"}, ["head"])) == {
+        "student": {"model": name}
+    }
 
 
 def test_a_reason_can_be_no_more_than_a_comment():

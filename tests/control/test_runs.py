@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from kibitz.control import distil, rpd, strip
 from kibitz.control.environments import make
 from kibitz.control.folder import newest
 from kibitz.control.recipe import DistilRecipe, EnvConfig, RPDRecipe
+from kibitz.files import Lock
 
 ORACLE = {"python": "support.two_states:oracle", "trust": True, "samples": 2, "noise": 0.1}
 
@@ -90,6 +92,28 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(name, tmp_path):
     policy = "policy.py" if name == "distil" else f"checkpoints/{newest(whole.folder).name}/policy.zip"
     if name == "distil":
         assert (stopped.folder / policy).read_text() == (whole.folder / policy).read_text()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_folder_has_one_writer_and_says_how_each_part_ended(name, tmp_path):
+    loop, kind, tree, at = CASES[name]
+    recipe, folder = load_as(kind, tree(tmp_path / "run")), tmp_path / "run"
+    with pytest.raises(Killed):
+        loop.run(recipe, progress=Killer(at))
+    ended = json.loads((folder / "run.json").read_text())
+    assert (ended["status"], ended["ended_by"]) == ("failed", "Killed") and not (folder / "run.lock").exists()
+    kept = newest(folder)
+    shutil.copytree(kept, kept.with_name(f"{kept.name}.bak"))  # somebody's copy is no checkpoint
+    other = Lock(folder)
+    other.take()
+    with pytest.raises(RecipeError, match=f"process {os.getpid()} on .* is writing"):
+        loop.run(recipe, resume=True)
+    other.release()
+    loop.run(recipe, resume=True)
+    whole = json.loads((folder / "run.json").read_text())
+    assert (whole["status"], [part["ended_by"] for part in whole["parts"]]) == ("finished", ["Killed"])
+    assert whole["seconds"] > whole["parts"][0]["seconds"] > 0
+    assert newest(folder).with_name(f"{kept.name}.bak").is_dir()
 
 
 @pytest.mark.slow

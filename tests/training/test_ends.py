@@ -173,7 +173,8 @@ def test_any_value_of_a_row_may_be_of_another_kind(stopped, tmp_path):
             for row in rows:
                 row[draw.choice([key for key in row if key != "step"])] = draw.choice(odd)
             (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        report.build([tmp_path])
+        page = report.build([tmp_path]).read_text(encoding="utf-8")
+        assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>"), number
 
 
 @pytest.mark.parametrize("name", ["run.json", "run.lock", "metrics.jsonl", "recipe.yaml", "checkpoints", ""])
