@@ -95,23 +95,32 @@ def features(found: Sequence[Place]) -> list[Feature]:
     asked = [
         Feature(lambda p: p.position, "from token {} on", "before token {}", True),
         Feature(lambda p: p.nesting, "at least {} brackets deep", "less than {} brackets deep", True),
-        Feature(lambda p: p.entropy, "where the teacher's entropy is above {} nats", "where it is below {} nats", True),
+        Feature(
+            lambda p: p.entropy,
+            "where the teacher's entropy is above {} nats",
+            "where the teacher's entropy is below {} nats",
+            True,
+        ),
         Feature(
             lambda p: counts[p.text] / num,
             "where the token is more frequent than {}",
-            "where it is rarer than {}",
+            "where the token is rarer than {}",
             True,
         ),
     ]
     for name, belongs in CLASSES.items():
         asked.append(
-            Feature(lambda p, b=belongs: float(b(p.text)), f"where the token is {name}", f"where it is not {name}")
+            Feature(
+                lambda p, b=belongs: float(b(p.text)), f"where the token is {name}", f"where the token is not {name}"
+            )
         )
         asked.append(Feature(lambda p, b=belongs: float(b(p.before)), f"after {name}", f"not after {name}"))
     for text in _frequent(counts, num):
         shown = _code(text)
         asked.append(
-            Feature(lambda p, t=text: float(p.text == t), f"where the token is {shown}", f"where it is not {shown}")
+            Feature(
+                lambda p, t=text: float(p.text == t), f"where the token is {shown}", f"where the token is not {shown}"
+            )
         )
     for text in _frequent(after, num):
         shown = _code(text)
@@ -162,21 +171,24 @@ def _half(prompt: str) -> int:
 
 
 def _paths(tree: Any, asked: Sequence[Feature]) -> dict[int, str]:
-    """leaf -> its conditions in words; a yes to a text makes noes to other texts superfluous."""
+    """leaf -> its conditions in words. A yes to a text makes noes to other texts superfluous, and of several thresholds of a
+    number on one side the last is the narrowest."""
     found: dict[int, str] = {}
 
-    def walk(node: int, said: list[tuple[bool, str]]) -> None:
+    def walk(node: int, said: dict[tuple[int, bool], tuple[bool, str]]) -> None:
         left, right = int(tree.children_left[node]), int(tree.children_right[node])
         if left == right:
-            yes = [words for is_yes, words in said if is_yes]
-            found[node] = ", ".join(yes or [words for _, words in said]) or "everywhere"
+            yes = [words for is_yes, words in said.values() if is_yes]
+            found[node] = ", ".join(yes or [words for _, words in said.values()]) or "everywhere"
             return
-        feature, threshold = asked[int(tree.feature[node])], float(tree.threshold[node])
+        number = int(tree.feature[node])
+        feature, threshold = asked[number], float(tree.threshold[node])
         at = f"{math.ceil(threshold) if threshold > 1 else threshold:.3g}"
-        walk(left, [*said, (feature.is_number, feature.no.format(at) if feature.is_number else feature.no)])
-        walk(right, [*said, (True, feature.yes.format(at) if feature.is_number else feature.yes)])
+        no, yes = ((words.format(at) if feature.is_number else words) for words in (feature.no, feature.yes))
+        walk(left, {**said, (number, False): (feature.is_number, no)})
+        walk(right, {**said, (number, True): (True, yes)})
 
-    walk(0, [])
+    walk(0, {})
     return found
 
 

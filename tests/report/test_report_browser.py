@@ -11,7 +11,7 @@ from kibitz.report import build, rollout_page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 expect = playwright.expect  # waits: what an event draws may come after the click that caused it
-expect.set_options(timeout=20_000)
+expect.set_options(timeout=180_000)  # a machine that runs other tests beside is slow
 
 pytestmark = pytest.mark.browser
 
@@ -31,7 +31,7 @@ def visit(browser):
 
     def go(path: Path, width: int = 1200, scheme: str = "light"):
         page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(180_000)
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))

@@ -18,7 +18,7 @@ from kibitz.report.watch import serve
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 expect = playwright.expect
-expect.set_options(timeout=60_000)
+expect.set_options(timeout=180_000)
 
 pytestmark = pytest.mark.browser
 

@@ -134,7 +134,7 @@ def reaches(curve: Sequence[Sequence[float]], level: float) -> float:
 
 def _paired(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
     """The mean difference, seed by seed, and half its 95% interval."""
-    found = [above - below for above, below in zip(ours, theirs, strict=False)]
+    found = [above - below for above, below in zip(ours, theirs, strict=True)]
     return fmean(found), half_of_seeds(found)
 
 
