@@ -73,6 +73,7 @@ def test_an_example_leads_to_its_token(browser, tmp_path, width):
     path: Path = tmp_path / "page.html"
     path.write_text(diagnosis_page(hostile))
     page, complaints = browser.new_page(viewport={"width": width, "height": 800}), []
+    page.set_default_timeout(180_000)
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", lambda request: None if request.url == path.as_uri() else complaints.append(request.url))

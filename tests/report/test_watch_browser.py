@@ -36,6 +36,7 @@ def visit(browser):
         watch = serving.__enter__()
         threading.Thread(target=watch.server.serve_forever, daemon=True).start()
         page = browser.new_page(viewport={"width": width, "height": 800})
+        page.set_default_timeout(180_000)
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
@@ -146,6 +147,7 @@ def test_the_page_says_when_nobody_answers_any_more_or_somebody_else(browser, tm
     """Its own page: a browser writes to the console that a server is gone, and cannot be told not to."""
     folder = synthetic.write_run(tmp_path / "run", num_prompts=1)
     page = browser.new_page()
+    page.set_default_timeout(180_000)
     with serve([folder]) as watch:
         threading.Thread(target=watch.server.serve_forever, daemon=True).start()
         port = watch.server.server_address[1]

@@ -323,6 +323,11 @@ class Module(SimpleNamespace):
 
     def manual_seed_all(self, seed: int) -> None: ...
 
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        return torch.zeros(16, dtype=torch.uint8)
+
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None: ...
+
     def reset_peak_memory_stats(self, device: Any = None) -> None: ...
 
     def max_memory_allocated(self, device: Any = None) -> int:
