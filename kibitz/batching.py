@@ -63,9 +63,12 @@ def _signals(scored: Sequence[Scored]) -> tuple[list[Signal | Deferred], list[An
     return [s.signal for s in scored if s.signal is not None], [s.anchor for s in scored if s.anchor is not None]
 
 
-def pack(scored: Sequence[Scored], device: torch.device | str = "cpu") -> Batch:
-    """One micro-batch of these rollouts, settled."""
+def pack(scored: Sequence[Scored], device: torch.device | str = "cpu", sample: int | None = None) -> Batch:
+    """One micro-batch of these rollouts, settled. About `sample` of its tokens, or all, are those of costly metrics: each n-th,
+    from a place that the number of tokens decides."""
     scored = settled(scored)
+    num_tokens = sum(s.rollout.num_tokens for s in scored)
+    every = 1 if sample is None else max(1, -(-num_tokens // sample))
     rollouts = [s.rollout for s in scored]
     ids_BL, position_T = _rows(rollouts)
     signals = [s.signal for s in scored if s.signal is not None and not isinstance(s.signal, Deferred)]
@@ -81,6 +84,8 @@ def pack(scored: Sequence[Scored], device: torch.device | str = "cpu") -> Batch:
         advantage_T=torch.cat(advantages).to(device) if advantages else None,
         numbers={name: torch.cat([s.numbers[name] for s in scored]).to(device) for name in scored[0].numbers},
         anchor=beside(cat_signals(anchors), device) if anchors else None,
+        every=every,
+        first=num_tokens % every,
     )
     length_B = torch.tensor([len(r.prompt.ids) + r.num_tokens for r in rollouts], device=device)
     return Batch(ids_BL.to(device), length_B, position_T.to(device), tokens, scored[0].objective)

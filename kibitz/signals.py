@@ -204,7 +204,8 @@ class Scored:
 
 @dataclass
 class Tokens:
-    """The learnable side of a micro-batch, or of one chunk of it: one entry per response token."""
+    """The learnable side of a micro-batch, or of one chunk of it: one entry per response token. Metrics that cost as much as a
+    loss are taken of a sample: of each `every`-th token from the `first` on."""
 
     token_T: Tensor  # the token that was written
     weight_T: Tensor
@@ -213,6 +214,12 @@ class Tokens:
     advantage_T: Tensor | None = None
     numbers: Mapping[str, Tensor] = field(default_factory=dict)
     anchor: Anchor | None = None
+    every: int = 1
+    first: int = 0
+
+    @property
+    def sample(self) -> slice:
+        return slice(self.first, None, self.every)
 
     def __getitem__(self, tokens: slice) -> "Tokens":
         return Tokens(
@@ -223,6 +230,8 @@ class Tokens:
             None if self.advantage_T is None else self.advantage_T[tokens],
             {name: number_T[tokens] for name, number_T in self.numbers.items()},
             None if self.anchor is None else self.anchor[tokens],
+            self.every,
+            (self.first - (tokens.start or 0)) % self.every,
         )
 
 

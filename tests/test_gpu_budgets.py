@@ -3,7 +3,8 @@
 Kernels are operations that compute or copy; views are free. Numbers are those of Qwen3, whose shapes the meta device has."""
 
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -22,13 +23,15 @@ from kibitz.engines.cache import CachedDecoder
 from kibitz.engines.room import cache_bytes, rows_that_fit
 from kibitz.engines.sampling import sample
 from kibitz.engines.torch import TorchEngine
+from kibitz.losses.checks import together
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import Divergence, PolicyGradient
+from kibitz.losses.divergences import jsd
 from kibitz.models.head import keep_float32
 from kibitz.models.kept import kept_bytes_per_token
 from kibitz.models.load import load_model, straight_to
 from kibitz.preflight.shapes import Shape
-from kibitz.signals import Scored
+from kibitz.signals import Dense, Scored, Tokens
 from kibitz.teachers import ScoreRequest
 from kibitz.teachers.local import local_teacher
 from kibitz.training.memory import DeviceClock
@@ -315,3 +318,49 @@ def test_what_is_kept_on_the_device_is_what_is_counted_on_meta(pair):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(student.model.config, dtype=torch.bfloat16)
     assert 1.0 <= on_device / Shape(model).activation_bytes_per_token <= 1.4
+
+
+def passes_over_the_vocabulary(criterion: Divergence, every: int) -> float:
+    """In whole tensors `[1024, V]` that operations without gradients and the loss write."""
+    tokens, vocab = 1024, 151_669
+    with torch.device("meta"):
+        logits_CV = torch.zeros(tokens, vocab, requires_grad=True)
+        head = torch.nn.Linear(8, vocab, bias=False)
+        signal = Dense(torch.zeros(tokens, 8), head)
+        told = Tokens(
+            torch.zeros(tokens, dtype=torch.long), torch.ones(tokens), torch.zeros(tokens), signal, every=every
+        )
+        with Written() as written, together_unchecked():
+            criterion(logits_CV, told)
+    return written.numbers / (tokens * vocab)
+
+
+class Written(TorchDispatchMode):
+    """Counts the numbers that operations write, views left out."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and isinstance(out, torch.Tensor):
+            self.numbers += out.numel()
+        return out
+
+
+@contextmanager
+def together_unchecked() -> Iterator[None]:
+    """Numbers on meta cannot be checked."""
+    with suppress(RuntimeError), together():
+        yield
+
+
+def test_metrics_cost_little_beside_the_loss():
+    """Forward, in tensors [chunk, V]: nine for the loss. Metrics of all tokens write four more, and read twice for the largest;
+    those of each eighth write half a one. Where the loss is another, its reverse KL costs six more."""
+    whole, some, loss = (passes_over_the_vocabulary(Divergence(), every) for every in (1, 8, 1024))
+    assert loss <= 9.1
+    assert whole - loss <= 4.1
+    assert some - loss <= 0.55
+    whole, some, loss = (passes_over_the_vocabulary(Divergence(jsd), every) for every in (1, 8, 1024))
+    assert 9.0 < whole - loss <= 10.1
+    assert some - loss <= 1.3

@@ -5,7 +5,7 @@ A run is a folder: recipe.yaml, run.json, metrics.jsonl, evals.jsonl, rollouts.j
 
 import signal
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from kibitz.parallel.fsdp import copy_weights, reduce_gradients
 from kibitz.signals import Scored
 from kibitz.training import checkpoint
 from kibitz.training.guards import Alarm, Guards, rollout_metrics
+from kibitz.training.means import MEASURED, means_of, sums_of
 from kibitz.training.memory import Gauge
 from kibitz.training.progress import bar_if_watched
 from kibitz.training.setup import Setup, prepare
@@ -234,7 +235,7 @@ class Trainer:
         batches = micro_batches(scored, self.recipe.optim.tokens_per_micro_batch)
         own, passed, signal_bytes = [[scored[i] for i in indices] for indices in batches], 0.0, 0
         for number, (members, last) in enumerate(self.ranks.in_step(own, self._settled), 1):
-            batch = pack(members, self.student.device)
+            batch = pack(members, self.student.device, MEASURED)
             reduce_gradients(self.learner, last or self.learner is self.student)
             total, values = self.method.loss(self.learner, batch)
             if number <= len(own):  # the others keep this process in step with the rest, and are padding
@@ -242,12 +243,12 @@ class Trainer:
                 signal_bytes += sum(one.signal_bytes for one in members)
             if total.requires_grad:
                 (total / max(1, counts[batch.objective])).backward()
-            for name, value in _sums(values, batch.tokens.weight_T).items():
+            for name, value in sums_of(values, batch.tokens).items():
                 sums[name][batch.objective] += value
         # Forward; backward to the activations, and to the weights that learn.
         learns = self.student.num_trainable / self.student.num_parameters
         self.ledger.spend("student_training", (2 + learns) * passed)
-        return _means(self.ranks.add(sums), counts), counts.total(), float(sum(self.ranks.gather(signal_bytes)))
+        return means_of(self.ranks.add(sums), counts), counts.total(), float(sum(self.ranks.gather(signal_bytes)))
 
     def _settled(self, members: list[Scored]) -> list[Scored]:
         with self.ledger.timed("scoring"):
@@ -317,23 +318,6 @@ class Trainer:
             stateful, keep = {name: kept.state() for name, kept in self.stateful.items()}, self.recipe.save.keep
             checkpoint.save(self.folder.path, self.done, self.student, stateful, state, keep, self.ranks)
         self.saved = self.done
-
-
-def _sums(values: Mapping[str, Tensor], weight_T: Tensor) -> dict[str, float]:
-    """The sum of each value over the tokens that are learnt, in float64: all fetched from the device together."""
-    learnt = (weight_T > 0).nonzero()[:, 0]
-    sums = torch.stack([value_T[learnt].sum(dtype=torch.float64) for value_T in values.values()]).tolist()
-    return dict(zip(values, sums, strict=True))
-
-
-def _means(sums: Mapping[str, Mapping[str, float]], counts: Mapping[str, int]) -> dict[str, float]:
-    """The mean of each value over the tokens that have it; of the loss, the sum of its objectives' means."""
-    means = {
-        name: sum(parts.values()) / max(1, sum(counts[objective] for objective in parts))
-        for name, parts in sums.items()
-    }
-    loss = sum(total / max(1, counts[objective]) for objective, total in sums["loss"].items())
-    return means | {"loss": loss}
 
 
 def _due(every: int, step: int) -> bool:
