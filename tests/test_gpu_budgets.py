@@ -285,9 +285,9 @@ def test_a_run_is_cut_for_its_gpu(tmp_path, monkeypatch):
     assert small.checkpointing
     own = {"tokens_per_micro_batch": 16384, "chunk_tokens": 5, "checkpointing": False}
     sections = {**tree, "output": str(tmp_path / "3"), "optim": own}
-    assert fitted_recipe(sections, 5_000_000, monkeypatch).optim.model_dump(include=own.keys()) == own
+    assert fitted_recipe(sections, 5_000_000, monkeypatch).optim.model_dump(include={*own}) == own
     setup = prepare({**tree, "output": str(tmp_path / "4"), "device": "cpu"})
-    assert setup.parts.recipe.optim.model_dump(include=own.keys()) == {**own, "chunk_tokens": None}
+    assert setup.parts.recipe.optim.model_dump(include={*own}) == {**own, "chunk_tokens": None}
     setup.folder.lock.release()
 
 

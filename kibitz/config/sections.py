@@ -316,6 +316,12 @@ class ParallelConfig(Section):
         description="Each process holds, beside its part of the student, a whole one that writes and reads fast. false: none "
         "ever does, for students larger than a device; every pass is then one of all processes.",
     )
+    reduce_gradients: Literal["auto", "step", "micro_batch"] = Field(
+        "auto",
+        description="With whole_copy, when gradients are summed over the processes. step: once, after each has accumulated whole "
+        "ones, 4 bytes a parameter; micro_batch: each time, so that each keeps its part. auto: micro_batch where whole ones "
+        "would take a quarter of what is free of a GPU. The sum is the same.",
+    )
     shard_teacher: bool = Field(
         False,
         description="Split the layers of a teacher in this process as well: less memory, more communication. Off: each process "

@@ -17,6 +17,7 @@ from kibitz.models import LanguageModel
 from kibitz.models.head import body_of
 from kibitz.models.kept import kept_bytes_per_token
 from kibitz.optim import bytes_of_moments
+from kibitz.parallel.ranks import Ranks
 from kibitz.types import free_bytes
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ TENSORS = 10
 SHARE_OF_LOGITS = 0.25
 MOST_IN_CHUNK = 2048
 """Tokens in a chunk beyond which a GPU is no faster."""
+SHARE_OF_GRADIENTS = 0.25
+"""Whole gradients that would take more are reduced after each micro-batch."""
 ENOUGH = 4096
 """Tokens of a micro-batch that keep a GPU busy: activations are recomputed where fewer would fit."""
 
@@ -55,19 +58,22 @@ class Room:
         return {"tokens_per_micro_batch": tokens, "chunk_tokens": chunk, "checkpointing": recomputed}
 
 
-def fitted(recipe: Recipe, student: LanguageModel, longest: int, processes: int = 1) -> Recipe:
-    """The recipe with what it leaves open of the optimizer, chosen for the student's device when all models are there. The
-    student recomputes its activations from here on, if that is chosen."""
-    recipe = _chosen(recipe, student, longest, processes)
+def fitted(recipe: Recipe, student: LanguageModel, longest: int, ranks: Ranks) -> Recipe:
+    """The recipe with what it leaves open, chosen for the student's device when all models are there, for all processes
+    alike. The student recomputes its activations from here on, if that is chosen."""
+    if (free := free_bytes(student.device)) is not None:
+        recipe = _chosen(recipe, student, longest, min(ranks.gather(free)), ranks.size)
     if recipe.optim.checkpointing:
         student.recompute_activations()
     return recipe
 
 
-def _chosen(recipe: Recipe, student: LanguageModel, longest: int, processes: int) -> Recipe:
-    optim, free = recipe.optim, free_bytes(student.device)
-    if free is None:
-        return recipe
+def _chosen(recipe: Recipe, student: LanguageModel, longest: int, free: int, processes: int) -> Recipe:
+    optim, parallel = recipe.optim, recipe.parallel
+    if parallel.reduce_gradients == "auto":
+        each = 4.0 * student.num_trainable > SHARE_OF_GRADIENTS * free
+        parallel = parallel.model_copy(update={"reduce_gradients": "micro_batch" if each else "step"})
+        recipe = recipe.model_copy(update={"parallel": parallel})
     given, kept = optim.model_dump(include=optim.model_fields_set), _kept(student)
     recomputed = _recomputed(student.model.config.get_text_config(), student.model.dtype, kept)
     left = free - bytes_to_come(recipe, student, processes)
@@ -90,7 +96,8 @@ def bytes_to_come(recipe: Recipe, student: LanguageModel, processes: int) -> flo
         return total + (12.0 + masters + itemsize) * student.num_parameters * recipe.method.needs().adversary
     if isinstance(student, FSDPModule):
         return (4.0 + moments + masters) * trained / shards
-    return 4.0 * trained + (4.0 * student.num_parameters + moments * trained) / shards
+    gradients = 4.0 * trained / (shards if recipe.parallel.reduce_gradients == "micro_batch" else 1)
+    return gradients + (4.0 * student.num_parameters + moments * trained) / shards
 
 
 def _kept(student: LanguageModel) -> float:

@@ -112,6 +112,8 @@ class Trainer:
         self.recipe, self.student, self.folder = self.setup.parts.recipe, self.setup.parts.student, self.setup.folder
         self.method = methods.build(self.setup.parts)
         self.learner, self.ranks = self.setup.learner, self.setup.parts.ranks
+        in_parts = self.learner is self.student  # of whose gradients no process has room for whole ones
+        self.reduces_each = in_parts or self.recipe.parallel.reduce_gradients == "micro_batch"
         rounded = self.learner.model.dtype != self.student.model.dtype
         self.optimizer = Optimizer(self.learner.model, self.recipe.optim, keep_weights=rounded)
         assert "optimizer" not in self.setup.parts.stateful, "that is the name of the student's own"
@@ -236,7 +238,7 @@ class Trainer:
         own, passed, signal_bytes = [[scored[i] for i in indices] for indices in batches], 0.0, 0
         for number, (members, last) in enumerate(self.ranks.in_step(own, self._settled), 1):
             batch = pack(members, self.student.device, MEASURED)
-            reduce_gradients(self.learner, last or self.learner is self.student)
+            reduce_gradients(self.learner, last or self.reduces_each)
             total, values = self.method.loss(self.learner, batch)
             if number <= len(own):  # the others keep this process in step with the rest, and are padding
                 passed += self.student.pass_flops([one.rollout for one in members])
