@@ -5,11 +5,12 @@ their forward passes then have equal shapes, and a student that equals its teach
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from kibitz.signals import Batch, Scored, Tokens, beside, cat_signals
+from kibitz.signals import Anchor, Batch, Deferred, Scored, Signal, Tokens, beside, cat_signals
 from kibitz.types import Rollout
 
 
@@ -38,11 +39,39 @@ def micro_batches(scored: Sequence[Scored], max_tokens: int) -> list[list[int]]:
     ]
 
 
-def pack(scored: Sequence[Scored], device: torch.device | str = "cpu") -> Batch:
-    """One micro-batch of these rollouts."""
+def settled(scored: Sequence[Scored]) -> list[Scored]:
+    """The rollouts of a micro-batch with the signals that were deferred until now."""
+    rollouts, signals, anchors = [s.rollout for s in scored], *_signals(scored)
+    if any(isinstance(signal, Deferred) for signal in signals):
+        scored = [replace(s, signal=signal) for s, signal in zip(scored, _made(signals, rollouts), strict=True)]
+    if any(isinstance(anchor.signal, Deferred) for anchor in anchors):
+        made = _made([anchor.signal for anchor in anchors], rollouts)
+        triples = zip(scored, anchors, made, strict=True)
+        scored = [replace(s, anchor=replace(anchor, signal=signal)) for s, anchor, signal in triples]
+    return list(scored)
+
+
+def _made(signals: Sequence[Signal | Deferred], rollouts: Sequence[Rollout]) -> list[Signal]:
+    """Signals of all rollouts together, which one scorer deferred."""
+    first = signals[0]
+    assert isinstance(first, Deferred), "a micro-batch mixes kinds"
+    assert all(isinstance(s, Deferred) and s.score == first.score for s in signals), "a micro-batch mixes kinds"
+    return first.score(rollouts)
+
+
+def _signals(scored: Sequence[Scored]) -> tuple[list[Signal | Deferred], list[Anchor]]:
+    return [s.signal for s in scored if s.signal is not None], [s.anchor for s in scored if s.anchor is not None]
+
+
+def pack(scored: Sequence[Scored], device: torch.device | str = "cpu", sample: int | None = None) -> Batch:
+    """One micro-batch of these rollouts, settled. About `sample` of its tokens, or all, are those of costly metrics: each n-th,
+    from a place that the number of tokens decides."""
+    scored = settled(scored)
+    num_tokens = sum(s.rollout.num_tokens for s in scored)
+    every = 1 if sample is None else max(1, -(-num_tokens // sample))
     rollouts = [s.rollout for s in scored]
     ids_BL, position_T = _rows(rollouts)
-    signals = [s.signal for s in scored if s.signal is not None]
+    signals = [s.signal for s in scored if s.signal is not None and not isinstance(s.signal, Deferred)]
     advantages = [s.advantage_T for s in scored if s.advantage_T is not None]
     anchors = [s.anchor for s in scored if s.anchor is not None]
     assert all(len(kind) in (0, len(scored)) for kind in (signals, advantages, anchors)), "a micro-batch mixes kinds"
@@ -55,6 +84,8 @@ def pack(scored: Sequence[Scored], device: torch.device | str = "cpu") -> Batch:
         advantage_T=torch.cat(advantages).to(device) if advantages else None,
         numbers={name: torch.cat([s.numbers[name] for s in scored]).to(device) for name in scored[0].numbers},
         anchor=beside(cat_signals(anchors), device) if anchors else None,
+        every=every,
+        first=num_tokens % every,
     )
     length_B = torch.tensor([len(r.prompt.ids) + r.num_tokens for r in rollouts], device=device)
     return Batch(ids_BL.to(device), length_B, position_T.to(device), tokens, scored[0].objective)

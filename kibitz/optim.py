@@ -127,6 +127,17 @@ def _plain(parameters: list[Tensor], config: OptimConfig) -> torch.optim.Optimiz
     return bitsandbytes.optim.AdamW8bit(parameters, **options)  # pyright: ignore[reportPrivateImportUsage]
 
 
+def bytes_of_moments(config: OptimConfig) -> int:
+    """Return the bytes of moments for each parameter that learns: two moments, one, or none, in 8 bits or in float32."""
+    match config.name:
+        case "adamw_8bit":
+            return 2
+        case "sgd":
+            return 4 if config.sgd_momentum else 0
+        case _:
+            return 8
+
+
 def require(config: OptimConfig) -> None:
     """Raise ValueError with what to install, before any weights load."""
     if config.name == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:

@@ -108,6 +108,15 @@ class Spans(Columns):
 
 
 Signal = Dense | TopK | Sampled | Spans
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A signal that does not exist yet: `score` makes those of a micro-batch, just before its loss."""
+
+    score: Callable[[Sequence[Rollout]], list[Signal]]
+
+
 Kind = TypeVar("Kind", bound=Columns)
 
 
@@ -155,7 +164,7 @@ def beside(column: Any, device: torch.device | str) -> Any:
 class Anchor(Columns):
     """The pull that holds the student back: `coefficient` times the KL to the model whose signal this is joins the loss."""
 
-    signal: Signal
+    signal: Signal | Deferred
     coefficient: float
 
 
@@ -173,14 +182,14 @@ class Scored:
 
     rollout: Rollout
     weight_T: Tensor
-    signal: Signal | None = None
+    signal: Signal | Deferred | None = None
     advantage_T: Tensor | None = None
     numbers: Mapping[str, Tensor] = field(default_factory=dict)
     anchor: Anchor | None = None
     objective: str = ""
 
     @classmethod
-    def from_signal(cls, rollout: Rollout, signal: Signal) -> "Scored":
+    def from_signal(cls, rollout: Rollout, signal: Signal | Deferred) -> "Scored":
         """Score a rollout by a teacher's signal, at every token that the student wrote and that the teacher could score."""
         weight_T = rollout.weight_T()
         if isinstance(signal, Spans):
@@ -190,12 +199,13 @@ class Scored:
     @property
     def signal_bytes(self) -> int:
         """The bytes of the rollout's signals, as they wait for the loss."""
-        return sum(part.nbytes for part in (self.signal, self.anchor) if part is not None)
+        return sum(part.nbytes for part in (self.signal, self.anchor) if isinstance(part, Columns))
 
 
 @dataclass
 class Tokens:
-    """The learnable side of a micro-batch, or of one chunk of it: one entry per response token."""
+    """The learnable side of a micro-batch, or of one chunk of it: one entry per response token. Metrics that cost as much as a
+    loss are taken of a sample: of each `every`-th token from the `first` on."""
 
     token_T: Tensor  # the token that was written
     weight_T: Tensor
@@ -204,6 +214,12 @@ class Tokens:
     advantage_T: Tensor | None = None
     numbers: Mapping[str, Tensor] = field(default_factory=dict)
     anchor: Anchor | None = None
+    every: int = 1
+    first: int = 0
+
+    @property
+    def sample(self) -> slice:
+        return slice(self.first, None, self.every)
 
     def __getitem__(self, tokens: slice) -> "Tokens":
         return Tokens(
@@ -214,6 +230,8 @@ class Tokens:
             None if self.advantage_T is None else self.advantage_T[tokens],
             {name: number_T[tokens] for name, number_T in self.numbers.items()},
             None if self.anchor is None else self.anchor[tokens],
+            self.every,
+            (self.first - (tokens.start or 0)) % self.every,
         )
 
 

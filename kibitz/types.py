@@ -28,6 +28,16 @@ def is_gpu(device: torch.device) -> bool:
     return device.type in ("cuda", torch._C._get_privateuse1_backend_name())
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Return the bytes of a GPU's memory that tensors can have: what is free, and what torch's allocator holds for them. None for
+    a CPU, whose programs must not depend on what else the machine does."""
+    if not is_gpu(device):
+        return None
+    module = torch.get_device_module(device)
+    held = module.memory_reserved(device) - module.memory_allocated(device)
+    return module.mem_get_info(device)[0] + held
+
+
 class Writer(IntEnum):
     """The writer of a response token. What the environment wrote is never learnt."""
 

@@ -3,7 +3,9 @@
 Kernels are operations that compute or copy; views are free. Numbers are those of Qwen3, whose shapes the meta device has."""
 
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,24 +13,31 @@ import torch
 import torch.nn.functional as F
 from support.models import make_model
 from support.pretended import Clock, Module, gpu, pretended
+from support.runs import recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from kibitz.batching import pack
-from kibitz.config import ModelConfig
+from kibitz.config import ModelConfig, Recipe
 from kibitz.engines.cache import CachedDecoder
 from kibitz.engines.room import cache_bytes, rows_that_fit
 from kibitz.engines.sampling import sample
 from kibitz.engines.torch import TorchEngine
+from kibitz.losses.checks import together
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import Divergence, PolicyGradient
+from kibitz.losses.divergences import jsd
 from kibitz.models.head import keep_float32
+from kibitz.models.kept import kept_bytes_per_token
 from kibitz.models.load import load_model, straight_to
 from kibitz.preflight.shapes import Shape
-from kibitz.signals import Scored
+from kibitz.signals import Dense, Scored, Tokens
 from kibitz.teachers import ScoreRequest
 from kibitz.teachers.local import local_teacher
 from kibitz.training.memory import DeviceClock
+from kibitz.training.room import Room
+from kibitz.training.setup import prepare
+from kibitz.training.trainer import NullProgress, Trainer
 from kibitz.types import Prompt, Sampling
 
 SHAPE_8B = {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -222,3 +231,136 @@ def test_weights_are_loaded_straight_to_a_gpu_only():
     with pretended():
         assert straight_to(gpu()) == {"device_map": {"": torch.device("gpu", 0)}}
     assert straight_to(torch.device("cpu")) == {}
+
+
+# ------------------------------------------------------------------ what a recipe leaves open
+
+
+GIB = 2**30
+ROOM = Room(40.0 * GIB, per_token=3.4e6, recomputed_per_token=0.24e6, per_logits=40.0 * 151_669)  # Qwen3-1.7B
+
+
+def test_a_micro_batch_takes_what_is_free():
+    """Counted in bytes: logits and activations together are below the share that may be filled."""
+    for gib in (2, 5, 12, 24, 40, 70, 130):
+        room = replace(ROOM, free=float(gib * GIB))
+        chosen = room.choose(16384, 1224, {})
+        per_token = room.recomputed_per_token if chosen["checkpointing"] else room.per_token
+        held = chosen["chunk_tokens"] * room.per_logits + chosen["tokens_per_micro_batch"] * per_token
+        assert held <= 0.8 * gib * GIB
+        assert chosen["checkpointing"] is (gib < 24)
+    assert ROOM.choose(16384, 1224, {}) == {
+        "tokens_per_micro_batch": 7580,
+        "chunk_tokens": 1415,
+        "checkpointing": False,
+    }
+    assert replace(ROOM, free=140.0 * GIB).choose(16384, 1224, {})["tokens_per_micro_batch"] == 16384
+    assert ROOM.choose(16384, 12_000, {})["checkpointing"] is True  # one rollout would not fit
+
+
+def test_what_a_recipe_sets_is_kept():
+    given = {"tokens_per_micro_batch": 999_999, "chunk_tokens": 7, "checkpointing": False}
+    assert ROOM.choose(999_999, 1224, given) == given
+    assert ROOM.choose(16384, 1224, {"checkpointing": True})["tokens_per_micro_batch"] == 16384
+    assert replace(ROOM, free=-1.0).choose(16384, 1224, {})["tokens_per_micro_batch"] == 1  # torch says what is lacking
+
+
+def fitted_recipe(tree: dict[str, Any], memory: int, monkeypatch) -> Recipe:
+    monkeypatch.setattr(Module, "memory", (memory, 80 * GIB))
+    with pretended():
+        setup = prepare(tree)
+        setup.folder.lock.release()
+        setup.close()
+    return setup.parts.recipe
+
+
+def test_a_run_is_cut_for_its_gpu(tmp_path, monkeypatch):
+    """On a small one a micro-batch has fewer tokens, and activations are recomputed; a setting wins; a CPU has the defaults."""
+    make_model(tmp_path / "model", 0, num_hidden_layers=2)
+    tree = recipe(tmp_path / "model", None, tmp_path / "run", method={"type": "sft"}, device="gpu")
+    large = fitted_recipe(tree, 60 * GIB, monkeypatch).optim
+    assert (large.tokens_per_micro_batch, large.chunk_tokens, large.checkpointing) == (16384, 2048, False)
+    small = fitted_recipe({**tree, "output": str(tmp_path / "2")}, 5_000_000, monkeypatch).optim
+    assert 100 < small.tokens_per_micro_batch < 16384
+    assert small.checkpointing
+    own = {"tokens_per_micro_batch": 16384, "chunk_tokens": 5, "checkpointing": False}
+    sections = {**tree, "output": str(tmp_path / "3"), "optim": own}
+    assert fitted_recipe(sections, 5_000_000, monkeypatch).optim.model_dump(include={*own}) == own
+    setup = prepare({**tree, "output": str(tmp_path / "4"), "device": "cpu"})
+    assert setup.parts.recipe.optim.model_dump(include={*own}) == {**own, "chunk_tokens": None}
+    setup.folder.lock.release()
+
+
+def test_a_step_on_a_small_gpu_gives_the_same_numbers(tmp_path, monkeypatch):
+    make_model(tmp_path / "model", 0, num_hidden_layers=2)
+    make_model(tmp_path / "teacher", 1, num_hidden_layers=1)
+    rows = []
+    for name, memory in (("large", 60 * GIB), ("small", 5_000_000)):
+        monkeypatch.setattr(Module, "memory", (memory, 80 * GIB))
+        rollout = {"prompts_per_step": 4, "max_tokens": 20}
+        tree = recipe(
+            tmp_path / "model", tmp_path / "teacher", tmp_path / name, device="gpu", rollout=rollout, threads=1
+        )
+        with pretended():
+            trainer = Trainer(prepare(tree), NullProgress())
+            trainer.step()
+            trainer.folder.lock.release()
+        rows.append(trainer.folder.metrics.read()[0])
+    for name in ("loss", "grad_norm", "reverse_kl", "num_tokens"):
+        assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-3)
+
+
+def test_what_is_kept_on_the_device_is_what_is_counted_on_meta(pair):
+    """And what the plain attention, which is the pretended device's, keeps besides."""
+    with pretended():
+        student = pair()[0]
+        on_device = kept_bytes_per_token(student.model, student.hidden, gpu())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(student.model.config, dtype=torch.bfloat16)
+    assert 1.0 <= on_device / Shape(model).activation_bytes_per_token <= 1.4
+
+
+def passes_over_the_vocabulary(criterion: Divergence, every: int) -> float:
+    """In whole tensors `[1024, V]` that operations without gradients and the loss write."""
+    tokens, vocab = 1024, 151_669
+    with torch.device("meta"):
+        logits_CV = torch.zeros(tokens, vocab, requires_grad=True)
+        head = torch.nn.Linear(8, vocab, bias=False)
+        signal = Dense(torch.zeros(tokens, 8), head)
+        told = Tokens(
+            torch.zeros(tokens, dtype=torch.long), torch.ones(tokens), torch.zeros(tokens), signal, every=every
+        )
+        with Written() as written, together_unchecked():
+            criterion(logits_CV, told)
+    return written.numbers / (tokens * vocab)
+
+
+class Written(TorchDispatchMode):
+    """Counts the numbers that operations write, views left out."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and isinstance(out, torch.Tensor):
+            self.numbers += out.numel()
+        return out
+
+
+@contextmanager
+def together_unchecked() -> Iterator[None]:
+    """Numbers on meta cannot be checked."""
+    with suppress(RuntimeError), together():
+        yield
+
+
+def test_metrics_cost_little_beside_the_loss():
+    """Forward, in tensors [chunk, V]: nine for the loss. Metrics of all tokens write four more, and read twice for the largest;
+    those of each eighth write half a one. Where the loss is another, its reverse KL costs six more."""
+    whole, some, loss = (passes_over_the_vocabulary(Divergence(), every) for every in (1, 8, 1024))
+    assert loss <= 9.1
+    assert whole - loss <= 4.1
+    assert some - loss <= 0.55
+    whole, some, loss = (passes_over_the_vocabulary(Divergence(jsd), every) for every in (1, 8, 1024))
+    assert 9.0 < whole - loss <= 10.1
+    assert some - loss <= 1.3

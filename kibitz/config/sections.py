@@ -251,7 +251,11 @@ class OptimConfig(Section):
     muon_lr: float | None = Field(None, gt=0, description="Rate of the matrices under muon; 10 x lr if not set.")
     momentum: float = Field(0.95, ge=0, lt=1, description="Momentum of muon.")
     sgd_momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of sgd. 0: off, PyTorch's default.")
-    tokens_per_micro_batch: int = Field(16384, ge=1, description="Bounds activations. The loss does not depend on it.")
+    tokens_per_micro_batch: int = Field(
+        16384,
+        ge=1,
+        description="Bounds activations. The loss does not depend on it. Not set, on a GPU: as many as fit, up to the default.",
+    )
     packing: bool | Literal["auto"] = Field(
         "auto",
         description="Concatenate the rows of a micro-batch instead of padding them. auto: where attention has a kernel for "
@@ -266,12 +270,13 @@ class OptimConfig(Section):
     checkpointing: bool = Field(
         False,
         description="Keep each layer's input only and recompute the rest in the backward pass: less memory, a third more "
-        "time. The loss does not depend on it.",
+        "time. The loss does not depend on it. Not set, on a GPU: true where the longest rollout or 4,096 tokens would not fit.",
     )
     chunk_tokens: int | None = Field(
         None,
         ge=1,
-        description="Tokens whose logits exist at one time. null: chosen by the vocabulary. The loss does not depend on it.",
+        description="Tokens whose logits exist at one time. null: chosen by the vocabulary, on a GPU by its free memory. The "
+        "loss does not depend on it.",
     )
 
 
@@ -310,6 +315,12 @@ class ParallelConfig(Section):
         True,
         description="Each process holds, beside its part of the student, a whole one that writes and reads fast. false: none "
         "ever does, for students larger than a device; every pass is then one of all processes.",
+    )
+    reduce_gradients: Literal["auto", "step", "micro_batch"] = Field(
+        "auto",
+        description="With whole_copy, when gradients are summed over the processes. step: once, after each has accumulated whole "
+        "ones, 4 bytes a parameter; micro_batch: each time, so that each keeps its part. auto: micro_batch where whole ones "
+        "would take a quarter of what is free of a GPU. The sum is the same.",
     )
     shard_teacher: bool = Field(
         False,

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from kibitz.types import is_gpu
+from kibitz.types import free_bytes
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +29,9 @@ def cache_bytes(model: Any) -> int:
 def rows_that_fit(model: Any, device: torch.device, num_slots: int, vocab_size: int) -> int | None:
     """The rows of `num_slots` tokens for which a GPU has room; None where its memory is not asked for. At least one, so that
     what does not fit is an error of the GPU, which says how much it lacks."""
-    if not is_gpu(device):
+    free = free_bytes(device)
+    if free is None:
         return None
-    module = torch.get_device_module(device)
-    cached = module.memory_reserved(device) - module.memory_allocated(device)  # torch's own, to be used again
-    free = module.mem_get_info(device)[0] + cached
     return max(1, int(SHARE * free / (num_slots * cache_bytes(model) + BYTES_PER_LOGIT * vocab_size)))
 
 

@@ -2,6 +2,9 @@
 
 A criterion composes the parts: a support, a divergence or a policy loss, a temperature. Metrics are detached and at
 temperature 1, and bear the same name whatever the loss: a run is judged by `reverse_kl` even where it trains another.
+
+What costs another pass over the vocabulary (entropies, the overlap of the top K, a KL that is not the loss) is computed for
+`tokens.sample` alone: `[M]`, where the other values are `[C]`. That sample is all tokens wherever a value of each is needed.
 """
 
 from collections.abc import Callable
@@ -79,7 +82,7 @@ class Divergence:
                     buckets = top_k_buckets(student_CV, teacher_CV, tokens.token_T, self.support, self.top_k)
                     loss_C, masses = self.fn(buckets.student_CS, buckets.teacher_CS), _masses(buckets)
                 plain_CV = self._at_one(student_CV, logits_CV), self._at_one(teacher_CV, teacher_logits_CV)
-                metrics = _dense_metrics(*plain_CV, tokens)
+                metrics = _dense_metrics(*plain_CV, tokens, loss_C.detach() if self._is_reverse_kl() else None)
             case TopK() as signal:
                 self._refuse(signal)
                 buckets = signal_buckets(student_CV, signal)
@@ -93,6 +96,9 @@ class Divergence:
                     "local teacher, or one that sends its top k, or the policy gradient of the sampled token."
                 )
         return {"loss": self.temperature**2 * loss_C} | metrics | masses
+
+    def _is_reverse_kl(self) -> bool:
+        return self.fn is reverse_kl and self.support == "full" and self.temperature == 1.0
 
     def _at_one(self, logp_CV: Tensor, logits_CV: Tensor) -> Tensor:
         """The log-probabilities at temperature 1, detached; `logp_CV` are those at the loss temperature."""
@@ -171,15 +177,19 @@ class PolicyGradient:
     def _scores(
         self, student_CV: Tensor, plain_CV: Tensor, tokens: Tokens, signal: Signal
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """The teacher's log-probability of each token, the reverse KL where it can be had, and the metrics."""
+        """The teacher's log-probability of each token, the reverse KL of each if the baseline needs it and it can be had, and the
+        metrics."""
+        kl_C = None
         match signal:
             case Dense():
                 logits_CV = teacher_logits(signal, plain_CV)
-                metrics = _dense_metrics(plain_CV, log_probs(logits_CV), tokens)
-                if self.temperature == 1.0:
-                    return metrics["teacher_logp"], metrics["reverse_kl"], metrics
                 teacher_CV = log_probs(logits_CV, self.temperature)
-                return gather_tokens(teacher_CV, tokens.token_T), reverse_kl(student_CV, teacher_CV), metrics
+                if self.baseline:
+                    kl_C = reverse_kl(student_CV, teacher_CV)
+                at_one = self.temperature == 1.0
+                at_one_CV = teacher_CV if at_one else log_probs(logits_CV)
+                metrics = _dense_metrics(plain_CV, at_one_CV, tokens, kl_C if at_one else None)
+                return gather_tokens(teacher_CV, tokens.token_T), kl_C, metrics
             case TopK():
                 if signal.temperature != self.temperature:
                     raise ValueError(
@@ -192,8 +202,10 @@ class PolicyGradient:
                         "The teacher's top k lacks tokens that were sampled. Ask it for the sampled token's "
                         "log-probability as well (a server's prompt log-probabilities hold it)."
                     ))  # fmt: skip
-                buckets = signal_buckets(student_CV, most_likely_but_one(signal))
-                return metrics["teacher_logp"], reverse_kl(buckets.student_CS, buckets.teacher_CS), metrics
+                if self.baseline:
+                    buckets = signal_buckets(student_CV, most_likely_but_one(signal))
+                    kl_C = reverse_kl(buckets.student_CS, buckets.teacher_CS)
+                return metrics["teacher_logp"], kl_C, metrics
             case Sampled() | Spans():
                 metrics = _student_metrics(plain_CV, tokens) | _signal_metrics(student_CV, tokens, signal)
                 return metrics["teacher_logp"], None, metrics
@@ -230,18 +242,23 @@ class ReverseKL:
 
 @torch.no_grad()
 def _student_metrics(student_CV: Tensor, tokens: Tokens) -> dict[str, Tensor]:
-    return {"student_entropy": entropy(student_CV), "student_logp": gather_tokens(student_CV, tokens.token_T)}
+    logp_C = gather_tokens(student_CV, tokens.token_T)
+    return {"student_entropy": entropy(student_CV[tokens.sample]), "student_logp": logp_C}
 
 
 @torch.no_grad()
-def _dense_metrics(student_CV: Tensor, teacher_CV: Tensor, tokens: Tokens) -> dict[str, Tensor]:
-    overlap = top_k_overlap(student_CV, teacher_CV)
+def _dense_metrics(
+    student_CV: Tensor, teacher_CV: Tensor, tokens: Tokens, kl_C: Tensor | None = None
+) -> dict[str, Tensor]:
+    """`kl_C` is the reverse KL of each token, if it was computed for the loss."""
+    student_MV, teacher_MV = student_CV[tokens.sample], teacher_CV[tokens.sample]
+    overlap = top_k_overlap(student_MV, teacher_MV)
     return _student_metrics(student_CV, tokens) | {
         "top_k_overlap": overlap.share_C,
         "overlap_mass": overlap.student_mass_C,
-        "teacher_entropy": entropy(teacher_CV),
+        "teacher_entropy": entropy(teacher_MV),
         "teacher_logp": gather_tokens(teacher_CV, tokens.token_T),
-        "reverse_kl": reverse_kl(student_CV, teacher_CV),
+        "reverse_kl": reverse_kl(student_MV, teacher_MV) if kl_C is None else kl_C,
     }
 
 
@@ -250,7 +267,7 @@ def _signal_metrics(student_CV: Tensor, tokens: Tokens, signal: TopK | Sampled |
     """`reverse_kl` is a lower bound from K tokens and the tail, or the k3 estimate from the sampled token or span, whose
     tokens share it equally; all at the temperature of the teacher's numbers."""
     if isinstance(signal, TopK):
-        buckets = signal_buckets(student_CV, signal)
+        buckets = signal_buckets(student_CV[tokens.sample], signal[tokens.sample])
         logp_C = find_token(signal, tokens.token_T)[0].to(student_CV.dtype)
         return {"teacher_logp": logp_C, "reverse_kl": reverse_kl(buckets.student_CS, buckets.teacher_CS)}
     student_C, size = gather_tokens(student_CV, tokens.token_T), 1.0

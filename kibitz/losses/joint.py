@@ -9,7 +9,7 @@ from kibitz.losses import policy_gradient
 from kibitz.losses.chunked import Criterion
 from kibitz.losses.divergences import reverse_kl
 from kibitz.losses.supports import teacher_logits
-from kibitz.signals import Dense, Sampled, Signal, Tokens
+from kibitz.signals import Deferred, Dense, Sampled, Signal, Tokens
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def sampled_reverse_kl(logits_CV: Tensor, tokens: Tokens) -> dict[str, Tensor]:
     return {"loss": tokens.numbers["kl_coef"] * k2_C}
 
 
-def exact_reverse_kl(logits_CV: Tensor, signal: Signal) -> Tensor:
+def exact_reverse_kl(logits_CV: Tensor, signal: Signal | Deferred) -> Tensor:
     """KL(S || T) over the vocabulary, at temperature 1."""
     assert isinstance(signal, Dense)
     return reverse_kl(log_probs(logits_CV), log_probs(teacher_logits(signal, logits_CV)))

@@ -138,8 +138,7 @@ def load_student(
         )
     model = load_weights(config, "student", device, **straight_to(device))
     adapter = lora.attach(model, config.lora, seed) if resumed_from is None else lora.load(model, resumed_from)
-    if model.dtype != torch.float32:
-        torch.backends.cuda.matmul.allow_tf32 = True  # of A and B, which alone are float32; an eighth of the time
+    lora.allow_tf32(model.dtype)
     if resumed_from is not None:
         check_finite(model, str(resumed_from), "student")
     return LanguageModel(model.to(device), tokenizer, "student", adapter, compiled=config.compile)

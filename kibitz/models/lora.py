@@ -37,6 +37,13 @@ class Adapter:
         self.peft.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
 
 
+def allow_tf32(dtype: torch.dtype) -> None:
+    """Let a GPU multiply by A and B in TF32, in an eighth of the time, where the base, of `dtype`, is less precise anyway: they
+    alone are float32 then."""
+    if dtype != torch.float32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+
 def require_peft() -> None:
     """Raise ValueError, with the package to install, if peft is missing."""
     _peft()

@@ -20,6 +20,7 @@ from kibitz.config import FrozenConfig
 from kibitz.models import lora
 from kibitz.models.language_model import LanguageModel, Placement
 from kibitz.models.load import load_model, load_tokenizer, load_weights
+from kibitz.models.streamed import Streamed
 from kibitz.types import is_gpu
 
 Fetch = Callable[[Tensor], Tensor]
@@ -93,9 +94,13 @@ def offloaded(
             setattr(holder, name, getattr(holder, name).to(device))
     if how == "body":
         return LanguageModel(model, tokenizer, role, placement=Placement(device, residencies[0].resident))
-    for residency, layer in zip(residencies, layers, strict=True):
-        layer.register_forward_pre_hook(lambda *_, residency=residency: residency.fetch())
-        layer.register_forward_hook(lambda *_, residency=residency: residency.evict(), always_call=True)
+    streamed = Streamed([residency.host for residency in residencies], device) if is_gpu(device) else None
+    for number, (residency, layer) in enumerate(zip(residencies, layers, strict=True)):
+        fetch_layer, evict_layer = residency.fetch, residency.evict
+        if streamed is not None:
+            fetch_layer, evict_layer = partial(streamed.fetch, number), partial(streamed.evict, number)
+        layer.register_forward_pre_hook(lambda *_, fetch=fetch_layer: fetch())
+        layer.register_forward_hook(lambda *_, evict=evict_layer: evict(), always_call=True)
     return LanguageModel(model, tokenizer, role)
 
 

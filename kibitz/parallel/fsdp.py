@@ -39,14 +39,36 @@ from kibitz.parallel.ranks import Ranks, plain
 
 def learner_of(student: LanguageModel, ranks: Ranks) -> LanguageModel:
     """The model to train: the student itself if it is sharded or the process is the only one, else a sharded float32 copy
-    that computes in the student's dtype."""
+    that computes in the student's dtype. The copy is sharded while it has no weights, so that no process ever holds more than
+    its own part of it; each takes that from the student that it has."""
     if ranks.size == 1 or isinstance(student, FSDPModule):
         return student
-    bare = copy.deepcopy(student.model).float()
-    learner = LanguageModel(bare, student.tokenizer, student.name, packed=student.packed)
+    learner = LanguageModel(_without_weights(student.model), student.tokenizer, student.name, packed=student.packed)
     dtype = student.model.dtype
     _shard(learner, ranks, MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32))
+    learner.materialize(partial(_take_part, whole=student.model), student.device)
+    learner.reshard()  # what the check of the head has gathered
     return learner
+
+
+def _without_weights(model: Any) -> Any:
+    """A copy in float32 whose parameters are on the meta device."""
+
+    def on_meta(parameter: Tensor) -> nn.Parameter:
+        dtype = torch.float32 if parameter.is_floating_point() else parameter.dtype
+        return nn.Parameter(torch.empty_like(parameter, dtype=dtype, device="meta"), parameter.requires_grad)
+
+    return copy.deepcopy(model, {id(parameter): on_meta(parameter) for parameter in model.parameters()}).float()
+
+
+@torch.no_grad()
+def _take_part(bare: nn.Module, whole: nn.Module) -> None:
+    """Copy this process's shard of each parameter from a whole model."""
+    for new, old in zip(bare.parameters(), whole.parameters(), strict=True):
+        if not isinstance(new, DTensor):
+            new.copy_(old)
+        elif (part := sharded_files.own_part(new)) is not None:
+            new.to_local().copy_(old[part])
 
 
 def _shard(model: LanguageModel, ranks: Ranks, policy: MixedPrecisionPolicy, reshard: bool | None = None) -> None:
@@ -63,12 +85,12 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in kinds]
 
 
-def reduce_gradients(learner: LanguageModel, last: bool) -> None:
-    """Reduce gradients over the processes in the `last` backward pass of a step only. Until then each process accumulates
-    unsharded gradients, so a student without a whole copy reduces in every pass: pass `last=True` for it."""
+def reduce_gradients(learner: LanguageModel, now: bool) -> None:
+    """Reduce gradients over the processes in the backward pass that comes, or `now` is False: then each process accumulates
+    unsharded gradients, as large as the model in float32. The last pass of a step reduces in any case."""
     if isinstance(learner, FSDPModule):
-        learner.set_requires_gradient_sync(last)
-        learner.set_is_last_backward(last)
+        learner.set_requires_gradient_sync(now)
+        learner.set_is_last_backward(now)
 
 
 @torch.no_grad()
@@ -146,6 +168,7 @@ def load_sharded(
     if config.lora is not None:
         with _zero_stride_weights(bare):
             adapter = lora.attach(bare, config.lora, seed) if resumed_from is None else lora.load(bare, resumed_from)
+        lora.allow_tf32(bare.dtype)
     writer = _ShardedWriter(bare, adapter)
     student = LanguageModel(bare, tokenizer, "student", adapter, writer=writer)
     _shard(student, ranks, MixedPrecisionPolicy(reduce_dtype=torch.float32), reshard=True)

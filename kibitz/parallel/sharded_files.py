@@ -64,10 +64,16 @@ def fill(tensor: Tensor, stored: Any) -> None:
     if not isinstance(tensor, DTensor):
         tensor.copy_(stored[:] if tensor.ndim else stored[()])
         return
+    if (part := own_part(tensor)) is not None:
+        tensor.to_local().copy_(stored[part])
+
+
+def own_part(tensor: DTensor) -> tuple[slice, ...] | None:
+    """Where in the whole tensor this process's shard of it stands; None for an empty shard."""
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    if 0 not in shape:
-        place = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-        tensor.to_local().copy_(stored[place])
+    if 0 in shape:
+        return None
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
 def write_whole(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:

@@ -7,8 +7,9 @@ from statistics import fmean
 
 import torch
 
-from kibitz.config import OptimConfig, Recipe, StudentTeacherConfig
+from kibitz.config import Recipe, StudentTeacherConfig
 from kibitz.models.language_model import CHUNK_NUMBERS, forward_flops
+from kibitz.optim import bytes_of_moments
 from kibitz.preflight.finding import Finding
 from kibitz.preflight.shapes import Shape
 from kibitz.preflight.speed import Speed
@@ -98,7 +99,7 @@ def _held(recipe: Recipe, models: Models, devices: int) -> dict[str, float]:
     if (judge := models.discriminator) is not None:
         held["judge weights"] = float(judge.num_parameters * judge.itemsize)
         held["judge's moments and masters"] = (8.0 + (4 if judge.itemsize < 4 else 0)) * judge.num_body
-    held["moments of the optimizer"] = _bytes_of_moments(recipe.optim) * trained / shards
+    held["moments of the optimizer"] = bytes_of_moments(recipe.optim) * trained / shards
     if devices > 1 and not in_parts:
         held["float32 copy that is trained"] = 4 * student.num_parameters / shards
     elif itemsize < 4:
@@ -152,17 +153,6 @@ def _made_of_student(recipe: Recipe, student: Shape) -> float:
     start = student.num_parameters * student.itemsize if recipe.student.lora is None else 0
     average = (student.itemsize + 4) * _trained(recipe, student)
     return float(kinds.count("start") * start + kinds.count("ema") * average)
-
-
-def _bytes_of_moments(optim: OptimConfig) -> int:
-    """Return the bytes of optimizer moments per trained parameter: two moments, one, or none, in 8 bits or in float32."""
-    match optim.name:
-        case "adamw_8bit":
-            return 2
-        case "sgd":
-            return 4 if optim.sgd_momentum else 0
-        case _:
-            return 8
 
 
 def memory_finding(plan: Memory, room: float | None, what: str, lines: Sequence[str] = ()) -> Finding:

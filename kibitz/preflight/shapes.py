@@ -1,9 +1,7 @@
 """Models without weights: their sizes, and the memory that training them takes.
 
 A model is built on torch's `meta` device from its config.json alone, so that a plan for 32 billion parameters takes seconds
-and no memory. What the backward pass keeps is counted, not guessed: one forward pass on `meta` with a hook on every saved
-tensor. It runs on sequences of one token, where attention keeps nothing that grows with the square of the length, which is
-what fused attention does at any length.
+and no memory. What the backward pass keeps is counted, not guessed, by `kibitz.models.kept`.
 """
 
 from dataclasses import dataclass
@@ -11,16 +9,15 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kibitz.config import FrozenConfig, ModelConfig
 from kibitz.engines.room import cache_bytes
 from kibitz.models import lora
 from kibitz.models.head import body_of
+from kibitz.models.kept import PROBED_TOKENS, kept_bytes_per_token
 from kibitz.parallel.fsdp import layers_of
-
-PROBED_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -104,19 +101,11 @@ class Shape:
     @cached_property
     def activation_bytes_per_token(self) -> float:
         """The bytes of activations per token that the body keeps for the backward pass, without gradient checkpointing."""
-        kept: dict[int, Tensor] = {}
-        parameters = {p.untyped_storage()._cdata for p in self.model.parameters()}
-
-        def keep(tensor: Tensor) -> Tensor:
-            kept.setdefault(tensor.untyped_storage()._cdata, tensor)  # kept alive, so that no address comes twice
-            return tensor
-
-        ids = torch.zeros(PROBED_TOKENS, 1, dtype=torch.long, device="meta")
         mask = torch.ones(PROBED_TOKENS, 1, 1, 1, dtype=torch.bool, device="meta")
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            body_of(self.model)(ids, attention_mask=mask, use_cache=False)
-        total = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in parameters)
-        return total / PROBED_TOKENS
+        body = body_of(self.model)
+        return kept_bytes_per_token(
+            self.model, lambda ids_N1: body(ids_N1, attention_mask=mask, use_cache=False), "meta"
+        )
 
 
 def shape_of(config: ModelConfig, dtype: torch.dtype) -> Shape:

@@ -47,6 +47,7 @@ from kibitz.teachers.own import base_teacher
 from kibitz.training import trackers
 from kibitz.training.folder import RunFolder, open_folder
 from kibitz.training.memory import Gauge, clock_of
+from kibitz.training.room import fitted
 from kibitz.training.same_run import Fingerprint, check_same, fingerprint, served, with_date
 from kibitz.types import Prompt, Rollout, Sampling
 
@@ -111,8 +112,6 @@ def prepare(
     ranks.first(lambda: check_same(folder.path, resumed_from, known))
 
     student = _student(recipe, device, tokenizer, resumed_from, ranks)
-    if recipe.optim.checkpointing:
-        student.recompute_activations()
     teacher = teachers.load_all(recipe, teacher_tokenizers, student, _teacher_loader(recipe, ranks))
     known |= served(teacher)
     ranks.first(lambda: check_same(folder.path, resumed_from, known))
@@ -120,6 +119,7 @@ def prepare(
     _read_alike(recipe, student, teacher, reference)
     for check in [student.check_lengths, *(model.check for model in (teacher, reference) if model is not None)]:
         check([*prompts, *held_out], recipe.rollout.max_tokens)
+    recipe = fitted(recipe, student, max(len(p.ids) for p in prompts) + recipe.rollout.max_tokens, ranks)
     learner = fsdp.learner_of(student, ranks)
     encode = partial(encode_response, tokenizer)
     _hold_rotations(recipe, [*_models(student, teacher, reference), learner], [*prompts, *held_out], encode)

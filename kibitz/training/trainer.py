@@ -5,7 +5,7 @@ A run is a folder: recipe.yaml, run.json, metrics.jsonl, evals.jsonl, rollouts.j
 
 import signal
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kibitz import graders, methods
-from kibitz.batching import micro_batches, pack
+from kibitz.batching import micro_batches, pack, settled
 from kibitz.config import Recipe
 from kibitz.evaluate.annotate import annotate
 from kibitz.evaluate.evaluate import grade
@@ -28,6 +28,7 @@ from kibitz.parallel.fsdp import copy_weights, reduce_gradients
 from kibitz.signals import Scored
 from kibitz.training import checkpoint
 from kibitz.training.guards import Alarm, Guards, rollout_metrics
+from kibitz.training.means import MEASURED, means_of, sums_of
 from kibitz.training.memory import Gauge
 from kibitz.training.progress import bar_if_watched
 from kibitz.training.setup import Setup, prepare
@@ -111,6 +112,8 @@ class Trainer:
         self.recipe, self.student, self.folder = self.setup.parts.recipe, self.setup.parts.student, self.setup.folder
         self.method = methods.build(self.setup.parts)
         self.learner, self.ranks = self.setup.learner, self.setup.parts.ranks
+        in_parts = self.learner is self.student  # of whose gradients no process has room for whole ones
+        self.reduces_each = in_parts or self.recipe.parallel.reduce_gradients == "micro_batch"
         rounded = self.learner.model.dtype != self.student.model.dtype
         self.optimizer = Optimizer(self.learner.model, self.recipe.optim, keep_weights=rounded)
         assert "optimizer" not in self.setup.parts.stateful, "that is the name of the student's own"
@@ -195,7 +198,7 @@ class Trainer:
             scored = self.method.signal(self.ranks.share(rollouts), step)
         self.progress.phase("student")
         with ledger.timed("training"):
-            means, num_tokens = self._accumulate(scored)
+            means, num_tokens, signal_bytes = self._accumulate(scored)
             norm = self.optimizer.step(factor)
         with ledger.timed("sampling"):
             copy_weights(self.learner, self.student)
@@ -205,11 +208,10 @@ class Trainer:
         self.done += 1
         if recipe.rollout.store:
             self.folder.store(self.done, [r for r in rollouts if not r.objective])
-        waited = self.ranks.gather(sum(one.signal_bytes for one in scored))
         more = {
             "grad_norm": norm,
             "lr": recipe.optim.lr * factor,
-            "signal_bytes": float(sum(waited)),
+            "signal_bytes": signal_bytes,
             "masked": share_masked,
         }
         self._write_metrics(rollouts, means, num_tokens, more)
@@ -224,30 +226,35 @@ class Trainer:
         found = dict(zip(places, graded, strict=True))
         return [found.get(place, r) for place, r in enumerate(rollouts)]
 
-    def _accumulate(self, scored: list[Scored]) -> tuple[dict[str, float], int]:
-        """Gradients of the mean over all tokens of the step, whatever the micro-batches; and the mean of each value. Where
-        there are several objectives, each is the mean over its own tokens."""
+    def _accumulate(self, scored: list[Scored]) -> tuple[dict[str, float], int, float]:
+        """Gradients of the mean over all tokens of the step, whatever the micro-batches; and the mean of each value, the number
+        of tokens, the bytes of signals. Where there are several objectives, each is the mean over its own tokens."""
         counts: Counter[str] = Counter()
         for one in scored:
             counts[one.objective] += int((one.weight_T > 0).sum())
         counts = self.ranks.add({"tokens": counts})["tokens"]
         sums: dict[str, Any] = defaultdict(Counter)  # whose counts are of nats
         batches = micro_batches(scored, self.recipe.optim.tokens_per_micro_batch)
-        own, passed = [[scored[i] for i in indices] for indices in batches], 0.0
-        for number, (members, last) in enumerate(self.ranks.in_step(own), 1):
-            batch = pack(members, self.student.device)
-            reduce_gradients(self.learner, last or self.learner is self.student)
+        own, passed, signal_bytes = [[scored[i] for i in indices] for indices in batches], 0.0, 0
+        for number, (members, last) in enumerate(self.ranks.in_step(own, self._settled), 1):
+            batch = pack(members, self.student.device, MEASURED)
+            reduce_gradients(self.learner, last or self.reduces_each)
             total, values = self.method.loss(self.learner, batch)
             if number <= len(own):  # the others keep this process in step with the rest, and are padding
                 passed += self.student.pass_flops([one.rollout for one in members])
+                signal_bytes += sum(one.signal_bytes for one in members)
             if total.requires_grad:
                 (total / max(1, counts[batch.objective])).backward()
-            for name, value in _sums(values, batch.tokens.weight_T).items():
+            for name, value in sums_of(values, batch.tokens).items():
                 sums[name][batch.objective] += value
         # Forward; backward to the activations, and to the weights that learn.
         learns = self.student.num_trainable / self.student.num_parameters
         self.ledger.spend("student_training", (2 + learns) * passed)
-        return _means(self.ranks.add(sums), counts), counts.total()
+        return means_of(self.ranks.add(sums), counts), counts.total(), float(sum(self.ranks.gather(signal_bytes)))
+
+    def _settled(self, members: list[Scored]) -> list[Scored]:
+        with self.ledger.timed("scoring"):
+            return settled(members)
 
     def _write_metrics(
         self, rollouts: list[Rollout], means: dict[str, float], num_tokens: int, more: dict[str, float]
@@ -313,23 +320,6 @@ class Trainer:
             stateful, keep = {name: kept.state() for name, kept in self.stateful.items()}, self.recipe.save.keep
             checkpoint.save(self.folder.path, self.done, self.student, stateful, state, keep, self.ranks)
         self.saved = self.done
-
-
-def _sums(values: Mapping[str, Tensor], weight_T: Tensor) -> dict[str, float]:
-    """The sum of each value over the tokens that are learnt, in float64: all fetched from the device together."""
-    learnt = (weight_T > 0).nonzero()[:, 0]
-    sums = torch.stack([value_T[learnt].sum(dtype=torch.float64) for value_T in values.values()]).tolist()
-    return dict(zip(values, sums, strict=True))
-
-
-def _means(sums: Mapping[str, Mapping[str, float]], counts: Mapping[str, int]) -> dict[str, float]:
-    """The mean of each value over the tokens that have it; of the loss, the sum of its objectives' means."""
-    means = {
-        name: sum(parts.values()) / max(1, sum(counts[objective] for objective in parts))
-        for name, parts in sums.items()
-    }
-    loss = sum(total / max(1, counts[objective]) for objective, total in sums["loss"].items())
-    return means | {"loss": loss}
 
 
 def _due(every: int, step: int) -> bool:

@@ -124,9 +124,12 @@ def by_two(alone, models, tmp_path_factory) -> Path:
     all_split = {"whole_copy": False, "shard_teacher": True}
     both = _job(models, folder, "skd", as_name="both_in_parts", parallel=all_split, **RUNS["skd"])
     some = _job(models, folder, "copies_in_parts", parallel={"replicate": 2, "whole_copy": False})
+    each = _job(
+        models, folder, "each", parallel={"reduce_gradients": "micro_batch"}, optim={"tokens_per_micro_batch": 30}
+    )
     rounded = _job(models, folder, "rounded", parallel={"whole_copy": False}, student={"dtype": "bfloat16"})
     peaks = [peak_job(models, folder, f"peak-{whole}", whole) for whole in (True, False)]
-    more = [copies, sharded, both, some, rounded, *peaks, *jobs_in_parts(models, folder, IN_PARTS)]
+    more = [copies, sharded, each, both, some, rounded, *peaks, *jobs_in_parts(models, folder, IN_PARTS)]
     torchrun(2, [*jobs(models, folder, RUNS), *more], folder)
     return folder
 
@@ -211,6 +214,11 @@ def test_two_copies_of_the_student_learn_as_one(alone, by_two):
 @pytest.mark.slow
 def test_a_teacher_that_is_sharded_says_the_same(alone, by_two):
     assert_same_run(by_two / "sharded", alone / "opd")
+
+
+@pytest.mark.slow
+def test_gradients_that_are_reduced_each_time_give_the_same_step(alone, by_two):
+    assert_same_run(alone / "opd", by_two / "each")
 
 
 @pytest.mark.slow

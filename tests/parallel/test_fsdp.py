@@ -58,6 +58,22 @@ def test_files_fill_what_had_no_weights(folders, name):
     assert all(torch.equal(tensor, real[n]) for n, tensor in bare.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["tied", "apart"])
+def test_what_is_to_be_sharded_is_copied_without_weights(folders, name):
+    """In float32, and no number of the student's is copied: what was tied is tied, what was frozen is frozen."""
+    config = StudentConfig(model=str(folders[name]), dtype="bfloat16", lora=LoraConfig(rank=2))
+    student = load_student(config, torch.device("cpu"), tokenizer()).model if name == "apart" else None
+    model = student or AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.bfloat16)
+    bare = fsdp._without_weights(model)
+    assert {(p.device.type, p.dtype) for p in bare.parameters()} == {("meta", torch.float32)}
+    assert [(n, p.shape, p.requires_grad) for n, p in bare.named_parameters()] == [
+        (n, p.shape, p.requires_grad) for n, p in model.named_parameters()
+    ]
+    heads = bare.get_input_embeddings().weight, bare.get_output_embeddings().weight
+    assert (heads[0] is heads[1]) is (name == "tied")
+    assert all(torch.equal(buffer, dict(bare.named_buffers())[n]) for n, buffer in model.named_buffers())
+
+
 def test_other_threads_keep_their_parameters():
     """Two threads build at once: the one on meta, the other with numbers."""
     built, entered, left = {}, threading.Event(), threading.Event()

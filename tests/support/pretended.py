@@ -2,7 +2,7 @@
 
 An operation that mixes devices raises `WrongDevice` where CUDA would, and each wait of the host for the device, and each copy
 there, is counted by the line of kibitz that caused it. Values, gradients and weights are those of the CPU, to the bit.
-Not seen: streams, kernels, collectives, and what other threads than the test's do.
+Streams that would race raise `support.streams.Race`. Not seen: kernels, collectives, and what other threads than the test's do.
 
     with pretended() as counts:
         kibitz.train({..., "device": "gpu"})
@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.streams import Stream, Streams
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -118,7 +119,7 @@ class Device:
     current: "Device"
 
     def __init__(self) -> None:
-        self.counts = Counts()
+        self.counts, self.streams = Counts(), Streams()
         self.pinned: dict[int, Tensor] = {}  # kept alive, so that no address comes twice
 
     def run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -135,6 +136,7 @@ class Device:
             return 0  # the plain one, which every device has
         self._check(func, args, there, here)
         self._count(func, args, there, to_device)
+        self._touch(func, args, kwargs, there)
         plain_args, plain_kwargs = _held(args), {name: _held(value) for name, value in kwargs.items()}
         if wanted is not None and wanted.type == NAME:
             plain_kwargs["device"] = torch.device("cpu")
@@ -182,6 +184,17 @@ class Device:
                 self.counts.copies[line_of_kibitz()] += 1
         if waits:
             self.counts.waits[line_of_kibitz()] += 1
+
+    def _touch(self, func: Any, args: tuple, kwargs: dict[str, Any], there: list[OnDevice]) -> None:
+        """What a stream does to memory, once there are two of them."""
+        streams = self.streams
+        if func.is_view or (streams.current is streams.main and not streams.main.knows):
+            return
+        written = _written(func, args, kwargs)
+        targets = [one for one in _tensors([written]) if isinstance(one, OnDevice)] if written is not None else []
+        places = [[one.held.untyped_storage().data_ptr() for one in some] for some in (there, targets)]
+        copies = func is aten.copy_.default and not isinstance(args[1], OnDevice)
+        streams.touch(*places, "copy" if copies else "compute")
 
     def _pins(self, func: Any, args: tuple, kwargs: dict[str, Any], there: list[OnDevice]) -> Any:
         """Page-locked memory is the CPU's, and knows that it is locked."""
@@ -304,7 +317,14 @@ class Module(SimpleNamespace):
     """What torch.cuda is to CUDA: the functions that kibitz asks of a device's module."""
 
     Event = Clock
+    Stream = Stream
     memory = (60 * 2**30, 80 * 2**30)
+
+    def stream(self, one: Stream) -> Any:
+        return Device.current.streams.stream(one)
+
+    def current_stream(self, device: Any = None) -> Stream:
+        return Device.current.streams.current
 
     def is_initialized(self) -> bool:
         return True

@@ -1,0 +1,114 @@
+"""What a recipe leaves open is chosen by what is free of a GPU's memory: the tokens of a micro-batch, those whose logits exist
+together, and whether activations are recomputed. No loss depends on it. On a CPU the defaults hold, so that bits do not depend
+on what else the machine does.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoModelForCausalLM
+
+from kibitz.config import Recipe
+from kibitz.models import LanguageModel
+from kibitz.models.head import body_of
+from kibitz.models.kept import kept_bytes_per_token
+from kibitz.optim import bytes_of_moments
+from kibitz.parallel.ranks import Ranks
+from kibitz.types import free_bytes
+
+log = logging.getLogger(__name__)
+
+SHARE = 0.8
+"""Of the free memory; the rest is for what the allocator loses between blocks, and for the kernels' own."""
+TENSORS = 10
+"""Float32 tensors [chunk, V] of an exact divergence with its metrics and its gradient; see `kibitz.losses.chunked`."""
+SHARE_OF_LOGITS = 0.25
+MOST_IN_CHUNK = 2048
+"""Tokens in a chunk beyond which a GPU is no faster."""
+SHARE_OF_GRADIENTS = 0.25
+"""Whole gradients that would take more are reduced after each micro-batch."""
+ENOUGH = 4096
+"""Tokens of a micro-batch that keep a GPU busy: activations are recomputed where fewer would fit."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """The bytes that are left for a micro-batch, and what one takes: of activations for each token, and of one token's logits."""
+
+    free: float
+    per_token: float
+    recomputed_per_token: float
+    per_logits: float
+
+    def choose(self, most: int, longest: int, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of the optimizer that are not `given`. A micro-batch has at most `most` tokens; activations are recomputed
+        where `longest`, the tokens of the longest rollout, would not fit."""
+        left = SHARE * max(0.0, self.free)
+        chunk = given.get("chunk_tokens")
+        if chunk is None:
+            chunk = max(16, min(MOST_IN_CHUNK, int(SHARE_OF_LOGITS * left / self.per_logits)))
+        left = max(0.0, left - chunk * self.per_logits)
+        recomputed = given.get("checkpointing", left / self.per_token < min(most, max(longest, ENOUGH)))
+        per_token = self.recomputed_per_token if recomputed else self.per_token
+        tokens = given.get("tokens_per_micro_batch", max(1, min(most, int(left / per_token))))
+        return {"tokens_per_micro_batch": tokens, "chunk_tokens": chunk, "checkpointing": recomputed}
+
+
+def fitted(recipe: Recipe, student: LanguageModel, longest: int, ranks: Ranks) -> Recipe:
+    """The recipe with what it leaves open, chosen for the student's device when all models are there, for all processes
+    alike. The student recomputes its activations from here on, if that is chosen."""
+    if (free := free_bytes(student.device)) is not None:
+        recipe = _chosen(recipe, student, longest, min(ranks.gather(free)), ranks.size)
+    if recipe.optim.checkpointing:
+        student.recompute_activations()
+    return recipe
+
+
+def _chosen(recipe: Recipe, student: LanguageModel, longest: int, free: int, processes: int) -> Recipe:
+    optim, parallel = recipe.optim, recipe.parallel
+    if parallel.reduce_gradients == "auto":
+        each = 4.0 * student.num_trainable > SHARE_OF_GRADIENTS * free
+        parallel = parallel.model_copy(update={"reduce_gradients": "micro_batch" if each else "step"})
+        recipe = recipe.model_copy(update={"parallel": parallel})
+    given, kept = optim.model_dump(include=optim.model_fields_set), _kept(student)
+    recomputed = _recomputed(student.model.config.get_text_config(), student.model.dtype, kept)
+    left = free - bytes_to_come(recipe, student, processes)
+    room = Room(left, kept, recomputed, TENSORS * 4.0 * student.vocab_size)
+    chosen = room.choose(optim.tokens_per_micro_batch, longest, given)
+    log.info("for %.1f GiB beside the models: %s", left / 2**30, ", ".join(f"optim.{k}={v}" for k, v in chosen.items()))
+    return recipe.model_copy(update={"optim": optim.model_copy(update=chosen)})
+
+
+def bytes_to_come(recipe: Recipe, student: LanguageModel, processes: int) -> float:
+    """What training will hold beside a student that has just been loaded: float32 gradients, moments and masters; in several
+    processes the shard that learns, and until a step's last micro-batch whole gradients. An opponent counts as one more student
+    that learns."""
+    trained, itemsize = student.num_trainable, student.model.dtype.itemsize
+    moments = bytes_of_moments(recipe.optim)
+    masters = 4 if itemsize < 4 else 0
+    shards = max(1, processes // recipe.parallel.replicate)
+    if processes == 1:
+        total = (4.0 + moments + masters) * trained
+        return total + (12.0 + masters + itemsize) * student.num_parameters * recipe.method.needs().adversary
+    if isinstance(student, FSDPModule):
+        return (4.0 + moments + masters) * trained / shards
+    gradients = 4.0 * trained / (shards if recipe.parallel.reduce_gradients == "micro_batch" else 1)
+    return gradients + (4.0 * student.num_parameters + moments * trained) / shards
+
+
+def _kept(student: LanguageModel) -> float:
+    """Of a student in parts, whose passes are collectives, by its shapes."""
+    if not isinstance(student, FSDPModule):
+        return kept_bytes_per_token(student.model, student.hidden, student.device)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(student.model.config, dtype=student.model.dtype)
+    return kept_bytes_per_token(model, lambda ids_N1: body_of(model)(ids_N1, use_cache=False), "meta")
+
+
+def _recomputed(config: Any, dtype: torch.dtype, kept: float) -> float:
+    """Each layer's input, and the inside of one layer."""
+    return config.num_hidden_layers * config.hidden_size * dtype.itemsize + kept / config.num_hidden_layers
