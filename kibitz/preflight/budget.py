@@ -88,7 +88,7 @@ def _held(recipe: Recipe, models: Models, devices: int) -> dict[str, float]:
     student, shards, parallel = models.student, _shards(recipe, devices), recipe.parallel
     trained, itemsize = _trained(recipe, student), student.itemsize
     in_parts = devices > 1 and not parallel.whole_copy
-    held = {"student weights": float(student.num_parameters * itemsize) / (shards if in_parts else 1)}
+    held = {"student weights": student.bytes / (shards if in_parts else 1)}
     if models.teachers:
         held["teacher weights"] = sum(_frozen(t, shards if parallel.shard_teacher else 1) for t in models.teachers)
     if (own := _made_of_student(recipe, student)) > 0:
@@ -245,7 +245,8 @@ def decoded_bytes(recipe: Recipe, student: Shape, prompt: float, devices: int) -
     rollout = recipe.rollout
     responses = -(-rollout.prompts_per_step * rollout.samples_per_prompt // devices)
     waves, length = -(-responses // rollout.max_rows), rollout.max_tokens
-    weights = waves * length * student.num_parameters * student.itemsize
+    # a matrix of 4 bits is written and read once more as it is multiplied
+    weights = waves * length * (student.bytes + 2 * student.itemsize * student.num_quantized)
     return float(weights + responses * length * (prompt + length / 2) * student.cache_bytes_per_token)
 
 

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from kibitz.config import FrozenConfig, ModelConfig
 from kibitz.engines.room import cache_bytes
 from kibitz.models import lora
 from kibitz.models.head import body_of
+from kibitz.models.quantized import BYTES
 from kibitz.parallel.fsdp import layers_of
 
 PROBED_TOKENS = 64
@@ -54,11 +56,25 @@ class Shape:
         """The number of parameters outside the layers: embedding, output head, norms."""
         return self.num_parameters - sum(p.numel() for layer in layers_of(self.model) for p in layer.parameters())
 
+    @cached_property
+    def num_quantized(self) -> int:
+        """The number of parameters that the section keeps in 8 or 4 bits: those of the matrices in the layers."""
+        if getattr(self.section, "quantize", None) is None:
+            return 0
+        modules = [module for layer in layers_of(self.model) for module in layer.modules()]
+        return sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear | Conv1D))
+
     @property
     def bytes_in_layers(self) -> float:
-        """The bytes of the layers' weights, which may have 8 bits. Norms are counted like matrices."""
-        rounded = isinstance(self.section, FrozenConfig) and self.section.quantize == "int8"
-        return float((1 if rounded else self.itemsize) * (self.num_parameters - self.num_around))
+        """The bytes of the layers' weights."""
+        rest = self.num_parameters - self.num_around - self.num_quantized
+        small = BYTES[self.section.quantize] if self.num_quantized else 0.0  # pyright: ignore
+        return float(self.itemsize * rest) + small * self.num_quantized
+
+    @property
+    def bytes(self) -> float:
+        """The bytes of all weights."""
+        return self.bytes_in_layers + self.itemsize * self.num_around
 
     @property
     def visits(self) -> float:
