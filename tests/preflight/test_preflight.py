@@ -186,7 +186,7 @@ def test_the_check_counts_what_the_method_loads(small_models):
     ],
 )
 def test_a_teacher_that_is_kept_small_is_planned_small(options, held, visits, small_models):
-    """Shares of the bytes of its two layers: what is there all the time, and what comes while it scores. Norms are not rounded."""
+    """Shares of the bytes of its two layers: what is there all the time, and what comes to score. Norms are not rounded."""
     student = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32)
     shape = shape_of(FrozenConfig(model=str(small_models / "teacher"), **options), torch.float32)
     layers = 4.0 * sum(p.numel() for p in shape.model.model.layers.parameters())
