@@ -5,11 +5,12 @@ their forward passes then have equal shapes, and a student that equals its teach
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from kibitz.signals import Batch, Scored, Tokens, beside, cat_signals
+from kibitz.signals import Anchor, Batch, Deferred, Scored, Signal, Tokens, beside, cat_signals
 from kibitz.types import Rollout
 
 
@@ -38,11 +39,36 @@ def micro_batches(scored: Sequence[Scored], max_tokens: int) -> list[list[int]]:
     ]
 
 
+def settled(scored: Sequence[Scored]) -> list[Scored]:
+    """The rollouts of a micro-batch with the signals that were deferred until now."""
+    rollouts, signals, anchors = [s.rollout for s in scored], *_signals(scored)
+    if any(isinstance(signal, Deferred) for signal in signals):
+        scored = [replace(s, signal=signal) for s, signal in zip(scored, _made(signals, rollouts), strict=True)]
+    if any(isinstance(anchor.signal, Deferred) for anchor in anchors):
+        made = _made([anchor.signal for anchor in anchors], rollouts)
+        triples = zip(scored, anchors, made, strict=True)
+        scored = [replace(s, anchor=replace(anchor, signal=signal)) for s, anchor, signal in triples]
+    return list(scored)
+
+
+def _made(signals: Sequence[Signal | Deferred], rollouts: Sequence[Rollout]) -> list[Signal]:
+    """Signals of all rollouts together, which one scorer deferred."""
+    first = signals[0]
+    assert isinstance(first, Deferred), "a micro-batch mixes kinds"
+    assert all(isinstance(s, Deferred) and s.score == first.score for s in signals), "a micro-batch mixes kinds"
+    return first.score(rollouts)
+
+
+def _signals(scored: Sequence[Scored]) -> tuple[list[Signal | Deferred], list[Anchor]]:
+    return [s.signal for s in scored if s.signal is not None], [s.anchor for s in scored if s.anchor is not None]
+
+
 def pack(scored: Sequence[Scored], device: torch.device | str = "cpu") -> Batch:
-    """One micro-batch of these rollouts."""
+    """One micro-batch of these rollouts, settled."""
+    scored = settled(scored)
     rollouts = [s.rollout for s in scored]
     ids_BL, position_T = _rows(rollouts)
-    signals = [s.signal for s in scored if s.signal is not None]
+    signals = [s.signal for s in scored if s.signal is not None and not isinstance(s.signal, Deferred)]
     advantages = [s.advantage_T for s in scored if s.advantage_T is not None]
     anchors = [s.anchor for s in scored if s.anchor is not None]
     assert all(len(kind) in (0, len(scored)) for kind in (signals, advantages, anchors)), "a micro-batch mixes kinds"

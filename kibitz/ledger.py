@@ -60,6 +60,7 @@ class Ledger:
     def __init__(self, total: Book | None = None, watch: Watch | None = None, clock: Clock | None = None):
         self.total, self.watch, self.clock = _empty() | (total or {}), watch, clock or HostClock()
         self._phases: list[tuple[str, Any, Any]] = []  # of this step: when each began and ended
+        self._under_way: tuple[str, Any] | None = None  # the phase, and when it began or went on
         self.step = _empty()
         self.metrics: dict[str, float] = {}
         self._spent: Counter[str] = Counter()  # FLOPs of this process in this step
@@ -78,11 +79,25 @@ class Ledger:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """A phase of a step. Its seconds are entered when the step is closed, so that nobody waits for a GPU before that."""
-        start = self.clock.now()
+        """A phase of a step, or one that interrupts it. Its seconds are entered when the step is closed, so that nobody waits for
+        a GPU before that."""
+        outer = self._go_on(phase)
+        if outer is not None:
+            self.note_peaks(outer, self.step, self.total)
         with self.watched(phase, self.step, self.total):
             yield
-        self._phases.append((phase, start, self.clock.now()))
+        self._go_on(outer)
+        if outer is not None and self.watch is not None:
+            self.watch.reset()
+
+    def _go_on(self, phase: str | None) -> str | None:
+        """Begin a phase at the end of the one that is under way, whose name is returned."""
+        now, before = self.clock.now(), self._under_way
+        self._under_way = None if phase is None else (phase, now)
+        if before is None:
+            return None
+        self._phases.append((*before, now))
+        return before[0]
 
     @contextmanager
     def watched(self, phase: str, *books: Book) -> Iterator[None]:

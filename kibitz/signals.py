@@ -108,6 +108,15 @@ class Spans(Columns):
 
 
 Signal = Dense | TopK | Sampled | Spans
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A signal that does not exist yet: `score` makes those of a micro-batch, just before its loss."""
+
+    score: Callable[[Sequence[Rollout]], list[Signal]]
+
+
 Kind = TypeVar("Kind", bound=Columns)
 
 
@@ -155,7 +164,7 @@ def beside(column: Any, device: torch.device | str) -> Any:
 class Anchor(Columns):
     """The pull that holds the student back: `coefficient` times the KL to the model whose signal this is joins the loss."""
 
-    signal: Signal
+    signal: Signal | Deferred
     coefficient: float
 
 
@@ -173,14 +182,14 @@ class Scored:
 
     rollout: Rollout
     weight_T: Tensor
-    signal: Signal | None = None
+    signal: Signal | Deferred | None = None
     advantage_T: Tensor | None = None
     numbers: Mapping[str, Tensor] = field(default_factory=dict)
     anchor: Anchor | None = None
     objective: str = ""
 
     @classmethod
-    def from_signal(cls, rollout: Rollout, signal: Signal) -> "Scored":
+    def from_signal(cls, rollout: Rollout, signal: Signal | Deferred) -> "Scored":
         """Score a rollout by a teacher's signal, at every token that the student wrote and that the teacher could score."""
         weight_T = rollout.weight_T()
         if isinstance(signal, Spans):
@@ -190,7 +199,7 @@ class Scored:
     @property
     def signal_bytes(self) -> int:
         """The bytes of the rollout's signals, as they wait for the loss."""
-        return sum(part.nbytes for part in (self.signal, self.anchor) if part is not None)
+        return sum(part.nbytes for part in (self.signal, self.anchor) if isinstance(part, Columns))
 
 
 @dataclass

@@ -70,6 +70,10 @@ class Recipe(Section):
             return ()
         return tuple(self.teacher) if isinstance(self.teacher, list) else (self.teacher,)
 
+    def scores_late(self) -> bool:
+        """Return True if each micro-batch is scored just before its loss, so that a step's signals never exist together."""
+        return self.method.needs().scores_late and [one.scores_late() for one in self.teachers] == [True]
+
     def wants_demonstrations(self) -> bool:
         """Return True if the rows of the data must have responses, for the method or for a teacher's context."""
         return self.method.needs().responses or self.method.replay > 0 or self.teachers_need_responses()

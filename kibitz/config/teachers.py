@@ -88,6 +88,11 @@ class TeacherConfig(Section):
         text together."""
         return self.context is None
 
+    def scores_late(self) -> bool:
+        """Return True if it can score one micro-batch after another while the student learns: a model in this process that reads
+        a rollout without those around it, and is not fetched anew each time."""
+        return False
+
     def check(self, student: StudentConfig) -> None:
         """Raise ValueError, with what to write instead, for settings that exclude each other."""
         weights = self.weight.values() if isinstance(self.weight, dict) else [self.weight]
@@ -117,6 +122,10 @@ class LocalTeacherConfig(FrozenConfig, TeacherConfig):
 
     def reads_along(self) -> bool:
         return super().reads_along() and self.writes()
+
+    def scores_late(self) -> bool:
+        alone = self.context is None and self.store is None and self.tokenizer == "student"
+        return alone and self.offload != "body"
 
     @model_validator(mode="after")
     def _keeps_tokens(self) -> "LocalTeacherConfig":
@@ -205,6 +214,9 @@ class StudentTeacherConfig(TeacherConfig):
 
     def reads_along(self) -> bool:
         return super().reads_along() and self.student in ("start", "ema")
+
+    def scores_late(self) -> bool:
+        return self.context is None and self.store is None
 
 
 TEACHER_CONFIGS: dict[str, type[TeacherConfig]] = {

@@ -16,14 +16,14 @@ from kibitz.methods.parts import Parts, token_loss
 from kibitz.methods.sources import Source
 from kibitz.models import LanguageModel
 from kibitz.signals import Batch, Scored
-from kibitz.teachers import Scorer
+from kibitz.teachers import Late, Scorer
 from kibitz.types import Prompt, Rollout, Step
 
 
 @dataclass(frozen=True)
 class Distillation:
     source: Source
-    teacher: Scorer
+    teacher: Scorer | Late
     criterion: Criterion
     chunk_tokens: int | None
 
@@ -37,7 +37,7 @@ class Distillation:
         return token_loss(student, batch, self.criterion, self.chunk_tokens)
 
 
-def distil(parts: Parts, config: DistillationConfig, source: Source, teacher: Scorer) -> Distillation:
+def distil(parts: Parts, config: DistillationConfig, source: Source, teacher: Scorer | Late) -> Distillation:
     """The method that learns `config`'s divergence to `teacher` on what `source` writes."""
     top_k = config.support == "top_k"
     function = parts.divergence or divergence(config)
@@ -45,7 +45,7 @@ def distil(parts: Parts, config: DistillationConfig, source: Source, teacher: Sc
     return Distillation(source, teacher, criterion, parts.recipe.optim.chunk_tokens)
 
 
-def distil_spans(parts: Parts, config: OPDConfig, source: Source, teacher: Scorer) -> Distillation:
+def distil_spans(parts: Parts, config: OPDConfig, source: Source, teacher: Scorer | Late) -> Distillation:
     """The same with a loss of spans, for a teacher with a tokenizer of its own."""
     loss = SpanLikelihood(config.alm_tau)
     if config.alignment != "alm":

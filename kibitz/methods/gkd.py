@@ -4,7 +4,7 @@ the data or the teacher; the same divergence on both, and no gradient through th
 
 from kibitz.config import GKDConfig
 from kibitz.methods.distillation import Distillation, distil
-from kibitz.methods.parts import Parts, scorer, teacher_engine
+from kibitz.methods.parts import Parts, late_scorer, teacher_engine
 from kibitz.methods.sources import Demonstrations, Generated, Linear, Mix
 from kibitz.teachers import prefetch
 from kibitz.types import Writer
@@ -16,6 +16,6 @@ def build(config: GKDConfig, parts: Parts) -> Distillation:
     else:
         others = Generated(teacher_engine(parts), parts.sampling, Writer.TEACHER)
     end = config.on_policy if config.on_policy_end is None else config.on_policy_end
-    teacher = scorer(parts, config)
+    teacher = late_scorer(parts, config)
     own = Generated(parts.engine, parts.sampling, on_ready=prefetch(teacher))
     return distil(parts, config, Mix(own, others, Linear(config.on_policy, end)), teacher)

@@ -10,11 +10,11 @@ from kibitz.config import KDRLConfig
 from kibitz.losses.criteria import PolicyGradient
 from kibitz.losses.joint import Sum, sampled_reverse_kl
 from kibitz.methods.grpo import GRPO
-from kibitz.methods.parts import Parts, policy_loss, scorer, token_loss
+from kibitz.methods.parts import Parts, late_scorer, policy_loss, token_loss
 from kibitz.methods.sources import Linear
 from kibitz.models import LanguageModel
 from kibitz.signals import Batch, Scored
-from kibitz.teachers import Scorer, prefetch
+from kibitz.teachers import Late, Scorer, prefetch
 from kibitz.types import Prompt, Rollout, Step
 
 
@@ -22,7 +22,7 @@ from kibitz.types import Prompt, Rollout, Step
 class KDRL:
     config: KDRLConfig
     grpo: GRPO
-    teacher: Scorer
+    teacher: Scorer | Late
 
     def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
         return self.grpo.rollout(prompts, step)
@@ -45,5 +45,5 @@ class KDRL:
 
 
 def build(config: KDRLConfig, parts: Parts) -> KDRL:
-    teacher = scorer(parts, config)
+    teacher = late_scorer(parts, config)
     return KDRL(config, GRPO(config, parts, prefetch(teacher)), teacher)

@@ -15,12 +15,12 @@ from kibitz.engines import OnReady
 from kibitz.losses.criteria import PolicyGradient
 from kibitz.losses.policy_gradient import clipped, discounted, distillation_advantage, extrapolated, group_advantages
 from kibitz.methods.distillation import distil, distil_spans
-from kibitz.methods.parts import Method, Parts, policy_loss, scorer, teacher_engine, token_loss
+from kibitz.methods.parts import Method, Parts, late_scorer, policy_loss, teacher_engine, token_loss
 from kibitz.methods.reference import reference_scorer
 from kibitz.methods.sources import Generated, Linear, Seeded, Source, Stored
 from kibitz.models import LanguageModel
-from kibitz.signals import Batch, Sampled, Scored, Signal
-from kibitz.teachers import Scorer, prefetch
+from kibitz.signals import Batch, Deferred, Sampled, Scored, Signal
+from kibitz.teachers import Late, Scorer, prefetch
 from kibitz.types import Prompt, Rollout, Step, Writer
 
 
@@ -28,7 +28,7 @@ from kibitz.types import Prompt, Rollout, Step, Writer
 class SampledTokenOPD:
     config: PolicyConfig
     source: Source
-    teacher: Scorer
+    teacher: Scorer | Late
     chunk_tokens: int | None
     group_size: int
     reference: Scorer | None = None
@@ -58,7 +58,7 @@ class SampledTokenOPD:
             added.append(replace(one, advantage_T=reward_T if one.advantage_T is None else one.advantage_T + reward_T))
         return added
 
-    def _credited(self, rollout: Rollout, signal: Signal | None, reference: Signal | None = None) -> Tensor:
+    def _credited(self, rollout: Rollout, signal: Signal | Deferred | None, reference: Signal | None = None) -> Tensor:
         """A token's whole advantage: extrapolated beyond the teacher, clipped, with credit for what follows."""
         assert isinstance(signal, Sampled)
         teacher_T = signal.logp_T
@@ -79,7 +79,7 @@ class SampledTokenOPD:
 
 
 def build(config: OPDConfig, parts: Parts) -> Method:
-    teacher = scorer(parts, config)
+    teacher = late_scorer(parts, config)
     source = _source(parts, config, prefetch(teacher))
     if config.alignment != "spans":
         return distil_spans(parts, config, source, teacher)

@@ -22,7 +22,7 @@ from kibitz.methods.candidates import student_top_k
 from kibitz.models import LanguageModel
 from kibitz.parallel.ranks import ALONE, Ranks
 from kibitz.signals import Batch, Dense, Sampled, Scored, Signal
-from kibitz.teachers import MakeEngine, Scorer, ScoreRequest, Teacher
+from kibitz.teachers import Late, MakeEngine, Scorer, ScoreRequest, Teacher
 from kibitz.teachers.local import LocalScorer, reduced
 from kibitz.types import Prompt, Rollout, Sampling, Stateful, Step
 
@@ -94,6 +94,11 @@ def scorer(parts: Parts, config: MethodConfig) -> Scorer:
         candidates = partial(student_top_k, parts.student, needs.top_k, size, count=count)
         request = replace(request, top_k=needs.top_k, temperature=needs.temperature, candidates=candidates)
     return parts.teacher.scorer(request)
+
+
+def late_scorer(parts: Parts, config: MethodConfig) -> Scorer | Late:
+    """The same for a method that needs the scores in its loss alone: late, where the recipe allows it."""
+    return Late(scorer(parts, config)) if parts.recipe.scores_late() else scorer(parts, config)
 
 
 def student_scorer(parts: Parts) -> Scorer:

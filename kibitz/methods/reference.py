@@ -9,7 +9,7 @@ from kibitz.config import SignalKind
 from kibitz.methods.parts import Method, Parts, training_request
 from kibitz.models import LanguageModel
 from kibitz.signals import Anchor, Batch, Scored
-from kibitz.teachers import Scorer
+from kibitz.teachers import Late, Scorer
 from kibitz.types import Prompt, Rollout, Step
 
 
@@ -24,7 +24,7 @@ class Anchored:
     """`method`, with `coefficient` KL(S || R) at every token that it learns. `token_loss` adds it, in the same pass."""
 
     method: Method
-    reference: Scorer
+    reference: Scorer | Late
     coefficient: float
 
     def rollout(self, prompts: Sequence[Prompt], step: Step) -> list[Rollout]:
@@ -46,5 +46,9 @@ class Anchored:
 
 
 def anchored(method: Method, parts: Parts) -> Method:
-    coefficient = parts.recipe.method.reference_kl
-    return Anchored(method, reference_scorer(parts, "dense"), coefficient) if coefficient else method
+    config = parts.recipe.method
+    if not config.reference_kl:
+        return method
+    scorer = reference_scorer(parts, "dense")
+    whole = config.reference is not None and config.reference.offload == "body"  # which is fetched for each call
+    return Anchored(method, scorer if whole else Late(scorer), config.reference_kl)

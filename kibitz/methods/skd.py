@@ -7,7 +7,7 @@ from functools import partial
 from kibitz.config import SKDConfig
 from kibitz.engines.speculative import SpeculativeEngine
 from kibitz.methods.distillation import Distillation, distil
-from kibitz.methods.parts import Parts, joint_engine, scorer
+from kibitz.methods.parts import Parts, joint_engine, late_scorer
 from kibitz.methods.sources import Generated
 
 
@@ -22,4 +22,4 @@ def build(config: SKDConfig, parts: Parts) -> Distillation:
         teacher_temperature=config.teacher_temperature,
         teacher_top_p=config.teacher_top_p,
     )
-    return distil(parts, config, Generated(joint_engine(parts, make), parts.sampling), scorer(parts, config))
+    return distil(parts, config, Generated(joint_engine(parts, make), parts.sampling), late_scorer(parts, config))

@@ -108,14 +108,20 @@ class Ranks:
                 total.setdefault(name, Counter()).update(counter)
         return total
 
-    def in_step(self, batches: list[list[Scored]]) -> Iterator[tuple[list[Scored], bool]]:
-        """The micro-batches, each with whether it is the last. A forward pass of the learner is a collective, so a process
-        with fewer micro-batches than another repeats its last one with zero weights."""
-        num = max(self.gather(len(batches)))
-        together = batches + batches[-1:] * (num - len(batches))
-        idle = [replace(one, weight_T=torch.zeros_like(one.weight_T)) for one in together[-1]] if together else []
-        for number, batch in enumerate(together, 1):
-            yield batch if number <= len(batches) else idle, number == len(together)
+    def in_step(
+        self, batches: list[list[Scored]], ready: Callable[[list[Scored]], list[Scored]] = list
+    ) -> Iterator[tuple[list[Scored], bool]]:
+        """The micro-batches, each with whether it is the last; `ready` has the last word on each of this process's. A forward
+        pass of the learner is a collective, so a process with fewer micro-batches than another repeats its last one with zero
+        weights; passes that one alone needs to make its own ready are joined by the others."""
+        num, batch = max(self.gather(len(batches))), []
+        for number in range(num if batches else 0):
+            if number < len(batches):
+                batch = ready(batches[number])
+            else:
+                batch = [replace(one, weight_T=torch.zeros_like(one.weight_T)) for one in batch]
+            self.lockstep.wait()
+            yield batch, number == num - 1
 
 
 ALONE = Ranks()

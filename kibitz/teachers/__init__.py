@@ -24,7 +24,7 @@ from kibitz.config import SignalKind
 from kibitz.engines import Engine, OnReady, nobody_waits
 from kibitz.ledger import Count, uncounted
 from kibitz.models import LanguageModel
-from kibitz.signals import Signal
+from kibitz.signals import Deferred, Signal
 from kibitz.types import Prompt, Rollout, Stateful
 
 
@@ -50,6 +50,17 @@ class Scorer(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Late:
+    """A scorer of one micro-batch after another, each just before its loss, so that the signals of a step never exist
+    together."""
+
+    scorer: Scorer
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Deferred]:
+        return [Deferred(self.scorer.score)] * len(rollouts)
+
+
 @runtime_checkable
 class Prefetching(Protocol):
     """A scorer that can begin before it is asked."""
@@ -59,7 +70,7 @@ class Prefetching(Protocol):
         ...
 
 
-def prefetch(scorer: Scorer) -> OnReady:
+def prefetch(scorer: Scorer | Late) -> OnReady:
     """Return what an engine calls with finished rollouts: a scorer behind a server begins with them, others wait for all."""
     return scorer.prefetch if isinstance(scorer, Prefetching) else nobody_waits
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kibitz import graders, methods
-from kibitz.batching import micro_batches, pack
+from kibitz.batching import micro_batches, pack, settled
 from kibitz.config import Recipe
 from kibitz.evaluate.annotate import annotate
 from kibitz.evaluate.evaluate import grade
@@ -195,7 +195,7 @@ class Trainer:
             scored = self.method.signal(self.ranks.share(rollouts), step)
         self.progress.phase("student")
         with ledger.timed("training"):
-            means, num_tokens = self._accumulate(scored)
+            means, num_tokens, signal_bytes = self._accumulate(scored)
             norm = self.optimizer.step(factor)
         with ledger.timed("sampling"):
             copy_weights(self.learner, self.student)
@@ -205,11 +205,10 @@ class Trainer:
         self.done += 1
         if recipe.rollout.store:
             self.folder.store(self.done, [r for r in rollouts if not r.objective])
-        waited = self.ranks.gather(sum(one.signal_bytes for one in scored))
         more = {
             "grad_norm": norm,
             "lr": recipe.optim.lr * factor,
-            "signal_bytes": float(sum(waited)),
+            "signal_bytes": signal_bytes,
             "masked": share_masked,
         }
         self._write_metrics(rollouts, means, num_tokens, more)
@@ -224,22 +223,23 @@ class Trainer:
         found = dict(zip(places, graded, strict=True))
         return [found.get(place, r) for place, r in enumerate(rollouts)]
 
-    def _accumulate(self, scored: list[Scored]) -> tuple[dict[str, float], int]:
-        """Gradients of the mean over all tokens of the step, whatever the micro-batches; and the mean of each value. Where
-        there are several objectives, each is the mean over its own tokens."""
+    def _accumulate(self, scored: list[Scored]) -> tuple[dict[str, float], int, float]:
+        """Gradients of the mean over all tokens of the step, whatever the micro-batches; and the mean of each value, the number
+        of tokens, the bytes of signals. Where there are several objectives, each is the mean over its own tokens."""
         counts: Counter[str] = Counter()
         for one in scored:
             counts[one.objective] += int((one.weight_T > 0).sum())
         counts = self.ranks.add({"tokens": counts})["tokens"]
         sums: dict[str, Any] = defaultdict(Counter)  # whose counts are of nats
         batches = micro_batches(scored, self.recipe.optim.tokens_per_micro_batch)
-        own, passed = [[scored[i] for i in indices] for indices in batches], 0.0
-        for number, (members, last) in enumerate(self.ranks.in_step(own), 1):
+        own, passed, signal_bytes = [[scored[i] for i in indices] for indices in batches], 0.0, 0
+        for number, (members, last) in enumerate(self.ranks.in_step(own, self._settled), 1):
             batch = pack(members, self.student.device)
             reduce_gradients(self.learner, last or self.learner is self.student)
             total, values = self.method.loss(self.learner, batch)
             if number <= len(own):  # the others keep this process in step with the rest, and are padding
                 passed += self.student.pass_flops([one.rollout for one in members])
+                signal_bytes += sum(one.signal_bytes for one in members)
             if total.requires_grad:
                 (total / max(1, counts[batch.objective])).backward()
             for name, value in _sums(values, batch.tokens.weight_T).items():
@@ -247,7 +247,11 @@ class Trainer:
         # Forward; backward to the activations, and to the weights that learn.
         learns = self.student.num_trainable / self.student.num_parameters
         self.ledger.spend("student_training", (2 + learns) * passed)
-        return _means(self.ranks.add(sums), counts), counts.total()
+        return _means(self.ranks.add(sums), counts), counts.total(), float(sum(self.ranks.gather(signal_bytes)))
+
+    def _settled(self, members: list[Scored]) -> list[Scored]:
+        with self.ledger.timed("scoring"):
+            return settled(members)
 
     def _write_metrics(
         self, rollouts: list[Rollout], means: dict[str, float], num_tokens: int, more: dict[str, float]

@@ -14,6 +14,7 @@ import kibitz.models.load
 from kibitz import methods
 from kibitz.losses.policy_gradient import distillation_advantage, extrapolated
 from kibitz.methods.opd import SampledTokenOPD
+from kibitz.methods.parts import scorer
 from kibitz.methods.reference import reference_scorer
 
 METHODS = {
@@ -230,7 +231,8 @@ def test_a_factor_of_one_is_opd_in_loss_and_gradient(lab, small_models):
     far = lab({"type": "opd", "support": "sampled", "extrapolation": 1.25} | other, "far")
     inner = plain.method
     assert isinstance(inner, SampledTokenOPD)
-    exopd = replace(inner, reference=reference_scorer(far.parts, "sampled"))
+    teacher = scorer(plain.parts, plain.parts.recipe.method)
+    exopd = replace(inner, teacher=teacher, reference=reference_scorer(far.parts, "sampled"))
     loss, gradient = plain.values()
     same_loss, same_gradient = plain.values(exopd.signal(plain.rollouts, STEP), exopd)
     assert same_loss == loss

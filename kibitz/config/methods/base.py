@@ -32,6 +32,8 @@ class Needs:
     """The K of a top-k loss. It is ignored where the loss reads the whole distribution."""
     temperature: float = 1.0
     """The softmax temperature: the teacher's logits are divided by it."""
+    scores_late: bool = False
+    """Nothing but the loss of a token depends on its scores, so that each micro-batch can be scored just before its loss."""
     teacher_writes: bool = False
     """The teacher writes some of the text."""
     teacher_judges: bool = False

@@ -60,6 +60,7 @@ class DistillationConfig(MethodConfig):
             signals=self.signals(),
             top_k=self.top_k,
             temperature=self.temperature,
+            scores_late=self.token_weight == "none",
             student_scores=self.token_weight != "none",
         )
 

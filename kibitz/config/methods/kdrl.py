@@ -31,7 +31,7 @@ class KDRLConfig(GroupConfig):
     )
 
     def needs(self) -> Needs:
-        return replace(super().needs(), teacher=True, signals=("sampled",))
+        return replace(super().needs(), teacher=True, signals=("sampled",), scores_late=True)
 
     def check(self, rollout: RolloutConfig) -> None:
         super().check(rollout)

@@ -38,6 +38,7 @@ class OPDConfig(SampledConfig, WritingConfig, AlignmentConfig, DistillationConfi
             teacher_writes=self.seed_tokens > 0,
             rollouts=self.rollouts,
             reference=policy.extrapolation != 1,
+            scores_late=super().needs().scores_late and policy.extrapolation == 1 and not policy.discount,
         )
 
     def signals(self) -> tuple[SignalKind, ...]:
