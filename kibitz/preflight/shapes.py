@@ -2,27 +2,34 @@
 
 A model is built on torch's `meta` device from its config.json alone, so that a plan for 32 billion parameters takes seconds
 and no memory. What the backward pass keeps is counted, not guessed: one forward pass on `meta` with a hook on every saved
-tensor. It runs on sequences of one token, where attention keeps nothing that grows with the square of the length, which is
-what fused attention does at any length.
+tensor. Attention counts as the one kernel that it is on other devices, which keeps nothing that grows with the square of the
+length. Recurrent layers count as transformers writes them without kernels of their own, which keep less.
 """
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations import sdpa_attention
 from transformers.pytorch_utils import Conv1D
 
 from kibitz.config import FrozenConfig, ModelConfig
 from kibitz.engines.room import cache_bytes
 from kibitz.models import lora
 from kibitz.models.head import body_of
+from kibitz.models.language_model import num_experts
 from kibitz.models.quantized import BYTES
 from kibitz.parallel.fsdp import layers_of
 
-PROBED_TOKENS = 64
+ROWS = 8
+"""Of the texts that are counted on."""
 
 
 @dataclass(frozen=True)
@@ -119,20 +126,69 @@ class Shape:
 
     @cached_property
     def activation_bytes_per_token(self) -> float:
-        """The bytes of activations per token that the body keeps for the backward pass, without gradient checkpointing."""
-        kept: dict[int, Tensor] = {}
-        parameters = {p.untyped_storage()._cdata for p in self.model.parameters()}
+        """The bytes of activations per token that the body keeps for the backward pass, without gradient checkpointing. On meta
+        torch multiplies by the matrices of experts in bfloat16 only: a float32 mixture keeps twice what its bfloat16 twin does,
+        or less, where some of that is float32 in both."""
+        if self.itemsize == 2 or not num_experts(self.config)[0]:
+            return kept_per_token(self.model)
+        twin = copy.deepcopy(self.model).to(torch.bfloat16)
+        return self.itemsize / 2 * kept_per_token(twin)
 
-        def keep(tensor: Tensor) -> Tensor:
-            kept.setdefault(tensor.untyped_storage()._cdata, tensor)  # kept alive, so that no address comes twice
-            return tensor
 
-        ids = torch.zeros(PROBED_TOKENS, 1, dtype=torch.long, device="meta")
-        mask = torch.ones(PROBED_TOKENS, 1, 1, 1, dtype=torch.bool, device="meta")
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            body_of(self.model)(ids, attention_mask=mask, use_cache=False)
-        total = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in parameters)
-        return total / PROBED_TOKENS
+def probed_tokens(config: Any) -> int:
+    """Return how many tokens to count on: a whole chunk where a model fills texts up to one, few where it reads one token after
+    another, and otherwise as many as make what a row has once small."""
+    chunk = getattr(config, "mamba_chunk_size", None) or getattr(config, "chunk_size", None)
+    one_by_one = not getattr(config, "num_attention_heads", None) or hasattr(config, "mamba_d_state")
+    return chunk or (8 if one_by_one else 64)
+
+
+def kept_per_token(model: Any) -> float:
+    """Return the bytes per token that the body of a model on meta keeps for the backward pass, of texts side by side."""
+    config = model.config.get_text_config()
+    num = probed_tokens(config)
+    kept: dict[int, Tensor] = {}
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage()._cdata, tensor)  # kept alive, so that no address comes twice
+        return tensor
+
+    ids = torch.zeros(ROWS, num, dtype=torch.long, device="meta")
+    mask = torch.ones(1, 1, num, num, dtype=torch.bool, device="meta")
+    attends = bool(getattr(config, "num_attention_heads", None))
+    options = {"attention_mask": mask} if attends else {}  # models without attention take masks of another form
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), fused_attention():
+        body_of(model)(ids, use_cache=False, **options)
+    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in parameters) / (ROWS * num)
+
+
+class _Fused(torch.autograd.Function):
+    """What an attention kernel keeps: queries, keys, values, its result, and one number for each query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rows, heads, length, _ = query.shape
+        result = query.new_empty(rows, length, heads, value.shape[-1]).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, result, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise AssertionError("shapes have no gradients")
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """A context inside which attention is one kernel, as on every device but meta, where torch takes it apart; heads share keys,
+    as they do where no mask is written out."""
+    apart, shares = F.scaled_dot_product_attention, sdpa_attention.use_gqa_in_sdpa
+    F.scaled_dot_product_attention = lambda query, key, value, *_, **__: _Fused.apply(query, key, value)
+    sdpa_attention.use_gqa_in_sdpa = lambda *_, **__: True
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention, sdpa_attention.use_gqa_in_sdpa = apart, shares
 
 
 def shape_of(config: ModelConfig, dtype: torch.dtype) -> Shape:
