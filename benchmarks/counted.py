@@ -3,13 +3,13 @@
     python -m benchmarks.counted            # a minute on any CPU; writes benchmarks/counted.json
     python -m benchmarks.counted --tiny     # small shapes; prints, and writes nothing
 
-Qwen3-1.7B under Qwen3-8B in bfloat16, exact reverse KL, 256 rollouts of 200 + 1,024 tokens, on one H200. The code that trains runs
-on torch's meta device: models of two and of three layers, whose difference is a layer, and one chunk of the loss. Each operation
-that is no view is a kernel. It reads its arguments and writes its results, once each; products and attention have FLOPs
+Qwen3-1.7B under Qwen3-8B in bfloat16, exact reverse KL, 256 rollouts of 200 + 1,024 tokens, on one H200. The code that trains
+runs on torch's meta device: models of two and of three layers, whose difference is a layer, and one chunk of the loss. Each
+operation that is no view is a kernel. It reads its arguments and writes its results, once each; products and attention have FLOPs
 instead. A phase takes the longer of two times: to start its kernels, or to move bytes beside the products and to do these.
 
-These are counts, not measurements. Caches, and kernels that reach less than the rates below, make a step longer. What is stated for
-commit e8b724f, before the repairs, was worked out by hand from counts on the same shapes.
+These are counts, not measurements. Caches, and kernels that reach less than the rates below, make a step longer. What is stated
+for commit e8b724f, before the repairs, was worked out by hand from counts on the same shapes.
 """
 
 import argparse
@@ -305,8 +305,8 @@ def left_over(found: dict[str, Any]) -> str:
     return (
         f"Chunks of the loss that follow from free memory take {saved:.2g} s away: the head's gradient, in float32, is summed "
         f"{fewer:.0f} times less often. Above the floor stand {parts}. A token of the embedded engine starts "
-        f"{found['kernels_per_token']:,.0f} kernels, {launch:.1f} ms if the host does nothing else; with Python between them it was "
-        "put at 25 to 30 ms. Only a CUDA graph, or vLLM, takes that away; elementwise kernels go with `student.compile`."
+        f"{found['kernels_per_token']:,.0f} kernels, {launch:.1f} ms if the host does nothing else; with Python between them it "
+        "was put at 25 to 30 ms. Only a CUDA graph, or vLLM, takes that away; elementwise kernels go with `student.compile`."
     )
 
 
