@@ -65,7 +65,9 @@ STUDENTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "full-0.6B": ("0.6B", "1.7B", {}),
     "long-tail-0.6B": ("0.6B", "1.7B", {"rollout": {"stop": "ENDS"}}),
 }
-ARMS = ("floor", "decode-0.6B", *STUDENTS, "resume-0.6B", "decode-1.7B")
+PEERS = {f"trl-{arm}": arm for arm in ("full-1.7B", "lora-1.7B", "full-0.6B")}
+"""Arms that TRL runs, with the models and prompts of ours."""
+ARMS = ("floor", "decode-0.6B", *STUDENTS, "resume-0.6B", "decode-1.7B", *PEERS)
 
 
 def words(scale: Scale) -> list[str]:
@@ -141,23 +143,31 @@ def floor(home: Path, scale: Scale) -> dict[str, Any]:
 def train(home: Path, arm: str, scale: Scale) -> dict[str, Any]:
     """The second step of a run: seconds and peaks by phase, and what the plan said."""
     import kibitz
+
+    tree = recipe(home, arm, scale)
+    row = kibitz.train(tree, overwrite=True).metrics[-1]
+    kept = ("seconds", "tokens_per_second", "num_tokens", "longest_response", "peak_bytes", "grad_norm", "mismatch")
+    return {name: row[name] for name in kept if name in row} | plan_of(tree, scale)
+
+
+def plan_of(tree: dict[str, Any], scale: Scale) -> dict[str, Any]:
+    """What `kibitz check` plans for a recipe, and the bytes and FLOPs of its floor, for one step."""
+    import torch
+
     from kibitz import config
     from kibitz.preflight import budget
     from kibitz.preflight.shapes import shape_of
 
-    tree = recipe(home, arm, scale)
-    run = kibitz.train(tree, overwrite=True)
-    row = run.metrics[-1]
     loaded = config.load(tree)
-    import torch
-
     shapes = [shape_of(section, torch.bfloat16) for section in (loaded.student, loaded.teacher)]
-    plan = budget.memory(loaded, budget.Models(shapes[0], shapes[1:]), scale.prompt_tokens)
+    device = torch.device(scale.device)
+    room = budget.device_room(device)[0] if scale.device == "cuda" else None
+    models, program = budget.Models(shapes[0], shapes[1:]), budget.program_bytes(device)
+    plan = budget.memory(loaded, models, scale.prompt_tokens, room=room, program=program)
     flops = budget.cost(loaded, shapes[0], shapes[1:], [scale.prompt_tokens], budget.Speed(1.0, 1.0), None).flops
     responses = scale.prompts * scale.samples
     read = budget.decoded_bytes(loaded, shapes[0], scale.prompt_tokens, 1)
-    kept = ("seconds", "tokens_per_second", "num_tokens", "longest_response", "peak_bytes", "grad_norm", "mismatch")
-    return {name: row[name] for name in kept if name in row} | {
+    return {
         "rollouts": responses,
         "planned_bytes": plan.as_numbers(),
         "floor_bytes": read,
@@ -215,7 +225,18 @@ def decode(home: Path, arm: str, scale: Scale) -> dict[str, Any]:
     return found | {"launches_per_token": launches / tokens, "busy_share": busy / took}
 
 
-KINDS = {"floor": lambda home, arm, scale: floor(home, scale), "decode": decode, "resume": resume}
+def peer(home: Path, arm: str, scale: Scale) -> dict[str, Any]:
+    """The same step through TRL, beside the floor of ours; or why there is none."""
+    sys.path.insert(0, str(HERE))
+    import gpu_trl
+
+    if (why := gpu_trl.missing()) is not None:
+        return {"skipped": why}
+    tree = recipe(home, PEERS[arm], scale)
+    return gpu_trl.train(tree, home / f"run-{arm}") | plan_of(tree, scale)
+
+
+KINDS = {"trl": peer, "floor": lambda home, arm, scale: floor(home, scale), "decode": decode, "resume": resume}
 
 
 def measure(home: Path, arm: str, scale: Scale) -> dict[str, Any]:
@@ -261,6 +282,9 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join(ARMS), help="which, with commas between them")
     parser.add_argument("--out", type=Path, help="the JSON file; else by the name of the card")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, help="begin no arm after so many; the same command goes on"
+    )
     options = parser.parse_args()
     scale = TINY if options.tiny else FULL
     if options.work is not None:  # the process of one arm
@@ -269,9 +293,13 @@ def main() -> None:
         return
     out = options.out or HERE / ("gpu-tiny.json" if options.tiny else f"gpu-{card()}.json")
     found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    begun, left = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as home:
         for arm in [name for name in options.arms.split(",") if name not in found]:
             start = time.perf_counter()
+            if start - begun > 60 * options.minutes and not options.tiny:
+                left.append(arm)
+                continue
             again = [sys.executable, __file__, "--work", home, "--arms", arm, *(["--tiny"] if options.tiny else [])]
             done = subprocess.run(again, stderr=subprocess.PIPE, text=True)
             if done.returncode:
@@ -280,7 +308,9 @@ def main() -> None:
             found[arm] = json.loads((Path(home) / f"{arm}.json").read_text())
             out.write_text(json.dumps(found, indent=1) + "\n")
             print(f"{arm}: {time.perf_counter() - start:.0f} s with loading\n{table(found)}\n", flush=True)
-    if missing := set(options.arms.split(",")) - found.keys():
+    if left:
+        print(f"left for the same command once more: {', '.join(left)}")
+    if missing := set(options.arms.split(",")) - found.keys() - {*left}:
         sys.exit(f"failed: {', '.join(sorted(missing))}")
 
 

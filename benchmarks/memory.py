@@ -130,6 +130,8 @@ def precision(device: str) -> dict[str, Any]:
     settings |= {
         "int8": {"dtype": "float32", "quantize": "int8"},
         "int8 of bfloat16": {"dtype": "bfloat16", "quantize": "int8"},
+        "nf4": {"dtype": "float32", "quantize": "nf4"},
+        "nf4 of bfloat16": {"dtype": "bfloat16", "quantize": "nf4"},
     }
     found: dict[str, Any] = {}
     for name, options in settings.items():
@@ -147,7 +149,7 @@ def precision(device: str) -> dict[str, Any]:
         gap_T = (logp_TV - plain_TV).gather(-1, token_T[:, None]).abs()
         kl_T = (plain_TV.exp() * (plain_TV - logp_TV)).sum(-1)
         found[name] = {
-            "bytes": sum(p.nbytes for p in model.model.parameters()),
+            "bytes": sum(p.nbytes for p in model.model.parameters()),  # of nf4 without the scales
             "mean_gap": gap_T.mean().item(),
             "largest_gap": gap_T.max().item(),
             "kl": kl_T.mean().item(),

@@ -1,6 +1,6 @@
 """Writes those parts of docs/methods.md that the code knows, between `<!-- generated: name -->` and `<!-- end -->`;
 and what the files in results/ say: the tables and plots beside them, those of docs/comparison.md, docs/teachers.md,
-docs/tokenizers.md and README.md, and docs/evidence.md.
+docs/tokenizers.md and README.md, and docs/evidence.md; and the counts of benchmarks/counted.json in docs/machines.md.
 
     python docs/generate.py
 
@@ -8,7 +8,9 @@ The rest of the page is written by hand and left alone. A method without a secti
 """
 
 import inspect
+import json
 import re
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from kibitz.training.guards import GUARDS
 
 PAGE = Path(__file__).with_name("methods.md")
 RESULT_PAGES = (*map(PAGE.with_name, ("comparison.md", "teachers.md", "tokenizers.md")), PAGE.parents[1] / "README.md")
+MACHINES = PAGE.with_name("machines.md")
 EVIDENCE = PAGE.with_name("evidence.md")
 BLOCK = re.compile(r"(?P<begin><!-- generated: (?P<name>[^>]*?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 NEXT_METHOD = "<!-- the next method's section goes above this line -->"
@@ -317,6 +320,16 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def machines(page: str) -> str:
+    """docs/machines.md with what benchmarks/counted.json says."""
+    sys.path.insert(0, str(PAGE.parents[1]))
+    from benchmarks import counted
+
+    found = json.loads((PAGE.parents[1] / "benchmarks" / "counted.json").read_text(encoding="utf-8"))
+    text = f"{counted.table(found)}\n\n{counted.left_over(found)}"
+    return BLOCK.sub(lambda match: f"{match['begin']}{text}\n{match['end']}", page)
+
+
 def write_results() -> None:
     """What the results say, beside them and on the pages that discuss them."""
     root = PAGE.parents[1]
@@ -331,4 +344,5 @@ def write_results() -> None:
 
 if __name__ == "__main__":
     PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    MACHINES.write_text(machines(MACHINES.read_text(encoding="utf-8")), encoding="utf-8")
     write_results()

@@ -33,11 +33,12 @@ class ModelConfig(Section):
 class FrozenConfig(ModelConfig):
     """A frozen model, with settings that reduce its memory."""
 
-    quantize: Literal["int8"] | None = Field(
+    quantize: Literal["int8", "nf4"] | None = Field(
         None,
         description="int8: the matrices of its layers in 8 bits, and what they are multiplied with, but for outliers (LLM.int8, "
-        "2208.07339), by bitsandbytes; embedding and output head stay as dtype says. Half of bfloat16's memory; "
-        "docs/teachers.md says how far the log-probabilities move. It then scores and does not write.",
+        "2208.07339), by bitsandbytes; nf4: the matrices in 4 bits (QLoRA, 2305.14314). Embedding and output head stay as dtype "
+        "says. Half and a quarter of bfloat16's memory; docs/teachers.md says how far the log-probabilities move. It then "
+        "scores and does not write.",
     )
     offload: Literal["body", "layers"] | None = Field(
         None,
@@ -49,7 +50,7 @@ class FrozenConfig(ModelConfig):
     @model_validator(mode="after")
     def _not_compiled(self) -> "FrozenConfig":
         if self.compile and (self.quantize or self.offload):
-            raise ValueError("a model with quantize (8 bits) or offload cannot be compiled: leave out compile")
+            raise ValueError("a model with quantize or offload cannot be compiled: leave out compile")
         return self
 
 
@@ -91,6 +92,21 @@ class StudentConfig(ModelConfig):
     lora: LoraConfig | None = Field(
         None, description="Train adapters only, such as {rank: 32}. Without it every weight learns."
     )
+    quantize: Literal["nf4"] | None = Field(
+        None,
+        description="nf4: the base under the adapters in 4 bits (QLoRA, 2305.14314), by bitsandbytes; a quarter of bfloat16's "
+        "memory. It writes, scores and learns as rounded; `kibitz export --merge` adds what was learnt to the rounded numbers.",
+    )
+
+    @model_validator(mode="after")
+    def _only_a_base(self) -> "StudentConfig":
+        if self.quantize is not None and self.lora is None:
+            raise ValueError(
+                "quantize: weights of 4 bits cannot learn, an adapter on them can: write lora={rank: 32}, or leave out quantize"
+            )
+        if self.quantize is not None and self.compile:
+            raise ValueError("a model with quantize cannot be compiled: leave out compile")
+        return self
 
 
 class Columns(Section):

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from kibitz.batching import without_padding
 from kibitz.config import RecipeError
 from kibitz.losses.balance import load_balance
-from kibitz.models import lora
+from kibitz.models import lora, quantized
 from kibitz.models.head import body_of, build_head, keep_float32
 from kibitz.models.progress import no_progress_bars
 from kibitz.models.rotary import hold_rotations
@@ -106,7 +106,7 @@ class LanguageModel(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return sum(map(quantized.num_numbers, self.model.parameters()))
 
     @property
     def num_trainable(self) -> int:
@@ -131,6 +131,8 @@ class LanguageModel(nn.Module):
         write = self._writer or (self.model.save_pretrained if self.adapter is None else self.adapter.save)
         with no_progress_bars():
             write(folder)
+            if self.adapter is not None:
+                quantized.record(self.model, folder)
             if self.adapter is not None and self.model.generation_config is not None:
                 self.model.generation_config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
@@ -308,7 +310,7 @@ def forward_flops(model: Any, num_positions: float, num_squared: float, num_scor
     head = model.get_output_embeddings().weight.numel()
     embedding = model.get_input_embeddings().weight
     tied = embedding is model.get_output_embeddings().weight
-    body = sum(p.numel() for p in model.parameters()) - embedding.numel() - (0 if tied else head)
+    body = sum(map(quantized.num_numbers, model.parameters())) - embedding.numel() - (0 if tied else head)
     body -= _num_idle(model, config)
     return 2.0 * body * num_positions + _attention_width(config) * num_squared + 2.0 * head * num_scored
 

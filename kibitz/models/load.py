@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file
 
 from kibitz.config import ModelConfig, StudentConfig
 from kibitz.data import check_template, turn_end
-from kibitz.models import lora
+from kibitz.models import lora, quantized
 from kibitz.models.folders import (
     broken_json,
     check_finite,
@@ -136,12 +136,16 @@ def load_student(
             f"student.model: {config.model} is an adapter itself: write a whole folder of it by "
             "`kibitz export FOLDER --merge --output NEW`, and student.model=NEW"
         )
-    model = load_weights(config, "student", device, **straight_to(device))
+    quantized.require(config.quantize, config.model, "student", config.trust_remote_code)
+    options = quantized.loading(config.quantize, pick_dtype(config.dtype, device), device)
+    model = load_weights(config, "student", device, **(options or straight_to(device)))
+    if options:
+        quantized.finish(model)
     adapter = lora.attach(model, config.lora, seed) if resumed_from is None else lora.load(model, resumed_from)
     lora.allow_tf32(model.dtype)
     if resumed_from is not None:
         check_finite(model, str(resumed_from), "student")
-    return LanguageModel(model.to(device), tokenizer, "student", adapter, compiled=config.compile)
+    return LanguageModel(model if options else model.to(device), tokenizer, "student", adapter, compiled=config.compile)
 
 
 @no_progress_bars()
@@ -151,13 +155,17 @@ def load_weights(config: ModelConfig, role: str, device: torch.device, **options
     check_folder(config.model, role)
     is_adapter = lora.is_adapter(config.model)
     base = lora.base_or_self(config.model)
+    dtype = pick_dtype(config.dtype, device)
+    rounded = quantized.recorded(config.model, role) if is_adapter else None
+    if rounded is not None:
+        options = quantized.loading("nf4", rounded, torch.device("cpu"))
     attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     if (index := _index_on_hub(base)) is not None:
         check_index(index, role)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base,
-            dtype=pick_dtype(config.dtype, device),
+            dtype=rounded or dtype,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
@@ -170,6 +178,8 @@ def load_weights(config: ModelConfig, role: str, device: torch.device, **options
     check_loaded(model, info, base, role)
     check_finite(model, base, role)
     try:
+        if rounded is not None:
+            model = quantized.whole(model).to(dtype)
         if is_adapter:
             model = lora.merged(model, Path(config.model))
             if (settings := lora.settings_of(config.model)) == config.model:

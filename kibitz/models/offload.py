@@ -1,11 +1,9 @@
-"""Frozen models that take little device memory: 8-bit weights, and weights that are offloaded to host memory.
+"""Frozen models that take little device memory: quantized weights, and weights that are offloaded to host memory.
 
 Offloaded weights are on the device only while a forward pass needs them. They are frozen, so an eviction copies nothing
 back: the device copy is dropped and the module holds the host tensor again. Host memory is pinned where the device is a GPU.
 """
 
-import importlib.util
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,13 +11,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kibitz.config import FrozenConfig
-from kibitz.models import lora
+from kibitz.models import quantized
 from kibitz.models.language_model import LanguageModel, Placement
-from kibitz.models.load import load_model, load_tokenizer, load_weights
+from kibitz.models.load import load_model, load_tokenizer, load_weights, pick_dtype
 from kibitz.models.streamed import Streamed
 from kibitz.types import is_gpu
 
@@ -29,17 +27,7 @@ Fetch = Callable[[Tensor], Tensor]
 
 def require(config: FrozenConfig, role: str) -> None:
     """Raise ValueError, before any weights load, if `config` asks for a quantization that cannot be done here."""
-    if config.quantize is None:
-        return
-    if missing := [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]:
-        raise ValueError(
-            f"{role}.quantize: int8 needs {' and '.join(missing)}: pip install 'kibitz[bitsandbytes]', or leave it out"
-        )
-    if lora.is_adapter(config.model):
-        raise ValueError(
-            f"{role}.quantize: {config.model} is an adapter, and an 8-bit base takes no update: write a whole folder by "
-            "`kibitz export FOLDER --merge --output NEW` and name that"
-        )
+    quantized.require(config.quantize, config.model, role, config.trust_remote_code)
 
 
 def load_frozen(
@@ -50,15 +38,10 @@ def load_frozen(
         return load_model(config, role, device, tokenizer)
     require(config, role)
     storage = device if config.offload is None else torch.device("cpu")
-    options: dict[str, Any] = {}
-    if config.quantize == "int8":
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for each product
-        options = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": storage}}
+    options = quantized.loading(config.quantize, pick_dtype(config.dtype, device), storage)
     model = load_weights(config, role, device, **options).eval()
-    if config.quantize is not None and storage.type == "cpu":
-        for holder, name in _holders(model):  # what is not quantized is still mapped from the file
-            if (tensor := getattr(holder, name)).dtype != torch.int8:
-                setattr(holder, name, tensor.clone())
+    if options:
+        quantized.finish(model)
     tokenizer = tokenizer or load_tokenizer(config, role)
     if config.offload is not None:
         return offloaded(model, tokenizer, role, config.offload, device)
@@ -158,6 +141,10 @@ def _holders(module: nn.Module) -> Iterator[tuple[Any, str]]:
     for part in module.modules():
         tensors: Sequence[Tensor | None] = [*part._parameters.values(), *part._buffers.values()]
         yield from ((tensor, "data") for tensor in tensors if tensor is not None)
-        state = getattr(part, "state", None)  # bitsandbytes keeps the weights here too, and their scales
+        state = getattr(part, "state", None)  # bitsandbytes keeps weights of 8 bits here too, and their scales
         if hasattr(state, "SCB"):
             yield from ((state, name) for name in ("CB", "SCB") if getattr(state, name) is not None)
+        scales = getattr(getattr(part, "weight", None), "quant_state", None)  # of 4 bits, and the scales of the scales
+        for holder in (scales, getattr(scales, "state2", None)):
+            names = ("absmax", "code", "offset")
+            yield from ((holder, name) for name in names if isinstance(getattr(holder, name, None), Tensor))

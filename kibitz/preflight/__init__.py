@@ -21,7 +21,7 @@ from kibitz.signals import TopK
 from kibitz.teachers import ScoreRequest, Teacher
 from kibitz.teachers.local import LocalScorer
 from kibitz.training.setup import Setup, prepare, training_prompts
-from kibitz.types import Rollout
+from kibitz.types import Rollout, is_gpu
 
 __all__ = ["REFUSED", "Finding", "Light", "Options", "check", "check_files", "worst"]
 
@@ -89,15 +89,23 @@ def _sizes(recipe: Recipe, options: Options, prompt_lengths: list[int]) -> Itera
     student, teachers = shapes[0], shapes[1:]
     yield texts.lengths(recipe, prompt_lengths, [shape.max_positions for shape in shapes])
     models = budget.Models(student, teachers, **others)
-    plan = partial(budget.memory, models=models, longest_prompt=max(prompt_lengths), devices=options.devices)
     room, what = (
         budget.device_room(device) if options.gibibytes is None else (options.gibibytes * budget.GIB, "the device")
     )
+    on_gpu = room if is_gpu(planned) else None
+    longest, program = max(prompt_lengths), budget.program_bytes(planned)
+    plan = partial(
+        budget.memory, models=models, longest_prompt=longest, devices=options.devices, room=on_gpu, program=program
+    )
     lines = None if room is None else fitting.changes(recipe, plan, room)
-    yield budget.memory_finding(plan(recipe), room, what, lines or ())
+    step = plan(recipe)
+    yield budget.memory_finding(step, room, what, lines or ())
     speed = speed_of(device, None if options.teraflops is None else options.teraflops * 1e12)
     yield budget.cost_finding(
-        budget.cost(recipe, student, teachers, prompt_lengths, speed, options.price, options.devices), speed
+        budget.cost(
+            recipe, student, teachers, prompt_lengths, speed, options.price, options.devices, step.rows or None
+        ),
+        speed,
     )
 
 

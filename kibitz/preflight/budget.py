@@ -3,11 +3,14 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 
 import torch
 
 from kibitz.config import Recipe, StudentTeacherConfig
+from kibitz.engines.cache import PREFILL_TOKENS
+from kibitz.engines.room import BYTES_PER_LOGIT, SHARE
 from kibitz.models.language_model import CHUNK_NUMBERS, forward_flops
 from kibitz.optim import bytes_of_moments
 from kibitz.preflight.finding import Finding
@@ -27,6 +30,8 @@ class Memory:
 
     held: dict[str, float]
     phases: dict[str, dict[str, float]]
+    rows: int = 0
+    """The rollouts that are written side by side in this process."""
 
     @property
     def peak(self) -> float:
@@ -47,41 +52,86 @@ class Models:
     discriminator: Shape | None = None
 
 
-def memory(recipe: Recipe, models: Models, longest_prompt: int, devices: int = 1) -> Memory:
+def memory(
+    recipe: Recipe,
+    models: Models,
+    longest_prompt: int,
+    devices: int = 1,
+    room: float | None = None,
+    program: float = 0.0,
+) -> Memory:
     """Estimate the memory of one step on one of `devices`, in bytes. docs/machines.md says what each process holds. With
     `whole_copy` it holds a whole copy of the student, its shard of the float32 weights and moments, and whole gradients while
     micro-batches accumulate. Without, it holds its shard of all these, and of whole weights only the layer that is computed,
-    the next one, and the weights outside the layers."""
-    student, optim, rollout = models.student, recipe.optim, recipe.rollout
+    the next one, and the weights outside the layers. On a GPU of `room` bytes no more rows are written side by side than fit;
+    of a CPU `program` is what a process takes without models."""
+    student, rollout = models.student, recipe.rollout
     responses = -(-rollout.prompts_per_step * rollout.samples_per_prompt // devices)
     length = longest_prompt + rollout.max_tokens
-    tokens = min(max(optim.tokens_per_micro_batch, length), responses * length)  # a longer rollout stands alone
-    chunk = optim.chunk_tokens or max(16, CHUNK_NUMBERS // student.rows)
-    logits = LOSS_TENSORS * 4.0 * min(chunk, tokens) * student.rows
+    tokens = min(max(recipe.optim.tokens_per_micro_batch, length), responses * length)  # a longer rollout stands alone
+    scored = -(-tokens * rollout.max_tokens // length)
+    gradients, together = _gradients(recipe, student, devices)
+    held = ({"the program": program} if program else {}) | _held(recipe, models, devices) | together
+    rows, writing = _writing(
+        recipe, student, responses, longest_prompt, None if room is None else room - sum(held.values())
+    )
+    late = recipe.scores_late()
+    kept = _kept(recipe, models, scored if late else responses * rollout.max_tokens)
+    readers = [student, *models.teachers, *([] if models.reference is None else [models.reference])]
+    visits = max((reader.visits for reader in readers), default=0.0)
+    scoring = {
+        "activations of two layers": max(2 * tokens * s.activation_bytes_per_token / s.num_layers for s in readers),
+        **({"weights that come to be read with": visits} if visits else {}),
+        **kept,
+        **_judging(models.discriminator, tokens),
+        **({"gradients": gradients} if late else {}),  # of the micro-batches before
+    }
+    training = {**_learning(recipe, student, tokens, scored), "gradients": gradients, **kept}
+    return Memory(held, {"rollouts": writing, "scoring": scoring, "training": training}, rows)
+
+
+def _writing(
+    recipe: Recipe, student: Shape, responses: int, longest_prompt: int, free: float | None
+) -> tuple[int, dict[str, float]]:
+    """Return how many rows the embedded engine writes side by side, and the bytes that they take; a server has its own device.
+    `free` are the bytes that nothing else takes, if no more rows may be written than fit."""
+    rollout = recipe.rollout
+    if rollout.engine != "torch":
+        return 0, {}
+    prompts = -(-responses // rollout.samples_per_prompt)
+    read = min(PREFILL_TOKENS, prompts * longest_prompt)
+    prefill = 2 * read * student.activation_bytes_per_token / student.num_layers
+    a_row = (longest_prompt + rollout.max_tokens) * student.cache_bytes_per_token
+    drawn = BYTES_PER_LOGIT * student.rows
+    rows = min(rollout.max_rows, responses)
+    if free is not None:
+        rows = max(1, min(rows, int(SHARE * free / (a_row + drawn))))
+    return rows, {"keys and values": float(rows * a_row), "logits of a token": float(rows * drawn), "prompts": prefill}
+
+
+def _learning(recipe: Recipe, student: Shape, tokens: int, scored: int) -> dict[str, float]:
+    """Return the bytes of a micro-batch, of which `scored` tokens have a loss."""
+    optim = recipe.optim
+    chunk = min(optim.chunk_tokens or max(16, CHUNK_NUMBERS // student.rows), scored)
     per_token = student.activation_bytes_per_token
     if optim.checkpointing:
         per_token = student.num_layers * student.width * student.itemsize + per_token / student.num_layers
-    rows = min(rollout.max_rows, responses) if rollout.engine == "torch" else 0  # a server's are on its own device
-    two_layers = 2 * tokens * student.activation_bytes_per_token / student.num_layers
-    told = responses * rollout.max_tokens
+    head = student.rows * student.width if recipe.student.lora is None else 0  # its sum, and that of one chunk
+    return {
+        "activations": tokens * per_token,
+        "logits": LOSS_TENSORS * 4.0 * chunk * student.rows,
+        "gradients of the head": 8.0 * head,
+    }
+
+
+def _kept(recipe: Recipe, models: Models, told: int) -> dict[str, float]:
+    """Return the bytes of the hidden states of `told` tokens that wait for the loss."""
+    if recipe.optim.hidden_states == "cpu":
+        return {}
     kept = {"teacher's hidden states": float(told * sum(t.width * t.itemsize for t in models.teachers))}
     if models.reference is not None and recipe.method.reference_kl:
         kept["reference's hidden states"] = float(told * models.reference.width * models.reference.itemsize)
-    kept = {name: size for name, size in kept.items() if size and optim.hidden_states != "cpu"}
-    read = [shape for shape in (*models.teachers, models.reference) if shape is not None]
-    visits = {"weights that come to be read with": size} if (size := max((s.visits for s in read), default=0.0)) else {}
-    gradients, together = _gradients(recipe, student, devices)
-    phases = {
-        "rollouts": {"keys and values": float(rows * length * student.cache_bytes_per_token)},
-        "scoring": {
-            "activations of two layers": two_layers,
-            **visits,
-            **kept,
-            **_judging(models.discriminator, tokens),
-        },
-        "training": {"activations": tokens * per_token, "logits": logits, "gradients": gradients, **kept},
-    }
-    return Memory(_held(recipe, models, devices) | together, phases)
+    return {name: size for name, size in kept.items() if size}
 
 
 def _held(recipe: Recipe, models: Models, devices: int) -> dict[str, float]:
@@ -89,7 +139,7 @@ def _held(recipe: Recipe, models: Models, devices: int) -> dict[str, float]:
     student, shards, parallel = models.student, _shards(recipe, devices), recipe.parallel
     trained, itemsize = _trained(recipe, student), student.itemsize
     in_parts = devices > 1 and not parallel.whole_copy
-    held = {"student weights": float(student.num_parameters * itemsize) / (shards if in_parts else 1)}
+    held = {"student weights": student.bytes / (shards if in_parts else 1)}
     if models.teachers:
         held["teacher weights"] = sum(_frozen(t, shards if parallel.shard_teacher else 1) for t in models.teachers)
     if (own := _made_of_student(recipe, student)) > 0:
@@ -160,8 +210,10 @@ def memory_finding(plan: Memory, room: float | None, what: str, lines: Sequence[
     with which it would fit."""
     phase = max(plan.phases, key=lambda name: sum(plan.phases[name].values()))
     text = f"about {plan.peak / GIB:.3g} GiB at the peak ({phase}), {sum(plan.held.values()) / GIB:.3g} of them all the time"
-    text += f"; by phase: {by_phase(plan)}"
-    numbers = {"peak": plan.peak, "room": room, "bytes": plan.as_numbers()} | ({"fits_with": [*lines]} if lines else {})
+    text += f"; by phase: {by_phase(plan)}" + (f"; {plan.rows} rows are written side by side" if plan.rows else "")
+    numbers = {"peak": plan.peak, "room": room, "rows": plan.rows, "bytes": plan.as_numbers()} | (
+        {"fits_with": [*lines]} if lines else {}
+    )
     if room is None:
         return Finding("memory", "green", text, numbers)
     text += f"; {what} has {room / GIB:.3g}"
@@ -205,10 +257,11 @@ class Cost:
 
 def cost(
     recipe: Recipe, student: Shape, teachers: Sequence[Shape], prompt_lengths: list[int], speed: Speed,
-    price: float | None, devices: int = 1,
+    price: float | None, devices: int = 1, rows: int | None = None,
 ) -> Cost:  # fmt: skip
     """Estimate tokens, FLOPs, hours and money of a run in which every response has the maximum length. `price` is that of one
-    device for one hour. Rollouts take the time of their FLOPs or that of the bytes they read, whichever is longer."""
+    device for one hour, `rows` how many are written side by side if not max_rows. Rollouts take the time of their FLOPs or that
+    of the bytes they read, whichever is longer."""
     rollouts = recipe.rollout.prompts_per_step * recipe.rollout.samples_per_prompt
     response = recipe.rollout.max_tokens
     length = fmean(prompt_lengths) + response
@@ -222,20 +275,25 @@ def cost(
     if teachers and needs.signals:
         flops["teacher_scoring"] = sum(map(forward, teachers))
     seconds = {name: number / (speed.flops * UTILISATION * devices) for name, number in flops.items()}
-    read = recipe.steps * decoded_bytes(recipe, student, fmean(prompt_lengths), devices) / (speed.bytes * UTILISATION)
+    read = (
+        recipe.steps
+        * decoded_bytes(recipe, student, fmean(prompt_lengths), devices, rows)
+        / (speed.bytes * UTILISATION)
+    )
     hours = sum({**seconds, "student_sampling": max(seconds["student_sampling"], read)}.values()) / 3600
     return Cost(
         float(recipe.steps * rollouts * response), flops, hours, None if price is None else hours * price * devices
     )
 
 
-def decoded_bytes(recipe: Recipe, student: Shape, prompt: float, devices: int) -> float:
+def decoded_bytes(recipe: Recipe, student: Shape, prompt: float, devices: int, rows: int | None = None) -> float:
     """Return the bytes that one device reads to write a step's responses: for each token of as many rows as are written side by
     side all weights once, and the keys and values of what each row has."""
     rollout = recipe.rollout
     responses = -(-rollout.prompts_per_step * rollout.samples_per_prompt // devices)
-    waves, length = -(-responses // rollout.max_rows), rollout.max_tokens
-    weights = waves * length * student.num_parameters * student.itemsize
+    waves, length = -(-responses // (rows or rollout.max_rows)), rollout.max_tokens
+    # a matrix of 4 bits is written and read once more as it is multiplied
+    weights = waves * length * (student.bytes + 2 * student.itemsize * student.num_quantized)
     return float(weights + responses * length * (prompt + length / 2) * student.cache_bytes_per_token)
 
 
@@ -248,6 +306,17 @@ def cost_finding(estimate: Cost, speed: Speed) -> Finding:
     )
     numbers = {"tokens": estimate.tokens, "flops": estimate.flops, "hours": estimate.hours, "money": estimate.money}
     return Finding("cost", "green", text, numbers | {"flops_per_second": speed.flops, "bytes_per_second": speed.bytes})
+
+
+def program_bytes(device: torch.device) -> float:
+    """Return the bytes that a process on the CPU takes before it loads models: what this one takes now, where Linux says."""
+    if is_gpu(device):
+        return 0.0
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return float(pages * os.sysconf("SC_PAGE_SIZE"))
 
 
 def device_room(device: torch.device) -> tuple[float | None, str]:

@@ -4,6 +4,7 @@ A model is built on torch's `meta` device from its config.json alone, so that a 
 and no memory. What the backward pass keeps is counted, not guessed, by `kibitz.models.kept`.
 """
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,12 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from kibitz.config import FrozenConfig, ModelConfig
 from kibitz.engines.room import cache_bytes
 from kibitz.models import lora
 from kibitz.models.head import body_of
-from kibitz.models.kept import PROBED_TOKENS, kept_bytes_per_token
+from kibitz.models.kept import kept_on_meta
+from kibitz.models.language_model import num_experts
+from kibitz.models.quantized import BYTES
 from kibitz.parallel.fsdp import layers_of
 
 
@@ -51,11 +55,25 @@ class Shape:
         """The number of parameters outside the layers: embedding, output head, norms."""
         return self.num_parameters - sum(p.numel() for layer in layers_of(self.model) for p in layer.parameters())
 
+    @cached_property
+    def num_quantized(self) -> int:
+        """The number of parameters that the section keeps in 8 or 4 bits: those of the matrices in the layers."""
+        if getattr(self.section, "quantize", None) is None:
+            return 0
+        modules = [module for layer in layers_of(self.model) for module in layer.modules()]
+        return sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear | Conv1D))
+
     @property
     def bytes_in_layers(self) -> float:
-        """The bytes of the layers' weights, which may have 8 bits. Norms are counted like matrices."""
-        rounded = isinstance(self.section, FrozenConfig) and self.section.quantize == "int8"
-        return float((1 if rounded else self.itemsize) * (self.num_parameters - self.num_around))
+        """The bytes of the layers' weights."""
+        rest = self.num_parameters - self.num_around - self.num_quantized
+        small = BYTES[self.section.quantize] if self.num_quantized else 0.0  # pyright: ignore
+        return float(self.itemsize * rest) + small * self.num_quantized
+
+    @property
+    def bytes(self) -> float:
+        """The bytes of all weights."""
+        return self.bytes_in_layers + self.itemsize * self.num_around
 
     @property
     def visits(self) -> float:
@@ -100,12 +118,13 @@ class Shape:
 
     @cached_property
     def activation_bytes_per_token(self) -> float:
-        """The bytes of activations per token that the body keeps for the backward pass, without gradient checkpointing."""
-        mask = torch.ones(PROBED_TOKENS, 1, 1, 1, dtype=torch.bool, device="meta")
-        body = body_of(self.model)
-        return kept_bytes_per_token(
-            self.model, lambda ids_N1: body(ids_N1, attention_mask=mask, use_cache=False), "meta"
-        )
+        """The bytes of activations per token that the body keeps for the backward pass, without gradient checkpointing. On meta
+        torch multiplies by the matrices of experts in bfloat16 only: a float32 mixture keeps twice what its bfloat16 twin does,
+        or less, where some of that is float32 in both."""
+        if self.itemsize == 2 or not num_experts(self.config)[0]:
+            return kept_on_meta(self.model)
+        twin = copy.deepcopy(self.model).to(torch.bfloat16)
+        return self.itemsize / 2 * kept_on_meta(twin)
 
 
 def shape_of(config: ModelConfig, dtype: torch.dtype) -> Shape:

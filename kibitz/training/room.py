@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from kibitz.config import Recipe
 from kibitz.models import LanguageModel
-from kibitz.models.head import body_of
-from kibitz.models.kept import kept_bytes_per_token
+from kibitz.models.kept import kept_bytes_per_token, kept_on_meta
 from kibitz.optim import bytes_of_moments
 from kibitz.parallel.ranks import Ranks
 from kibitz.types import free_bytes
@@ -106,7 +105,7 @@ def _kept(student: LanguageModel) -> float:
         return kept_bytes_per_token(student.model, student.hidden, student.device)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(student.model.config, dtype=student.model.dtype)
-    return kept_bytes_per_token(model, lambda ids_N1: body_of(model)(ids_N1, use_cache=False), "meta")
+    return kept_on_meta(model)
 
 
 def _recomputed(config: Any, dtype: torch.dtype, kept: float) -> float:

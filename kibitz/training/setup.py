@@ -22,7 +22,7 @@ from kibitz.graders import Grader
 from kibitz.ledger import Ledger
 from kibitz.methods import Parts
 from kibitz.methods.stored import load_rollouts
-from kibitz.models import LanguageModel, lora, offload
+from kibitz.models import LanguageModel, lora, offload, quantized
 from kibitz.models.language_model import num_ids
 from kibitz.models.load import (
     check_same_tokenizer,
@@ -91,6 +91,7 @@ def prepare(
     recipe = config.load(source, list(overrides))
     if recipe.student.lora is not None:
         lora.require_peft()
+    quantized.require(recipe.student.quantize, recipe.student.model, "student", recipe.student.trust_remote_code)
     optim.require(recipe.optim)
     trackers.require(recipe.track)
     tokenizer = load_tokenizer(recipe.student, "student")
@@ -254,6 +255,7 @@ def _meet(recipe: Recipe, prompts: Sequence[Prompt]) -> tuple[Ranks, torch.devic
         raise RecipeError(
             f"optim.name: {recipe.optim.name} is for one process, and there are {ranks.size}: write optim.name=adamw"
         )
+    quantized.refuse_several(recipe.student)
     if recipe.student.compile:
         raise RecipeError(
             "student.compile: sharded layers are not compiled: write student.compile=false, or start one process"

@@ -2,17 +2,23 @@
 byte-level tokenizer with Qwen's template, and a file of rows with the columns that its data set has."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from support.models import make_model
 from support.paths import ROOT
+from support.qwen import qwen3
 from support.tokenizers_zoo import qwen_tokenizer
 
 import kibitz
 from kibitz import config, preflight
+from kibitz.config import LocalTeacherConfig
+from kibitz.preflight import budget
+from kibitz.preflight.shapes import shape_of
 
 FOLDER = ROOT / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -65,7 +71,9 @@ def small(recipe: config.Recipe, tiny: dict[str, Path], output: Path) -> list[st
     if recipe.rollout.engine == "vllm":
         changes += ["rollout.engine=torch", "rollout.urls=[]"]
     own = recipe.teacher is None or hasattr(recipe.teacher, "student")
-    return changes if own else [*changes, f"teacher={{model: {tiny['teacher']}}}"]
+    kept = getattr(recipe.teacher, "quantize", None)
+    teacher = f"{{model: {tiny['teacher']}}}" if kept is None else f"{{model: {tiny['teacher']}, quantize: {kept}}}"
+    return changes if own else [*changes, f"teacher={teacher}"]
 
 
 def test_there_are_recipes():
@@ -83,6 +91,8 @@ def test_a_recipe_says_what_was_published_and_what_we_ran(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_trains(path, tiny, tmp_path):
     recipe = config.load(path, [])
+    if recipe.student.quantize is not None:
+        pytest.importorskip("bitsandbytes")
     asks = config.load(path, small(recipe, tiny, tmp_path / "run"))
     lights = {finding.name: finding for finding in preflight.check_files(asks, preflight.Options(teraflops=1))}
     assert preflight.worst(list(lights.values())) != "red", [f.text for f in lights.values()]
@@ -92,6 +102,32 @@ def test_a_recipe_trains(path, tiny, tmp_path):
     assert run.checkpoint is not None
     assert asks.method == recipe.method
     assert asks.optim == recipe.optim
+
+
+SIZED = re.compile(r"# Sized for (one|\d+) GPUs? of (\d+) GB")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_fits_the_gpus_that_it_states(path, tmp_path):
+    """By the plan of `kibitz check`, from the shapes of its models alone, with nine tenths of the memory."""
+    recipe = config.load(path, [])
+    found = SIZED.search(path.read_text(encoding="utf-8"))
+    assert found is not None, "write `# Sized for N GPUs of M GB.`"
+    devices, room = 1 if found[1] == "one" else int(found[1]), float(found[2]) * budget.GIB
+    sections = [recipe.student, *(one for one in recipe.teachers if isinstance(one, LocalTeacherConfig))]
+    renamed = [one.model_copy(update={"model": str(qwen3(tmp_path, one.model))}) for one in sections]
+    shapes = [shape_of(section, torch.bfloat16) for section in renamed]
+    plan = budget.memory(recipe, budget.Models(shapes[0], shapes[1:]), recipe.data.max_prompt_tokens, devices, room)
+    assert plan.peak <= 0.9 * room, budget.by_phase(plan)
+
+
+def test_every_kind_of_gpu_has_a_recipe_and_students_go_from_the_smallest_to_8b():
+    texts = [path.read_text(encoding="utf-8") for path in RECIPES]
+    assert {"one GPU of 24 GB", "one GPU of 80 GB", "8 GPUs of 80 GB"} <= {
+        found[0].removeprefix("# Sized for ") for text in texts if (found := SIZED.search(text)) is not None
+    }
+    students = {config.load(path, []).student.model for path in RECIPES}
+    assert {"Qwen/Qwen3-0.6B-Base", "Qwen/Qwen3-1.7B-Base", "Qwen/Qwen3-8B-Base"} <= students
 
 
 def test_the_slurm_script_is_shell_and_the_skypilot_file_names_a_recipe():

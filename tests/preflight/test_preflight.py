@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -180,17 +181,20 @@ def test_the_check_counts_what_the_method_loads(small_models):
     [
         ({}, 1.0, 0.0),
         ({"quantize": "int8"}, 0.25, 0.0),
+        ({"quantize": "nf4"}, (0.5 + 1 / 64 + 1 / 4096) / 4, 0.0),
         ({"offload": "body"}, 0.0, 1.0),
         ({"offload": "layers"}, 0.0, 0.5),
     ],
 )
 def test_a_teacher_that_is_kept_small_is_planned_small(options, held, visits, small_models):
-    """Shares of the bytes of its two layers: what is there all the time, and what comes while it scores."""
+    """Shares of the bytes of its two layers: what is there all the time, and what comes to score. Norms are not rounded."""
     student = shape_of(ModelConfig(model=str(small_models / "student")), torch.float32)
     shape = shape_of(FrozenConfig(model=str(small_models / "teacher"), **options), torch.float32)
     layers = 4.0 * sum(p.numel() for p in shape.model.model.layers.parameters())
+    norms = 4.0 * sum(p.numel() for p in shape.model.model.layers.parameters() if p.dim() == 1)
+    held = held if "offload" in options else (norms + held * (layers - norms)) / layers
     plan = budget.memory(loaded(small_models), budget.Models(student, [shape]), 20)
-    assert plan.held["teacher weights"] == 4 * shape.num_parameters - layers + held * layers
+    assert plan.held["teacher weights"] == pytest.approx(4 * shape.num_parameters - layers + held * layers)
     assert plan.phases["scoring"].get("weights that come to be read with", 0.0) == visits * layers
     assert "weights that come to be read with" not in plan.phases["training"]
 
@@ -506,3 +510,46 @@ def test_stored_scores_and_chat_endpoints_are_checked_as_far_as_they_go(small_mo
             found = lights(preflight.check(asked, preflight.Options(teraflops=1, prompts=2)))
             assert found["student against itself"] == "green"
             assert "distance" not in found
+
+
+# ------------------------------------------------------------------ shapes that are not plain attention
+
+UNUSUAL = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "mamba": {"state_size": 4},
+    "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "expand": 2},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_mixtures_and_recurrent_models_have_a_plan(kind, dtype, tmp_path):
+    """In both dtypes, and of both what a real backward pass keeps: of one row as long as a chunk of Mamba 2."""
+    folder = make_model(tmp_path, kind=kind, **UNUSUAL[kind])
+    shape = shape_of(ModelConfig(model=str(folder)), dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = language_model(folder, dtype=str(dtype).removeprefix("torch."))
+        kept, parameters = {}, {p.untyped_storage()._cdata for p in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.setdefault(t.untyped_storage()._cdata, t) is None or t, lambda t: t
+        ):
+            model.hidden(torch.zeros(2, 256, dtype=torch.long))
+    real = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in parameters)
+    assert 512 * shape.activation_bytes_per_token == pytest.approx(real, rel=0.25)
+
+
+def test_a_gpu_writes_as_many_rows_as_it_has_room_for(small_models):
+    """The plan says how many, and rollouts then fit; the CPU writes what is asked."""
+    asks = loaded(small_models, rollout={"prompts_per_step": 64, "max_tokens": 100})
+    shape = shape_of(ModelConfig(model=str(small_models / "student")), torch.bfloat16)
+    free = budget.memory(asks, budget.Models(shape), 20)
+    assert free.rows == 128
+    parts = free.phases["rollouts"]
+    a_row = (parts["keys and values"] + parts["logits of a token"]) / 128
+    room = sum(free.held.values()) + 32.5 * a_row / 0.8  # the engine takes that share of what is free
+    tight = budget.memory(asks, budget.Models(shape), 20, room=room)
+    assert tight.rows == 32
+    assert 4 * tight.phases["rollouts"]["keys and values"] == parts["keys and values"]
+    read = [budget.decoded_bytes(asks, shape, 20, 1, rows) for rows in (32, 128)]
+    assert read[0] - read[1] == 3 * 100 * shape.bytes  # four waves read the weights where one did
