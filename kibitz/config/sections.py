@@ -168,11 +168,13 @@ class RolloutConfig(Section):
     """The sampling of responses. One step takes `prompts_per_step` x `samples_per_prompt` rollouts."""
 
     engine: Literal["torch", "vllm"] = Field(
-        "torch", description="torch: the embedded engine, on the student's own weights; vllm: the servers at urls."
+        "torch",
+        description="torch: the embedded engine, on the student's own weights; vllm: the servers at urls, or servers "
+        "that the run starts and ends.",
     )
     urls: list[ServerURL] = Field(
         default_factory=list,
-        description="For engine: vllm: addresses of the student's servers, asked in turn. `kibitz serve` starts them.",
+        description="For engine: vllm: addresses of the student's servers, asked in turn. None: the run starts its own.",
     )
     server: RolloutServerConfig = RolloutServerConfig()
     prompts_per_step: int = Field(64, ge=1, description="64: Thinking Machines' default.")
@@ -200,8 +202,6 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _engine_and_urls(self) -> "RolloutConfig":
-        if self.engine == "vllm" and not self.urls:
-            raise ValueError("engine: vllm needs its servers: write rollout.urls=[http://127.0.0.1:8000]")
         if self.engine != "vllm" and self.urls:
             raise ValueError("urls belong to engine: vllm: write rollout.engine=vllm, or drop rollout.urls")
         if self.engine == "vllm" and self.epsilon:

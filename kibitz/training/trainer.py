@@ -3,6 +3,7 @@
 A run is a folder: recipe.yaml, run.json, metrics.jsonl, evals.jsonl, rollouts.jsonl, checkpoints/, report.html.
 """
 
+import logging
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,8 @@ from kibitz.training.setup import Setup, prepare
 from kibitz.training.stopping import BetweenSteps
 from kibitz.training.trackers import Tracked
 from kibitz.types import Rollout, Stateful, Step, Writer, share_of_teacher
+
+log = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
@@ -88,7 +91,8 @@ def train(
     """
     Gauge(torch.device("cuda" if torch.cuda.is_initialized() else "cpu")).reset()  # loading begins
     with bar_if_watched(quiet) if progress is None else nullcontext(progress) as shown:
-        setup = prepare(recipe, overrides, loss=loss, grader=grader, resume=resume, overwrite=overwrite)
+        told = log.info if shown is None else shown.phase
+        setup = prepare(recipe, overrides, loss=loss, grader=grader, resume=resume, overwrite=overwrite, told=told)
         watcher = Tracked((shown if setup.parts.ranks.is_main else None) or NullProgress())
         try:
             Trainer(setup, watcher).run()

@@ -5,7 +5,6 @@ skip. The LoRA server is another than the scoring one: vLLM 0.32 was seen to die
 """
 
 import os
-import signal
 import socket
 import subprocess
 import threading
@@ -25,7 +24,8 @@ from kibitz.config.teachers import RemoteTeacherConfig
 from kibitz.engines.sync import score
 from kibitz.engines.vllm import VLLMEngine
 from kibitz.servers import ServerError
-from kibitz.servers.commands import commands, running
+from kibitz.servers.commands import MODULE, commands
+from kibitz.servers.processes import Hosted
 from kibitz.teachers import ScoreRequest
 from kibitz.teachers.local import local_teacher
 from kibitz.teachers.remote import remote_teacher
@@ -79,10 +79,20 @@ class World:
             eval={"num_prompts": 2},
         )  # fmt: skip
 
+    def start(self, found, logs: str):
+        hosted = Hosted([PYTHON, "-m", MODULE], self.root / logs)
+        self.stack.callback(hosted.close)
+        hosted.start(found, timeout=300, restarts=0)
+        return hosted.processes
+
     def commands(self):
         (teacher,) = commands(config.load(self.scoring), cpu=True)
         teacher = type(teacher)(
-            teacher.role, teacher.url, teacher.arguments, {**teacher.environment, "VLLM_SERVER_DEV_MODE": "1"}
+            teacher.role,
+            teacher.url,
+            teacher.arguments,
+            {**teacher.environment, "VLLM_SERVER_DEV_MODE": "1"},
+            teacher.name,
         )
         (student,) = commands(config.load(self.adapting), cpu=True)
         return teacher, student
@@ -95,8 +105,8 @@ def world(tmp_path_factory):
         for name, value in {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1",
                             "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}.items():  # fmt: skip
             patch.setenv(name, value)
-        world.processes = stack.enter_context(running(world.commands(), PYTHON, world.root / "logs", timeout=300))
         world.stack = stack
+        world.processes = world.start(world.commands(), "logs")
         yield world
 
 
@@ -128,14 +138,12 @@ class KillAt(NullProgress):
 
     def step(self, row) -> None:
         if row["step"] == self.at:
-            os.killpg(self.world.processes[0].pid, signal.SIGKILL)
-            self.world.processes[0].wait(30)
+            self.world.processes[0].hang_up()
+            self.world.processes[0].end()
             self.thread.start()
 
     def _again(self) -> None:
-        self.world.stack.enter_context(
-            running(self.world.commands()[:1], PYTHON, self.world.root / "again", timeout=300)
-        )
+        self.world.start(self.world.commands()[:1], "again")
 
 
 def test_a_teacher_killed_in_mid_run_leaves_no_hole(world, caplog):
