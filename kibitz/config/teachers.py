@@ -180,10 +180,10 @@ class HostedTeacherConfig(TeacherConfig, ServerConfig, HostedConfig):
     def reads_along(self) -> bool:
         return False
 
-    def at(self, url: str) -> RemoteTeacherConfig:
-        """Return the same teacher at the address where its server has been started."""
+    def at(self, url: str, sleeps: bool) -> RemoteTeacherConfig:
+        """Return the same teacher at the address where its server has been started. `sleeps`: it gives its memory back."""
         kept = {name: value for name, value in self if name in RemoteTeacherConfig.model_fields}
-        return RemoteTeacherConfig.model_construct(**{**kept, "url": url, "model": "teacher"})
+        return RemoteTeacherConfig.model_construct(**{**kept, "url": url, "model": "teacher", "sleep": sleeps})
 
 
 class ChatTeacherConfig(TeacherConfig, ServerConfig):

@@ -28,6 +28,10 @@ class Engine(Protocol):
         """Take the student's new weights. Called after every optimizer step, before the next `generate`."""
         ...
 
+    def metrics(self) -> dict[str, Any]:
+        """Numbers of the step since the last call, for its row."""
+        ...
+
     def close(self) -> None:
         """Nobody asks for rollouts any more."""
         ...

@@ -43,6 +43,8 @@ class _Routes:
 class NCCLTransfer:
     """A `Carrier` that keeps a channel to each server open, and opens a new one to a server that was lost."""
 
+    way = "nccl"
+
     def __init__(self) -> None:
         if not torch.cuda.is_available():
             raise ValueError(

@@ -16,6 +16,7 @@ from kibitz.config import ModelConfig
 
 HEAD = "lm_head.weight"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+WHOLE, BODY = "model.safetensors", "body.safetensors"
 FILE, INDEX = "output-head.safetensors", "model.safetensors.index.json"
 
 
@@ -32,8 +33,6 @@ def untied_start(section: ModelConfig, root: Path) -> str | None:
     for path in source.iterdir():
         if path.is_file() and path.name not in ("config.json", FILE, INDEX):
             (folder / path.name).symlink_to(path.resolve())
-    if (source / INDEX).is_file():
-        (folder / INDEX).write_bytes((source / INDEX).read_bytes())
     tree = json.loads((source / "config.json").read_text(encoding="utf-8"))
     for section_of_tree in (tree, *(tree[key] for key in ("text_config",) if key in tree)):
         section_of_tree["tie_word_embeddings"] = False
@@ -45,21 +44,20 @@ def untied_start(section: ModelConfig, root: Path) -> str | None:
 def add_head(folder: Path) -> None:
     """Write the embeddings as the output head into a folder of safetensors that has none. Where both stand, or neither is found
     under a known name, nothing is done: the probe after the sync says whether that was right."""
-    found = None
+    places: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            if HEAD in names:
-                return
-            found = next(((path, name) for name in names if name.endswith(EMBEDDINGS)), found)
-    if found is None:
+            places |= dict.fromkeys(file.keys(), path.name)
+    embeddings = next((name for name in places if name.endswith(EMBEDDINGS)), None)
+    if HEAD in places or embeddings is None:
         return
-    with safe_open(found[0], framework="pt") as file:
-        save_file({HEAD: file.get_tensor(found[1])}, folder / FILE, metadata={"format": "pt"})
-    if (folder / INDEX).is_file():
-        tree = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        tree["weight_map"][HEAD] = FILE
-        (folder / INDEX).write_text(json.dumps(tree), encoding="utf-8")
+    with safe_open(folder / places[embeddings], framework="pt") as file:
+        save_file({HEAD: file.get_tensor(embeddings)}, folder / FILE, metadata={"format": "pt"})
+    if (whole := folder / WHOLE).exists():  # readers that find it look for no index
+        whole.rename(folder / BODY)
+    where = {name: BODY if file == WHOLE else file for name, file in places.items()}
+    tree = {"metadata": {}, "weight_map": where | {HEAD: FILE}}
+    (folder / INDEX).write_text(json.dumps(tree, indent=2), encoding="utf-8")
 
 
 def _folder_of(name: str) -> Path:

@@ -81,8 +81,8 @@ def _asked(asked: HostedConfig, number: int, urls: Sequence[str]) -> Place:
             list(range(number * asked.tensor_parallel, (number + 1) * asked.tensor_parallel)),
             asked.tensor_parallel,
         )
-        return Place(tuple(gpus), asked.memory, asked.sleep is True)
-    return Place(tuple(gpus[number * size : (number + 1) * size]), asked.memory, asked.sleep is True)
+        return Place(tuple(gpus), asked.memory)
+    return Place(tuple(gpus[number * size : (number + 1) * size]), asked.memory)
 
 
 def _refuse_one_gpu_for_two(found: Sequence[Command]) -> None:
@@ -98,6 +98,11 @@ def _refuse_one_gpu_for_two(found: Sequence[Command]) -> None:
                     f"rollout.server.gpus and teacher.gpus: {other.url} and {one.url} are both on GPU {gpu}: give each GPUs of "
                     "its own, or say by memory which share of it each takes"
                 )
+
+
+def _sleeping(place: Place, asked: HostedConfig) -> Place:
+    """The place as one that is shared if its server is to sleep: always, never, or where others need the memory."""
+    return place if asked.sleep == "auto" else replace(place, shared=bool(asked.sleep))
 
 
 def _machine(url: str) -> str:
@@ -147,7 +152,7 @@ def student(
 ) -> Command:
     """A server of the student. `model`: the folder that it starts with, if that is not the recipe's."""
     section, rollout = recipe.student, recipe.rollout
-    arguments, environment = _common(recipe, url, model or section.model, cpu, place)
+    arguments, environment = _common(recipe, url, model or section.model, cpu, _sleeping(place, rollout.server))
     if own.socket_of(url) is not None or rollout.server.model is not None:
         arguments += ["--served-model-name", rollout.server.model or "student"]
     if section.dtype != "auto" or cpu:
@@ -176,7 +181,7 @@ def teacher(
     """A server that scores for a teacher."""
     if section.model is None:
         raise ValueError("teacher.model: a server needs the folder or name of its model: write teacher.model")
-    arguments, environment = _common(recipe, url, section.model, cpu, place)
+    arguments, environment = _common(recipe, url, section.model, cpu, _sleeping(place, section))
     if own.socket_of(url) is not None:
         arguments += ["--served-model-name", "teacher"]
     dtype = section.dtype if isinstance(section, HostedTeacherConfig) else "auto"

@@ -13,7 +13,7 @@ numbers: `/inference/v1/generate` quicker, where the server was started with --e
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from kibitz.models.language_model import num_ids
 from kibitz.servers import ServerError, served_model
 from kibitz.servers.answers import named, said
 from kibitz.servers.http import Refused, Server, Servers
+from kibitz.servers.sleep import Sleepers
 from kibitz.signals import Sampled, Signal, TopK
 from kibitz.teachers import MakeEngine, ScoreRequest, Teacher
 from kibitz.types import Prompt, Rollout
@@ -47,6 +48,7 @@ class Served:
     path: str
     names: bool  # whether it scores tokens that it is asked about
     known_as: str = ""  # its name, and the folder or name that the server has it from
+    sleepers: Sleepers | None = None  # between two scorings it gives its memory back
 
     @property
     def name(self) -> str:
@@ -55,13 +57,19 @@ class Served:
 
 def remote_teacher(config: RemoteTeacherConfig, tokenizer: Any) -> Teacher:
     """Meet the server: which models it has, whether its tokenizer is the student's, what it can be asked."""
-    servers = Servers(config, [config.url], "teacher")
+    servers = Servers(
+        config, [config.url], "teacher", lambda server: None if sleepers is None else sleepers.wake(server)
+    )
+    sleepers = Sleepers(servers) if config.sleep is True else None
     try:
         (served,) = servers.each(lambda server: _meet(server, servers, config, tokenizer))
     except BaseException:
         servers.close()
         raise
     kinds: tuple[SignalKind, ...] = ("top_k", "named", "sampled")
+    if sleepers is not None:
+        served = replace(served, sleepers=sleepers)
+        sleepers.sleep()
     return Teacher(
         kinds=kinds,
         scorer=lambda request: RemoteScorer(served, _possible(served, request)),
@@ -172,7 +180,10 @@ class RemoteScorer:
             for rollout, ids_TK in zip(rollouts, candidates, strict=True)
         ]
         self._early.clear()
-        return self.served.servers.gather(jobs)
+        signals = self.served.servers.gather(jobs)
+        if self.served.sleepers is not None:
+            self.served.sleepers.sleep()
+        return signals
 
     def _submit(self, rollout: Rollout, ids_TK: Tensor | None) -> Future:
         work = self._score if ids_TK is None else partial(self._name, ids_TK=ids_TK.cpu())

@@ -67,6 +67,7 @@ class _Known:
     url: str
     label: str
     key: str
+    sleeps: bool
 
 
 def _needed(recipe: Recipe) -> bool:
@@ -102,7 +103,12 @@ def _start(
         hosted.close()
         raise
     made.append(hosted)
-    return [_Known(one.command.name, one.command.url, one.own.name, one.own.key) for one in hosted.processes]
+    return [
+        _Known(
+            one.command.name, one.command.url, one.own.name, one.own.key, "--enable-sleep-mode" in one.command.arguments
+        )
+        for one in hosted.processes
+    ]
 
 
 def _commands(
@@ -120,13 +126,15 @@ def _commands(
 
 
 def _located(recipe: Recipe, known: Sequence[_Known]) -> Recipe:
-    urls = [one.url for one in known if one.role.startswith("student")]
+    writers = [one for one in known if one.role.startswith("student")]
     changed = {}
-    if urls:
-        server = recipe.rollout.server.model_copy(update={"model": "student"})
+    if writers:
+        asked = {"model": "student", "sleep": any(one.sleeps for one in writers)}
+        server = recipe.rollout.server.model_copy(update=asked)
+        urls = [one.url for one in writers]
         changed["rollout"] = recipe.rollout.model_copy(update={"urls": urls, "server": server})
     if names := _teachers(recipe):
-        at = {id(names[one.role]): names[one.role].at(one.url) for one in known if one.role in names}
+        at = {id(names[one.role]): names[one.role].at(one.url, one.sleeps) for one in known if one.role in names}
         several = [at.get(id(one), one) for one in recipe.teachers]
         changed["teacher"] = several if isinstance(recipe.teacher, list) else several[0]
     return recipe.model_copy(update=changed)

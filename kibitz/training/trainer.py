@@ -274,6 +274,7 @@ class Trainer:
             "flops": costs["flops"],
             **highest(self.ranks.gather(costs)),
         }
+        row |= self.setup.engine.metrics()
         if self.setup.parts.teacher is not None:
             row |= self.setup.parts.teacher.metrics()
         self.folder.metrics.append(row)

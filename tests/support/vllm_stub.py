@@ -121,7 +121,8 @@ class Stub:
 
     def _reload(self, path: str) -> Any:
         if self.loads:
-            self.model.model.load_state_dict(load_file(Path(path) / "model.safetensors"), strict=False)
+            for file in Path(path).glob("*.safetensors"):
+                self.model.model.load_state_dict(load_file(file), strict=False)
         return {"results": [None]}
 
     def _write(self, ids: list[int], body: dict[str, Any], stop: list[int]) -> list[Rollout]:
