@@ -40,7 +40,8 @@ class VLLMEngine:
     meanwhile holds other weights, and what it wrote is written again."""
 
     def __init__(self, student: LanguageModel, config: RolloutConfig, folder: Path, probe: Sequence[Prompt]):
-        self.student, self.config = student, config.server
+        self.student, self.config, self.at_once = student, config.server, config.max_staleness == 0
+        self._unchecked: tuple[dict[Server, list[Rollout]], Sampling] = {}, Sampling(max_tokens=1)
         self.weights = Weights(config.server, folder, student, lambda server: self._answers(server, probe))
         self.servers = Servers(config.server, config.urls, "student", self._ready)
         self.sleepers = Sleepers(self.servers) if config.server.sleep is True else None
@@ -101,15 +102,24 @@ class VLLMEngine:
             )
             for place in places
         ]
-        answers, last = self.servers.gather(jobs), {}
+        answers, last = self.servers.gather(jobs), dict[Server, list[Rollout]]()
         for server, rollouts in answers:
             last[server] = rollouts[-1:]
-        strangers = {server for server, rollouts in last.items() if not self._is_students(server, rollouts, sampling)}
+        strangers = self._strangers(last, sampling) if self.at_once else set()
+        self._unchecked = last, sampling
         return {
             place: rollouts
             for place, (server, rollouts) in zip(places, answers, strict=True)
             if server not in strangers
         }
+
+    def believed(self) -> bool:
+        """Whether what was written last came from the student's weights as they are now. `generate` asks itself, unless the
+        student learns meanwhile."""
+        return not self._strangers(*self._unchecked)
+
+    def _strangers(self, last: dict[Server, list[Rollout]], sampling: Sampling) -> set[Server]:
+        return {server for server, rollouts in last.items() if not self._is_students(server, rollouts, sampling)}
 
     def _is_students(self, server: Server, rollouts: Sequence[Rollout], sampling: Sampling) -> bool:
         """Whether the student gives a server's tokens the same log-probabilities. Of a truncated distribution it does not know

@@ -151,36 +151,36 @@ def _check_lengths(served: Served, prompts: Sequence[Prompt], max_tokens: int) -
         )
 
 
-@dataclass(frozen=True)
 class RemoteScorer:
-    served: Served
-    request: ScoreRequest
-    _early: dict[tuple, Future] | None = None
+    """Asks for each rollout by itself, as soon as it is known."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_early", {})
+    def __init__(self, served: Served, request: ScoreRequest):
+        self.served, self.request = served, request
+        self._early: dict[tuple, Future] = {}  # of rollouts that `score` has not been asked about yet
+        self._before: set[tuple] = set()  # those of them that were there when it was last asked
 
     def prefetch(self, rollouts: Sequence[Rollout]) -> None:
-        """Begin with rollouts that `score` will be asked about, while others are still written. The same numbers: a text
-        is scored by itself."""
-        assert self._early is not None
+        """Begin with rollouts that `score` will be asked about, while others are still written: in this step or, one step
+        ahead, in the next. The same numbers: a text is scored by itself."""
         if self.request.kind != "named":
             for rollout in rollouts:
                 if _text(rollout) not in self._early:
                     self._early[_text(rollout)] = self._submit(rollout, None)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
-        assert self._early is not None
         candidates: Sequence[Tensor | None] = [None] * len(rollouts)
         if self.request.kind == "named" and self.served.names:
             assert self.request.candidates is not None, "a request for named tokens needs candidates"
             candidates = self.request.candidates(rollouts)
+        begun = {_text(rollout): self._early.pop(_text(rollout), None) for rollout in rollouts}
         jobs = [
-            self._early.get(_text(rollout)) or self._submit(rollout, ids_TK)
+            begun[_text(rollout)] or self._submit(rollout, ids_TK)
             for rollout, ids_TK in zip(rollouts, candidates, strict=True)
         ]
-        self._early.clear()
         signals = self.served.servers.gather(jobs)
+        for text in self._before:  # nobody has asked about them for a whole step: they were written and thrown away
+            self._early.pop(text, None)
+        self._before = set(self._early)
         if self.served.sleepers is not None:
             self.served.sleepers.sleep()
         return signals

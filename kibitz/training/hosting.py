@@ -93,6 +93,11 @@ def _start(
 ) -> list[_Known]:
     program, on_gpu = commands.program(), is_gpu(device)
     places = _places(recipe, num_processes if on_gpu else 0)
+    if recipe.rollout.max_staleness and any(spot.shared for spot in places.get("student", ())):
+        raise RecipeError(
+            "rollout.max_staleness: 1 keeps the student's servers busy while it learns, and here they share its GPU: write 0, "
+            "or give them GPUs of their own by rollout.server.gpus"
+        )
     hosted = Hosted(program, folder / "servers", told)
     try:
         found = _commands(recipe, hosted, places, folder, cpu=not on_gpu)
