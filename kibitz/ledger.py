@@ -62,6 +62,9 @@ class Ledger:
         self._phases: list[tuple[str, Any, Any]] = []  # of this step: when each began and ended
         self.step = _empty()
         self.metrics: dict[str, float] = {}
+        self.spans: list[tuple[str, float, float]] = []
+        """The phases of the step that was closed last: when each began and ended by the machine's clock."""
+        self._clocked: list[tuple[str, float, float]] = []
         self._spent: Counter[str] = Counter()  # FLOPs of this process in this step
 
     def resume(self, total: Book) -> None:
@@ -79,9 +82,10 @@ class Ledger:
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """A phase of a step. Its seconds are entered when the step is closed, so that nobody waits for a GPU before that."""
-        start = self.clock.now()
+        start, began = self.clock.now(), time.time()
         with self.watched(phase, self.step, self.total):
             yield
+        self._clocked.append((phase, began, time.time()))
         self._phases.append((phase, start, self.clock.now()))
 
     @contextmanager
@@ -107,6 +111,7 @@ class Ledger:
         for phase, start, end in self._phases:
             self.add("seconds", phase, self.clock.seconds(start, end))
         self._phases.clear()
+        self.spans, self._clocked = self._clocked, []
         for phase, flops in over_ranks(self._spent).items():
             self.add("flops", phase, flops)
         self._spent.clear()

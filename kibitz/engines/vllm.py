@@ -18,6 +18,7 @@ from kibitz.ledger import Count, uncounted
 from kibitz.models import LanguageModel
 from kibitz.servers import ServerError
 from kibitz.servers.answers import Written, written
+from kibitz.servers.busy import Busy
 from kibitz.servers.http import Server, Servers
 from kibitz.servers.sleep import Sleepers
 from kibitz.types import Prompt, Rollout, Sampling
@@ -41,6 +42,7 @@ class VLLMEngine:
 
     def __init__(self, student: LanguageModel, config: RolloutConfig, folder: Path, probe: Sequence[Prompt]):
         self.student, self.config, self.at_once = student, config.server, config.max_staleness == 0
+        self._busy, self._num_tokens = Busy(), 0
         self._unchecked: tuple[dict[Server, list[Rollout]], Sampling] = {}, Sampling(max_tokens=1)
         self.weights = Weights(config.server, folder, student, lambda server: self._answers(server, probe))
         self.servers = Servers(config.server, config.urls, "student", self._ready)
@@ -62,7 +64,8 @@ class VLLMEngine:
             missing = [place for place in range(len(prompts)) if place not in found]
             if not missing:
                 break
-            found |= self._believed(missing, prompts, sampling, on_ready)
+            with self._busy.working():
+                found |= self._believed(missing, prompts, sampling, on_ready)
         if self.sleepers is not None:
             self.sleepers.sleep()
         if len(found) < len(prompts):
@@ -72,6 +75,7 @@ class VLLMEngine:
                 "the sync did: look whether somebody else loads weights there, and continue with --resume"
             )
         written = [rollout for place in range(len(prompts)) for rollout in found[place]]
+        self._num_tokens += sum(rollout.num_tokens for rollout in written)
         count(self.student, written)
         return written
 
@@ -82,7 +86,10 @@ class VLLMEngine:
         self.servers.reach(self._ready)
 
     def metrics(self) -> dict[str, Any]:
-        return self.weights.metrics()
+        """How the weights went to the servers, when these wrote, and the bytes of their answers for each token of a response."""
+        num, self._num_tokens = self._num_tokens, 0
+        size = {"rollout_bytes_per_token": self.servers.take_received() / num} if num else {}
+        return self.weights.metrics() | size | {"student_sampling_busy": self._busy.take()}
 
     def close(self) -> None:
         self.servers.close()

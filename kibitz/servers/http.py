@@ -41,7 +41,7 @@ class Server:
     def __init__(self, url: str, role: str, timeout: float):
         self.url, self.role, self.timeout, self.own = url.rstrip("/"), role, timeout, own.of(url)
         self._connection = Connection(self.url, timeout, api_key(url))
-        self.lost = 0
+        self.lost, self.received = 0, 0  # times, and bytes of answers
         self.down_until = 0.0
         self._pause = FIRST_PAUSE
         self._lock = threading.Lock()
@@ -91,6 +91,8 @@ class Server:
             )
         if answer.status >= 300:
             raise Refused(f"{self.name} refused {path}: {_message(answer)}", answer.status)
+        with self._lock:
+            self.received += len(answer.data)
         return answer
 
     def _refuse_ended(self) -> None:
@@ -115,6 +117,11 @@ class Server:
     def worked(self) -> None:
         with self._lock:
             self.down_until, self._pause = 0.0, FIRST_PAUSE
+
+    def take_received(self) -> int:
+        with self._lock:
+            size, self.received = self.received, 0
+        return size
 
     def close(self) -> None:
         """Give back the connections; requests under way end with a ServerError."""
@@ -227,6 +234,10 @@ class Servers:
         except BaseException:
             self.close()
             raise
+
+    def take_received(self) -> int:
+        """The bytes of all answers since the last call."""
+        return sum(server.take_received() for server in self.servers)
 
     def close(self) -> None:
         self._stopped.set()

@@ -61,13 +61,9 @@ class Hosted:
 
     def start(self, commands: Sequence[Command], timeout: float, restarts: int) -> None:
         """Start all at once, and wait until each is ready."""
-        for url in (command.url for command in commands):
-            if own.socket_of(url) is None and not is_loopback(urlsplit(url).hostname or ""):
-                raise ValueError(
-                    f"{url} is not this machine: start its server there, with the command that `kibitz serve` prints"
-                )
-        self.logs.mkdir(parents=True, exist_ok=True)
         try:
+            _refuse_other_machines(commands)
+            self.logs.mkdir(parents=True, exist_ok=True)
             for command in commands:
                 self.processes.append(_Process(command, self.program, self.logs, restarts))
             began = time.monotonic()
@@ -94,6 +90,14 @@ class Hosted:
         while not self._closing.wait(LOOK):
             for process in self.processes:
                 process.look()
+
+
+def _refuse_other_machines(commands: Sequence[Command]) -> None:
+    for url in (command.url for command in commands):
+        if own.socket_of(url) is None and not is_loopback(urlsplit(url).hostname or ""):
+            raise ValueError(
+                f"{url} is not this machine: start its server there, with the command that `kibitz serve` prints"
+            )
 
 
 class _Process:

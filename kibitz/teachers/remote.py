@@ -25,6 +25,7 @@ from kibitz.config.teachers import RemoteTeacherConfig
 from kibitz.models.language_model import num_ids
 from kibitz.servers import ServerError, served_model
 from kibitz.servers.answers import named, said
+from kibitz.servers.busy import Busy
 from kibitz.servers.http import Refused, Server, Servers
 from kibitz.servers.sleep import Sleepers
 from kibitz.signals import Sampled, Signal, TopK
@@ -66,16 +67,18 @@ def remote_teacher(config: RemoteTeacherConfig, tokenizer: Any) -> Teacher:
     except BaseException:
         servers.close()
         raise
+    tally = Tally(servers)
     kinds: tuple[SignalKind, ...] = ("top_k", "named", "sampled")
     if sleepers is not None:
         served = replace(served, sleepers=sleepers)
         sleepers.sleep()
     return Teacher(
         kinds=kinds,
-        scorer=lambda request: RemoteScorer(served, _possible(served, request)),
+        scorer=lambda request: RemoteScorer(served, _possible(served, request), tally),
         examiner=None,
         writer=partial(_writes_nothing, served),
         num_parameters=0,
+        metrics=tally.take,
         check=partial(_check_lengths, served),
         close=servers.close,
         served=((served.name, served.known_as),),
@@ -151,11 +154,23 @@ def _check_lengths(served: Served, prompts: Sequence[Prompt], max_tokens: int) -
         )
 
 
+class Tally:
+    """What the scoring of a step took: when the server was asked, and the bytes of its answers."""
+
+    def __init__(self, servers: Servers):
+        self.servers, self.busy, self.num_tokens = servers, Busy(), 0
+
+    def take(self) -> dict[str, Any]:
+        num, self.num_tokens = self.num_tokens, 0
+        size = {"teacher_bytes_per_token": self.servers.take_received() / num} if num else {}
+        return size | {"teacher_scoring_busy": self.busy.take()}
+
+
 class RemoteScorer:
     """Asks for each rollout by itself, as soon as it is known."""
 
-    def __init__(self, served: Served, request: ScoreRequest):
-        self.served, self.request = served, request
+    def __init__(self, served: Served, request: ScoreRequest, tally: Tally | None = None):
+        self.served, self.request, self.tally = served, request, tally or Tally(served.servers)
         self._early: dict[tuple, Future] = {}  # of rollouts that `score` has not been asked about yet
         self._before: set[tuple] = set()  # those of them that were there when it was last asked
 
@@ -178,6 +193,7 @@ class RemoteScorer:
             for rollout, ids_TK in zip(rollouts, candidates, strict=True)
         ]
         signals = self.served.servers.gather(jobs)
+        self.tally.num_tokens += sum(rollout.num_tokens for rollout in rollouts)
         for text in self._before:  # nobody has asked about them for a whole step: they were written and thrown away
             self._early.pop(text, None)
         self._before = set(self._early)
@@ -187,7 +203,12 @@ class RemoteScorer:
 
     def _submit(self, rollout: Rollout, ids_TK: Tensor | None) -> Future:
         work = self._score if ids_TK is None else partial(self._name, ids_TK=ids_TK.cpu())
-        return self.served.servers.submit(lambda server: work(server, rollout))
+
+        def asked(server: Server) -> Signal:
+            with self.tally.busy.working():
+                return work(server, rollout)
+
+        return self.served.servers.submit(asked)
 
     def _score(self, server: Server, rollout: Rollout) -> Signal:
         served, ids, start = self.served, [*rollout.prompt.ids, *rollout.response_ids], len(rollout.prompt.ids)

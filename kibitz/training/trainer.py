@@ -26,7 +26,7 @@ from kibitz.ledger import Ledger, highest
 from kibitz.optim import Optimizer, lr_factor
 from kibitz.parallel.fsdp import copy_weights, reduce_gradients
 from kibitz.signals import Scored
-from kibitz.training import checkpoint
+from kibitz.training import checkpoint, timeline
 from kibitz.training.ahead import Ahead, supply_for
 from kibitz.training.guards import Alarm, Guards, rollout_metrics
 from kibitz.training.memory import Gauge
@@ -283,9 +283,7 @@ class Trainer:
             "flops": costs["flops"],
             **highest(self.ranks.gather(costs)),
         }
-        row |= self.setup.engine.metrics()
-        if self.setup.parts.teacher is not None:
-            row |= self.setup.parts.teacher.metrics()
+        row |= timeline.told(self.setup.engine, self.setup.parts.teacher, self.ledger)
         self.folder.metrics.append(row)
         self.progress.step(row)
         self._sound(self.guards.watch_step(row))
