@@ -11,6 +11,7 @@ numbers: `/inference/v1/generate` quicker, where the server was started with --e
 """
 
 import logging
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -173,26 +174,25 @@ class RemoteScorer:
         self.served, self.request, self.tally = served, request, tally or Tally(served.servers)
         self._early: dict[tuple, Future] = {}  # of rollouts that `score` has not been asked about yet
         self._before: set[tuple] = set()  # those of them that were there when it was last asked
+        self._reading = threading.Lock()  # the student reads in one thread at a time
 
     def prefetch(self, rollouts: Sequence[Rollout]) -> None:
         """Begin with rollouts that `score` will be asked about, while others are still written: in this step or, one step
-        ahead, in the next. The same numbers: a text is scored by itself."""
-        if self.request.kind != "named":
-            for rollout in rollouts:
-                if _text(rollout) not in self._early:
-                    self._early[_text(rollout)] = self._submit(rollout, None)
+        ahead, in the next. The same numbers: a text is scored by itself. The student names its tokens in the thread that brings
+        the rollouts, unless it learns meanwhile or its GPU belongs to servers now."""
+        names = self.request.kind == "named" and self.served.names
+        if names and (not self.request.candidates_hold or self.served.sleepers is not None):
+            return
+        new = [rollout for rollout in rollouts if _text(rollout) not in self._early]
+        for rollout, ids_TK in zip(new, self._candidates(new), strict=True):
+            self._early[_text(rollout)] = self._submit(rollout, ids_TK)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
-        candidates: Sequence[Tensor | None] = [None] * len(rollouts)
-        if self.request.kind == "named" and self.served.names:
-            assert self.request.candidates is not None, "a request for named tokens needs candidates"
-            candidates = self.request.candidates(rollouts)
         begun = {_text(rollout): self._early.pop(_text(rollout), None) for rollout in rollouts}
-        jobs = [
-            begun[_text(rollout)] or self._submit(rollout, ids_TK)
-            for rollout, ids_TK in zip(rollouts, candidates, strict=True)
-        ]
-        signals = self.served.servers.gather(jobs)
+        new = [rollout for rollout in rollouts if begun[_text(rollout)] is None]
+        for rollout, ids_TK in zip(new, self._candidates(new), strict=True):
+            begun[_text(rollout)] = self._submit(rollout, ids_TK)
+        signals = self.served.servers.gather([begun[_text(rollout)] for rollout in rollouts])
         self.tally.num_tokens += sum(rollout.num_tokens for rollout in rollouts)
         for text in self._before:  # nobody has asked about them for a whole step: they were written and thrown away
             self._early.pop(text, None)
@@ -200,6 +200,13 @@ class RemoteScorer:
         if self.served.sleepers is not None:
             self.served.sleepers.sleep()
         return signals
+
+    def _candidates(self, rollouts: Sequence[Rollout]) -> Sequence[Tensor | None]:
+        if self.request.kind != "named" or not self.served.names or not rollouts:
+            return [None] * len(rollouts)
+        assert self.request.candidates is not None, "a request for named tokens needs candidates"
+        with self._reading:
+            return self.request.candidates(rollouts)
 
     def _submit(self, rollout: Rollout, ids_TK: Tensor | None) -> Future:
         work = self._score if ids_TK is None else partial(self._name, ids_TK=ids_TK.cpu())
