@@ -38,6 +38,10 @@ class Carrier(Protocol):
 
     way: str
 
+    def meet(self, server: Server) -> None:
+        """This is one of the servers."""
+        ...
+
     def publish(self, student: LanguageModel, version: int) -> None: ...
 
     def push(self, server: Server) -> None: ...
@@ -72,6 +76,9 @@ class LoraFolder:
     def __init__(self, root: Path):
         self.folder = _Folder(root)
 
+    def meet(self, server: Server) -> None:
+        """All read the same folder."""
+
     def publish(self, student: LanguageModel, version: int) -> None:
         self.folder.write(student, version)
 
@@ -90,6 +97,9 @@ class ReloadedFolder:
 
     def __init__(self, root: Path):
         self.folder = _Folder(root)
+
+    def meet(self, server: Server) -> None:
+        """All read the same folder."""
 
     def publish(self, student: LanguageModel, version: int) -> None:
         self.folder.write(student, version)
@@ -167,6 +177,7 @@ class Weights:
     def meet(self, server: Server) -> None:
         """Learn under which name a server knows the student."""
         self._base[server.url], _ = served_model(server, self.config.model, "rollout.server.model")
+        self.carrier.meet(server)
 
     def model(self, server: Server) -> str:
         return self.carrier.model(self._base[server.url])
