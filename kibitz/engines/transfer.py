@@ -1,8 +1,8 @@
 """vLLM's own weight transfer: the trainer broadcasts to the GPUs of all servers over one NCCL group, and no file is written.
 
 Written by vLLM's source and documentation ("Weight Transfer", 0.32 and 0.33). What goes over HTTP, to whom and in which order,
-and what is sent is tested against servers of our own; the broadcast itself has not been run: it needs GPUs on both sides, and vLLM
-importable beside the trainer, whose half of the protocol it brings.
+and what is sent is tested against servers of our own; the broadcast itself has not been run: it needs GPUs on both sides, and
+vLLM importable beside the trainer, whose half of the protocol it brings.
 """
 
 import importlib
