@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-UNSTEADY = {"seconds", "tokens_per_second", "peak_bytes", "host_peak_bytes", "store_bytes"}
+UNSTEADY = {"seconds", "tokens_per_second", "peak_bytes", "host_peak_bytes", "store_bytes", "sync", "timeline"}
 Tree = dict[str, Any]
 
 

@@ -60,9 +60,12 @@ class Ledger:
     def __init__(self, total: Book | None = None, watch: Watch | None = None, clock: Clock | None = None):
         self.total, self.watch, self.clock = _empty() | (total or {}), watch, clock or HostClock()
         self._phases: list[tuple[str, Any, Any]] = []  # of this step: when each began and ended
-        self._under_way: tuple[str, Any] | None = None  # the phase, and when it began or went on
+        self._under_way: tuple[str, Any, float] | None = None  # the phase, and when it began or went on, by both clocks
         self.step = _empty()
         self.metrics: dict[str, float] = {}
+        self.spans: list[tuple[str, float, float]] = []
+        """The phases of the step that was closed last: when each began and ended by the machine's clock."""
+        self._clocked: list[tuple[str, float, float]] = []
         self._spent: Counter[str] = Counter()  # FLOPs of this process in this step
 
     def resume(self, total: Book) -> None:
@@ -92,12 +95,14 @@ class Ledger:
 
     def _go_on(self, phase: str | None) -> str | None:
         """Begin a phase at the end of the one that is under way, whose name is returned."""
-        now, before = self.clock.now(), self._under_way
-        self._under_way = None if phase is None else (phase, now)
+        now, clocked, before = self.clock.now(), time.time(), self._under_way
+        self._under_way = None if phase is None else (phase, now, clocked)
         if before is None:
             return None
-        self._phases.append((*before, now))
-        return before[0]
+        name, began, clocked_began = before
+        self._phases.append((name, began, now))
+        self._clocked.append((name, clocked_began, clocked))
+        return name
 
     @contextmanager
     def watched(self, phase: str, *books: Book) -> Iterator[None]:
@@ -122,6 +127,7 @@ class Ledger:
         for phase, start, end in self._phases:
             self.add("seconds", phase, self.clock.seconds(start, end))
         self._phases.clear()
+        self.spans, self._clocked = self._clocked, []
         for phase, flops in over_ranks(self._spent).items():
             self.add("flops", phase, flops)
         self._spent.clear()

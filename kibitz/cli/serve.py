@@ -1,7 +1,7 @@
 """`kibitz serve`: the vLLM servers that a recipe needs."""
 
+import os
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -19,14 +19,20 @@ def serve(
         list[str] | None, typer.Argument(metavar="[A.B=VALUE]...", help="Change a setting of the recipe, as for train.")
     ] = None,
     run: Annotated[bool, typer.Option("--run", help="Start the servers here, until Ctrl-C.")] = False,
-    python: Annotated[str, typer.Option(help="The Python interpreter that has vLLM.")] = "python",
+    python: Annotated[
+        str | None,
+        typer.Option(help="The Python that has vLLM. Default: KIBITZ_VLLM, the vllm on the PATH, or this one."),
+    ] = None,
     cpu: Annotated[
         bool | None, typer.Option("--cpu/--gpu", help="The build of vLLM. Default: CPU if there is no GPU.")
     ] = None,
 ) -> None:
-    """Print the commands that start the vLLM servers of a recipe, or run them."""
+    """Print the commands that start the vLLM servers of a recipe at their addresses, or run them. Servers without an address are
+    started and ended by `kibitz train`."""
     from kibitz import config
+    from kibitz.config.servers import HostedConfig
     from kibitz.servers import commands
+    from kibitz.servers.processes import Hosted
 
     out: Output = ctx.obj
     loaded = config.load(recipe, overrides or [])
@@ -34,17 +40,27 @@ def serve(
     for warning in filter(None, (one.warning() for one in found)):
         out.errors.print(f"warning: {harmless(warning)}", style="yellow", markup=False, soft_wrap=True)
     if not run:
-        rows = [{"role": o.role, "url": o.url, "command": o.line(python), "warning": o.warning()} for o in found]
+        rows = [
+            {"role": o.role, "url": o.url, "command": o.line(python or "python"), "warning": o.warning()} for o in found
+        ]
         tree = {"servers": rows}
-        out.result(tree, lambda console: _show(console, [(one.role, one.url, one.line(python)) for one in found]))
+        out.result(
+            tree, lambda console: _show(console, [(one.role, one.url, one.line(python or "python")) for one in found])
+        )
         return
     logs = Path(loaded.output).parent / "servers"
+    program = commands.program({**os.environ, **({} if python is None else {commands.PROGRAM: python})})
+    hosted = Hosted(program, logs, out.say)
     out.say(f"starting {len(found)} servers; their logs are in {logs}")
-    with commands.running(found, sys.executable if python == "python" else python, logs, told=out.say) as processes:
+    asked = [loaded.rollout.server, *(one for one in loaded.teachers if isinstance(one, HostedConfig))]
+    try:
+        hosted.start(found, max(one.start_timeout for one in asked), max(one.restarts for one in asked))
         out.say("press Ctrl-C to stop them")
-        while all(process.poll() is None for process in processes):
+        while not (ended := [one.own.ended for one in hosted.processes if one.own.ended is not None]):
             time.sleep(0.5)
-    raise ValueError(f"a server stopped: see its log in {logs}")
+    finally:
+        hosted.close()
+    raise ValueError(ended[0])
 
 
 def _show(console: Console, found: list[tuple[str, str, str]]) -> None:

@@ -61,6 +61,11 @@ class Recipe(Section):
             raise ValueError(f"teacher: two have the same name ({', '.join(names)}): rename one")
         self.method.check_extras()
         self.method.check(self.rollout)
+        if self.rollout.max_staleness and not self.method.can_be_ahead():
+            raise ValueError(
+                "rollout.max_staleness: 1 is for methods whose step is written by the student's servers alone (opd without "
+                "seed_tokens or rollouts, kdrl, grpo; all without replay): write rollout.max_staleness=0"
+            )
         return self
 
     @property

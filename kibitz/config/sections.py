@@ -184,13 +184,20 @@ class RolloutConfig(Section):
     """The sampling of responses. One step takes `prompts_per_step` x `samples_per_prompt` rollouts."""
 
     engine: Literal["torch", "vllm"] = Field(
-        "torch", description="torch: the embedded engine, on the student's own weights; vllm: the servers at urls."
+        "torch",
+        description="torch: the embedded engine, on the student's own weights; vllm: the servers at urls, or servers "
+        "that the run starts and ends.",
     )
     urls: list[ServerURL] = Field(
         default_factory=list,
-        description="For engine: vllm: addresses of the student's servers, asked in turn. `kibitz serve` starts them.",
+        description="For engine: vllm: addresses of the student's servers, asked in turn. None: the run starts its own.",
     )
     server: RolloutServerConfig = RolloutServerConfig()
+    max_staleness: Literal[0, 1] = Field(
+        0,
+        description="By how many steps the weights that wrote a rollout may be older than the student that learns from it. 1: "
+        "servers write the next rollouts while this step trains (AsyncOPD, 2606.24143). 0: on-policy.",
+    )
     prompts_per_step: int = Field(64, ge=1, description="64: Thinking Machines' default.")
     samples_per_prompt: int = Field(4, ge=1, description="4: Thinking Machines' default; grpo needs at least 2.")
     max_tokens: int = Field(1024, ge=1, description="A longer response is cut off, and gets no invented end.")
@@ -216,10 +223,14 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _engine_and_urls(self) -> "RolloutConfig":
-        if self.engine == "vllm" and not self.urls:
-            raise ValueError("engine: vllm needs its servers: write rollout.urls=[http://127.0.0.1:8000]")
         if self.engine != "vllm" and self.urls:
             raise ValueError("urls belong to engine: vllm: write rollout.engine=vllm, or drop rollout.urls")
+        if self.max_staleness and self.engine != "vllm":
+            raise ValueError(
+                "max_staleness: 1 writes on servers while the student learns here: write rollout.engine=vllm, or drop it"
+            )
+        if self.max_staleness and self.server.sleep is True:
+            raise ValueError("max_staleness: 1 keeps servers busy while the student learns: drop rollout.server.sleep")
         if self.engine == "vllm" and self.epsilon:
             raise ValueError("vLLM draws no tokens uniformly: write rollout.engine=torch, or drop rollout.epsilon")
         if self.engine == "vllm" and self.temperature > 2:

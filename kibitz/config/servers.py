@@ -43,7 +43,44 @@ class ServerConfig(Section):
     )
 
 
-class RolloutServerConfig(ServerConfig):
+class HostedConfig(Section):
+    """How a server of this machine is started: by the run, or by `kibitz serve`."""
+
+    gpus: list[int] | None = Field(
+        None,
+        min_length=1,
+        description="GPUs of the servers, numbered as the trainer sees them. null: those that the trainer leaves free, split "
+        "between student and teacher by the work that is counted for each; the trainer's own if it leaves none.",
+    )
+    tensor_parallel: int | None = Field(
+        None,
+        ge=1,
+        description="GPUs that hold one copy of the model together. null: the fewest (a power of 2) on which its weights "
+        "fit twice.",
+    )
+    memory: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Share of each GPU's memory that a server takes (vLLM's gpu_memory_utilization). null: 0.9, vLLM's own, on "
+        "GPUs that it has for itself; beside the trainer what its weights take and a fifth of the memory for keys and values.",
+    )
+    sleep: bool | Literal["auto"] = Field(
+        "auto",
+        description="Let a server give its memory back while others work (vLLM's sleep mode, level 1). auto: on GPUs that "
+        "it shares.",
+    )
+    start_timeout: float = Field(
+        900.0,
+        gt=0,
+        description="Seconds until a server must be ready. Loading and compiling a large model takes minutes.",
+    )
+    restarts: int = Field(
+        3, ge=0, description="How often the run replaces a server of its own that died or hung, before it ends."
+    )
+
+
+class RolloutServerConfig(ServerConfig, HostedConfig):
     """vLLM servers that write the rollouts, and how they get the student's new weights after each step."""
 
     model: str | None = Field(

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from kibitz.config.base import Section
 from kibitz.config.sections import FrozenConfig, StudentConfig
-from kibitz.config.servers import ServerConfig, ServerURL
+from kibitz.config.servers import HostedConfig, ServerConfig, ServerURL
 
 SignalKind = Literal["dense", "top_k", "named", "sampled", "spans", "span_distributions"]
 """The kinds of signal that a teacher can give for a token: its whole distribution (dense), its K likeliest tokens (top_k), the
@@ -73,6 +73,7 @@ class TeacherConfig(Section):
         """Return the settings that change its scores. A store of scores is refused to a teacher with other settings. The context
         is not among them, because the store compares the prompt that was rendered with it."""
         silent = {"store", "model", "trust_remote_code", "name", "tasks", "weight", "context", "offload"}
+        silent |= {*ServerConfig.model_fields, *HostedConfig.model_fields}
         return self.model_dump(mode="json", exclude=silent, exclude_defaults=True)
 
     def answers(self) -> tuple[SignalKind, ...]:
@@ -152,7 +153,7 @@ class StoredTeacherConfig(TeacherConfig):
         return self
 
 
-class RemoteTeacherConfig(TeacherConfig, ServerConfig):
+class RemoteTeacherConfig(TeacherConfig, ServerConfig, HostedConfig):
     """A model behind a vLLM server: it scores over HTTP, and nothing of it is loaded here."""
 
     url: ServerURL = Field(
@@ -168,6 +169,30 @@ class RemoteTeacherConfig(TeacherConfig, ServerConfig):
 
     def reads_along(self) -> bool:
         return False
+
+
+class HostedTeacherConfig(TeacherConfig, ServerConfig, HostedConfig):
+    """A model behind a vLLM server that the run starts and ends."""
+
+    engine: Literal["vllm"] = Field(description="vllm: a server of vLLM, which the run starts and ends.")
+    model: str = Field(description="A folder, or a name on the Hugging Face hub.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: float32 on a CPU, what the checkpoint says on a GPU."
+    )
+
+    def answers(self) -> tuple[SignalKind, ...]:
+        return ("top_k", "named", "sampled")
+
+    def writes(self) -> bool:
+        return False
+
+    def reads_along(self) -> bool:
+        return False
+
+    def at(self, url: str, sleeps: bool) -> RemoteTeacherConfig:
+        """Return the same teacher at the address where its server has been started. `sleeps`: it gives its memory back."""
+        kept = {name: value for name, value in self if name in RemoteTeacherConfig.model_fields}
+        return RemoteTeacherConfig.model_construct(**{**kept, "url": url, "model": "teacher", "sleep": sleeps})
 
 
 class ChatTeacherConfig(TeacherConfig, ServerConfig):
@@ -222,6 +247,7 @@ class StudentTeacherConfig(TeacherConfig):
 TEACHER_CONFIGS: dict[str, type[TeacherConfig]] = {
     "chat": ChatTeacherConfig,
     "url": RemoteTeacherConfig,  # its model is a name on the server
+    "engine": HostedTeacherConfig,
     "model": LocalTeacherConfig,
     "student": StudentTeacherConfig,
     "stored": StoredTeacherConfig,

@@ -1,7 +1,7 @@
 """Engines write responses. They know token ids and no text; seeds decide every token, the batch decides none."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from kibitz.ledger import Count, uncounted
 from kibitz.types import Prompt, Rollout, Sampling
@@ -28,6 +28,19 @@ class Engine(Protocol):
         """Take the student's new weights. Called after every optimizer step, before the next `generate`."""
         ...
 
+    def metrics(self) -> dict[str, Any]:
+        """Numbers of the step since the last call, for its row."""
+        ...
+
     def close(self) -> None:
         """Nobody asks for rollouts any more."""
+        ...
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """An engine that writes elsewhere, perhaps while the student's weights are about to change."""
+
+    def believed(self) -> bool:
+        """Whether what `generate` wrote last has the log-probabilities that the student, as it is now, gives it."""
         ...

@@ -51,6 +51,9 @@ class FakeEngine:
     def sync(self, student: Any) -> None:
         self.num_syncs += 1
 
+    def metrics(self) -> dict[str, Any]:
+        return {}
+
     def close(self) -> None: ...
 
     def _answer(self, prompt: Prompt, index: int, sampling: Sampling) -> Rollout:

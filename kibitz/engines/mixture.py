@@ -87,4 +87,7 @@ class MixtureEngine:
         self._student.sync(student)
         self._writer.sync(student)
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def close(self) -> None: ...

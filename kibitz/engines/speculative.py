@@ -123,6 +123,9 @@ class SpeculativeEngine:
         """Nothing to copy: the engine reads the student's weights."""
         self._writer.sync(student)
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def close(self) -> None: ...
 
 

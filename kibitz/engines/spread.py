@@ -43,6 +43,9 @@ class Counted:
     def sync(self, student: Any) -> None:
         self.engine.sync(student)
 
+    def metrics(self) -> dict[str, Any]:
+        return self.engine.metrics()
+
     def close(self) -> None:
         self.engine.close()
 
@@ -59,6 +62,9 @@ class _Spread:
 
     def sync(self, student: Any) -> None:
         self.engine.sync(student)
+
+    def metrics(self) -> dict[str, Any]:
+        return self.engine.metrics()
 
     def close(self) -> None:
         self.engine.close()
@@ -78,6 +84,9 @@ class _OfFirst:
 
     def sync(self, student: Any) -> None:
         self.ranks.first(lambda: self.engines[0].sync(student))
+
+    def metrics(self) -> dict[str, Any]:
+        return {name: value for engine in self.engines for name, value in engine.metrics().items()}
 
     def close(self) -> None:
         for engine in self.engines:

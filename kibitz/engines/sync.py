@@ -7,16 +7,20 @@ tokens, and the run stops where the two differ.
 
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kibitz.batching import pack
 from kibitz.config.servers import RolloutServerConfig
+from kibitz.engines.untied import add_head
 from kibitz.logprobs import gather_tokens, log_probs
 from kibitz.models import LanguageModel
 from kibitz.servers import ServerError, served_model
@@ -29,7 +33,14 @@ ADAPTER = "kibitz"
 
 
 class Carrier(Protocol):
-    """One way to bring weights to a server. `publish` once for all of them, then `push` to each."""
+    """One way to bring weights to a server, called `way` in metrics. `publish` once for all of them, then `push` to each, to
+    several at the same time."""
+
+    way: str
+
+    def meet(self, server: Server) -> None:
+        """This is one of the servers."""
+        ...
 
     def publish(self, student: LanguageModel, version: int) -> None: ...
 
@@ -60,8 +71,13 @@ class _Folder:
 class LoraFolder:
     """The adapter as a folder that the server loads in place of the last one."""
 
+    way = "lora"
+
     def __init__(self, root: Path):
         self.folder = _Folder(root)
+
+    def meet(self, server: Server) -> None:
+        """All read the same folder."""
 
     def publish(self, student: LanguageModel, version: int) -> None:
         self.folder.write(student, version)
@@ -75,13 +91,20 @@ class LoraFolder:
 
 
 class ReloadedFolder:
-    """The whole model as a safetensors folder that the server reads again."""
+    """The whole model as a safetensors folder that the server reads again, with the output head in it also where it is tied."""
+
+    way = "reload"
 
     def __init__(self, root: Path):
         self.folder = _Folder(root)
 
+    def meet(self, server: Server) -> None:
+        """All read the same folder."""
+
     def publish(self, student: LanguageModel, version: int) -> None:
         self.folder.write(student, version)
+        if _is_tied(student):
+            add_head(self.folder.path)
 
     def push(self, server: Server) -> None:
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder.path)}}
@@ -132,7 +155,8 @@ class _Held:
 
 
 class Weights:
-    """Tracks which version of the weights every server holds. `ask(server)` lets it answer the probe."""
+    """Tracks which version of the weights every server holds. `ask(server)` lets it answer the probe. `ensure` may run for
+    several servers at the same time."""
 
     def __init__(
         self,
@@ -146,11 +170,14 @@ class Weights:
         self.version, self._published = 0, False
         self._base: dict[str, str] = {}
         self._held: dict[str, _Held] = {}
-        self._lock = threading.Lock()
+        self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._lock, self._reading = threading.Lock(), threading.Lock()
+        self._seconds: Counter[str] = Counter()
 
     def meet(self, server: Server) -> None:
         """Learn under which name a server knows the student."""
         self._base[server.url], _ = served_model(server, self.config.model, "rollout.server.model")
+        self.carrier.meet(server)
 
     def model(self, server: Server) -> str:
         return self.carrier.model(self._base[server.url])
@@ -161,27 +188,53 @@ class Weights:
     def publish(self, student: LanguageModel) -> None:
         self.student = student
         self.version += 1
-        self.carrier.publish(student, self.version)
+        with self._timed("publish"):
+            self.carrier.publish(student, self.version)
         self._published = True
 
     def ensure(self, server: Server) -> None:
         """Let the server hold the newest weights: after a sync, and after it was lost, when it may have forgotten them."""
-        with self._lock:
+        with self._locks[server.url]:
             held = self._held.get(server.url)
             if held is not None and (held.version, held.lost) == (self.version, server.lost):
                 return
-            if not self._published:
-                self.publish(self.student)
+            with self._lock:
+                if not self._published:
+                    self.publish(self.student)
             lost = server.lost
-            self.carrier.push(server)
+            with self._timed("push"):
+                self.carrier.push(server)
             before = held if held is not None and held.lost == lost else None
-            self._held[server.url] = self._verified(server, lost, before)
+            with self._timed("probe"):
+                self._held[server.url] = self._verified(server, lost, before)
+
+    def forget(self, server: Server) -> None:
+        """Do not believe any more that a server holds the weights: `ensure` brings them again."""
+        self._held.pop(server.url, None)
+
+    def gap(self, rollouts: Sequence[Rollout], temperature: float = 1.0) -> tuple[float, Tensor]:
+        """The mean difference in nats between the log-probabilities that came with rollouts and the student's own, and those."""
+        with self._reading:
+            ours_T = score(self.student, rollouts, temperature)
+        theirs_T = torch.cat([rollout.logp_T for rollout in rollouts])
+        return (theirs_T - ours_T).abs().mean().item(), ours_T
+
+    def metrics(self) -> dict[str, Any]:
+        """How the weights went to the servers since the last call, and the seconds of each part: of several servers at the same
+        time, of the slowest."""
+        seconds = {f"{part}_seconds": round(took, 4) for part, took in self._seconds.items()}
+        self._seconds.clear()
+        return {"sync": {"way": self.carrier.way, **seconds}} if seconds else {}
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[part] = max(self._seconds[part], time.perf_counter() - start)
 
     def _verified(self, server: Server, lost: int, before: _Held | None) -> _Held:
         answers = self.ask(server)
-        ours_T = score(self.student, answers)
-        theirs_T = torch.cat([rollout.logp_T for rollout in answers])
-        gap = (theirs_T - ours_T).abs().mean().item()
+        gap, ours_T = self.gap(answers)
         if not gap <= self.config.tolerance:
             raise ServerError(
                 f"{server.name} does not hold the student's weights: after the sync their log-probabilities differ by {gap:.3g} "
@@ -205,18 +258,27 @@ def _same(before: Sequence[Rollout], after: Sequence[Rollout]) -> bool:
     )
 
 
+def _is_tied(student: LanguageModel) -> bool:
+    return bool(student.model.config.get_text_config().tie_word_embeddings)
+
+
 def _tied(student: LanguageModel) -> str:
-    if not student.model.config.get_text_config().tie_word_embeddings:
+    if not _is_tied(student):
         return ""
-    return "The student's embeddings are tied, and vLLM keeps the old output head of such a model through a reload: write "\
-        "student.lora. "  # fmt: skip
+    return (
+        "The student's embeddings are tied, and vLLM keeps the old output head of such a model through a reload: leave out "
+        "rollout.urls, so that kibitz starts it with a head of its own; or write student.lora. "
+    )
 
 
 @torch.no_grad()
-def score(model: LanguageModel, rollouts: Sequence[Rollout]) -> Tensor:
-    """The model's own log-probability of each response token, `[T]` over all rollouts."""
+def score(model: LanguageModel, rollouts: Sequence[Rollout], temperature: float = 1.0) -> Tensor:
+    """The model's own log-probability of each response token, `[T]` over all rollouts; of its logits divided by `temperature`."""
     batch = pack([Scored(rollout, rollout.weight_T()) for rollout in rollouts], model.device)
     (logp_T,) = model(
-        batch, lambda hidden_TD, head: (gather_tokens(log_probs(head(hidden_TD).float()), batch.tokens.token_T),)
+        batch,
+        lambda hidden_TD, head: (
+            gather_tokens(log_probs(head(hidden_TD).float() / temperature), batch.tokens.token_T),
+        ),
     )
     return logp_T.cpu()

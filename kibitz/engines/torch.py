@@ -76,6 +76,9 @@ class TorchEngine:
         """Nothing to copy: the engine reads the student's weights. A student of another architecture is checked anew."""
         self.student = student
 
+    def metrics(self) -> dict[str, Any]:
+        return {}
+
     def close(self) -> None:
         """Nothing to give back: the weights are the student's."""
 

@@ -5,6 +5,7 @@ the same rollouts whichever server it meets and whoever is asked beside it; the 
 are others than the embedded engine's. What the server's folder says of sampling (penalties, other end tokens) is overruled.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,35 @@ from kibitz.ledger import Count, uncounted
 from kibitz.models import LanguageModel
 from kibitz.servers import ServerError
 from kibitz.servers.answers import Written, written
+from kibitz.servers.busy import Busy
 from kibitz.servers.http import Server, Servers
+from kibitz.servers.sleep import Sleepers
 from kibitz.types import Prompt, Rollout, Sampling
 
+log = logging.getLogger(__name__)
+
 COMPLETIONS = "/v1/completions"
+TRIES = 3  # to get rollouts of the student's own weights
+STRANGE = 4.0
+"""A single rollout may differ from the student by so many times what the mean over the probe may."""
 SEEDS = 2**62  # vLLM adds the number of the sample to it, and takes 64 bits
 
 
 class VLLMEngine:
     """`probe` are the prompts on which servers and student are compared after each sync. The rollouts of a prompt are ready
-    together, and are said so from another thread: a teacher need not wait for the slowest."""
+    together, and are said so from another thread: a teacher need not wait for the slowest.
+
+    With `server.sleep` the servers give their memory back when all is written, and are woken before new weights or prompts come.
+    At the end of each `generate` one rollout of each server is compared with the student: a server that somebody started again
+    meanwhile holds other weights, and what it wrote is written again."""
 
     def __init__(self, student: LanguageModel, config: RolloutConfig, folder: Path, probe: Sequence[Prompt]):
-        self.student = student
+        self.student, self.config, self.at_once = student, config.server, config.max_staleness == 0
+        self._busy, self._num_tokens = Busy(), 0
+        self._unchecked: tuple[dict[Server, list[Rollout]], Sampling] = {}, Sampling(max_tokens=1)
         self.weights = Weights(config.server, folder, student, lambda server: self._answers(server, probe))
-        self.servers = Servers(config.server, config.urls, "student", self.weights.ensure)
+        self.servers = Servers(config.server, config.urls, "student", self._ready)
+        self.sleepers = Sleepers(self.servers) if config.server.sleep is True else None
         try:
             self.servers.each(self.weights.meet)
         except BaseException:
@@ -44,22 +59,89 @@ class VLLMEngine:
     ) -> list[Rollout]:
         if sampling.epsilon:
             raise ValueError("vLLM draws no tokens uniformly: write rollout.engine=torch, or drop rollout.epsilon")
-        jobs = [
-            self.servers.submit(lambda server, one=prompt: self._write(server, one, sampling, on_ready))
-            for prompt in prompts
-        ]
-        written = [rollout for rollouts in self.servers.gather(jobs) for rollout in rollouts]
+        found: dict[int, list[Rollout]] = {}
+        for _ in range(TRIES):
+            missing = [place for place in range(len(prompts)) if place not in found]
+            if not missing:
+                break
+            with self._busy.working():
+                found |= self._believed(missing, prompts, sampling, on_ready)
+        if self.sleepers is not None:
+            self.sleepers.sleep()
+        if len(found) < len(prompts):
+            names = ", ".join(server.name for server in self.servers.servers)
+            raise ServerError(
+                f"what {names} wrote did not come from the student's weights, {TRIES} times in a row, though the probe after "
+                "the sync did: look whether somebody else loads weights there, and continue with --resume"
+            )
+        written = [rollout for place in range(len(prompts)) for rollout in found[place]]
+        self._num_tokens += sum(rollout.num_tokens for rollout in written)
         count(self.student, written)
         return written
 
     def sync(self, student: LanguageModel) -> None:
-        """Hand the new weights to every server, and look whether they arrived."""
+        """Hand the new weights to every server that is up, to all at the same time, and look whether they arrived."""
         self.student = student
         self.weights.publish(student)
-        self.servers.each(self.weights.ensure)
+        self.servers.reach(self._ready)
+
+    def metrics(self) -> dict[str, Any]:
+        """How the weights went to the servers, when these wrote, and the bytes of their answers for each token of a response."""
+        num, self._num_tokens = self._num_tokens, 0
+        size = {"rollout_bytes_per_token": self.servers.take_received() / num} if num else {}
+        return self.weights.metrics() | size | {"student_sampling_busy": self._busy.take()}
 
     def close(self) -> None:
         self.servers.close()
+
+    def _ready(self, server: Server) -> None:
+        if self.sleepers is not None:
+            self.sleepers.wake(server)
+        self.weights.ensure(server)
+
+    def _believed(
+        self, places: Sequence[int], prompts: Sequence[Prompt], sampling: Sampling, on_ready: OnReady
+    ) -> dict[int, list[Rollout]]:
+        """The rollouts of some prompts, but for those of servers that turn out not to have had the student's weights."""
+        jobs = [
+            self.servers.submit(
+                lambda server, one=prompts[place]: (server, self._write(server, one, sampling, on_ready))
+            )
+            for place in places
+        ]
+        answers, last = self.servers.gather(jobs), dict[Server, list[Rollout]]()
+        for server, rollouts in answers:
+            last[server] = rollouts[-1:]
+        strangers = self._strangers(last, sampling) if self.at_once else set()
+        self._unchecked = last, sampling
+        return {
+            place: rollouts
+            for place, (server, rollouts) in zip(places, answers, strict=True)
+            if server not in strangers
+        }
+
+    def believed(self) -> bool:
+        """Whether what was written last came from the student's weights as they are now. `generate` asks itself, unless the
+        student learns meanwhile."""
+        return not self._strangers(*self._unchecked)
+
+    def _strangers(self, last: dict[Server, list[Rollout]], sampling: Sampling) -> set[Server]:
+        return {server for server, rollouts in last.items() if not self._is_students(server, rollouts, sampling)}
+
+    def _is_students(self, server: Server, rollouts: Sequence[Rollout], sampling: Sampling) -> bool:
+        """Whether the student gives a server's tokens the same log-probabilities. Of a truncated distribution it does not know
+        them, and believes."""
+        if sampling.greedy or sampling.top_p < 1 or sampling.top_k > 0:
+            return True
+        gap, _ = self.weights.gap(rollouts, sampling.temperature)
+        if gap <= STRANGE * self.config.tolerance:
+            return True
+        log.warning(
+            "%s does not hold the student's weights any more: its rollouts differ by %.3g nats a token; they are written again",
+            server.name, gap,
+        )  # fmt: skip
+        self.weights.forget(server)
+        return False
 
     def _write(self, server: Server, prompt: Prompt, sampling: Sampling, on_ready: OnReady) -> list[Rollout]:
         if not sampling.greedy and (sampling.temperature != 1 or sampling.top_p < 1 or sampling.top_k > 0):

@@ -92,7 +92,10 @@ def scorer(parts: Parts, config: MethodConfig) -> Scorer:
     if needs.top_k is not None:
         count, size = parts.ledger.reading("student_training"), request.tokens_per_micro_batch
         candidates = partial(student_top_k, parts.student, needs.top_k, size, count=count)
-        request = replace(request, top_k=needs.top_k, temperature=needs.temperature, candidates=candidates)
+        rollout = parts.recipe.rollout  # one step ahead, the student moves between writing and scoring
+        hold = parts.ranks.size == 1 and not ENGINES[rollout.engine].in_process and rollout.max_staleness == 0
+        asked = {"top_k": needs.top_k, "temperature": needs.temperature}
+        request = replace(request, **asked, candidates=candidates, candidates_hold=hold)
     return parts.teacher.scorer(request)
 
 

@@ -1,6 +1,7 @@
 """The cost of a run by phase: floating-point operations, seconds and memory."""
 
 import html
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ class Phase:
     seconds: str
 
 
+LAST_STEPS = 6  # whose timeline is drawn: of more, nobody would see the gaps
 ELSE = "Everything else"
 PHASES = (
     Phase("Student writes", "student_sampling", "sampling"),
@@ -137,8 +139,67 @@ def charts(runs: list[Run]) -> list[dict[str, Any]]:
                 xaxis={"ticksuffix": " s" if kind == "seconds" else "", "tickformat": ".3~s", "nticks": 5},
                 yaxis={"autorange": "reversed", "automargin": True, "showticklabels": len(runs) > 1, "showgrid": False},
             )
-            drawn.append({"key": f"costs_{kind}", "title": title, "figure": go.Figure(traces, layout).to_plotly_json()})
+            drawn.append(
+                {
+                    "key": f"costs_{kind}",
+                    "title": title,
+                    "figure": go.Figure(traces, layout).to_plotly_json(),
+                    "wide": False,
+                }
+            )
     return drawn
+
+
+def timelines(runs: list[Run]) -> list[dict[str, Any]]:
+    """For each run with servers: who was at work when, in its last steps. Where a lane is empty, who stands there waited."""
+    drawn = []
+    for index, run in enumerate(runs):
+        spans = _last_spans(run)
+        if not spans:
+            continue
+        origin = min(start for _, start, _ in spans)
+        lanes = {phase.flops: (number, phase.label) for number, phase in enumerate(PHASES)}
+        traces = [
+            go.Bar(
+                base=[start - origin for key, start, _ in spans if key == lane],
+                x=[end - start for key, start, end in spans if key == lane],
+                y=[label for key, _, _ in spans if key == lane],
+                orientation="h",
+                name=label,
+                hovertemplate="%{y}: %{x:.2f} s from %{base:.2f} s on<extra></extra>",
+                meta={"run": number, "kind": "bar"},
+            )
+            for lane, (number, label) in lanes.items()
+            if any(key == lane for key, _, _ in spans)
+        ]
+        layout = go.Layout(
+            template="none",
+            barmode="overlay",
+            bargap=0.3,
+            height=44 + 36 * len(traces),
+            margin={"l": 12, "r": 12, "t": 4, "b": 30},
+            showlegend=False,
+            xaxis={"ticksuffix": " s", "nticks": 8, "range": [0, max(end for _, _, end in spans) - origin]},
+            yaxis={"autorange": "reversed", "automargin": True, "showgrid": False},
+        )
+        title = "Who worked, who waited" + (f": {safe_lines(run.name)}" if len(runs) > 1 else "")
+        figure = go.Figure(traces, layout).to_plotly_json()
+        drawn.append({"key": f"timeline_{index}", "title": title, "figure": figure, "wide": True})
+    return drawn
+
+
+def _last_spans(run: Run) -> list[tuple[str, float, float]]:
+    """Of the last steps that have a timeline: the phase, its beginning and its end."""
+    rows = [row["timeline"] for row in run.metrics if isinstance(row.get("timeline"), dict)][-LAST_STEPS:]
+    found = []
+    for key, spans in ((key, spans) for row in rows for key, spans in row.items() if isinstance(spans, list)):
+        for span in spans:
+            if isinstance(span, list) and len(span) == 2 and all(isinstance(at, int | float) for at in span):
+                found.append((str(key), float(span[0]), float(span[1])))
+    known = {phase.flops for phase in PHASES}
+    return [
+        (key, start, end) for key, start, end in found if key in known and math.isfinite(start) and start <= end < 1e11
+    ]
 
 
 def _bars(runs: list[Run], index: int, phase: Phase, kind: str, words: Callable[[float | None], str]) -> go.Bar | None:

@@ -59,7 +59,7 @@ def summary_page(run: Run) -> str:
 
 
 def _report(runs: list[Run]) -> str:
-    drawn = {"curves": curves.charts(runs), "costs": costs.charts(runs)}
+    drawn = {"curves": curves.charts(runs), "costs": [*costs.charts(runs), *costs.timelines(runs)]}
     compute_known = all(curves.compute_so_far(run, [0]) for run in runs)
     return render(
         "report.html.j2",

@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from kibitz.servers import own
+
 LEAST = 4 * 2**20
 """Bytes of an answer to any question: a list of models, an error, a text."""
 ERROR = 2**16  # bytes that are read of an error
@@ -66,8 +68,12 @@ class Connection:
 
     def __init__(self, url: str, timeout: float, key: str | None):
         self._timeout = timeout
+        path = own.socket_of(url)
         self._client = httpx.AsyncClient(
-            base_url=url,
+            base_url=url if path is None else "http://localhost",
+            transport=None
+            if path is None
+            else httpx.AsyncHTTPTransport(uds=path, limits=httpx.Limits(max_connections=None)),
             timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
             headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {}),
             limits=httpx.Limits(max_connections=None),
@@ -128,7 +134,7 @@ class Connection:
 
     async def _apart(self, event: str, about: dict[str, Any]) -> None:
         """New connections one by one: the queue of those that a server has not accepted yet may hold only five."""
-        if event == "connection.connect_tcp.started":
+        if event.startswith("connection.connect_") and event.endswith(".started"):
             async with self._gate:
                 await asyncio.sleep(APART)
 

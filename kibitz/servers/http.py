@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from kibitz.config.servers import ServerConfig
-from kibitz.servers import ServerError
+from kibitz.servers import ServerError, own
 from kibitz.servers.connection import Closed, Connection, Fetched, TooLong
 from kibitz.servers.keys import api_key, shown
 from kibitz.servers.workers import Workers
@@ -27,27 +27,28 @@ BROKEN_ANSWERS = 3
 
 
 class Passing(Exception):
-    """A fault that may be gone at the next attempt; `reached` is whether the server itself answered."""
+    """A fault that may be gone at the next attempt. `reached`: the server itself answered; `slow`: it was there, and did not
+    answer in time."""
 
-    def __init__(self, text: str, reached: bool):
+    def __init__(self, text: str, reached: bool, slow: bool = False):
         super().__init__(text)
-        self.reached = reached
+        self.reached, self.slow = reached, slow
 
 
 class Server:
     """One address. `lost` counts the times that it could not be reached: what it held may be gone with it."""
 
     def __init__(self, url: str, role: str, timeout: float):
-        self.url, self.role, self.timeout = url.rstrip("/"), role, timeout
+        self.url, self.role, self.timeout, self.own = url.rstrip("/"), role, timeout, own.of(url)
         self._connection = Connection(self.url, timeout, api_key(url))
-        self.lost = 0
+        self.lost, self.received = 0, 0  # times, and bytes of answers
         self.down_until = 0.0
         self._pause = FIRST_PAUSE
         self._lock = threading.Lock()
 
     @property
     def name(self) -> str:
-        return f"the {self.role} at {self.url}"
+        return f"the {self.role} at {self.url}" if self.own is None else self.own.name
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """One attempt: POST of a body, else GET; the JSON of the answer.
@@ -69,15 +70,17 @@ class Server:
         try:
             answer = self._connection.fetch(path, body)
         except (httpx.TimeoutException, TimeoutError) as error:
+            self._refuse_ended()
             lacks = (
                 "connection" if isinstance(error, httpx.ConnectTimeout) else f"whole answer within {self.timeout:g} s"
             )
-            raise Passing(f"{self.name} did not answer in time (no {lacks})", reached=False) from None
+            raise Passing(f"{self.name} did not answer in time (no {lacks})", reached=False, slow=True) from None
         except TooLong as error:
             raise ServerError(f"{self.name} sent an answer to {path} that is {error}") from None
         except Closed:
             raise ServerError(f"{self.name} is not asked any more") from None
         except (httpx.HTTPError, httpx.StreamError, OSError) as error:
+            self._refuse_ended()
             raise Passing(f"{self.name} cannot be reached ({shown(_why(error))})", reached=False) from None
         if answer.status in PASSING:
             raise Passing(f"{self.name} answered {answer.status}: {_message(answer)}", answer.status < 500)
@@ -88,17 +91,37 @@ class Server:
             )
         if answer.status >= 300:
             raise Refused(f"{self.name} refused {path}: {_message(answer)}", answer.status)
+        with self._lock:
+            self.received += len(answer.data)
         return answer
 
-    def failed(self, lost: bool) -> None:
+    def _refuse_ended(self) -> None:
+        if self.own is not None and self.own.ended is not None:
+            raise Ended(self.own.ended)
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody will start it again."""
+        return self.own is not None and self.own.ended is not None
+
+    def failed(self, error: Passing) -> None:
+        """Ask others for a while; for as long as a request may take, if this one kept a request waiting that long. One of this
+        program's own is replaced then."""
         with self._lock:
-            self.lost += lost
-            self.down_until = time.monotonic() + self._pause
+            self.lost += not error.reached
+            self.down_until = time.monotonic() + max(self._pause, self.timeout if error.slow else 0.0)
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        if error.slow and self.own is not None:
+            self.own.replace(str(error))
 
     def worked(self) -> None:
         with self._lock:
             self.down_until, self._pause = 0.0, FIRST_PAUSE
+
+    def take_received(self) -> int:
+        with self._lock:
+            size, self.received = self.received, 0
+        return size
 
     def close(self) -> None:
         """Give back the connections; requests under way end with a ServerError."""
@@ -111,6 +134,10 @@ class Refused(ServerError):
     def __init__(self, text: str, status: int):
         super().__init__(text)
         self.status = status
+
+
+class Ended(ServerError):
+    """A server of this program that is not started again."""
 
 
 class Broken(ServerError):
@@ -173,8 +200,30 @@ class Servers:
         return self._workers.submit(lambda: self._persist(work, self._choose, self._ready))
 
     def each(self, work: Callable[[Server], Any]) -> list[Any]:
-        """`work` on every server, in order."""
-        return [self._persist(work, lambda one=server: one, lambda _: None) for server in self.servers]
+        """`work` on every server, on all at the same time; the results in order."""
+        return self.gather(
+            [self._workers.submit(lambda one=one: self._persist(work, lambda: one)) for one in self.servers]
+        )
+
+    def reach(self, work: Callable[[Server], Any]) -> None:
+        """`work` on every server that is up, on all at the same time. While none is, wait for one. Those that are down must be
+        looked after when they are back: `ready` runs before the next request to them."""
+        jobs = [self._workers.submit(lambda one=one: self._once(work, one)) for one in self.servers if not one.gone]
+        if not any(self.gather(jobs)):
+            self._persist(work, self._choose)
+
+    def _once(self, work: Callable[[Server], Any], server: Server) -> bool:
+        """Whether one attempt went well."""
+        try:
+            work(server)
+        except Passing as error:
+            server.failed(error)
+            self._note(f"{error}; it gets what is new when it is back", server)
+            return False
+        except Ended:
+            return False
+        self._worked(server)
+        return True
 
     def gather(self, futures: Sequence[Future]) -> list[Any]:
         """All results, in order. One mistake, or Ctrl-C, ends the others: nobody asks these servers again."""
@@ -185,6 +234,10 @@ class Servers:
         except BaseException:
             self.close()
             raise
+
+    def take_received(self) -> int:
+        """The bytes of all answers since the last call."""
+        return sum(server.take_received() for server in self.servers)
 
     def close(self) -> None:
         self._stopped.set()
@@ -198,15 +251,18 @@ class Servers:
             order = self.servers[self._next :] + self.servers[: self._next]
             self._next = (self._next + 1) % len(self.servers)
         now = time.monotonic()
-        return min(order, key=lambda one: max(one.down_until, now))
+        return min(order, key=lambda one: (one.gone, max(one.down_until, now)))
 
     def _persist(
-        self, work: Callable[[Server], Any], choose: Callable[[], Server], ready: Callable[[Server], None]
+        self,
+        work: Callable[[Server], Any],
+        choose: Callable[[], Server],
+        ready: Callable[[Server], None] = lambda server: None,
     ) -> Any:
         since, num_broken = math.inf, 0  # the first failure's time; answers that broke off
         while True:
             server = choose()
-            if self._stopped.wait(max(0.0, server.down_until - time.monotonic())):
+            if self._stopped.wait(min(LONGEST_PAUSE, max(0.0, server.down_until - time.monotonic()))):
                 raise ServerError(f"{server.name} is not asked any more")
             try:
                 ready(server)
@@ -214,6 +270,10 @@ class Servers:
             except Passing as error:
                 since = min(since, time.monotonic())
                 self._failed(server, error, since)
+            except Ended as error:
+                if all(one.gone for one in self.servers) or choose() is server:
+                    raise
+                self._note(f"{error} The others go on without it.", server)
             except Broken as error:
                 num_broken += 1
                 if num_broken == BROKEN_ANSWERS:
@@ -223,17 +283,24 @@ class Servers:
                 return result
 
     def _failed(self, server: Server, error: Passing, since: float) -> None:
-        server.failed(lost=not error.reached)
+        server.failed(error)
         patience = self.config.patience
         if time.monotonic() - since >= patience or self._stopped.is_set():
             raise ServerError(
                 f"{error}, for {patience:g} seconds: start it again and continue with --resume, or write a longer patience"
             ) from None
+        others = any(one is not server and one not in self._down for one in self.servers)
+        self._note(
+            f"{error}; {'others do its work' if others else 'waiting for it'}, up to {patience:g} seconds", server
+        )
+
+    def _note(self, text: str, server: Server) -> None:
+        """Say once that a server is down."""
         with self._lock:
             news = server not in self._down
             self._down.add(server)
         if news:
-            log.warning("%s; waiting for it, up to %g seconds", error, patience)
+            log.warning("%s", text)
 
     def _worked(self, server: Server) -> None:
         server.worked()

@@ -5,6 +5,8 @@ import os
 import re
 from urllib.parse import urlsplit
 
+from kibitz.servers import own
+
 NAMES = ("KIBITZ_API_KEY", "OPENAI_API_KEY", "VLLM_API_KEY")
 PART = 4
 """So many characters of a key in a row are a part of it. A server may repeat a key cut, or by its last four characters."""
@@ -13,10 +15,14 @@ _sent: set[str] = set()
 
 
 def api_key(url: str) -> str | None:
-    """The key that a server gets in its header: OpenAI's own for api.openai.com, else KIBITZ_API_KEY, or none."""
+    """The key that a server gets in its header: its own of a server that this program has started, OpenAI's for
+    api.openai.com, else KIBITZ_API_KEY, or none."""
+    if (hosted := own.of(url)) is not None:
+        _sent.add(hosted.key)
+        return hosted.key
     parts = urlsplit(url)
-    own = parts.hostname == "api.openai.com" and parts.scheme == "https" and _read("OPENAI_API_KEY")
-    key = own or _read("KIBITZ_API_KEY")
+    openai = parts.hostname == "api.openai.com" and parts.scheme == "https" and _read("OPENAI_API_KEY")
+    key = openai or _read("KIBITZ_API_KEY")
     if key:
         _sent.add(key)
     return key

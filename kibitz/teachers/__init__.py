@@ -41,6 +41,7 @@ class ScoreRequest:
     tokens_per_micro_batch: int = 16384
     hidden_states: Literal["auto", "device", "cpu"] = "device"
     candidates: Callable[[Sequence[Rollout]], list[Tensor]] | None = None  # of "named": ids [T, K] of each rollout
+    candidates_hold: bool = False  # they may be named when a rollout is finished, before all of them are
     count: Count = uncounted
 
 

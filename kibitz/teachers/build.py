@@ -15,8 +15,8 @@ from kibitz.config import (
     StudentTeacherConfig,
     TeacherConfig,
 )
-from kibitz.config.teachers import ChatTeacherConfig, RemoteTeacherConfig
-from kibitz.models import LanguageModel, offload
+from kibitz.config.teachers import ChatTeacherConfig, HostedTeacherConfig, RemoteTeacherConfig
+from kibitz.models import LanguageModel, lora, offload
 from kibitz.models.load import check_same_tokenizer, load_tokenizer
 from kibitz.teachers import Teacher, stored
 from kibitz.teachers.aligned import aligned
@@ -82,6 +82,23 @@ def _load_remote(config: RemoteTeacherConfig, device: torch.device, student: Stu
     return remote_teacher(config, student.tokenizer)
 
 
+def _check_hosted(config: HostedTeacherConfig, tokenizer: Any) -> Any:
+    section = ModelConfig(model=config.model)
+    if lora.is_adapter(Path(config.model)):
+        raise ValueError(
+            f"teacher.model: {config.model} is an adapter, and a server wants a whole folder: `kibitz export FOLDER --merge "
+            "--output NEW`, and teacher.model=NEW"
+        )
+    check_same_tokenizer(tokenizer, own := load_tokenizer(section, "teacher"))
+    return own
+
+
+def _load_hosted(config: HostedTeacherConfig, device: torch.device, student: StudentInfo | None) -> Teacher:
+    raise ValueError(
+        f"teacher.engine: the server of {config.model} is started by `kibitz train` alone: leave out engine here"
+    )
+
+
 def _load_own(config: StudentTeacherConfig, device: torch.device, student: StudentInfo | None) -> Teacher:
     assert student is not None and student.model is not None and student.section is not None, "nothing to make it of"
     return own_teacher(config, student.section, student.model)
@@ -98,6 +115,7 @@ KINDS: dict[type[TeacherConfig], Kind] = {
     StoredTeacherConfig: Kind(_check_stored, _load_stored),
     # All that a server can be asked, it is asked when it is loaded.
     RemoteTeacherConfig: Kind(lambda config, tokenizer: tokenizer, _load_remote),
+    HostedTeacherConfig: Kind(_check_hosted, _load_hosted),
     ChatTeacherConfig: Kind(lambda config, tokenizer: tokenizer, _load_chat),
 }
 

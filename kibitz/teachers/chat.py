@@ -89,6 +89,9 @@ class ChatEngine:
     def sync(self, student: Any) -> None:
         """It does not change."""
 
+    def metrics(self) -> dict[str, Any]:
+        return {}
+
     def close(self) -> None:
         self.servers.close()
 

@@ -150,5 +150,8 @@ class ContextEngine:
     def sync(self, student: LanguageModel) -> None:
         self.engine.sync(student)
 
+    def metrics(self) -> dict[str, Any]:
+        return {}
+
     def close(self) -> None:
         self.engine.close()

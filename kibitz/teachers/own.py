@@ -80,6 +80,9 @@ class BaseEngine:
     def sync(self, student: LanguageModel) -> None:
         self.engine.sync(student)
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def close(self) -> None:
         self.engine.close()
 

@@ -11,9 +11,10 @@ numbers: `/inference/v1/generate` quicker, where the server was started with --e
 """
 
 import logging
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,9 @@ from kibitz.config.teachers import RemoteTeacherConfig
 from kibitz.models.language_model import num_ids
 from kibitz.servers import ServerError, served_model
 from kibitz.servers.answers import named, said
+from kibitz.servers.busy import Busy
 from kibitz.servers.http import Refused, Server, Servers
+from kibitz.servers.sleep import Sleepers
 from kibitz.signals import Sampled, Signal, TopK
 from kibitz.teachers import MakeEngine, ScoreRequest, Teacher
 from kibitz.types import Prompt, Rollout
@@ -47,6 +50,7 @@ class Served:
     path: str
     names: bool  # whether it scores tokens that it is asked about
     known_as: str = ""  # its name, and the folder or name that the server has it from
+    sleepers: Sleepers | None = None  # between two scorings it gives its memory back
 
     @property
     def name(self) -> str:
@@ -55,19 +59,27 @@ class Served:
 
 def remote_teacher(config: RemoteTeacherConfig, tokenizer: Any) -> Teacher:
     """Meet the server: which models it has, whether its tokenizer is the student's, what it can be asked."""
-    servers = Servers(config, [config.url], "teacher")
+    servers = Servers(
+        config, [config.url], "teacher", lambda server: None if sleepers is None else sleepers.wake(server)
+    )
+    sleepers = Sleepers(servers) if config.sleep is True else None
     try:
         (served,) = servers.each(lambda server: _meet(server, servers, config, tokenizer))
     except BaseException:
         servers.close()
         raise
+    tally = Tally(servers)
     kinds: tuple[SignalKind, ...] = ("top_k", "named", "sampled")
+    if sleepers is not None:
+        served = replace(served, sleepers=sleepers)
+        sleepers.sleep()
     return Teacher(
         kinds=kinds,
-        scorer=lambda request: RemoteScorer(served, _possible(served, request)),
+        scorer=lambda request: RemoteScorer(served, _possible(served, request), tally),
         examiner=None,
         writer=partial(_writes_nothing, served),
         num_parameters=0,
+        metrics=tally.take,
         check=partial(_check_lengths, served),
         close=servers.close,
         served=((served.name, served.known_as),),
@@ -143,40 +155,67 @@ def _check_lengths(served: Served, prompts: Sequence[Prompt], max_tokens: int) -
         )
 
 
-@dataclass(frozen=True)
-class RemoteScorer:
-    served: Served
-    request: ScoreRequest
-    _early: dict[tuple, Future] | None = None
+class Tally:
+    """What the scoring of a step took: when the server was asked, and the bytes of its answers."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_early", {})
+    def __init__(self, servers: Servers):
+        self.servers, self.busy, self.num_tokens = servers, Busy(), 0
+
+    def take(self) -> dict[str, Any]:
+        num, self.num_tokens = self.num_tokens, 0
+        size = {"teacher_bytes_per_token": self.servers.take_received() / num} if num else {}
+        return size | {"teacher_scoring_busy": self.busy.take()}
+
+
+class RemoteScorer:
+    """Asks for each rollout by itself, as soon as it is known."""
+
+    def __init__(self, served: Served, request: ScoreRequest, tally: Tally | None = None):
+        self.served, self.request, self.tally = served, request, tally or Tally(served.servers)
+        self._early: dict[tuple, Future] = {}  # of rollouts that `score` has not been asked about yet
+        self._before: set[tuple] = set()  # those of them that were there when it was last asked
+        self._reading = threading.Lock()  # the student reads in one thread at a time
 
     def prefetch(self, rollouts: Sequence[Rollout]) -> None:
-        """Begin with rollouts that `score` will be asked about, while others are still written. The same numbers: a text
-        is scored by itself."""
-        assert self._early is not None
-        if self.request.kind != "named":
-            for rollout in rollouts:
-                if _text(rollout) not in self._early:
-                    self._early[_text(rollout)] = self._submit(rollout, None)
+        """Begin with rollouts that `score` will be asked about, while others are still written: in this step or, one step
+        ahead, in the next. The same numbers: a text is scored by itself. The student names its tokens in the thread that brings
+        the rollouts, unless it learns meanwhile or its GPU belongs to servers now."""
+        names = self.request.kind == "named" and self.served.names
+        if names and (not self.request.candidates_hold or self.served.sleepers is not None):
+            return
+        new = [rollout for rollout in rollouts if _text(rollout) not in self._early]
+        for rollout, ids_TK in zip(new, self._candidates(new), strict=True):
+            self._early[_text(rollout)] = self._submit(rollout, ids_TK)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
-        assert self._early is not None
-        candidates: Sequence[Tensor | None] = [None] * len(rollouts)
-        if self.request.kind == "named" and self.served.names:
-            assert self.request.candidates is not None, "a request for named tokens needs candidates"
-            candidates = self.request.candidates(rollouts)
-        jobs = [
-            self._early.get(_text(rollout)) or self._submit(rollout, ids_TK)
-            for rollout, ids_TK in zip(rollouts, candidates, strict=True)
-        ]
-        self._early.clear()
-        return self.served.servers.gather(jobs)
+        begun = {_text(rollout): self._early.pop(_text(rollout), None) for rollout in rollouts}
+        new = [rollout for rollout in rollouts if begun[_text(rollout)] is None]
+        for rollout, ids_TK in zip(new, self._candidates(new), strict=True):
+            begun[_text(rollout)] = self._submit(rollout, ids_TK)
+        signals = self.served.servers.gather([begun[_text(rollout)] for rollout in rollouts])
+        self.tally.num_tokens += sum(rollout.num_tokens for rollout in rollouts)
+        for text in self._before:  # nobody has asked about them for a whole step: they were written and thrown away
+            self._early.pop(text, None)
+        self._before = set(self._early)
+        if self.served.sleepers is not None:
+            self.served.sleepers.sleep()
+        return signals
+
+    def _candidates(self, rollouts: Sequence[Rollout]) -> Sequence[Tensor | None]:
+        if self.request.kind != "named" or not self.served.names or not rollouts:
+            return [None] * len(rollouts)
+        assert self.request.candidates is not None, "a request for named tokens needs candidates"
+        with self._reading:
+            return self.request.candidates(rollouts)
 
     def _submit(self, rollout: Rollout, ids_TK: Tensor | None) -> Future:
         work = self._score if ids_TK is None else partial(self._name, ids_TK=ids_TK.cpu())
-        return self.served.servers.submit(lambda server: work(server, rollout))
+
+        def asked(server: Server) -> Signal:
+            with self.tally.busy.working():
+                return work(server, rollout)
+
+        return self.served.servers.submit(asked)
 
     def _score(self, server: Server, rollout: Rollout) -> Signal:
         served, ids, start = self.served, [*rollout.prompt.ids, *rollout.response_ids], len(rollout.prompt.ids)

@@ -251,6 +251,9 @@ class SeveralEngine:
     def sync(self, student: LanguageModel) -> None:
         """Teachers follow the student by themselves, if at all."""
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def close(self) -> None:
         for engine, _ in self.engines.values():
             engine.close()

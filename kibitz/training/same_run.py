@@ -12,6 +12,7 @@ from transformers.utils.hub import cached_file
 
 from kibitz import config
 from kibitz.config import LocalTeacherConfig, Recipe, RecipeError, StoredTeacherConfig, StudentTeacherConfig
+from kibitz.config.teachers import HostedTeacherConfig
 from kibitz.data.templates import DATE, mentions
 from kibitz.models import lora
 from kibitz.models.load import load_tokenizer
@@ -65,7 +66,7 @@ def check_same(output: Path, checkpoint: Path | None, now: Mapping[str, str]) ->
 
 
 def _models(recipe: Recipe) -> list[str]:
-    names = [teacher.model for teacher in recipe.teachers if isinstance(teacher, LocalTeacherConfig)]
+    names = [one.model for one in recipe.teachers if isinstance(one, LocalTeacherConfig | HostedTeacherConfig)]
     names += [section.model for section in recipe.other_models().values()]
     own = any(isinstance(teacher, StudentTeacherConfig) for teacher in recipe.teachers)
     return list(dict.fromkeys([*names, *([recipe.student.model] if own or recipe.student.lora is not None else [])]))

@@ -1,10 +1,10 @@
 """Setup turns a recipe into everything that a run needs, cheapest first: what can be refused is refused before weights load."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,10 +12,10 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from kibitz import config, graders, optim
-from kibitz.config import DataConfig, FrozenConfig, LocalTeacherConfig, Recipe, RecipeError, StudentTeacherConfig
+from kibitz.config import DataConfig, FrozenConfig, LocalTeacherConfig, Recipe, RecipeError
 from kibitz.data import PromptStream, encode_response, load_grader, load_prompts
 from kibitz.engines import Engine
-from kibitz.engines.build import ENGINES, make_engine
+from kibitz.engines.build import make_engine
 from kibitz.engines.spread import Counted
 from kibitz.evaluate.evaluate import Evaluator
 from kibitz.graders import Grader
@@ -29,7 +29,6 @@ from kibitz.models.load import (
     load_model,
     load_student,
     load_tokenizer,
-    pick_device,
     position_limit,
     save_ends,
     share_vocabulary,
@@ -39,17 +38,21 @@ from kibitz.models.load import (
 from kibitz.models.packing import pack_rows
 from kibitz.models.rotary import rotations_vary
 from kibitz.parallel import fsdp
-from kibitz.parallel.ranks import Ranks, join
+from kibitz.parallel.ranks import Ranks
 from kibitz.teachers import Teacher
 from kibitz.teachers import build as teachers
 from kibitz.teachers.local import local_teacher
 from kibitz.teachers.own import base_teacher
 from kibitz.training import trackers
 from kibitz.training.folder import RunFolder, open_folder
+from kibitz.training.hosting import Served, serve
+from kibitz.training.meeting import kept_small, meet
 from kibitz.training.memory import Gauge, clock_of
 from kibitz.training.room import fitted
 from kibitz.training.same_run import Fingerprint, check_same, fingerprint, served, with_date
 from kibitz.types import Prompt, Rollout, Sampling
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -68,12 +71,15 @@ class Setup:
     stream: PromptStream
     grader: Grader | None
     evaluator: Evaluator | None
+    servers: Served
+    """Those that the run has started."""
 
     def close(self) -> None:
-        """Let go of servers and of what the teacher holds."""
+        """Let go of servers and of what the teacher holds; end the servers that the run has started."""
         self.engine.close()
         if self.parts.teacher is not None:
             self.parts.teacher.close()
+        self.servers.close()
 
 
 def prepare(
@@ -84,8 +90,9 @@ def prepare(
     grader: Grader | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    told: Callable[[str], object] = log.info,
 ) -> Setup:
-    """Check a recipe against the world, then load it."""
+    """Check a recipe against the world, start the servers that it wants, then load it. `told` hears how these come up."""
     if resume and overwrite:
         raise ValueError("resume continues a run and overwrite deletes it: choose one of them")
     recipe = config.load(source, list(overrides))
@@ -107,11 +114,45 @@ def prepare(
     teacher_tokenizers = teachers.check_all(recipe, tokenizer, [*prompts, *held_out])
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    ranks, device = _meet(recipe, prompts)
+    ranks, device = meet(recipe, prompts)
     folder, resumed_from = open_folder(recipe, resume, overwrite, ranks)
     known = ranks.first(lambda: fingerprint(recipe, prompts, teacher_tokenizers))
     ranks.first(lambda: check_same(folder.path, resumed_from, known))
+    servers = serve(recipe, device, folder.path, ranks, told)
+    try:
+        data = _Data(tokenizer, teacher_tokenizers, prompts, held_out, mask_ids, stored, grader)
+        return _loaded(servers, data, folder, resumed_from, known, device, ranks, loss)
+    except BaseException:
+        servers.close()
+        raise
 
+
+@dataclass(frozen=True)
+class _Data:
+    """What a recipe names beside models."""
+
+    tokenizer: PreTrainedTokenizerBase
+    teacher_tokenizers: list
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    mask_ids: tuple[int, ...]
+    stored: dict[str, list[Rollout]] | None
+    grader: Grader | None
+
+
+def _loaded(
+    servers: Served,
+    data: _Data,
+    folder: RunFolder,
+    resumed_from: Path | None,
+    known: Fingerprint,
+    device: torch.device,
+    ranks: Ranks,
+    loss: Callable[[Tensor, Tensor], Tensor] | None,
+) -> Setup:
+    """Load the models, and make everything that is made of them."""
+    recipe, tokenizer, teacher_tokenizers = servers.recipe, data.tokenizer, data.teacher_tokenizers
+    prompts, held_out, mask_ids, stored, grader = data.prompts, data.held_out, data.mask_ids, data.stored, data.grader
     student = _student(recipe, device, tokenizer, resumed_from, ranks)
     teacher = teachers.load_all(recipe, teacher_tokenizers, student, _teacher_loader(recipe, ranks))
     known |= served(teacher)
@@ -135,7 +176,7 @@ def prepare(
     stream = PromptStream(prompts, recipe.seed, recipe.data.shuffle)
     looked_at = held_out or _some_to_show(recipe, prompts, ranks)
     evaluator = _evaluator(parts, engine, looked_at, grader, bool(held_out)) if looked_at else None
-    return Setup(parts, folder, resumed_from, known, learner, engine, stream, grader, evaluator)
+    return Setup(parts, folder, resumed_from, known, learner, engine, stream, grader, evaluator, servers)
 
 
 def _grader(recipe: Recipe, prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> Grader | None:
@@ -246,66 +287,6 @@ def _stored(recipe: Recipe, prompts: Sequence[Prompt], vocab_size: int) -> dict[
     return load_rollouts(path, prompts, vocab_size, wanted.samples_per_prompt, wanted.max_tokens)
 
 
-def _meet(recipe: Recipe, prompts: Sequence[Prompt]) -> tuple[Ranks, torch.device]:
-    """The processes that torchrun started and this one's device. What several cannot do is refused before weights load."""
-    ranks, device = join(recipe.parallel, pick_device(recipe.device))
-    if ranks.size == 1:
-        return ranks, device
-    if recipe.optim.name != "adamw":
-        raise RecipeError(
-            f"optim.name: {recipe.optim.name} is for one process, and there are {ranks.size}: write optim.name=adamw"
-        )
-    quantized.refuse_several(recipe.student)
-    if recipe.student.compile:
-        raise RecipeError(
-            "student.compile: sharded layers are not compiled: write student.compile=false, or start one process"
-        )
-    if any(isinstance(teacher, StudentTeacherConfig) and teacher.student != "start" for teacher in recipe.teachers):
-        raise RecipeError(
-            "teacher.student: several processes hold parts of the student, and no teacher can be made of one part: write "
-            "teacher.student=start or teacher.model, or start one process"
-        )
-    if any(teacher.store is not None for teacher in recipe.teachers):
-        raise RecipeError("teacher.store: one process fills a store: leave it out, or start one")
-    if recipe.parallel.shard_teacher and [type(teacher) for teacher in recipe.teachers] != [LocalTeacherConfig]:
-        raise RecipeError("parallel.shard_teacher: that is for one teacher.model in this process: leave it out")
-    if recipe.parallel.shard_teacher and any(teacher.offload or teacher.quantize for teacher in recipe.teachers):
-        raise RecipeError(
-            "parallel.shard_teacher: its layers are split where they are: leave out teacher.offload and quantize"
-        )
-    if recipe.parallel.shard_teacher:
-        fsdp.check_shardable(cast(LocalTeacherConfig, recipe.teacher), "teacher", fsdp.WHOLE_TEACHER)
-    if recipe.method.needs().adversary:
-        raise RecipeError(f"method {recipe.method.type} trains an opponent of the student in one process: start one")
-    if not recipe.parallel.whole_copy:
-        _check_parts(recipe)
-    num = min(recipe.rollout.prompts_per_step, len({prompt.key for prompt in prompts}))
-    if num < ranks.size:
-        raise RecipeError(
-            f"rollout.prompts_per_step: a step has {num} different prompt{'s' * (num != 1)} for {ranks.size} processes, and each "
-            "needs one: "
-            "write more, or start fewer processes"
-        )
-    return ranks, device
-
-
-def _check_parts(recipe: Recipe) -> None:
-    """Refuse what needs a whole student where each process holds a part of it."""
-    fsdp.check_shardable(recipe.student, "student")
-    if recipe.method.reference is not None and not _kept_small(recipe.method.reference):
-        fsdp.check_shardable(recipe.method.reference, "method.reference")
-    if any(isinstance(teacher, StudentTeacherConfig) for teacher in recipe.teachers):
-        raise RecipeError(
-            "teacher.student: such a teacher would be whole in each process, and the student never is: write teacher.model, "
-            "or parallel.whole_copy=true"
-        )
-    ENGINES[recipe.rollout.engine].check_parts(recipe.rollout)
-
-
-def _kept_small(config: FrozenConfig) -> bool:
-    return config.offload is not None or config.quantize is not None
-
-
 def _reference(recipe: Recipe, student: LanguageModel, ranks: Ranks) -> Teacher | None:
     """The model that a method holds its student to; never the checkpoint that a run goes on from. It is sharded if the
     student is, unless its section asks for another way to take little memory."""
@@ -314,7 +295,7 @@ def _reference(recipe: Recipe, student: LanguageModel, ranks: Ranks) -> Teacher 
         return None
     if section is recipe.student and student.adapter is not None:
         return base_teacher(student)
-    if isinstance(section, FrozenConfig) and (_kept_small(section) or recipe.parallel.whole_copy):
+    if isinstance(section, FrozenConfig) and (kept_small(section) or recipe.parallel.whole_copy):
         return local_teacher(offload.load_frozen(section, "reference", device, student.tokenizer))
     if ranks.size == 1 or recipe.parallel.whole_copy:
         return local_teacher(load_model(section, "reference", device, student.tokenizer))

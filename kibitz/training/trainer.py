@@ -26,7 +26,8 @@ from kibitz.ledger import Ledger, highest
 from kibitz.optim import Optimizer, lr_factor
 from kibitz.parallel.fsdp import copy_weights, reduce_gradients
 from kibitz.signals import Scored
-from kibitz.training import checkpoint
+from kibitz.training import checkpoint, timeline
+from kibitz.training.ahead import Ahead, supply_for
 from kibitz.training.guards import Alarm, Guards, rollout_metrics
 from kibitz.training.means import MEASURED, means_of, sums_of
 from kibitz.training.memory import Gauge
@@ -34,7 +35,7 @@ from kibitz.training.progress import bar_if_watched
 from kibitz.training.setup import Setup, prepare
 from kibitz.training.stopping import BetweenSteps
 from kibitz.training.trackers import Tracked
-from kibitz.types import Rollout, Stateful, Step, Writer, share_of_teacher
+from kibitz.types import Prompt, Rollout, Stateful, Step, Writer, share_of_teacher
 
 
 class Progress(Protocol):
@@ -89,7 +90,8 @@ def train(
     """
     Gauge(torch.device("cuda" if torch.cuda.is_initialized() else "cpu")).reset()  # loading begins
     with bar_if_watched(quiet) if progress is None else nullcontext(progress) as shown:
-        setup = prepare(recipe, overrides, loss=loss, grader=grader, resume=resume, overwrite=overwrite)
+        more = {} if shown is None else {"told": shown.phase}
+        setup = prepare(recipe, overrides, loss=loss, grader=grader, resume=resume, overwrite=overwrite, **more)
         watcher = Tracked((shown if setup.parts.ranks.is_main else None) or NullProgress())
         try:
             Trainer(setup, watcher).run()
@@ -119,6 +121,8 @@ class Trainer:
         assert "optimizer" not in self.setup.parts.stateful, "that is the name of the student's own"
         self.stateful: dict[str, Stateful] = {**self.setup.parts.stateful, "optimizer": self.optimizer}
         self.done, self.ledger = 0, self.setup.parts.ledger
+        self.supply = supply_for(self.recipe, self.setup, self._write)
+        self.stateful |= {"ahead": self.supply} if isinstance(self.supply, Ahead) else {}
         self.guards = Guards(self.recipe.guards)
         self.stop = BetweenSteps(lambda text: self.progress.note(text))
         if self.setup.resumed_from is not None:
@@ -186,12 +190,11 @@ class Trainer:
     def step(self) -> None:
         """One update of the student: write, score, learn."""
         recipe, ledger = self.recipe, self.ledger
-        step = Step(self.done, recipe.steps, recipe.seed * 1_000_003 + self.done)
+        step = self._step(self.done)
         factor = lr_factor(self.done, recipe.steps, recipe.optim)
-        prompts = self.setup.stream.take(recipe.rollout.prompts_per_step)
         self.progress.phase("rollouts")
         with ledger.timed("sampling"):
-            rollouts = self._graded(self.method.rollout(prompts, step))
+            rollouts = self._graded(self.supply.take(self.done))
         rollouts, share_masked = self.guards.mask(rollouts)
         self.progress.phase("teacher")
         with ledger.timed("scoring"):
@@ -199,6 +202,9 @@ class Trainer:
         self.progress.phase("student")
         with ledger.timed("training"):
             means, num_tokens, signal_bytes = self._accumulate(scored)
+        with ledger.timed("sampling"):
+            self.supply.settle()
+        with ledger.timed("training"):
             norm = self.optimizer.step(factor)
         with ledger.timed("sampling"):
             copy_weights(self.learner, self.student)
@@ -214,7 +220,14 @@ class Trainer:
             "signal_bytes": signal_bytes,
             "masked": share_masked,
         }
+        more |= self.supply.metrics()
         self._write_metrics(rollouts, means, num_tokens, more)
+
+    def _step(self, number: int) -> Step:
+        return Step(number, self.recipe.steps, self.recipe.seed * 1_000_003 + number)
+
+    def _write(self, prompts: Sequence[Prompt], number: int) -> list[Rollout]:
+        return self.method.rollout(prompts, self._step(number))
 
     def _graded(self, rollouts: list[Rollout]) -> list[Rollout]:
         """Return the rollouts with the reward of each that the student wrote in. Where responses were shortened there are
@@ -277,8 +290,7 @@ class Trainer:
             "flops": costs["flops"],
             **highest(self.ranks.gather(costs)),
         }
-        if self.setup.parts.teacher is not None:
-            row |= self.setup.parts.teacher.metrics()
+        row |= timeline.told(self.setup.engine, self.setup.parts.teacher, self.ledger)
         self.folder.metrics.append(row)
         self.progress.step(row)
         self._sound(self.guards.watch_step(row))

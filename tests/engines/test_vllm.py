@@ -25,7 +25,8 @@ from kibitz.config.teachers import RemoteTeacherConfig
 from kibitz.engines.sync import score
 from kibitz.engines.vllm import VLLMEngine
 from kibitz.servers import ServerError
-from kibitz.servers.commands import commands, running
+from kibitz.servers.commands import MODULE, commands
+from kibitz.servers.processes import Hosted
 from kibitz.teachers import ScoreRequest
 from kibitz.teachers.local import local_teacher
 from kibitz.teachers.remote import remote_teacher
@@ -34,6 +35,8 @@ from kibitz.types import Prompt, Sampling
 
 PYTHON = os.environ.get("KIBITZ_VLLM_PYTHON", str(ROOT / ".venv-vllm" / "bin" / "python"))
 PROMPTS = [Prompt(ids=(1, 5 + i, 6, 7), text="", key=str(i)) for i in range(6)]
+SMALL = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+         "DO_NOT_TRACK": "1"}  # fmt: skip
 SAMPLING = Sampling(max_tokens=24, num_samples=2, stop_ids=(2,), seed=3)
 
 
@@ -79,10 +82,20 @@ class World:
             eval={"num_prompts": 2},
         )  # fmt: skip
 
+    def start(self, found, logs: str):
+        hosted = Hosted([PYTHON, "-m", MODULE], self.root / logs)
+        self.stack.callback(hosted.close)
+        hosted.start(found, timeout=300, restarts=0)
+        return hosted.processes
+
     def commands(self):
         (teacher,) = commands(config.load(self.scoring), cpu=True)
         teacher = type(teacher)(
-            teacher.role, teacher.url, teacher.arguments, {**teacher.environment, "VLLM_SERVER_DEV_MODE": "1"}
+            teacher.role,
+            teacher.url,
+            teacher.arguments,
+            {**teacher.environment, "VLLM_SERVER_DEV_MODE": "1"},
+            teacher.name,
         )
         (student,) = commands(config.load(self.adapting), cpu=True)
         return teacher, student
@@ -92,11 +105,10 @@ class World:
 def world(tmp_path_factory):
     world = World(tmp_path_factory.mktemp("vllm"))
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
-        for name, value in {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1",
-                            "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}.items():  # fmt: skip
+        for name, value in SMALL.items():
             patch.setenv(name, value)
-        world.processes = stack.enter_context(running(world.commands(), PYTHON, world.root / "logs", timeout=300))
         world.stack = stack
+        world.processes = world.start(world.commands(), "logs")
         yield world
 
 
@@ -128,14 +140,12 @@ class KillAt(NullProgress):
 
     def step(self, row) -> None:
         if row["step"] == self.at:
-            os.killpg(self.world.processes[0].pid, signal.SIGKILL)
-            self.world.processes[0].wait(30)
+            self.world.processes[0].hang_up()
+            self.world.processes[0].end()
             self.thread.start()
 
     def _again(self) -> None:
-        self.world.stack.enter_context(
-            running(self.world.commands()[:1], PYTHON, self.world.root / "again", timeout=300)
-        )
+        self.world.start(self.world.commands()[:1], "again")
 
 
 def test_a_teacher_killed_in_mid_run_leaves_no_hole(world, caplog):
@@ -175,3 +185,35 @@ def test_a_lora_student_trains_on_a_servers_rollouts(world):
     section = {**world.adapting["rollout"], "server": {"tolerance": 1e-3}}
     run = kibitz.train({**world.adapting, "rollout": section, "steps": 4, "optim": {"lr": 0.01}})
     assert len(run.metrics) == 4 and (world.root / "adapting" / "weights" / "version-000005").is_dir()
+
+
+def test_a_run_starts_vllm_trains_a_tied_student_and_leaves_nothing(tmp_path, monkeypatch):
+    """No address, no command: all weights of a student whose head is tied, by reloads, under a teacher on a server. Then a server
+    dies in the middle of the next run, and another comes in its place."""
+    for name, value in {**SMALL, "KIBITZ_VLLM": PYTHON}.items():
+        monkeypatch.setenv(name, value)
+    student = make_model(tmp_path / "student", kind="llama", tie_word_embeddings=True, head_dim=32)
+    teacher = make_model(tmp_path / "teacher", seed=1, head_dim=32)
+    tree = small_recipe(
+        student, teacher, tmp_path / "run",
+        teacher={"engine": "vllm"}, data={"max_prompt_tokens": 64}, steps=3, optim={"lr": 0.01},
+        method={"type": "opd", "support": "top_k", "top_k": 5, "top_k_of": "teacher"},
+        rollout={"engine": "vllm", "server": {"tolerance": 1e-3}},
+    )  # fmt: skip
+    found: list[int] = []
+
+    class Killing(NullProgress):
+        def step(self, row) -> None:
+            assert row["sync"]["way"] == "reload"
+            for line in subprocess.run(
+                ["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True
+            ).stdout.splitlines():
+                if str(tmp_path) in line and "--uds" in line and "keeper.py" not in line:
+                    found.append(int(line.split()[0]))
+                    if row["step"] == 1 and "--enable-scale-out" not in line:
+                        os.kill(found[-1], signal.SIGKILL)
+
+    run = kibitz.train(tree, progress=Killing())
+    losses = [row["loss"] for row in run.metrics]
+    assert len(losses) == 3 and losses[-1] < losses[0] and len(set(found)) == 3
+    assert not any(Path(f"/proc/{pid}").exists() for pid in found)

@@ -1,9 +1,7 @@
 """`kibitz serve`: the commands say what a recipe needs, hold no key, bind to this machine; processes end with the block."""
 
 import json
-import os
 import sys
-from pathlib import Path
 
 import httpx
 import pytest
@@ -12,7 +10,8 @@ from typer.testing import CliRunner
 from kibitz import config
 from kibitz.cli import app
 from kibitz.servers import ServerError
-from kibitz.servers.commands import commands, running
+from kibitz.servers.commands import MODULE, Command, commands
+from kibitz.servers.processes import Hosted
 
 SERVER = """
 import http.server, sys
@@ -88,26 +87,39 @@ def test_a_server_that_others_can_reach_and_that_asks_for_no_key_is_warned_of(tm
     assert [row["warning"] for row in rows] == [None, None] and "--host ::1" in rows[0]["command"]
 
 
-def test_servers_are_up_inside_the_block_and_gone_after_it(tmp_path, fake_python):
+def test_servers_are_up_until_they_are_closed(tmp_path, fake_python):
     found = commands(config.load(tree(rollout={}, teacher={"url": "http://127.0.0.1:18977", "model": "t"})), cpu=True)
-    with running(found, fake_python, tmp_path / "logs", timeout=30) as (process,):
-        assert httpx.get("http://127.0.0.1:18977/health", trust_env=False).status_code == 200
-    assert process.poll() is not None
+    hosted = Hosted([fake_python, "-m", MODULE], tmp_path / "logs")
+    hosted.start(found, timeout=30, restarts=0)
+    assert httpx.get("http://127.0.0.1:18977/health", trust_env=False).status_code == 200
+    hosted.close()
+    assert (tmp_path / "logs" / "teacher-18977.log").is_file()
     with pytest.raises(httpx.ConnectError):
         httpx.get("http://127.0.0.1:18977/health", trust_env=False)
 
 
 def test_a_server_that_does_not_start_is_named(tmp_path, fake_python):
-    found = commands(
-        config.load(tree(rollout={}, teacher={"url": "http://127.0.0.1:18978", "model": "--fail"})), cpu=True
-    )
-    with (
-        pytest.raises(ServerError, match="teacher at http://127.0.0.1:18978 ended with code 3"),
-        running(found, fake_python, tmp_path / "logs", timeout=30),
+    failing = {"url": "http://127.0.0.1:18978", "model": "--fail"}
+    found = commands(config.load(tree(rollout={}, teacher=failing)), cpu=True)
+    with pytest.raises(
+        ServerError, match=r"the teacher that kibitz started \(teacher-18978\) ended before it was ready"
     ):
-        pass
-    elsewhere = commands(config.load(tree()), cpu=True)[:1]
-    elsewhere = [type(elsewhere[0])("student", "http://gpu7:8000", ())]
-    with pytest.raises(ValueError, match="not this machine"), running(elsewhere, fake_python, tmp_path):
-        pass
-    assert Path(fake_python).exists() and os.access(fake_python, os.X_OK)
+        Hosted([fake_python], tmp_path / "logs").start(found, timeout=30, restarts=0)
+    with pytest.raises(ValueError, match="http://gpu7:8000 is not this machine"):
+        Hosted([fake_python], tmp_path).start([Command("student", "http://gpu7:8000", ())], timeout=30, restarts=0)
+
+
+def test_the_gpus_of_a_recipe_are_those_of_its_commands(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    urls = ["http://localhost:8000", "http://localhost:8002"]
+    rollout = {"engine": "vllm", "urls": urls, "server": {"gpus": [0, 1]}}
+    teacher = {"url": "http://127.0.0.1:8001", "model": "t", "gpus": [2, 3], "memory": 0.8}
+    one, two, three = (
+        command.line() for command in commands(config.load(tree(rollout=rollout, teacher=teacher)), cpu=False)
+    )
+    assert "CUDA_VISIBLE_DEVICES=4 " in one and "CUDA_VISIBLE_DEVICES=5 " in two and "tensor-parallel" not in one + two
+    assert "CUDA_VISIBLE_DEVICES=6,7 " in three and "--tensor-parallel-size 2 --gpu-memory-utilization 0.8" in three
+    with pytest.raises(ValueError, match="3 GPUs for 2 servers: write a multiple"):
+        commands(config.load(tree(rollout={**rollout, "server": {"gpus": [0, 1, 2]}})), cpu=False)
+    with pytest.raises(ValueError, match="http://localhost:8002 and http://127.0.0.1:8001 are both on GPU 5"):
+        commands(config.load(tree(rollout=rollout, teacher={**teacher, "gpus": [1]})), cpu=False)

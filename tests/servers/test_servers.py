@@ -268,7 +268,6 @@ def test_rollouts_that_cannot_be_are_refused(engine, two_models, tmp_path, bend,
 def test_what_vllm_cannot_do_is_refused_in_the_recipe(two_models, tmp_path):
     base = recipe(two_models[0], two_models[1], tmp_path)
     for rollout, sentence in (
-        ({"engine": "vllm"}, "needs its servers: write rollout.urls"),
         ({"urls": ["http://127.0.0.1:1"]}, "urls belong to engine: vllm"),
         ({"engine": "vllm", "urls": ["http://127.0.0.1:1"], "epsilon": 0.1}, "drop rollout.epsilon"),
     ):

@@ -17,7 +17,7 @@ LEAST = {
     "teacher": {"model": "t"},
     "data": {"prompts": "p.jsonl"},
 }  # a recipe may have no less
-TIMES = {"seconds", "tokens_per_second", "peak_bytes", "host_peak_bytes"}
+TIMES = {"seconds", "tokens_per_second", "peak_bytes", "host_peak_bytes", "sync", "timeline"}
 
 
 def recipe(student: Path, teacher: Path | None, output: Path, /, **sections: Any) -> dict[str, Any]:

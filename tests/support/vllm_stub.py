@@ -6,6 +6,8 @@ What it says was compared with the real one by tests/test_vllm.py, which runs th
 import base64
 import io
 import json
+import socket
+import socketserver
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,15 +29,23 @@ Bend = Callable[[str, Any], Any]
 
 class Stub:
     """`with Stub(folder) as stub:` serves the model of a folder at `stub.url`. `asked` keeps every request's path, headers
-    and body; `generous` is whether per-position scoring is there (a GPU's V2 runner)."""
+    and body; `generous` is whether per-position scoring is there (a GPU's V2 runner); `path` is a socket to listen at instead
+    of a port."""
 
     def __init__(
-        self, folder: Path, name: str = "stub", bend: Bend | None = None, generous: bool = True, port: int = 0
+        self,
+        folder: Path,
+        name: str = "stub",
+        bend: Bend | None = None,
+        generous: bool = True,
+        port: int = 0,
+        path: str | None = None,
     ):
         self.model = load_model(ModelConfig(model=str(folder)), "stub", torch.device("cpu"))
         self.name, self.bend, self.generous = name, bend or (lambda path, answer: answer), generous
         self.asked: list[tuple[str, dict[str, str], Any]] = []
         self.loads = True  # whether new weights are really taken
+        self.key: str | None = None  # that a request must bring
         self._lock = threading.Lock()
         stub = self
 
@@ -51,7 +61,8 @@ class Stub:
             def _answer(self, body: Any) -> None:
                 path = self.path.split("?")[0]
                 stub.asked.append((path, dict(self.headers), body))
-                answer = stub.bend(path, stub.answer(path, body))
+                knows = stub.key is None or self.headers.get("Authorization") == f"Bearer {stub.key}"
+                answer = stub.bend(path, stub.answer(path, body)) if knows else (401, {"error": "Unauthorized"})
                 status, answer = answer if isinstance(answer, tuple) else (200, answer)
                 if answer is None:
                     self.close_connection = True
@@ -71,9 +82,13 @@ class Stub:
 
             def handle_error(self, *args: object) -> None: ...
 
-        self.server = Quiet(("127.0.0.1", port), Handler)
-        self.port = self.server.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        class AtSocket(Quiet):
+            address_family = socket.AF_UNIX
+            server_bind = socketserver.TCPServer.server_bind  # HTTPServer's wants a host and a port
+
+        self.server = Quiet(("127.0.0.1", port), Handler) if path is None else AtSocket(path, Handler)  # pyright: ignore
+        self.port = self.server.server_address[1] if path is None else 0
+        self.url = f"http://127.0.0.1:{self.port}" if path is None else f"unix:{path}"
 
     def __enter__(self) -> "Stub":
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -88,6 +103,8 @@ class Stub:
             match path:
                 case "/v1/models":
                     return {"data": [{"id": self.name, "parent": None, "max_model_len": 128}]}
+                case "/sleep" | "/wake_up":
+                    return {}
                 case "/health" | "/version":
                     return {"version": "0.33.0"}
                 case "/tokenize":
@@ -104,7 +121,8 @@ class Stub:
 
     def _reload(self, path: str) -> Any:
         if self.loads:
-            self.model.model.load_state_dict(load_file(Path(path) / "model.safetensors"), strict=False)
+            for file in Path(path).glob("*.safetensors"):
+                self.model.model.load_state_dict(load_file(file), strict=False)
         return {"results": [None]}
 
     def _write(self, ids: list[int], body: dict[str, Any], stop: list[int]) -> list[Rollout]:

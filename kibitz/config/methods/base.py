@@ -66,6 +66,9 @@ class MethodConfig(ExtrasConfig):
     stories: ClassVar[Mapping[str, str]] = {}
     """Other sentences, by the value of `source`, for methods in which `source` decides what was done."""
 
+    ahead: ClassVar[bool] = False
+    """Whether its rollouts may be a step older than the student that learns from them."""
+
     type: str
     normalize: Literal["token", "sequence"] = Field(
         "token",
@@ -85,6 +88,11 @@ class MethodConfig(ExtrasConfig):
     def needs_reference(self) -> bool:
         """Return True if a frozen reference model must be loaded."""
         return self.reference_kl > 0 or self.needs().reference
+
+    def can_be_ahead(self) -> bool:
+        """Return True if the student's servers alone write the text of a step, and its loss allows text of older weights."""
+        needs = self.needs()
+        return self.ahead and not needs.teacher_writes and needs.rollouts is None and self.replay == 0
 
     def check_extras(self) -> None:
         """Raise ValueError for extras that have no effect. This runs for every method, besides its own `check`."""

@@ -42,4 +42,6 @@ class GRPOConfig(GroupConfig):
         "tokens of a response shared its reward (GRPO)."
     )
 
+    ahead = True
+
     type: Literal["grpo"] = "grpo"

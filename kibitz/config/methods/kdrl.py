@@ -19,6 +19,8 @@ class KDRLConfig(GroupConfig):
         "student learnt from its reward and from what the teacher {teacher} said of every token (KDRL)."
     )
 
+    ahead = True
+
     type: Literal["kdrl"] = "kdrl"
     kl_coef: float = Field(
         5e-3, ge=0, description="Weight of the teacher's loss at the first step. 5e-3: KDRL (2506.02208)."

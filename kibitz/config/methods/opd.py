@@ -17,6 +17,8 @@ from kibitz.config.teachers import SignalKind, TeacherConfig
 class OPDConfig(SampledConfig, WritingConfig, AlignmentConfig, DistillationConfig):
     """On-policy distillation: the student writes, the teacher scores every token, the divergence is the loss."""
 
+    ahead = True
+
     title = "On-policy distillation"
     story = (
         "The student {student} wrote its own responses to {prompts}, the teacher {teacher} scored every token"
