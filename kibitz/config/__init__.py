@@ -23,20 +23,17 @@ from kibitz.config.methods.opd_policy import PolicyConfig
 from kibitz.config.methods.policy_gradient import PolicyGradientConfig
 from kibitz.config.methods.sft import SFTConfig
 from kibitz.config.methods.skd import SKDConfig
+from kibitz.config.models import FrozenConfig, LoraConfig, ModelConfig, StudentConfig
 from kibitz.config.reading import dump, json_schema, load, load_as, read_tree
 from kibitz.config.recipe import Recipe, register_method
 from kibitz.config.sections import (
     Columns,
     DataConfig,
     EvalConfig,
-    FrozenConfig,
-    LoraConfig,
-    ModelConfig,
     OptimConfig,
     ParallelConfig,
     RolloutConfig,
     SaveConfig,
-    StudentConfig,
     TrackConfig,
 )
 from kibitz.config.teachers import (

@@ -8,15 +8,14 @@ from kibitz.config.guards import GuardConfig
 from kibitz.config.methods import METHOD_CONFIGS, method_union
 from kibitz.config.methods.base import MethodConfig
 from kibitz.config.methods.opd import OPDConfig
+from kibitz.config.models import ModelConfig, StudentConfig
 from kibitz.config.sections import (
     DataConfig,
     EvalConfig,
-    ModelConfig,
     OptimConfig,
     ParallelConfig,
     RolloutConfig,
     SaveConfig,
-    StudentConfig,
     TrackConfig,
 )
 from kibitz.config.teachers import TeacherConfig, teacher_union

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from kibitz.config.base import Section
-from kibitz.config.sections import FrozenConfig, StudentConfig
+from kibitz.config.models import FrozenConfig, StudentConfig
 from kibitz.config.servers import HostedConfig, ServerConfig, ServerURL
 
 SignalKind = Literal["dense", "top_k", "named", "sampled", "spans", "span_distributions"]

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from kibitz.config.base import Section
-from kibitz.config.sections import FrozenConfig
+from kibitz.config.models import FrozenConfig
 
 
 class ReferenceConfig(FrozenConfig):
