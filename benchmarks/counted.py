@@ -32,8 +32,8 @@ from kibitz.engines.room import cache_bytes
 from kibitz.engines.sampling import sample
 from kibitz.losses.divergences import reverse_kl
 from kibitz.models.head import _WideProduct
+from kibitz.models.kept import fused_attention
 from kibitz.models.language_model import CHUNK_NUMBERS, forward_flops
-from kibitz.preflight.shapes import fused_attention
 
 HERE = Path(__file__).parent
 META = torch.device("meta")

@@ -32,7 +32,7 @@ def kept_on_meta(model: Any) -> float:
     mask = torch.ones(1, 1, num, num, dtype=torch.bool, device="meta")
     attends = bool(getattr(config, "num_attention_heads", None))
     options = {"attention_mask": mask} if attends else {}  # models without attention take masks of another form
-    with _fused_attention():
+    with fused_attention():
         return _kept_bytes(model, lambda: body_of(model)(ids, use_cache=False, **options)) / (ROWS * num)
 
 
@@ -73,7 +73,7 @@ class _Fused(torch.autograd.Function):
 
 
 @contextmanager
-def _fused_attention() -> Iterator[None]:
+def fused_attention() -> Iterator[None]:
     """A context inside which attention is one kernel, as on every device but meta, where torch takes it apart; heads share keys,
     as they do where no mask is written out."""
     apart, shares = F.scaled_dot_product_attention, sdpa_attention.use_gqa_in_sdpa
