@@ -139,6 +139,8 @@ class _Loop:
     shape: Any
     folder: Folder
     data: Collected = field(default_factory=lambda: Collected(np.empty(0), np.empty(0), None))
+    students: dict[int, Student] = field(default_factory=dict)
+    """Of iterations that this process has fitted; another would fit the same."""
 
     def take_up(self) -> None:
         checkpoint = newest(self.folder.path)
@@ -153,7 +155,7 @@ class _Loop:
         recipe = self.recipe
         for iteration in range(len(self.data.ends), recipe.method.iterations):
             played = self._collect(iteration)
-            student = self.data.fitted(recipe, self.shape, iteration)
+            student = self._student(iteration)
             step = iteration + 1
             metrics = {"step": step, "states": self.data.ends[-1], "agreement": played, **student.size()}
             row = evaluated(student.act, recipe.env, "validation", recipe.seed, recipe.method.validation)
@@ -166,12 +168,17 @@ class _Loop:
         """Add states; returns how often the student that visited them acted as the teacher would have."""
         reseed(self.teacher, seeds_of(f"teacher {iteration}", self.recipe.seed, 1)[0])
         by_teacher = iteration == 0 or self.recipe.method.type == "bc"
-        player = None if by_teacher else self.data.fitted(self.recipe, self.shape, iteration - 1)
+        player = None if by_teacher else self._student(iteration - 1)
         act: Act = (lambda seen: self.teacher.answer(seen).action) if player is None else player.act
         observed, acted = states(act, self.recipe, iteration)
         answer = self.teacher.answer(observed)
         self.data.add(observed, answer)
         return None if by_teacher else students.agreement(acted, answer.action, self.shape)
+
+    def _student(self, iteration: int) -> Student:
+        if iteration not in self.students:
+            self.students[iteration] = self.data.fitted(self.recipe, self.shape, iteration)
+        return self.students[iteration]
 
     def _save(self, step: int) -> None:
         def write(folder: Path) -> None:
@@ -188,7 +195,7 @@ class _Loop:
         recipe, folder = self.recipe, self.folder
         rows = [row for row in folder.evals.read() if row["split"] == "validation"]
         best = max(rows, key=lambda row: row["return"]["mean"])["step"]
-        student = self.data.fitted(recipe, self.shape, best - 1)
+        student = self._student(best - 1)
         names = students.names_of(recipe.env.id, self.shape.num_observed)
         section = export.write(student, names, folder.path)
         fresh = evaluated(student.act, recipe.env, "fresh episodes", recipe.seed, recipe.eval.last)

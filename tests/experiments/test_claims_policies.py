@@ -106,6 +106,7 @@ def put_tree(folder, env: str, name: str, seed: int, final: float, depth: int) -
         "depth": depth,
     }
     more = {"agreement_on_own_states": 0.9, "rules": "action 0", "exported": {"mean": final}, "final": {"mean": final}}
+    more["validation"] = final - depth  # of two students that play alike the smaller one is chosen
     write(folder / f"{env}-{name.replace(' ', '-')}-{seed}.json", row | more)
 
 
