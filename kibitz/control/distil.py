@@ -22,9 +22,9 @@ from kibitz.config import RecipeError
 from kibitz.control import export, frames, require, students
 from kibitz.control.build import build_teacher
 from kibitz.control.environments import Act, make, seeds_of, shape_of, visits
-from kibitz.control.folder import Folder, newest
+from kibitz.control.folder import Folder, newest, stop_if
 from kibitz.control.recipe import DistilRecipe
-from kibitz.control.rpd import ControlRun, Progress, Row, evaluated, first_look
+from kibitz.control.rpd import Asked, ControlRun, Progress, Row, evaluated, first_look, nobody
 from kibitz.control.students import Labelled, Student
 from kibitz.control.teachers import Answer, Teacher, reseed
 from kibitz.files import write_atomically
@@ -92,9 +92,14 @@ class Collected:
 
 
 def run(
-    recipe: DistilRecipe, resume: bool = False, overwrite: bool = False, progress: Progress | None = None
+    recipe: DistilRecipe,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    asked: Asked = nobody,
 ) -> ControlRun:
-    """Fit, play and fit again as the recipe says; the best student's files stand in the run's folder."""
+    """Fit, play and fit again as the recipe says; the best student's files stand in the run's folder. Stopped (a
+    KeyboardInterrupt) between two iterations where it is `asked` to stop."""
     require()
     torch.set_num_threads(recipe.threads or torch.get_num_threads())
     shape = shape_of(make(recipe.env), recipe.env.id)
@@ -111,7 +116,7 @@ def run(
     )
     folder = Folder(recipe, f"{TITLES[recipe.method.type]} of {KINDS[recipe.student.type]}", told)
     with folder.open(resume, overwrite):
-        loop = _Loop(recipe, teacher, shape, folder)
+        loop = _Loop(recipe, teacher, shape, folder, asked)
         loop.take_up()
         if progress is not None:
             progress.start(Counted(recipe.method.iterations), len(loop.data.ends))
@@ -138,6 +143,7 @@ class _Loop:
     teacher: Teacher
     shape: Any
     folder: Folder
+    asked: Asked
     data: Collected = field(default_factory=lambda: Collected(np.empty(0), np.empty(0), None))
     students: dict[int, Student] = field(default_factory=dict)
     """Of iterations that this process has fitted; another would fit the same."""
@@ -154,6 +160,7 @@ class _Loop:
     def rows(self) -> Iterator[dict[str, Row]]:
         recipe = self.recipe
         for iteration in range(len(self.data.ends), recipe.method.iterations):
+            stop_if(self.asked(), iteration)
             played = self._collect(iteration)
             student = self._student(iteration)
             step = iteration + 1
