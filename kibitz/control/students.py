@@ -36,9 +36,11 @@ class TreeStudent:
     shape: Shape
 
     def act(self, observed_BO: np.ndarray) -> np.ndarray:
-        found = self.model.predict(observed_BO.astype(np.float32))
+        found = self.model.tree_.predict(
+            observed_BO.astype(np.float32)
+        )  # what `predict` does after its checks of the input
         if self.shape.discrete:
-            return found
+            return self.model.classes_.take(found.reshape(len(observed_BO), -1).argmax(1))
         return found.reshape(len(observed_BO), -1).clip(self.shape.low_A, self.shape.high_A)
 
     def size(self) -> dict[str, int]:
