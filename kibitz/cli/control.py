@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.text import Text
 from kibitz.cli.options import Overwrite, Resume
 from kibitz.cli.output import Output, harmless
 from kibitz.training.progress import Bar
+from kibitz.training.stopping import BetweenSteps
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -111,13 +113,17 @@ def _run(out: Output, name: str, path: str, overrides: list[str], resume: bool, 
     control.require()
     try:
         with Bar(out.errors) if out.live else nullcontext() as bar:
-            run = _loop(name)(recipe, resume, overwrite, bar)
-    except KeyboardInterrupt:
+            stop = BetweenSteps(lambda text: None if bar is None else bar.note(text))
+            with stop:
+                run = _loop(name)(recipe, resume, overwrite, bar, lambda: stop.number)
+    except KeyboardInterrupt as stopped:
+        if (Path(recipe.output) / "run.json").is_file():
+            report.build([Path(recipe.output)])
         again = shlex.join(["kibitz", "control", name, path, *overrides, "--resume"])
         out.errors.print(
             f"stopped; the run is in {recipe.output}, continue with: {again}", markup=False, soft_wrap=True
         )
-        raise typer.Exit(130) from None
+        raise typer.Exit(128 + (stopped.args or (signal.SIGINT,))[0]) from None
     page = report.build([run.folder])
     tree = {"folder": run.folder, "report": page, "before": run.evals[0], "after": run.evals[-1]}
 

@@ -22,9 +22,9 @@ from kibitz.config import RecipeError
 from kibitz.control import export, frames, require, students
 from kibitz.control.build import build_teacher
 from kibitz.control.environments import Act, make, seeds_of, shape_of, visits
-from kibitz.control.folder import Folder, newest
+from kibitz.control.folder import Folder, newest, stop_if
 from kibitz.control.recipe import DistilRecipe
-from kibitz.control.rpd import ControlRun, Progress, Row, evaluated, first_look
+from kibitz.control.rpd import Asked, ControlRun, Progress, Row, evaluated, first_look, nobody
 from kibitz.control.students import Labelled, Student
 from kibitz.control.teachers import Answer, Teacher, reseed
 from kibitz.files import write_atomically
@@ -92,9 +92,14 @@ class Collected:
 
 
 def run(
-    recipe: DistilRecipe, resume: bool = False, overwrite: bool = False, progress: Progress | None = None
+    recipe: DistilRecipe,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    asked: Asked = nobody,
 ) -> ControlRun:
-    """Fit, play and fit again as the recipe says; the best student's files stand in the run's folder."""
+    """Fit, play and fit again as the recipe says; the best student's files stand in the run's folder. Stopped (a
+    KeyboardInterrupt) between two iterations where it is `asked` to stop."""
     require()
     torch.set_num_threads(recipe.threads or torch.get_num_threads())
     shape = shape_of(make(recipe.env), recipe.env.id)
@@ -111,7 +116,7 @@ def run(
     )
     folder = Folder(recipe, f"{TITLES[recipe.method.type]} of {KINDS[recipe.student.type]}", told)
     with folder.open(resume, overwrite):
-        loop = _Loop(recipe, teacher, shape, folder)
+        loop = _Loop(recipe, teacher, shape, folder, asked)
         loop.take_up()
         if progress is not None:
             progress.start(Counted(recipe.method.iterations), len(loop.data.ends))
@@ -138,7 +143,10 @@ class _Loop:
     teacher: Teacher
     shape: Any
     folder: Folder
+    asked: Asked
     data: Collected = field(default_factory=lambda: Collected(np.empty(0), np.empty(0), None))
+    students: dict[int, Student] = field(default_factory=dict)
+    """Of iterations that this process has fitted; another would fit the same."""
 
     def take_up(self) -> None:
         checkpoint = newest(self.folder.path)
@@ -152,8 +160,9 @@ class _Loop:
     def rows(self) -> Iterator[dict[str, Row]]:
         recipe = self.recipe
         for iteration in range(len(self.data.ends), recipe.method.iterations):
+            stop_if(self.asked(), iteration)
             played = self._collect(iteration)
-            student = self.data.fitted(recipe, self.shape, iteration)
+            student = self._student(iteration)
             step = iteration + 1
             metrics = {"step": step, "states": self.data.ends[-1], "agreement": played, **student.size()}
             row = evaluated(student.act, recipe.env, "validation", recipe.seed, recipe.method.validation)
@@ -166,12 +175,17 @@ class _Loop:
         """Add states; returns how often the student that visited them acted as the teacher would have."""
         reseed(self.teacher, seeds_of(f"teacher {iteration}", self.recipe.seed, 1)[0])
         by_teacher = iteration == 0 or self.recipe.method.type == "bc"
-        player = None if by_teacher else self.data.fitted(self.recipe, self.shape, iteration - 1)
+        player = None if by_teacher else self._student(iteration - 1)
         act: Act = (lambda seen: self.teacher.answer(seen).action) if player is None else player.act
         observed, acted = states(act, self.recipe, iteration)
         answer = self.teacher.answer(observed)
         self.data.add(observed, answer)
         return None if by_teacher else students.agreement(acted, answer.action, self.shape)
+
+    def _student(self, iteration: int) -> Student:
+        if iteration not in self.students:
+            self.students[iteration] = self.data.fitted(self.recipe, self.shape, iteration)
+        return self.students[iteration]
 
     def _save(self, step: int) -> None:
         def write(folder: Path) -> None:
@@ -188,7 +202,7 @@ class _Loop:
         recipe, folder = self.recipe, self.folder
         rows = [row for row in folder.evals.read() if row["split"] == "validation"]
         best = max(rows, key=lambda row: row["return"]["mean"])["step"]
-        student = self.data.fitted(recipe, self.shape, best - 1)
+        student = self._student(best - 1)
         names = students.names_of(recipe.env.id, self.shape.num_observed)
         section = export.write(student, names, folder.path)
         fresh = evaluated(student.act, recipe.env, "fresh episodes", recipe.seed, recipe.eval.last)

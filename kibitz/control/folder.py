@@ -3,6 +3,7 @@
 import json
 import platform
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,20 @@ from kibitz.files import JSONL, Lock, checkpoints, commit, earlier_parts, in_wor
 FREE_TO_CHANGE = {"output", "threads"}
 WRITTEN = ("run.json", "report.html", "shown.json", "policy.py", "policy.txt", "policy.svg", "policy.onnx", "before.png",
            "after.png", "metrics.jsonl", "evals.jsonl", "recipe.yaml")  # fmt: skip
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to end, and it did between two iterations. Its first argument is the number of the signal."""
+
+    def __init__(self, number: int, step: int):
+        super().__init__(number)
+        self.words = f"{signal.Signals(number).name} after step {step}"
+
+
+def stop_if(asked: int, step: int) -> None:
+    """Raise Stopped where `asked`, the number of a signal, is not 0."""
+    if asked:
+        raise Stopped(asked, step)
 
 
 class Folder:
@@ -55,7 +70,8 @@ class Folder:
             yield
         except BaseException as error:
             with suppress(OSError):  # of a full disk, the first error says it
-                self._end("stopped" if isinstance(error, KeyboardInterrupt) else "failed", in_words(error))
+                words = error.words if isinstance(error, Stopped) else in_words(error)
+                self._end("stopped" if isinstance(error, KeyboardInterrupt) else "failed", words)
             raise
         finally:
             lock.release()

@@ -103,6 +103,28 @@ def of_gplearn(program: Sequence[Any]) -> Node:
     return read()
 
 
+OF_OPERON = {"Add": "add", "Sub": "sub", "Mul": "mul"}
+
+
+def of_operon(nodes: Sequence[Any], columns: Mapping[int, int]) -> Node:
+    """The tree of an operon program, a list in which an operation comes after its operands, the first of them last. A variable
+    has a coefficient; `columns` says which number of the observation a hash is."""
+    parts = iter(reversed(nodes))
+
+    def read() -> Node:
+        part = next(parts)
+        if part.IsConstant:
+            return ("c", float(part.Value))
+        if part.IsVariable:
+            return ("mul", ("c", float(part.Value)), ("x", columns[part.HashValue]))
+        name, operands = OF_OPERON[part.Type.name], [read() for _ in range(part.Arity)]
+        if len(operands) == 1:
+            return (name, ("c", 0.0), operands[0]) if name == "sub" else operands[0]
+        return reduce(lambda a, b: (name, a, b), operands)
+
+    return read()
+
+
 # ------------------------------------------------------------------ ONNX
 
 

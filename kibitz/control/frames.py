@@ -18,7 +18,7 @@ def draw(folder: Path, name: str) -> str:
     try:
         ended = subprocess.run(
             [sys.executable, "-m", MODULE, str(folder), str(folder / name)],
-            capture_output=True, text=True, timeout=SECONDS, check=False, env=quiet,
+            capture_output=True, text=True, timeout=SECONDS, check=False, env=quiet, start_new_session=True,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"no picture was drawn within {SECONDS} s"

@@ -172,15 +172,21 @@ class StudentConfig(Section):
     type: Literal["tree", "linear", "polynomial", "symbolic"] = Field(
         "tree",
         description="tree: CART of scikit-learn; linear: least squares, or logistic for discrete actions; polynomial: sparse; "
-        "symbolic: gplearn.",
+        "symbolic: a formula that is searched for.",
     )
     depth: int | None = Field(None, ge=1, description="Of a tree. null: 3, or as leaves allow.")
     leaves: int | None = Field(None, ge=2, description="Of a tree, at most.")
     degree: int = Field(2, ge=1, le=5, description="Of a polynomial's monomials.")
     terms: int = Field(8, ge=1, description="Monomials of a polynomial at most, for each output.")
+    search: Literal["gplearn", "operon"] = Field(
+        "gplearn", description="Of a formula. operon: pyoperon, faster, its constants are fitted; pip install pyoperon."
+    )
+    nodes: int = Field(30, ge=3, description="Of a formula of operon, at most. 50 is operon's.")
     population: int = Field(500, ge=10, description="Formulas of a generation. 1,000 is gplearn's.")
     generations: int = Field(15, ge=1, description="20 is gplearn's.")
-    parsimony: float = Field(0.002, ge=0, description="Price of a node, in the unit of the loss. 0.001 is gplearn's.")
+    parsimony: float = Field(
+        0.002, ge=0, description="Of gplearn: price of a node, in the unit of the loss. 0.001 is gplearn's."
+    )
     functions: list[Literal["add", "sub", "mul", "div", "abs", "max", "min"]] = Field(
         default=["add", "sub", "mul"], min_length=1, description="A formula is made of these."
     )
@@ -189,7 +195,7 @@ class StudentConfig(Section):
     def _own(self) -> "StudentConfig":
         own = {
             "tree": {"depth", "leaves"}, "linear": set(), "polynomial": {"degree", "terms"},
-            "symbolic": {"population", "generations", "parsimony", "functions"},
+            "symbolic": {"search", "nodes", "population", "generations", "parsimony", "functions"},
         }  # fmt: skip
         fields = type(self).model_fields
         changed = {
@@ -198,6 +204,12 @@ class StudentConfig(Section):
         for name in sorted(changed - {"type"} - own[self.type]):
             owner = next(kind for kind, names in own.items() if name in names)
             raise ValueError(f"{name} is a setting of {owner}: leave it out, or write type: {owner}")
+        if other := changed & ({"nodes"} if self.search == "gplearn" else {"parsimony"}):
+            raise ValueError(
+                f"{min(other)} is no setting of search {self.search}: leave it out, or choose the other search"
+            )
+        if self.search == "operon" and (odd := set(self.functions) - {"add", "sub", "mul"}):
+            raise ValueError(f"functions: operon searches with add, sub and mul, not {min(odd)}: write search: gplearn")
         return self
 
 

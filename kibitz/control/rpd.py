@@ -5,7 +5,7 @@ from a seed of that step. So a run that was killed goes on bit for bit, whatever
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +19,7 @@ from stable_baselines3.common.utils import set_random_seed
 from kibitz.control import frames, require
 from kibitz.control.build import build_teacher
 from kibitz.control.environments import Act, make, returns, seeds_of, shape_of, vectorised
-from kibitz.control.folder import Folder, newest
+from kibitz.control.folder import Folder, newest, stop_if
 from kibitz.control.recipe import EnvConfig, RPDRecipe
 from kibitz.control.taught import Episodes, TaughtPPO, check, plain
 from kibitz.control.teachers import reseed
@@ -59,10 +59,23 @@ class ControlRun:
     evals: list[Row]
 
 
+Asked = Callable[[], int]
+"""Says which signal asks a run to stop; 0: none."""
+
+
+def nobody() -> int:
+    return 0
+
+
 def run(
-    recipe: RPDRecipe, resume: bool = False, overwrite: bool = False, progress: Progress | None = None
+    recipe: RPDRecipe,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    asked: Asked = nobody,
 ) -> ControlRun:
-    """Train as the recipe says; ValueError for what cannot be, TeacherError for a teacher that fails."""
+    """Train as the recipe says; ValueError for what cannot be, TeacherError for a teacher that fails, Stopped (a
+    KeyboardInterrupt) between two iterations where it is `asked` to stop."""
     require()
     torch.set_num_threads(recipe.threads or torch.get_num_threads())
     shape = shape_of(make(recipe.env), recipe.env.id)
@@ -74,7 +87,7 @@ def run(
     if teacher is not None:
         check(model.lesson, shape, first)
     with folder.open(resume, overwrite):
-        loop = _Loop(recipe, model, folder)
+        loop = _Loop(recipe, model, folder, asked)
         loop.take_up()
         if progress is not None:
             progress.start(recipe, loop.done)
@@ -121,6 +134,7 @@ class _Loop:
     recipe: RPDRecipe
     model: TaughtPPO
     folder: Folder
+    asked: Asked
     done: int = 0
     ended: bool = False
     shown: list[Row] = field(default_factory=list)
@@ -140,19 +154,21 @@ class _Loop:
         recipe, size = self.recipe, self.recipe.ppo.num_steps * self.recipe.env.num_envs
         episodes = Episodes()
         if self.done == 0:
-            yield "evals", self._evaluate("episodes", recipe.eval.episodes)
+            row = self._evaluate("episodes", recipe.eval.episodes)
             self._save()
+            yield "evals", row
             self._draw("before.png", "An episode before training")
         while self.done < recipe.steps and not self.ended:
             self._fresh()
             for _ in range(recipe.eval.every):
+                stop_if(self.asked(), self.done)
                 yield "metrics", self._iterate(size, episodes)
                 if self.done >= recipe.steps:
                     break
             row = self._evaluate("episodes", recipe.eval.episodes)
-            yield "evals", row
             self.ended = recipe.stop_at is not None and row["return"]["mean"] >= recipe.stop_at
             self._save()
+            yield "evals", row
         yield "evals", self._evaluate("fresh episodes", recipe.eval.last)
         self._draw("after.png", "An episode after training")
         self.folder.show(self.shown)

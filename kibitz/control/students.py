@@ -36,9 +36,11 @@ class TreeStudent:
     shape: Shape
 
     def act(self, observed_BO: np.ndarray) -> np.ndarray:
-        found = self.model.predict(observed_BO.astype(np.float32))
+        found = self.model.tree_.predict(
+            observed_BO.astype(np.float32)
+        )  # what `predict` does after its checks of the input
         if self.shape.discrete:
-            return found
+            return self.model.classes_.take(found.reshape(len(observed_BO), -1).argmax(1))
         return found.reshape(len(observed_BO), -1).clip(self.shape.low_A, self.shape.high_A)
 
     def size(self) -> dict[str, int]:
@@ -160,7 +162,8 @@ def _for_all(outputs: tuple[Node, ...], data: Labelled, shape: Shape) -> tuple[N
 
 
 def _symbolic(config: StudentConfig, data: Labelled, shape: Shape, seed: int) -> FormulaStudent:
-    """gplearn, one search for each output: logistic loss of one action against the others, or squared error."""
+    """A search for each output. gplearn: logistic loss of one action against the others, or squared error; operon: squared error,
+    of one action against the others to 1 and -1."""
     if shape.discrete and len(np.unique(data.action)) == 1:
         return FormulaStudent(_for_all((("c", 1.0),), data, shape), shape, "symbolic")
     if not shape.discrete:
@@ -176,6 +179,8 @@ def _search(config: StudentConfig, data: Labelled, target_N: np.ndarray, discret
 
     if discrete and len(np.unique(target_N)) == 1:
         return ("c", 1.0 if target_N[0] else -1e9)
+    if config.search == "operon":
+        return _operon(config, data, np.where(target_N, 1.0, -1.0) if discrete else target_N, seed)
     common: dict[str, Any] = {
         "population_size": config.population, "generations": config.generations, "function_set": tuple(config.functions),
         "parsimony_coefficient": config.parsimony, "random_state": seed, "tournament_size": 20, "const_range": (-2.0, 2.0),
@@ -185,6 +190,24 @@ def _search(config: StudentConfig, data: Labelled, target_N: np.ndarray, discret
         model = SymbolicClassifier(**common) if discrete else SymbolicRegressor(metric="mse", **common)
         model.fit(data.observed_NO, target_N.astype(int) if discrete else target_N, sample_weight=data.weight_N)
     return formulas.of_gplearn(model._program.program)
+
+
+def _operon(config: StudentConfig, data: Labelled, target_N: np.ndarray, seed: int) -> Node:
+    """The formula of the Pareto front of error and length that operon finds shortest to describe, at one thread."""
+    try:
+        from pyoperon.sklearn import SymbolicRegressor
+    except ImportError:
+        raise ValueError(
+            "student.search: operon needs pyoperon, which is not installed: pip install pyoperon"
+        ) from None
+    model = SymbolicRegressor(
+        allowed_symbols=",".join([*config.functions, "constant", "variable"]), population_size=config.population,
+        generations=config.generations, max_length=config.nodes, objectives=["mse", "length"], n_threads=1,
+        optimizer_iterations=3, random_state=seed,
+    )  # fmt: skip
+    model.fit(data.observed_NO.astype(np.float64), target_N.astype(np.float64))
+    columns = {place: number for number, place in enumerate(model.variables_)}
+    return formulas.of_operon(model.model_.Nodes, columns)
 
 
 FITS: Mapping[str, Callable[[StudentConfig, Labelled, Shape, int], Student]] = {

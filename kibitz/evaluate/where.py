@@ -50,12 +50,27 @@ class Place:
 
 @dataclass(frozen=True)
 class Feature:
-    """A question to a place; `yes` and `no` are its two answers in words, with `{}` for the threshold of a number."""
+    """A question to a place. Of a number `above`, `below` and `between` say on which side of a threshold it is, with `{}` for the
+    threshold, and `whole` that it is counted; of another question `above` is yes and `below` no, `about` the
+    `token` or the one `before` it, and `exact` that it names its text."""
 
     value: Callable[[Place], float]
-    yes: str
-    no: str
-    is_number: bool = False
+    above: str
+    below: str
+    between: str = ""
+    whole: bool = False
+    about: str = ""
+    exact: bool = False
+
+    def words(self, low: float | None, high: float | None) -> str:
+        """The answer: more than `low` and at most `high`, where each is given."""
+        shown = [None if edge is None else self._shown(edge) for edge in (low, high)]
+        if None not in shown:
+            return self.between.format(*shown)
+        return self.below.format(shown[1]) if low is None else self.above.format(shown[0])
+
+    def _shown(self, threshold: float) -> str:
+        return str(math.ceil(threshold)) if self.whole else f"{threshold:.2g}"
 
 
 @dataclass(frozen=True)
@@ -93,39 +108,49 @@ def features(found: Sequence[Place]) -> list[Feature]:
     counts, after = Counter(place.text for place in found), Counter(place.before for place in found)
     num = len(found)
     asked = [
-        Feature(lambda p: p.position, "from token {} on", "before token {}", True),
-        Feature(lambda p: p.nesting, "at least {} brackets deep", "less than {} brackets deep", True),
+        Feature(
+            lambda p: p.position,
+            "after the first {} tokens",
+            "in the first {} tokens",
+            "after the first {} and within the first {} tokens",
+            whole=True,
+        ),
+        Feature(
+            lambda p: p.nesting,
+            "at least {} brackets deep",
+            "less than {} brackets deep",
+            "at least {} and less than {} brackets deep",
+            whole=True,
+        ),
         Feature(
             lambda p: p.entropy,
             "where the teacher's entropy is above {} nats",
-            "where the teacher's entropy is below {} nats",
-            True,
+            "where the teacher's entropy is at most {} nats",
+            "where the teacher's entropy is between {} and {} nats",
         ),
         Feature(
             lambda p: counts[p.text] / num,
             "where the token is more frequent than {}",
-            "where the token is rarer than {}",
-            True,
+            "where the token is at most as frequent as {}",
+            "where the token's frequency is between {} and {}",
         ),
     ]
-    for name, belongs in CLASSES.items():
-        asked.append(
-            Feature(
-                lambda p, b=belongs: float(b(p.text)), f"where the token is {name}", f"where the token is not {name}"
-            )
-        )
-        asked.append(Feature(lambda p, b=belongs: float(b(p.before)), f"after {name}", f"not after {name}"))
-    for text in _frequent(counts, num):
-        shown = _code(text)
-        asked.append(
-            Feature(
-                lambda p, t=text: float(p.text == t), f"where the token is {shown}", f"where the token is not {shown}"
-            )
-        )
-    for text in _frequent(after, num):
-        shown = _code(text)
-        asked.append(Feature(lambda p, t=text: float(p.before == t), f"after {shown}", f"not after {shown}"))
+    classes = [(name, belongs, False) for name, belongs in CLASSES.items()]
+    for shown, belongs, exact in [*classes, *((_code(t), t.__eq__, True) for t in _frequent(counts, num))]:
+        asked.append(_of_token(shown, belongs, exact))
+    for shown, belongs, exact in [*classes, *((_code(t), t.__eq__, True) for t in _frequent(after, num))]:
+        asked.append(_of_before(shown, belongs, exact))
     return asked
+
+
+def _of_token(shown: str, belongs: Callable[[str], bool], exact: bool) -> Feature:
+    yes, no = f"where the token is {shown}", f"where the token is not {shown}"
+    return Feature(lambda p: float(belongs(p.text)), yes, no, about="token", exact=exact)
+
+
+def _of_before(shown: str, belongs: Callable[[str], bool], exact: bool) -> Feature:
+    yes, no = f"after {shown}", f"not after {shown}"
+    return Feature(lambda p: float(belongs(p.before)), yes, no, about="before", exact=exact)
 
 
 def _frequent(counts: Counter[str], num: int) -> list[str]:
@@ -171,25 +196,31 @@ def _half(prompt: str) -> int:
 
 
 def _paths(tree: Any, asked: Sequence[Feature]) -> dict[int, str]:
-    """leaf -> its conditions in words. A yes to a text makes noes to other texts superfluous, and of several thresholds of a
-    number on one side the last is the narrowest."""
+    """leaf -> its conditions in words."""
     found: dict[int, str] = {}
 
-    def walk(node: int, said: dict[tuple[int, bool], tuple[bool, str]]) -> None:
+    def walk(node: int, said: dict[int, tuple[float | None, float | None]]) -> None:
         left, right = int(tree.children_left[node]), int(tree.children_right[node])
         if left == right:
-            yes = [words for is_yes, words in said.values() if is_yes]
-            found[node] = ", ".join(yes or [words for _, words in said.values()]) or "everywhere"
+            found[node] = _told(said, asked)
             return
-        number = int(tree.feature[node])
-        feature, threshold = asked[number], float(tree.threshold[node])
-        at = f"{math.ceil(threshold) if threshold > 1 else threshold:.3g}"
-        no, yes = ((words.format(at) if feature.is_number else words) for words in (feature.no, feature.yes))
-        walk(left, {**said, (number, False): (feature.is_number, no)})
-        walk(right, {**said, (number, True): (True, yes)})
+        number, threshold = int(tree.feature[node]), float(tree.threshold[node])
+        low, high = said.get(number, (None, None))
+        walk(left, {**said, number: (low, threshold)})
+        walk(right, {**said, number: (threshold, high)})
 
     walk(0, {})
     return found
+
+
+def _told(said: dict[int, tuple[float | None, float | None]], asked: Sequence[Feature]) -> str:
+    """The conditions: what is so of the tokens, what is not, and numbers. Where a text is named, what it is not goes unsaid."""
+    named = {asked[number].about for number, (low, _) in said.items() if low is not None and asked[number].exact}
+    numbers = [asked[number].words(*edges) for number, edges in said.items() if asked[number].between]
+    texts = [(asked[number], low is not None) for number, (low, _) in said.items() if not asked[number].between]
+    yes = [feature.above for feature, is_so in texts if is_so]
+    no = [feature.below for feature, is_so in texts if not is_so and feature.about not in named]
+    return ", ".join([*sorted(yes, key=lambda words: not words.startswith("after")), *no, *numbers]) or "everywhere"
 
 
 def write(folder: Path) -> list[str]:

@@ -70,6 +70,7 @@ class Play:
             kept = ("teacher_return", "agreement_on_own_states", "best_iterate", "depth", "leaves", "terms", "nodes")
             return {
                 "final": run.evals[-1]["return"], "episodes": run.evals[-1]["num_episodes"],
+                "validation": max(r["return"]["mean"] for r in run.evals if r["split"] == "validation"),
                 "states": run.metrics[-1]["states"], "rules": (run.folder / "policy.txt").read_text(encoding="utf-8"),
                 "exported": plays_alike(recipe, run.folder), **{key: info[key] for key in kept if key in info},
             }  # fmt: skip

@@ -1,6 +1,8 @@
 """Students that can be read: VIPER's weights by hand, sampling, and exports that act as the student does."""
 
+from dataclasses import dataclass
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ pytest.importorskip("stable_baselines3")
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kibitz.config import RecipeError, load_as
 from kibitz.control import distil, environments, export, formulas, students
 from kibitz.control.environments import Shape
 from kibitz.control.recipe import EnvConfig, StudentConfig
@@ -177,3 +180,53 @@ def test_python_and_numpy_give_the_same_bits(node):
     space: dict = {}
     exec(f"{helpers}\ndef f(o):\n    return {formulas.source(node)}\n", space)
     assert [float(space["f"](row.tolist())) for row in seen] == formulas.evaluate(node, seen).tolist()
+
+
+# ------------------------------------------------------------------ operon
+
+
+@dataclass(frozen=True)
+class Part:
+    """A node as operon's programs have it."""
+
+    kind: str
+    number: float = 0.0
+    place: int = 0
+    num_operands: int = 0
+
+    IsConstant = property(lambda self: self.kind == "Constant")
+    IsVariable = property(lambda self: self.kind == "Variable")
+    Value = property(lambda self: self.number)
+    HashValue = property(lambda self: self.place)
+    Arity = property(lambda self: self.num_operands)
+    Type = property(lambda self: SimpleNamespace(name=self.kind))
+
+
+def test_a_program_of_operon_is_read_from_its_end():
+    """An operation comes after its operands, the first of them last: 3 - 2 x0."""
+    program = [Part("Variable", 2.0, place=77), Part("Constant", 3.0), Part("Sub", num_operands=2)]
+    node = formulas.of_operon(program, {77: 0})
+    assert formulas.text(node, ["speed"]) == "3 - 2 * speed"
+    negated = formulas.of_operon([Part("Variable", 2.0, place=77), Part("Sub", num_operands=1)], {77: 0})
+    assert formulas.evaluate(negated, np.array([[5.0]])).tolist() == [-10.0]
+
+
+def test_a_setting_of_the_other_search_is_refused():
+    for settings, words in (
+        ({"nodes": 9}, "nodes is no setting of search gplearn"),
+        ({"search": "operon", "parsimony": 0.1}, "parsimony is no setting of search operon"),
+        ({"search": "operon", "functions": ["div"]}, "operon searches with add, sub and mul, not div"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            load_as(StudentConfig, {"type": "symbolic", **settings})
+
+
+def test_operon_finds_the_formula_there_is_and_its_export_acts_alike():
+    pytest.importorskip("pyoperon")
+    config = StudentConfig(type="symbolic", search="operon", population=200, generations=20)
+    seen = np.random.default_rng(0).normal(size=(300, 3)).clip(-1, 1)
+    teacher = 1.5 * seen[:, :1] * seen[:, 1:2] - 0.2
+    student = students.fit(config, Labelled(seen, teacher, np.ones(300)), shape(PENDULUM), 0)
+    assert np.abs(student.act(seen) - teacher).max() < 1e-3
+    act = export.load(export.python(student))
+    assert [act(row.tolist()) for row in seen] == student.act(seen).tolist()

@@ -3,10 +3,6 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -114,27 +110,6 @@ def test_a_folder_has_one_writer_and_says_how_each_part_ended(name, tmp_path):
     assert (whole["status"], [part["ended_by"] for part in whole["parts"]]) == ("finished", ["Killed"])
     assert whole["seconds"] > whole["parts"][0]["seconds"] > 0
     assert newest(folder).with_name(f"{kept.name}.bak").is_dir()
-
-
-@pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path):
-    """By SIGKILL, at whatever moment it comes, in an environment with long episodes that stable-baselines3 could not save."""
-    tree = rpd_recipe(tmp_path / "whole", env={"id": "Pendulum-v1", "num_envs": 2})
-    tree = {**tree, "method": {"type": "ppo"}, "steps": 32 * 60, "teacher": None}
-    whole = rpd.run(load_as(RPDRecipe, tree))
-    tree = {**tree, "output": str(tmp_path / "killed")}
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
-    command = [sys.executable, "-m", "kibitz", "control", "rpd", str(tmp_path / "r.yaml"), "--json"]
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    metrics, deadline = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 120
-    while not metrics.is_file() or len(metrics.read_text().splitlines()) < 7:
-        assert running.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    os.kill(running.pid, signal.SIGKILL)
-    running.wait()
-    assert len(metrics.read_text().splitlines()) < 60, "it was killed before its end"
-    killed = rpd.run(load_as(RPDRecipe, tree), resume=True)
-    assert without_clock(killed.metrics) == without_clock(whole.metrics) and killed.evals == whole.evals
 
 
 def test_it_stops_where_the_return_is_enough(tmp_path):

@@ -57,6 +57,40 @@ def test_what_the_teacher_likes_more_costs_nothing_and_what_it_did_not_judge_is_
     assert [place.penalty for place in where.places([{"prompt": "p", "tokens": [token("1"), unjudged]}])] == [0.0]
 
 
+def test_a_number_is_told_once_with_both_of_its_edges_and_counts_are_whole():
+    asked = where.features(where.places(rows(4)))
+    position, nesting, entropy = (asked[i].words for i in range(3))
+    assert position(2.5, None) == "after the first 3 tokens" and position(None, 0.5) == "in the first 1 tokens"
+    assert nesting(0.5, 2.5) == "at least 1 and less than 3 brackets deep"
+    assert entropy(1.34, None) == "where the teacher's entropy is above 1.3 nats"
+    assert entropy(0.1, 0.25) == "where the teacher's entropy is between 0.1 and 0.25 nats"
+
+
+def test_what_is_so_is_told_first_and_only_a_named_text_spares_what_it_is_not():
+    asked = [
+        where.Feature(lambda p: p.entropy, "above {}", "at most {}", "between {} and {}"),
+        where._of_token("`*`", "*".__eq__, True),
+        where._of_before("`)`", ")".__eq__, True),
+        where._of_before("a bracket", "([{".__contains__, False),
+        where._of_token("a number", str.isdigit, False),
+    ]
+    yes, no = (0.5, None), (None, 0.5)
+    both = "after `)`, where the token is `*`, between 0.1 and 0.2"
+    assert where._told({0: (0.1, 0.2), 1: yes, 2: yes, 3: no, 4: no}, asked) == both
+    assert where._told({1: no, 2: yes}, asked) == "after `)`, where the token is not `*`"
+    assert where._told({2: no, 3: yes}, asked) == "after a bracket, not after `)`"
+    assert where._told({}, asked) == "everywhere"
+
+
+def test_a_sentence_is_true_of_exactly_the_tokens_that_it_counts():
+    """Of other prompts: the planted pair is found in every one of its places, and nothing else is counted with it."""
+    found = rows()
+    first = where.rules(found)[0]
+    other = [p for p in where.places(found) if where._half(p.prompt) == 1]
+    planted = [p for p in other if (p.before, p.text) == (")", "*")]
+    assert first.tokens == pytest.approx(len(planted) / len(other))
+
+
 def test_too_few_tokens_have_a_sentence():
     with pytest.raises(ValueError, match="there are 20 judged tokens, too few for a rule: raise eval.heatmaps"):
         where.rules(rows(1))

@@ -106,6 +106,7 @@ def put_tree(folder, env: str, name: str, seed: int, final: float, depth: int) -
         "depth": depth,
     }
     more = {"agreement_on_own_states": 0.9, "rules": "action 0", "exported": {"mean": final}, "final": {"mean": final}}
+    more["validation"] = final - depth  # of two students that play alike the smaller one is chosen
     write(folder / f"{env}-{name.replace(' ', '-')}-{seed}.json", row | more)
 
 
@@ -121,6 +122,28 @@ def test_trees_are_solved_or_not(tmp_path, cartpole, loops, verdict):
     found = trees.find(tree_records(tmp_path, cartpole, loops))
     assert found.verdict == verdict
     assert found.numbers["exported"] == found.numbers["exports"] == 3 * (len(trees.STUDENTS) + 2 * 3)
+
+
+def test_one_seed_decides_nothing_about_gains_and_a_seed_that_is_not_whole_does_not_count(tmp_path):
+    loops = {"bc": -120.0, "dagger": -100.0, "viper": -90.0}
+    results = tree_records(tmp_path, 490.0, loops)
+    for path in [*tmp_path.glob("acrobot-viper-2-[12].json"), *tmp_path.glob("acrobot-bc-1-2.json")]:
+        path.unlink()
+    found = trees.find(results)
+    assert found.numbers["seeds"] == 1 and found.verdict == "partly"
+    assert found.numbers["own_states"] == (20.0, 0.0)
+
+
+def test_seeds_that_chose_nothing_are_the_result(tmp_path):
+    """Seeds 0 to 2 prefer the constant weight; the others, in which it fails, decide."""
+    results = records(tmp_path, seeds=6)
+    for env in rpd.ENVS:
+        for seed in range(rpd.CHOOSING, 6):
+            put(tmp_path, env, "rpd", 1e-3, seed, -600.0)
+    found = rpd.find(results)
+    env = found.numbers["envs"]["acrobot"]
+    assert found.numbers["fresh"] and env["best"] == "rpd" and env["seeds"] == 3 and env["above"] == (-200.0, 0.0)
+    assert found.verdict == "not"
 
 
 def test_they_take_no_language_models():

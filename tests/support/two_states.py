@@ -1,5 +1,8 @@
 """An environment of two states: it shows which one it is in, pays for one action in each, and an episode has one step."""
 
+import os
+from typing import ClassVar
+
 import gymnasium
 import numpy as np
 from gymnasium import spaces
@@ -27,7 +30,21 @@ class TwoStates(gymnasium.Env):
         return np.eye(2, dtype=np.float32)[self.state]
 
 
+class Aborting(TwoStates):
+    """Ends the whole process when it is to draw itself."""
+
+    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 1}
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        super().__init__()
+        self.render_mode = render_mode
+
+    def render(self):
+        os.abort()
+
+
 gymnasium.register("TwoStates-v0", entry_point=TwoStates, max_episode_steps=10)
+gymnasium.register("Aborting-v0", entry_point=Aborting, max_episode_steps=10)
 
 
 def oracle(seen_BO: np.ndarray) -> np.ndarray:

@@ -28,11 +28,14 @@ STUDENTS: Mapping[str, Mapping[str, Any]] = {
     "depth 1": {"type": "tree", "depth": 1},
     "depth 2": {"type": "tree", "depth": 2},
     "depth 3": {"type": "tree", "depth": 3},
+    "2 terms": {"type": "polynomial", "terms": 2},
+    "4 terms": {"type": "polynomial", "terms": 4},
     "linear": {"type": "linear"},
     "symbolic": {"type": "symbolic", "population": 200, "generations": 8},
 }
-TREES, FORMULAS = ("depth 1", "depth 2", "depth 3"), ("linear", "symbolic")
+TREES, FORMULAS = ("depth 1", "depth 2", "depth 3"), ("2 terms", "4 terms", "linear", "symbolic")
 DEPTHS = (1, 2, 4)
+LOOP = {"iterations": 6, "steps": 1000, "validation": 10, "most": 3000}
 LOOPS = ("bc", "dagger", "viper")
 
 
@@ -54,9 +57,7 @@ def play(run: Play) -> None:
 
 
 def _run(run: Play, env: str, name: str, student: Mapping[str, Any], loop: str, seed: int) -> Record:
-    method = {"type": loop, "iterations": 6, "steps": 1000, "validation": 10, "most": 3000}
-    if run.quick:
-        method |= {"iterations": 2, "steps": 100, "validation": 1}
+    method = {"type": loop, **LOOP} | ({"iterations": 2, "steps": 100, "validation": 1} if run.quick else {})
     tree = {
         "env": TEACHERS[env]["env"], "teacher": {"run": f"{env}-teacher"}, "student": dict(student), "method": method,
         "eval": {"last": 2 if run.quick else 100}, "seed": seed,
@@ -68,7 +69,7 @@ def _run(run: Play, env: str, name: str, student: Mapping[str, Any], loop: str, 
 
 
 def find(results: Results) -> Finding:
-    records = played(results.folder)
+    records = whole_seeds(played(results.folder))
     teachers = {r["env"]: r["final"]["mean"] for r in records if r["policy"] == "teacher"}
     if set(teachers) != set(TEACHERS):
         raise NotRun("teachers")
@@ -80,9 +81,8 @@ def find(results: Results) -> Finding:
     viper = loops["viper"]
     numbers = {
         "teachers": teachers, "students": students, "loops": loops, "depths": depths, "wanted": WANTED,
-        "tree": max((students[n] for n in TREES), key=lambda one: one["final"][0]),
-        "formula": max((students[n] for n in FORMULAS), key=lambda one: one["final"][0]),
-        "best_formula": max(FORMULAS, key=lambda n: students[n]["final"][0]),
+        "best_tree": chosen(students, TREES), "tree": students[chosen(students, TREES)],
+        "best_formula": chosen(students, FORMULAS), "formula": students[chosen(students, FORMULAS)], "loop": LOOP,
         "exported": sum(r["exported"]["mean"] == r["final"]["mean"] for r in records if "exported" in r),
         "exports": sum("exported" in r for r in records), "seeds": len(students["depth 3"]["finals"]),
         "own_states": _over_depths(loops["dagger"], loops["bc"]), "weights": _over_depths(viper, loops["dagger"]),
@@ -91,17 +91,27 @@ def find(results: Results) -> Finding:
     return Finding(found, numbers, [_cartpole(students, teachers["cartpole"]), _acrobot(loops, teachers["acrobot"])])
 
 
+def whole_seeds(records: Sequence[Record]) -> list[Record]:
+    """The teachers, and the students of the seeds for which there are all students; of all seeds, if there is no such seed."""
+    names = {(r["env"], r["policy"]) for r in records if r["policy"] != "teacher"}
+    seeds = {r["seed"] for r in records}
+    there = {(r["seed"], r["env"], r["policy"]) for r in records}
+    whole = {seed for seed in seeds if all((seed, *name) in there for name in names)}
+    return [r for r in records if r["policy"] == "teacher" or r["seed"] in (whole or seeds)]
+
+
 def _of(records: Sequence[Record], env: str, name: str) -> dict[str, Any]:
-    """A student's numbers over seeds, and the rules of its best seed."""
+    """A student's numbers over seeds, and the rules of the seed that was best in validation."""
     runs = sorted((r for r in records if r["env"] == env and r["policy"] == name), key=lambda r: r["seed"])
     if not runs:
         raise NotRun(f"{env} {name}")
     finals = [r["final"]["mean"] for r in runs]
-    best = max(runs, key=lambda r: r["final"]["mean"])
+    best = max(runs, key=lambda r: r["validation"])
     sizes = {key: fmean(r[key] for r in runs) for key in ("leaves", "terms", "nodes") if key in runs[0]}
     alike = [r["agreement_on_own_states"] for r in runs]
     return {
-        "finals": finals, "final": (fmean(finals), half_of_seeds(finals)), "best": max(finals), "rules": best["rules"].strip(),
+        "finals": finals, "final": (fmean(finals), half_of_seeds(finals)), "least": min(finals), "rules": best["rules"].strip(),
+        "validation": fmean(r["validation"] for r in runs),
         "agreement": (fmean(alike), half_of_seeds(alike)), "sizes": sizes, "size": next(iter(sizes.values())),
     }  # fmt: skip
 
@@ -115,11 +125,17 @@ def _over_depths(ours: Mapping[int, Any], theirs: Mapping[int, Any]) -> Estimate
     return fmean(by_seed), half_of_seeds(by_seed)
 
 
+def chosen(students: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The student that is best in validation, of equals the first: of episodes that the result is not of."""
+    return max(names, key=lambda name: students[name]["validation"])
+
+
 def verdict(students: Mapping[str, Any], own_states: Estimate, weights: Estimate) -> Verdict:
-    """reproduced: on CartPole a tree of depth 3 or less and a formula solve it in the mean of all seeds, and on Acrobot DAgger is
-    above cloning and VIPER above DAgger, beyond the intervals. partly: some of these."""
-    solved = [max(students[name]["final"][0] for name in names) >= WANTED for names in (TREES, FORMULAS)]
-    held = [*solved, *(gain[0] > gain[1] for gain in (own_states, weights))]
+    """reproduced: on CartPole the tree of depth 3 or less and the formula that are best in validation solve it in the mean of all
+    seeds, and on Acrobot DAgger is above cloning and VIPER above DAgger, beyond the intervals. partly: some of these."""
+    solved = [students[chosen(students, names)]["final"][0] >= WANTED for names in (TREES, FORMULAS)]
+    several = len(students[TREES[0]]["finals"]) > 1  # one seed has no interval that a gain could be beyond
+    held = [*solved, *(several and gain[0] > gain[1] for gain in (own_states, weights))]
     return "reproduced" if all(held) else "partly" if any(held) else "not"
 
 
@@ -141,5 +157,5 @@ def _acrobot(loops: Mapping[str, Any], teacher: float) -> Panel:
 EXPERIMENT = Experiment(
     name="trees",
     question="Can a policy be a tree or a formula that a person reads, and what do the student's own states add?",
-    world="", recipe={}, arms=(), rates=(), seeds=5, play=play,
+    world="", recipe={}, arms=(), rates=(), seeds=5, play=play, find=find,
 )  # fmt: skip
