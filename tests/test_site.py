@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 from support.paths import ROOT
 
-SHOWN = re.compile(r"<!-- run in the tests -->\n```bash\n(.*?)```", re.DOTALL)
-
 
 def run(*command: str, folder: Path) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -68,13 +66,3 @@ def test_the_site_builds_without_a_warning_or_a_dead_link(pages):
     frames = re.findall(r'<iframe [^>]*src="([^"]+)"', (site / "tutorial/index.html").read_text())
     assert len(frames) == 5
     assert all((site / "tutorial" / frame).resolve().is_file() for frame in frames)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", ["index.md"])
-def test_the_commands_of_a_page_run(page, tmp_path):
-    blocks = SHOWN.findall((ROOT / "docs" / page).read_text(encoding="utf-8"))
-    assert blocks
-    for block in blocks:
-        run("bash", "-euo", "pipefail", "-c", block, folder=tmp_path)
-    assert (tmp_path / "runs/toy/report.html").is_file() and (tmp_path / "exported/model.safetensors").is_file()
