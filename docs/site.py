@@ -3,20 +3,28 @@
     python docs/site.py [FOLDER]
 
 The pages are those of docs/. Links to files of the repository lead to copies below `repository/`; the reference of the
-recipe comes from its schema, that of the command line from typer.
+recipe comes from its schema, that of the command line from typer, and the tutorial is the notebook as it has just run.
 """
 
+import html
 import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 BUILD = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build" / "docs"
+NOTEBOOK = ROOT / "examples" / "tutorial.ipynb"
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+FRAME = re.compile(r'(?P<begin><iframe [^>]*)srcdoc="(?P<page>[^"]*)"></iframe>')
 LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<target>(?:\.\./)+[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
 
 
@@ -30,8 +38,13 @@ def main() -> None:
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, place)
     schema = json.loads((ROOT / "recipe.schema.json").read_text(encoding="utf-8"))
-    for name, more in {"recipe": fields(schema), "cli": commands()}.items():
-        page = BUILD / "reference" / f"{name}.md"
+    written = {
+        "reference/recipe": fields(schema),
+        "reference/cli": commands(),
+        "tutorial": tutorial(BUILD / "tutorial"),
+    }
+    for name, more in written.items():
+        page = BUILD / f"{name}.md"
         put(page, f"{page.read_text(encoding='utf-8')}\n{more}\n")
 
 
@@ -92,6 +105,33 @@ def commands() -> str:
     command = [sys.executable, "-m", "typer", "kibitz.cli", "utils", "docs", "--name", "kibitz"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     return done.stdout.split("\n", 1)[1].replace("\n# `kibitz`", "")
+
+
+def tutorial(folder: Path) -> str:
+    """Return the notebook as Markdown, run from top to bottom in a folder of its own.
+
+    Into `folder` go a page for each cell that shows HTML, and the notebook with its outputs."""
+    book = nbformat.read(NOTEBOOK, as_version=4)
+    with TemporaryDirectory() as place:
+        NotebookClient(book, timeout=600, resources={"metadata": {"path": place}}).execute()
+    folder.mkdir(parents=True, exist_ok=True)
+    nbformat.write(book, folder / NOTEBOOK.name)
+    parts = [book.cells[0].source.split("\n", 1)[1].strip()]  # without its heading, which the page has
+    for number, cell in enumerate(book.cells[1:], start=1):
+        if cell.cell_type == "markdown":
+            parts.append(cell.source)
+            continue
+        parts.append(f"```python\n{cell.source}\n```")
+        shown = [output["data"] for output in cell.outputs if "data" in output]
+        plain = [
+            COLOUR.sub("", data["text/plain"]).rstrip() for data in shown if not FRAME.search(data.get("text/html", ""))
+        ]
+        if plain:
+            parts.append("```text\n" + "\n".join(plain) + "\n```")
+        for frame in filter(None, (FRAME.search(data.get("text/html", "")) for data in shown)):
+            put(folder / f"cell-{number}.html", html.unescape(frame["page"]))
+            parts.append(f'{frame["begin"]}src="{folder.name}/cell-{number}.html" loading="lazy"></iframe>')
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

@@ -3,39 +3,24 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pytest
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
+from support.pages import FENCE, PAGES, fences, page, spans
 from support.paths import ROOT, script
 from support.runs import LEAST
 
 import kibitz
 from kibitz import config, methods
+from kibitz.control.recipe import DistilRecipe, RPDRecipe
 
-PAGES = (
-    "README.md",
-    "docs/methods.md",
-    "docs/comparison.md",
-    "docs/models.md",
-    "docs/students.md",
-    "docs/teachers.md",
-    "docs/machines.md",
-    "docs/servers.md",
-    "docs/watch.md",
-    "docs/diagnosis.md",
-)
-FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
 WANTED = ("```", "**Source.**", "**When.**", "**When not.**")
 
 
 generate = script(ROOT / "docs" / "generate.py")
-
-
-def page(name: str) -> str:
-    return (ROOT / name).read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------ the generated parts
@@ -108,41 +93,46 @@ def test_methods_from_outside_the_package_are_not_on_the_page(monkeypatch):
 # ------------------------------------------------------------------ names
 
 
-def known_settings() -> dict[str, list[FieldInfo]]:
-    """`a.b` of a recipe -> its fields: several where methods share a name."""
+def known_settings(*recipes: dict[str, Any]) -> dict[str, list[FieldInfo]]:
+    """`a.b` of a recipe -> its fields: several where methods, or recipes, share a name."""
     found: dict[str, list[FieldInfo]] = {}
-    sections = {**config.METHOD_CONFIGS, **config.Recipe.model_fields}
-    for name, field in sections.items():
-        section = field if name in config.METHOD_CONFIGS else generate._without_none(field.annotation)
-        if isinstance(section, type) and issubclass(section, config.Section):
-            prefix = "method" if name in config.METHOD_CONFIGS else name
-            for path, inner in generate.settings(section, prefix):
+    for name, field in (pair for sections in recipes for pair in sections.items()):
+        for section in sections_of(getattr(field, "annotation", field)):
+            for path, inner in generate.settings(section, "method" if name in config.METHOD_CONFIGS else name):
                 found.setdefault(path, []).append(inner)
     return found
 
 
-SETTINGS = known_settings()
-SECTIONS = "|".join(sorted({path.partition(".")[0] for path in SETTINGS}))
-NAMED = re.compile(rf"(?<![\w./-])(?P<path>(?:{SECTIONS})\.[a-z_]+(?:\.[a-z_]+)*)(?:=(?P<value>\S+))?")
+def sections_of(kind: Any) -> list[type[config.Section]]:
+    """The sections that a field may hold: one, those of a union, those of a list."""
+    if isinstance(kind, type) and issubclass(kind, config.Section):
+        return [kind]
+    return [section for part in get_args(kind) for section in sections_of(part)]
+
+
+LANGUAGE = known_settings(config.METHOD_CONFIGS, config.Recipe.model_fields)
+POLICIES = known_settings(RPDRecipe.model_fields, DistilRecipe.model_fields)
 
 
 def code_of(text: str) -> Iterator[str]:
     """Code spans, and fenced blocks of commands."""
-    yield from (match["text"] for match in FENCE.finditer(text) if match["language"] == "bash")
-    yield from re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+    yield from fences(text, "bash")
+    yield from spans(text)
 
 
-def mistakes(text: str) -> list[str]:
+def mistakes(text: str, settings: dict[str, list[FieldInfo]] = LANGUAGE) -> list[str]:
     """The settings that a page names and the recipe lacks, and values that it refuses."""
     found = []
+    sections = "|".join(sorted({path.partition(".")[0] for path in settings}))
+    named = re.compile(rf"(?<![\w./-])(?P<path>(?:{sections})\.[a-z_]+(?:\.[a-z_]+)*)(?:=(?P<value>\S+))?")
     for code in code_of(text):
-        for match in NAMED.finditer(code):
+        for match in named.finditer(code):
             path, value = match["path"], match["value"]
             if path.endswith(".py"):
                 continue
-            if path not in SETTINGS:
+            if path not in settings:
                 found.append(f"{path} is no setting")
-            elif value is not None and not any(accepts(field, yaml.safe_load(value)) for field in SETTINGS[path]):
+            elif value is not None and not any(accepts(field, yaml.safe_load(value)) for field in settings[path]):
                 found.append(f"{path} cannot be {value}")
     return found
 
@@ -158,7 +148,7 @@ def accepts(field: FieldInfo, value) -> bool:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_setting_named_exists(name):
-    assert mistakes(page(name)) == []
+    assert mistakes(page(name), POLICIES if name == "docs/control.md" else LANGUAGE) == []
 
 
 def test_mistakes_are_found():
@@ -166,11 +156,7 @@ def test_mistakes_are_found():
     assert mistakes(text) == ["eval.evry is no setting", "optim.rate is no setting", "method.beta cannot be 2"]
 
 
-def recipes(name: str) -> list[str]:
-    return [match["text"] for match in FENCE.finditer(page(name)) if match["language"] == "yaml"]
-
-
-@pytest.mark.parametrize("text", [text for name in PAGES for text in recipes(name)])
+@pytest.mark.parametrize("text", [text for name in PAGES for text in fences(page(name), "yaml")])
 def test_every_recipe_shown_is_accepted(text):
     shown = yaml.safe_load(text)
     read = config.load(LEAST | shown).model_dump(mode="json")

@@ -285,19 +285,20 @@ def _facts(followed: Followed) -> list[tuple[str, str, str]]:
 def phases(run: Run) -> list[dict[str, Any]]:
     """Of the latest steps: each phase, its share of the time, its seconds in words, and who waits meanwhile."""
     recent, found = Run(name="", metrics=run.metrics[-RECENT:]), {}
-    for phase in costs.PHASES:
+    for number, phase in enumerate(costs.PHASES):
         seconds = costs.spent(recent, phase)[1]
         if seconds and phase.seconds not in found:  # of several in one place the first stands for all
-            found[phase.seconds] = (phase.label, seconds)
-    whole = sum(seconds for _, seconds in found.values())
+            found[phase.seconds] = (number, phase.label, seconds)
+    whole = sum(seconds for *_, seconds in found.values())
     return [
         {
+            "number": number,  # of its colour, that of the report
             "label": label,
             "share": seconds / whole,
             "words": f"{formats.seconds(seconds / len(recent.metrics))} a step",
             "waits": WAITS[label] if dig(run.recipe, "teacher") else "",
         }
-        for label, seconds in found.values()
+        for number, label, seconds in found.values()
     ]
 
 

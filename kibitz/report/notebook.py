@@ -1,4 +1,4 @@
-"""Runs, rollouts, scores and evaluations as HTML in a notebook, with the report's own parts.
+"""Runs, rollouts, scores, evaluations and diagnoses as HTML in a notebook, with the report's own parts.
 
     %load_ext kibitz.report
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kibitz.report import page
+from kibitz.report.diagnosis import diagnosis_page
 from kibitz.report.folder import Row, Run, read_run
 
 TALL, LOW = 640, 320
@@ -23,7 +24,7 @@ def register(shell: Any) -> None:
     formatter.for_type_by_name("kibitz.training.trainer", "Run", run_html)
     formatter.for_type_by_name("kibitz.types", "Rollout", lambda rollout: rows_html([rollout]))
     formatter.for_type(list, rows_html)
-    formatter.for_type(dict, evaluation_html)
+    formatter.for_type(dict, dict_html)
 
 
 def run_html(run: Any) -> str:
@@ -45,11 +46,13 @@ def rows_html(rows: Sequence[Any]) -> str | None:
     return None
 
 
-def evaluation_html(row: Row) -> str | None:
-    """An evaluation, as `kibitz.evaluate` and `run.evals` have it; None for any other dict."""
-    if not _is_evaluation(row):
-        return None
-    return frame(page.summary_page(Run(name="", evals=[{"step": 0, **row}])), LOW)
+def dict_html(row: Row) -> str | None:
+    """An evaluation, as `kibitz.evaluate` and `run.evals` have it, or what a diagnosis found; None for any other dict."""
+    if _is_evaluation(row):
+        return frame(page.summary_page(Run(name="", evals=[{"step": 0, **row}])), LOW)
+    if isinstance(row.get("numbers"), dict) and "contexts" in row and "examples" in row:
+        return frame(diagnosis_page(row), TALL)
+    return None
 
 
 def _is_evaluation(row: Any) -> bool:

@@ -13,7 +13,7 @@ import kibitz
 from kibitz import config
 from kibitz.report import load_ipython_extension
 from kibitz.report.folder import read_run
-from kibitz.report.notebook import evaluation_html, rows_html, run_html
+from kibitz.report.notebook import dict_html, rows_html, run_html
 from kibitz.types import Prompt, Rollout
 
 synthetic = script(FIXTURES / "report_run" / "synthetic.py")
@@ -58,9 +58,16 @@ def test_rollouts_are_their_text():
 
 def test_evaluations_are_a_table(folder):
     first, *_, last = read_run(folder).evals
-    assert "Accuracy, sampled at T = 1" in inside(evaluation_html(last))
+    assert "Accuracy, sampled at T = 1" in inside(dict_html(last))
     both = inside(rows_html([first, last]))
     assert "better" in both
+
+
+def test_a_diagnosis_is_its_page():
+    numbers = {"num_answers": 64, "response_tokens": 20.0, "cut_off": 0.0, "worst_percent": 0.3, "reverse_kl": 0.4}
+    page = inside(dict_html({"numbers": numbers, "contexts": [], "examples": [], "recipe": "steps: 3"}))
+    assert "A diagnosis before training" in page
+    assert "steps: 3" in page
 
 
 @pytest.mark.parametrize("other", [[], [1, 2], [{"prompt": "p"}], ["text"], [{}], [SimpleNamespace()]])
@@ -68,9 +75,9 @@ def test_other_lists_are_left_alone(other):
     assert rows_html(other) is None
 
 
-@pytest.mark.parametrize("other", [{}, {"num_prompts": 3}, {"sampled": 1}, {"a": {"b": 1}}])
+@pytest.mark.parametrize("other", [{}, {"num_prompts": 3}, {"sampled": 1}, {"a": {"b": 1}}, {"numbers": {}}])
 def test_other_dicts_are_left_alone(other):
-    assert evaluation_html(other) is None
+    assert dict_html(other) is None
 
 
 def test_a_shell_shows_them_after_load_ext(folder):

@@ -92,6 +92,10 @@ def test_new_rows_appear_without_a_reload(visit, tmp_path):
     (folder / "rollouts.jsonl").write_text(rollouts)
     expect(page.locator(".pair")).to_have_count(3)
     assert page.title().startswith("50%")
+    colours = page.evaluate(
+        "[...document.querySelectorAll('.phases li .key')].map(e => getComputedStyle(e).backgroundColor)"
+    )
+    assert len(set(colours)) == len(colours) == 3
 
 
 def test_rollouts_that_change_wait_for_the_reader_and_leave_open_what_is_open(visit, tmp_path):
