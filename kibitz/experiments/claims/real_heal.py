@@ -45,8 +45,7 @@ def short(name: str) -> Arm:
 def whole(name: str) -> Arm:
     steps = EQUAL_FLOPS if name == "sft" else STEPS
     changes = {"method": METHODS[name], "steps": steps}
-    measures = () if name == "opd" else ("divergence",)  # the questions take as long as half of a run
-    return Arm(name, ABOUTS[name], changes, every=EVERY, measures=measures, rate_of=f"{name}-short")
+    return Arm(name, ABOUTS[name], changes, every=EVERY, measures=("divergence",), rate_of=f"{name}-short")
 
 
 # ------------------------------------------------------------------ what is looked at
