@@ -113,6 +113,11 @@ def whole(study: Any) -> Path:
     return FOLDER
 
 
+def itself(study: Any) -> Path:
+    """The teacher once more, as the student."""
+    return Path(study.place("teacher", 0))
+
+
 def cut(study: Any) -> Path:
     """The student: the teacher with a fifth of its layers cut out. What is cut out of another teacher is another folder; which
     layers, stands beside the results."""
