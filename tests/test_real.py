@@ -103,15 +103,19 @@ def test_the_experiment_asks_for_a_model_and_says_where_to_get_one(monkeypatch, 
 
 
 @pytest.mark.slow
-def test_the_experiment_runs_on_any_model(folder, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["real-heal", "real-forks", "real-assistant", "real-self-sft"])
+def test_an_experiment_runs_on_any_model_to_its_page(name, folder, monkeypatch, tmp_path):
     from typer.testing import CliRunner
 
     from kibitz.cli import app
 
     monkeypatch.chdir(tmp_path)
     answer = CliRunner().invoke(
-        app, ["reproduce", "real-heal", "--quick", "--teacher", str(folder), "--json", "rollout.max_tokens=6"]
+        app, ["reproduce", name, "--quick", "--teacher", str(folder), "--json", "rollout.max_tokens=6"]
     )
     assert answer.exit_code == 0, answer.output
-    assert {row["arm"] for row in json.loads(answer.stdout)["rows"]} == {"opd", "sft"}
-    assert (tmp_path / "runs" / "quick" / "real-heal" / "teacher.json").is_file()
+    found = get(name)
+    assert {row["arm"] for row in json.loads(answer.stdout)["rows"]} == set(found.quick_arms)
+    assert (tmp_path / "runs" / "quick" / found.home / "teacher.json").is_file()
+    page = (tmp_path / "runs" / "quick" / name / "table.md").read_text(encoding="utf-8")
+    assert "**Here:" in page and "not run yet" not in page
