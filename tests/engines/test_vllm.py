@@ -6,8 +6,6 @@ skip. The LoRA server is another than the scoring one: vLLM 0.32 was seen to die
 
 import os
 import signal
-import socket
-import subprocess
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from support.models import language_model, make_model
-from support.paths import ROOT
 from support.runs import recipe as small_recipe
+from support.vllm_cpu import ENVIRONMENT, MISSING, PYTHON, free_port, installed
 
 import kibitz
 from kibitz import config
@@ -32,26 +30,14 @@ from kibitz.teachers.remote import remote_teacher
 from kibitz.training.trainer import NullProgress
 from kibitz.types import Prompt, Sampling
 
-PYTHON = os.environ.get("KIBITZ_VLLM_PYTHON", str(ROOT / ".venv-vllm" / "bin" / "python"))
 PROMPTS = [Prompt(ids=(1, 5 + i, 6, 7), text="", key=str(i)) for i in range(6)]
 SAMPLING = Sampling(max_tokens=24, num_samples=2, stop_ids=(2,), seed=3)
 
 
-def installed() -> bool:
-    asked = [PYTHON, "-c", "import importlib.metadata as m; m.version('vllm-cpu')"]
-    return Path(PYTHON).exists() and subprocess.run(asked, capture_output=True, check=False).returncode == 0
-
-
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not installed(), reason="vllm-cpu is not installed: make .venv-vllm/.installed"),
+    pytest.mark.skipif(not installed(), reason=MISSING),
 ]
-
-
-def free_port() -> int:
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        return holder.getsockname()[1]
 
 
 class World:
@@ -92,8 +78,7 @@ class World:
 def world(tmp_path_factory):
     world = World(tmp_path_factory.mktemp("vllm"))
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
-        for name, value in {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1",
-                            "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}.items():  # fmt: skip
+        for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         world.processes = stack.enter_context(running(world.commands(), PYTHON, world.root / "logs", timeout=300))
         world.stack = stack
