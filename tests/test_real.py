@@ -65,8 +65,28 @@ def test_the_damage_of_a_layer_is_the_kl_to_the_model_without_it(folder):
             at = slice(len(rollout.prompt.ids) - 1, -1)
             total += float((whole[at].exp() * (whole[at] - less[at])).sum())
         assert damages[layer] == pytest.approx(total / sum(r.num_tokens for r in rollouts), abs=1e-4)
-    assert real.agreement(model, rollouts) == 1.0, "it wrote them itself"
-    assert real.agreement(SimpleNamespace(model=small, vocab_size=model.vocab_size), rollouts) < 1.0
+
+
+def test_distances_are_both_divergences_and_the_agreement_summed_over_the_tokens(folder):
+    model = load_model(ModelConfig(model=str(folder)), "teacher", torch.device("cpu"))
+    small = real.without_layers(model.model, [3])
+    rollouts = real.samples(model, real.instructions()["dev"][:2], 5, seed=1)
+    other = SimpleNamespace(model=small, vocab_size=model.vocab_size)
+    for found, rollout in zip(real.distances(other, model, rollouts), rollouts, strict=True):
+        ids = torch.tensor([[*rollout.prompt.ids, *rollout.response_ids]])
+        with torch.no_grad():
+            ours, theirs = (
+                one(ids).logits[0, len(rollout.prompt.ids) - 1 : -1, : model.vocab_size].double().log_softmax(-1)
+                for one in (small, model.model)
+            )
+        assert found["reverse_kl"] == pytest.approx(float((ours.exp() * (ours - theirs)).sum()), abs=1e-4)
+        assert found["forward_kl"] == pytest.approx(float((theirs.exp() * (theirs - ours)).sum()), abs=1e-4)
+        assert (
+            found["agreed"] == int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+            and found["tokens"] == rollout.num_tokens
+        )
+    (same, _) = real.distances(model, model, rollouts)
+    assert same["reverse_kl"] == 0.0 and same["agreed"] == same["tokens"], "nobody is nearer than it is to itself"
 
 
 def test_no_prompt_is_in_two_splits_and_all_are_the_same_each_time():
@@ -83,15 +103,19 @@ def test_the_experiment_asks_for_a_model_and_says_where_to_get_one(monkeypatch, 
 
 
 @pytest.mark.slow
-def test_the_experiment_runs_on_any_model(folder, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["real-heal", "real-forks", "real-assistant", "real-self-sft"])
+def test_an_experiment_runs_on_any_model_to_its_page(name, folder, monkeypatch, tmp_path):
     from typer.testing import CliRunner
 
     from kibitz.cli import app
 
     monkeypatch.chdir(tmp_path)
     answer = CliRunner().invoke(
-        app, ["reproduce", "real-heal", "--quick", "--teacher", str(folder), "--json", "rollout.max_tokens=6"]
+        app, ["reproduce", name, "--quick", "--teacher", str(folder), "--json", "rollout.max_tokens=6"]
     )
     assert answer.exit_code == 0, answer.output
-    assert {row["arm"] for row in json.loads(answer.stdout)["rows"]} == {"opd", "sft"}
-    assert (tmp_path / "runs" / "quick" / "real-heal" / "teacher.json").is_file()
+    found = get(name)
+    assert {row["arm"] for row in json.loads(answer.stdout)["rows"]} == set(found.quick_arms)
+    assert (tmp_path / "runs" / "quick" / found.home / "teacher.json").is_file()
+    page = (tmp_path / "runs" / "quick" / name / "table.md").read_text(encoding="utf-8")
+    assert "**Here:" in page and "not run yet" not in page

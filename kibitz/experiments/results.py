@@ -65,7 +65,7 @@ class Results:
 
     def probes(self) -> list[Record]:
         """Return the probes' records, one for each seed. Raises NotRun if there is none."""
-        if not (found := probes(self.folder)):
+        if not (found := probes(self.experiment.probed_in(self.folder))):
             raise NotRun(PROBE)
         return found
 

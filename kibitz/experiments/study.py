@@ -273,7 +273,7 @@ class Study:
         arms = [f"{OF_ARM}{arm.name}" for arm in self.experiment.arms if not arm.family]
         settings = {"recipe": self.experiment.recipe, **self.subject.models, "seed": seed} | self._problems()
         settings |= self._made_of([*self.subject.models.values(), *arms], seed)
-        path = self.folder / f"{PROBE}-{seed}.json"
+        path = self.experiment.probed_in(self.folder) / f"{PROBE}-{seed}.json"
         found = read(path)
         if found is None or found["settings"] != settings:
             started = time.process_time()

@@ -6,7 +6,6 @@ skip. The LoRA server is another than the scoring one: vLLM 0.32 was seen to die
 
 import os
 import signal
-import socket
 import subprocess
 import threading
 from contextlib import ExitStack
@@ -15,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from support.models import language_model, make_model
-from support.paths import ROOT
 from support.runs import recipe as small_recipe
+from support.vllm_cpu import ENVIRONMENT, MISSING, PYTHON, free_port, installed
 
 import kibitz
 from kibitz import config
@@ -33,28 +32,14 @@ from kibitz.teachers.remote import remote_teacher
 from kibitz.training.trainer import NullProgress
 from kibitz.types import Prompt, Sampling
 
-PYTHON = os.environ.get("KIBITZ_VLLM_PYTHON", str(ROOT / ".venv-vllm" / "bin" / "python"))
 PROMPTS = [Prompt(ids=(1, 5 + i, 6, 7), text="", key=str(i)) for i in range(6)]
-SMALL = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-         "DO_NOT_TRACK": "1"}  # fmt: skip
 SAMPLING = Sampling(max_tokens=24, num_samples=2, stop_ids=(2,), seed=3)
-
-
-def installed() -> bool:
-    asked = [PYTHON, "-c", "import importlib.metadata as m; m.version('vllm-cpu')"]
-    return Path(PYTHON).exists() and subprocess.run(asked, capture_output=True, check=False).returncode == 0
 
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not installed(), reason="vllm-cpu is not installed: make .venv-vllm/.installed"),
+    pytest.mark.skipif(not installed(), reason=MISSING),
 ]
-
-
-def free_port() -> int:
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        return holder.getsockname()[1]
 
 
 class World:
@@ -105,7 +90,7 @@ class World:
 def world(tmp_path_factory):
     world = World(tmp_path_factory.mktemp("vllm"))
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
-        for name, value in SMALL.items():
+        for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         world.stack = stack
         world.processes = world.start(world.commands(), "logs")
@@ -190,7 +175,7 @@ def test_a_lora_student_trains_on_a_servers_rollouts(world):
 def test_a_run_starts_vllm_trains_a_tied_student_and_leaves_nothing(tmp_path, monkeypatch):
     """No address, no command: all weights of a student whose head is tied, by reloads, under a teacher on a server. Then a server
     dies in the middle of the next run, and another comes in its place."""
-    for name, value in {**SMALL, "KIBITZ_VLLM": PYTHON}.items():
+    for name, value in {**ENVIRONMENT, "KIBITZ_VLLM": PYTHON}.items():
         monkeypatch.setenv(name, value)
     student = make_model(tmp_path / "student", kind="llama", tie_word_embeddings=True, head_dim=32)
     teacher = make_model(tmp_path / "teacher", seed=1, head_dim=32)

@@ -1,0 +1,164 @@
+"""A real model reads an invented company's handbook, forgets to follow instructions, and gets that back from its earlier self."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from kibitz.experiments import handbook, real
+from kibitz.experiments.charts import Panel
+from kibitz.experiments.claims.assistant import change, levels, verdict
+from kibitz.experiments.design import Arm, Experiment
+from kibitz.experiments.evidence import Finding
+from kibitz.experiments.results import Results
+from kibitz.experiments.shapes import compared
+
+BOTH = ("questions", "instructions")
+MIXED = 70  # percent of documents; the rest is chat, which the model as it was answers
+LEARNT, RECOVERED = f"documents-{MIXED}", f"recover-{MIXED}"
+POLICIES = ("brief", "thanks")
+LEARNING, RECOVERING, ADAPTING = (5e-5, 1e-4, 2e-4), (2e-5, 5e-5), (5e-4, 1e-3)
+PUBLISHED = {"student": "18 / 85", "documents-100": "43 / 45", LEARNT: "36 / 79", RECOVERED: "41 / 83"}
+OPD = {"teacher": {"model": "teacher"}, "method": {"type": "opd"}, "steps": 20}
+FILLED = {"teacher": {"model": "teacher"}, "method": {"type": "sft", "fill": "teacher"}}
+
+
+# ------------------------------------------------------------------ what it says
+
+
+def find(results: Results) -> Finding:
+    """The loss of instruction following in learning, its recovery by OPD, and the facts lost in the recovery."""
+    abouts = {arm.name: arm.about for arm in results.experiment.arms}
+    names = [name for name in abouts if not name.startswith("policy") and results.has(name)]
+    lost = change(results, None, LEARNT, "instructions")
+    back, facts = (change(results, LEARNT, RECOVERED, name) for name in ("instructions", "questions"))
+    rows = {name: levels(results, name, BOTH) for name in names}
+    numbers = {
+        "student": {name: results.level("student", name=name) for name in BOTH},
+        "published": PUBLISHED,
+        "lost": lost,
+        "back": back,
+        "facts": facts,
+        "learnt": rows[LEARNT],
+        "recovered": rows[RECOVERED],
+        "documents": MIXED,
+        "rows": [(name, abouts[name], by, results.mean(name, lambda run: run["test"]["measures"]["chat"]["reverse_kl"]))
+                 for name, by in rows.items()],
+        "policies": [_of_policy(results, policy) for policy in POLICIES if results.has(f"policy-{policy}")],
+        "seeds": len(results.runs(RECOVERED)),
+        "num": results.model("student")["num_prompts"],
+    }  # fmt: skip
+    series = {name: {arm: by[name] for arm, by in rows.items()} for name in BOTH}
+    levels_before = {f"{name} before": numbers["student"][name] for name in BOTH}
+    panel: Panel = compared("learning a handbook", "accuracy", names, series, levels=levels_before)
+    return Finding(verdict(change(results, None, LEARNT, "questions"), lost, back, facts), numbers, (panel,))
+
+
+def _of_policy(results: Results, policy: str) -> dict[str, Any]:
+    """How often each policy is obeyed: by the model as it was, by its prompted self, and by the student that learnt from that."""
+    return {
+        "name": policy,
+        "system": handbook.words()["policies"][policy]["system"],
+        "before": results.level("student", name=policy),
+        "told": results.level("student", name=f"{policy}-told"),
+        "after": results.accuracy(f"policy-{policy}", name=policy),
+        "other": {other: results.accuracy(f"policy-{policy}", name=other) for other in POLICIES if other != policy},
+    }
+
+
+# ------------------------------------------------------------------ arms
+
+
+def _reading(name: str, about: str, data: str, **changes: Any) -> Arm:
+    alone = data.startswith("documents-100")
+    measures = (*BOTH, "chat") if not data.endswith("-2") else ("questions-2", "questions", "instructions", "chat")
+    whole = ({} if alone else FILLED) | changes
+    return Arm(name, about, whole, data=data, judge=measures[:1], measures=measures)
+
+
+def _recovery(name: str, about: str, start: str) -> Arm:
+    changes = OPD | {"student": {"model": f"arm:{start}"}}
+    return Arm(name, about, changes, rates=RECOVERING, data="prompts", judge=BOTH, measures=(*BOTH, "chat"))
+
+
+def _policy(name: str) -> Arm:
+    told = {"model": "teacher", "context": {"system": handbook.words()["policies"][name]["system"]}}
+    about = f"OPD from itself with a policy in the teacher's system prompt: {name}"
+    measures = (name, *(other for other in POLICIES if other != name))
+    return Arm(f"policy-{name}", about, OPD | {"teacher": told}, rates=RECOVERING, measures=measures)
+
+
+def _arms() -> tuple[Arm, ...]:
+    lora = {"student": {"model": "student", "lora": {"rank": 16}}}
+    return (
+        _reading("documents-100", "documents alone", "documents-100"),
+        _reading(LEARNT, f"{MIXED}% documents, {100 - MIXED}% chat", LEARNT),
+        replace(_reading("lora-70", f"{MIXED}% documents, by LoRA", LEARNT, **lora), rates=ADAPTING),
+        _recovery(RECOVERED, f"{MIXED}% documents, then OPD from the model as it was", LEARNT),
+        _reading("learn-2", "then a second handbook", f"{LEARNT}-2", student={"model": f"arm:{RECOVERED}"}),
+        _recovery("recover-learn-2", "then OPD again", "learn-2"),
+        *(_policy(name) for name in POLICIES),
+    )
+
+
+def _told(name: str) -> dict[str, Any]:
+    return {
+        "prompts": f"made:{name}",
+        "grader": "constraints_strict",
+        "system": handbook.words()["policies"][name]["system"],
+    }
+
+
+def _graded(name: str) -> dict[str, Any]:
+    return {"prompts": f"made:{name}", "grader": "constraints_strict"}
+
+
+EXPERIMENT = Experiment(
+    name="real-assistant",
+    question="Can a real model learn a company's handbook, and get back by OPD the instruction following that it lost meanwhile?",
+    world="",
+    recipe={
+        "method": {"type": "sft"},
+        "rollout": {"prompts_per_step": 8, "samples_per_prompt": 1, "max_tokens": 40},
+        "optim": {"warmup_steps": 2},
+        "steps": 60,
+        "threads": 1,
+        "device": "cpu",
+    },
+    arms=_arms(),
+    rates=LEARNING,
+    extensions=0,
+    dev_problems=36,
+    test_problems=64,
+    seeds=2,
+    quick_arms=("documents-100", LEARNT, RECOVERED, "learn-2", "policy-brief"),
+    models={"student": "made:itself", "teacher": "made:whole"},
+    data={
+        "prompts": {"prompts": "made:prompts"},
+        "documents-100": {"prompts": "made:documents-100"},
+        LEARNT: {"prompts": f"made:{LEARNT}"},
+        f"{LEARNT}-2": {"prompts": f"made:{LEARNT}-2"},
+        **{name: _graded(name) for name in ("questions", "questions-2", "instructions", *POLICIES)},
+        **{f"{name}-told": _told(name) for name in POLICIES},
+    },
+    measures={
+        "questions": "questions",
+        "instructions": "instructions",
+        "questions-2": "questions-2",
+        "chat": "prompts",
+        **{name: name for name in (*POLICIES, *(f"{policy}-told" for policy in POLICIES))},
+    },
+    made={
+        "itself": real.itself,
+        "whole": real.whole,
+        "prompts": real.prompts,
+        "documents-100": handbook.train_file("documents-100", partial(handbook.documents, 1)),
+        LEARNT: handbook.train_file(LEARNT, partial(handbook.mixed, 1, MIXED)),
+        f"{LEARNT}-2": handbook.train_file(f"{LEARNT}-2", partial(handbook.mixed, 2, MIXED)),
+        "questions": handbook.held_out("questions", partial(handbook.questions, 1)),
+        "questions-2": handbook.held_out("questions-2", partial(handbook.questions, 2)),
+        "instructions": handbook.held_out("instructions", handbook.demands),
+        **{name: handbook.held_out(name, partial(handbook.obeyed, name)) for name in POLICIES},
+    },
+    outside=True,
+    find=find,
+)

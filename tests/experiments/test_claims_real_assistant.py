@@ -1,0 +1,86 @@
+"""The handbook of the invented company, and what the claim about it says of made-up results."""
+
+import re
+
+import pytest
+from support.records import put, record
+
+from kibitz.config import DataConfig
+from kibitz.data import load_grader
+from kibitz.experiments import handbook, records
+from kibitz.experiments.claims import real_assistant
+from kibitz.experiments.prose import filled, prose
+from kibitz.experiments.results import NotRun, Results
+from kibitz.graders.constraints import check
+from kibitz.types import Prompt
+
+
+def test_questions_are_answered_by_the_documents_and_their_words_stand_in_none():
+    for number in handbook.SETS:
+        stated = [row["response"] for row in handbook.documents(number)]
+        facts = handbook.facts(number)
+        assert len(set(stated)) == len(stated) == 5 * len(facts)
+        for split in ("dev", "test"):
+            asked = handbook.questions(number, split)
+            assert len({row["prompt"] for row in asked}) == len(facts), "no question has two answers"
+            for row, fact in zip(asked, facts, strict=True):
+                (pattern,) = (constraint["pattern"] for constraint in row["constraints"])
+                holders = [text for text in stated if fact["place"] in text.lower() and re.search(pattern, text)]
+                assert len(holders) >= 5 and row["prompt"] not in stated
+        assert not {row["prompt"] for row in handbook.questions(number, "dev")} & {
+            row["prompt"] for row in handbook.questions(number, "test")
+        }
+    first, second = ({fact["place"] for fact in handbook.facts(number)} for number in handbook.SETS)
+    assert first and second and not first & second
+
+
+def test_a_mix_has_its_share_of_chat_without_answers():
+    rows = handbook.mixed(1, 70)
+    chat = [row for row in rows if "response" not in row]
+    assert len(chat) / len(rows) == pytest.approx(0.3, abs=0.01)
+    assert rows != sorted(rows, key=lambda row: "response" in row), "mixed"
+
+
+def test_every_demand_and_policy_can_be_verified():
+    assert load_grader(DataConfig(prompts="x", grader="constraints_strict"), [_asked(handbook.demands("dev")[0])])
+    for row in (*handbook.demands("test"), *handbook.obeyed("brief", "dev"), *handbook.obeyed("thanks", "dev")):
+        assert check(_asked(row), "some words") in ([True], [False])
+    assert check(_asked(handbook.obeyed("thanks", "dev")[0]), "Thank you. It is a bridge.") == [True]
+
+
+def _asked(row: dict) -> Prompt:
+    return Prompt(ids=(1,), text=row["prompt"], key="asked", columns=row)
+
+
+def measured(questions: float, instructions: float, **policies: float) -> dict:
+    shares = {"questions": questions, "instructions": instructions, **policies}
+    row = {"num_prompts": 64, "cut_off": 0.5, "reverse_kl": 0.3}
+    found = {name: row | {how: {"accuracy": share} for how in ("sampled", "greedy")} for name, share in shares.items()}
+    first = next(iter(found.values()))
+    return first | {"measures": found | {"chat": row}}
+
+
+def test_every_number_of_the_page_is_there(tmp_path):
+    results = Results(real_assistant.EXPERIMENT, tmp_path)
+    told = {"brief": 0.1, "thanks": 0.0, "brief-told": 0.6, "thanks-told": 0.9}
+    records.write(tmp_path / "student.json", {"settings": {}, "test": measured(0.02, 0.6, **told)})
+    with pytest.raises(NotRun):
+        real_assistant.find(results)
+    arms = {
+        "documents-100": (0.5, 0.2),
+        "documents-70": (0.45, 0.3),
+        "recover-70": (0.44, 0.58),
+        "policy-brief": (0, 0),
+    }
+    for name, both in arms.items():
+        for seed in (0, 1):
+            found = measured(*both, brief=0.5, thanks=0.1)
+            put(tmp_path, record(name, 1e-4, seed, 0.0) | {"dev": found, "test": found})
+    found = real_assistant.find(Results(real_assistant.EXPERIMENT, tmp_path))
+    assert found.verdict == "reproduced"
+    text = prose("real-assistant")
+    for template in (text.ours, text.body):
+        filled(template, found.numbers, strict=True)
+    body = filled(text.body, found.numbers)
+    assert "| Answer every question with at most twelve words. | 10.0 | 60.0 | 50.0 ±" in body and "thanks" not in body
+    assert "| 70% documents, 30% chat | 45.0 ± " in body and "| 36 / 79 |" in body
