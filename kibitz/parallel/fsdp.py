@@ -12,7 +12,7 @@ Gradients are summed and never averaged: losses are already divided by the numbe
 import copy
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -30,11 +30,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from kibitz.config import ModelConfig, RecipeError, StudentConfig
 from kibitz.models import LanguageModel, lora
 from kibitz.models.folders import check_folder, check_stored, non_finite
+from kibitz.models.head import body_of
 from kibitz.models.load import load_tokenizer, pick_dtype
 from kibitz.models.progress import no_progress_bars
 from kibitz.parallel import sharded_files
 from kibitz.parallel.lockstep import Lockstep
 from kibitz.parallel.ranks import Ranks, plain
+from kibitz.parallel.writing import ShardedWriter
 
 
 def learner_of(student: LanguageModel, ranks: Ranks) -> LanguageModel:
@@ -169,7 +171,7 @@ def load_sharded(
         with _zero_stride_weights(bare):
             adapter = lora.attach(bare, config.lora, seed) if resumed_from is None else lora.load(bare, resumed_from)
         lora.allow_tf32(bare.dtype)
-    writer = _ShardedWriter(bare, adapter)
+    writer = ShardedWriter(bare, adapter)
     student = LanguageModel(bare, tokenizer, "student", adapter, writer=writer)
     _shard(student, ranks, MixedPrecisionPolicy(reduce_dtype=torch.float32), reshard=True)
     student.materialize(partial(_fill_all, stored=stored, source=source, role="student", ranks=ranks), device)
@@ -185,8 +187,14 @@ def load_frozen(config: ModelConfig, role: str, device: torch.device, ranks: Ran
     bare = _on_meta(config, pick_dtype(config.dtype, device)).requires_grad_(False)
     stored = _stored(bare, config.model, ranks, instead, role)
     model = LanguageModel(bare, tokenizer, role)
-    for layer in layers_of(bare):
+    layers = layers_of(bare)
+    for layer in layers:
         fully_shard(layer, mesh=ranks.mesh)
+    inside = {parameter for layer in layers for parameter in layer.parameters()}
+    around = {parameter for parameter in bare.parameters() if parameter not in inside}
+    fully_shard(
+        body_of(bare), mesh=ranks.mesh, ignored_params=around
+    )  # one root, so that a layer's successor is gathered early
     model.materialize(partial(_fill_all, stored=stored, source=config.model, role=role, ranks=ranks), device)
     _join_passes(model, ranks.lockstep)
     return model
@@ -309,37 +317,3 @@ def _fill_all(bare: nn.Module, stored: dict[str, Path], source: str, role: str, 
     damaged = [name for name in ranks.gather(non_finite(own)) if name is not None]
     if damaged:
         raise ValueError(f"{role}.model: {source} holds NaN or infinity in {damaged[0]}: the file is damaged")
-
-
-class _ShardedWriter:
-    """Writes the folder that `save_pretrained` would write, from one process. Each parameter is gathered in a collective
-    that the other processes join, and one file's worth of them is in memory at a time."""
-
-    def __init__(self, bare: Any, adapter: lora.Adapter | None):
-        self.bare, self.adapter = bare, adapter
-        self.calls: dict[str, Callable[[], None]] = {}
-
-    def register(self, lockstep: Lockstep) -> None:
-        """Register a collective for each parameter, in the same order in all processes."""
-        for name, _ in self.bare.named_parameters():
-            self.calls[name] = lockstep.register(partial(self._gather, name))
-
-    def __call__(self, folder: Path) -> None:
-        bare = self.bare
-        if self.adapter is not None:
-            learnt = [name for name, parameter in bare.named_parameters() if parameter.requires_grad]
-            self.adapter.save(folder, {f"base_model.model.{name}": self._weight(name).cpu() for name in learnt})
-            return
-        bare.config.update({"dtype": str(bare.dtype).removeprefix("torch."), "architectures": [type(bare).__name__]})
-        bare.config.save_pretrained(folder)
-        if bare.generation_config is not None:
-            bare.generation_config.save_pretrained(folder)
-        sharded_files.write_whole(((name, self._weight(name)) for name in self.calls), folder)
-
-    def _weight(self, name: str) -> Tensor:
-        self.calls[name]()
-        return self._gather(name)
-
-    @torch.no_grad()
-    def _gather(self, name: str) -> Tensor:
-        return plain(self.bare.get_parameter(name))

@@ -4,7 +4,7 @@ on what else the machine does.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from kibitz.config import Recipe
 from kibitz.models import LanguageModel
+from kibitz.models.compiled import compile_if_same
 from kibitz.models.kept import kept_bytes_per_token, kept_on_meta
 from kibitz.optim import bytes_of_moments
 from kibitz.parallel.ranks import Ranks
@@ -57,14 +58,26 @@ class Room:
         return {"tokens_per_micro_batch": tokens, "chunk_tokens": chunk, "checkpointing": recomputed}
 
 
-def fitted(recipe: Recipe, student: LanguageModel, longest: int, ranks: Ranks) -> Recipe:
+def fitted(recipe: Recipe, models: Sequence[LanguageModel], longest: int, ranks: Ranks) -> Recipe:
     """The recipe with what it leaves open, chosen for the student's device when all models are there, for all processes
-    alike. The student recomputes its activations from here on, if that is chosen."""
+    alike. The student, which is the first, recomputes its activations from here on, if that is chosen; and the models are
+    compiled, if nobody said whether they are to be."""
+    student = models[0]
     if (free := free_bytes(student.device)) is not None:
         recipe = _chosen(recipe, student, longest, min(ranks.gather(free)), ranks.size)
     if recipe.optim.checkpointing:
         student.recompute_activations()
+    if student.device.type == "cuda" and ranks.size == 1 and _leaves_open_compiling(recipe):
+        for model in models:
+            compile_if_same(model)
     return recipe
+
+
+def _leaves_open_compiling(recipe: Recipe) -> bool:
+    """Whether no section says anything, and none has weights that are not simply there."""
+    sections = [recipe.student, *recipe.teachers, *recipe.other_models().values()]
+    moved = any(getattr(one, "quantize", None) or getattr(one, "offload", None) for one in sections)
+    return not moved and not any("compile" in one.model_fields_set for one in sections)
 
 
 def _chosen(recipe: Recipe, student: LanguageModel, longest: int, free: int, processes: int) -> Recipe:

@@ -161,7 +161,8 @@ def _loaded(
     _read_alike(recipe, student, teacher, reference)
     for check in [student.check_lengths, *(model.check for model in (teacher, reference) if model is not None)]:
         check([*prompts, *held_out], recipe.rollout.max_tokens)
-    recipe = fitted(recipe, student, max(len(p.ids) for p in prompts) + recipe.rollout.max_tokens, ranks)
+    longest = max(len(prompt.ids) for prompt in prompts) + recipe.rollout.max_tokens
+    recipe = fitted(recipe, _models(student, teacher, reference), longest, ranks)
     learner = fsdp.learner_of(student, ranks)
     encode = partial(encode_response, tokenizer)
     _hold_rotations(recipe, [*_models(student, teacher, reference), learner], [*prompts, *held_out], encode)

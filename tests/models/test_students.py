@@ -6,15 +6,17 @@ import sys
 import pytest
 import torch
 from support.models import a_rollout, language_model, make_model
-from support.runs import recipe
+from support.runs import LEAST, recipe
 from transformers import AutoModelForCausalLM
 
 import kibitz
 from kibitz.batching import pack
-from kibitz.config import OptimConfig
+from kibitz.config import OptimConfig, Recipe
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import CrossEntropy
+from kibitz.models.compiled import compile_if_same
 from kibitz.optim import Optimizer
+from kibitz.training.room import _leaves_open_compiling
 
 SCORED = [a_rollout([1, 5, 6], [7, 8, 9, 4]), a_rollout([1, 9], [4, 4, 5, 6, 7]), a_rollout([1, 2, 3, 4, 5, 6], [9])]
 
@@ -217,3 +219,53 @@ def test_a_compiled_student_learns_the_same(tmp_path):
     assert len(list(compiled.parameters())) == len(list(plain.parameters()))
     for ours, theirs in zip(plain.model.parameters(), compiled.model.parameters(), strict=True):
         torch.testing.assert_close(theirs.grad, ours.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler here")
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_a_body_is_compiled_where_that_changes_nothing_but_rounding(tmp_path):
+    model = language_model(make_model(tmp_path))
+    ids_BL = torch.arange(20)[None]
+    before = model.hidden(ids_BL)
+    assert compile_if_same(model)
+    assert model._compiled
+    torch.testing.assert_close(model.hidden(ids_BL), before, rtol=1e-4, atol=1e-5)
+
+
+class Wrong:
+    """What a compiler made that is not the model."""
+
+    def __init__(self, body, kind: str):
+        self.body, self.kind = body, kind
+
+    def __call__(self, *args, **options):
+        if self.kind == "fails":
+            raise RuntimeError("no compiler")
+        output = self.body(*args, **options)
+        far = {"differs": 1.01, "with gradients": 1.0 + 1e-6 * torch.is_grad_enabled()}[self.kind]
+        output.last_hidden_state = output.last_hidden_state * far
+        return output
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [("fails", "no compiler"), ("differs", "differs by"), ("with gradients", "whether there are gradients")],
+)
+def test_a_body_that_would_compute_something_else_stays_as_it_is(tmp_path, monkeypatch, caplog, kind, why):
+    model = language_model(make_model(tmp_path))
+    monkeypatch.setattr(torch, "compile", lambda body, dynamic: Wrong(body, kind))
+    assert not compile_if_same(model)
+    assert not model._compiled
+    assert why in caplog.text
+
+
+def test_a_recipe_that_says_anything_about_compiling_is_obeyed():
+    def leaves_open(**sections) -> bool:
+        return _leaves_open_compiling(Recipe.model_validate({**LEAST, **sections}))
+
+    assert leaves_open()
+    for value in (True, False):
+        assert not leaves_open(student={"model": "s", "compile": value})
+        assert not leaves_open(teacher={"model": "t", "compile": value})
+    assert not leaves_open(teacher={"model": "t", "offload": "layers"})
