@@ -1,5 +1,5 @@
-"""The same models and prompts through TRL's DistillationTrainer, for `benchmarks/gpu.py`: exact reverse KL (beta 1), one sample of
-each prompt, each prompt as often as kibitz samples it; the rest as TRL has it by default, with activation checkpointing.
+"""The same models and prompts through TRL's DistillationTrainer, for `benchmarks/gpu.py`: exact reverse KL (beta 1), one sample
+of each prompt, each prompt as often as kibitz samples it; the rest as TRL has it by default, with activation checkpointing.
 """
 
 import time
