@@ -144,17 +144,9 @@ def probed_tokens(config: Any) -> int:
 
 
 def kept_per_token(model: Any) -> float:
-    """Return the bytes per token that the body of a model on meta keeps for the backward pass, of texts side by side. Models
-    without attention take masks of another form, and get none."""
-    num = probed_tokens(model.config.get_text_config())
-    mask = torch.ones(1, 1, num, num, dtype=torch.bool, device="meta")
-    try:
-        return _kept(model, num, attention_mask=mask)
-    except (RuntimeError, ValueError, TypeError):
-        return _kept(model, num)
-
-
-def _kept(model: Any, num: int, **options: Any) -> float:
+    """Return the bytes per token that the body of a model on meta keeps for the backward pass, of texts side by side."""
+    config = model.config.get_text_config()
+    num = probed_tokens(config)
     kept: dict[int, Tensor] = {}
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
 
@@ -163,6 +155,9 @@ def _kept(model: Any, num: int, **options: Any) -> float:
         return tensor
 
     ids = torch.zeros(ROWS, num, dtype=torch.long, device="meta")
+    mask = torch.ones(1, 1, num, num, dtype=torch.bool, device="meta")
+    attends = bool(getattr(config, "num_attention_heads", None))
+    options = {"attention_mask": mask} if attends else {}  # models without attention take masks of another form
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), fused_attention():
         body_of(model)(ids, use_cache=False, **options)
     return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in parameters) / (ROWS * num)
