@@ -521,22 +521,22 @@ UNUSUAL = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", UNUSUAL)
-def test_mixtures_and_recurrent_models_have_a_plan(kind, dtype, tmp_path):
-    """In both dtypes, and of both what a real backward pass keeps: of one row as long as a chunk of Mamba 2."""
+def test_mixtures_and_recurrent_models_have_a_plan(kind, tmp_path):
+    """In both dtypes, and in float32 what a real backward pass keeps: of rows as long as a chunk of Mamba 2."""
     folder = make_model(tmp_path, kind=kind, **UNUSUAL[kind])
-    shape = shape_of(ModelConfig(model=str(folder)), dtype)
+    wide, narrow = (shape_of(ModelConfig(model=str(folder)), dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert 0.4 < narrow.activation_bytes_per_token / wide.activation_bytes_per_token < 1.1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = language_model(folder, dtype=str(dtype).removeprefix("torch."))
+        model = language_model(folder)
         kept, parameters = {}, {p.untyped_storage()._cdata for p in model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t: kept.setdefault(t.untyped_storage()._cdata, t) is None or t, lambda t: t
         ):
             model.hidden(torch.zeros(2, 256, dtype=torch.long))
     real = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in parameters)
-    assert 512 * shape.activation_bytes_per_token == pytest.approx(real, rel=0.25)
+    assert 512 * wide.activation_bytes_per_token == pytest.approx(real, rel=0.25)
 
 
 def test_a_gpu_writes_as_many_rows_as_it_has_room_for(small_models):
