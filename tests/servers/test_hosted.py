@@ -15,9 +15,10 @@ from support.runs import recipe
 from support.vllm_program import program
 
 import kibitz
+from kibitz.config.servers import ServerConfig
 from kibitz.servers import ServerError, commands, keeper, own
 from kibitz.servers.commands import Command
-from kibitz.servers.http import Passing, Server
+from kibitz.servers.http import Passing, Server, Servers
 from kibitz.servers.processes import Hosted
 
 SERVER = """
@@ -160,6 +161,21 @@ def test_a_server_that_dies_is_replaced_and_then_no_more(hosted, tmp_path, caplo
         assert hosted.processes[0].key not in str(caught.value)
     finally:
         server.close()
+
+
+@pytest.mark.slow
+def test_a_server_that_hangs_is_replaced(hosted, tmp_path, caplog):
+    """It keeps the request for longer than `timeout`: it is ended, by force because it does not react, and another answers."""
+    hosted.start([command(hosted, "a")], 60, restarts=1)
+    first, engine = pids_in(tmp_path / "logs" / "a.log")
+    os.kill(first, signal.SIGSTOP)
+    servers = Servers(ServerConfig(timeout=1.0, patience=60), [hosted.address("a")], "student")
+    try:
+        servers.gather([servers.submit(lambda server: server.order("/health"))])
+    finally:
+        servers.close()
+    assert "did not answer in time" in caplog.text and "another is started in its place" in caplog.text
+    assert gone([first, engine]) and all(map(alive, pids_in(tmp_path / "logs" / "a.log")[2:]))
 
 
 def test_a_server_that_does_not_start_says_why_and_shows_no_key(hosted):
