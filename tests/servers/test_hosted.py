@@ -118,7 +118,7 @@ def test_whatever_ends_the_trainer_leaves_nothing_behind(how, tmp_path, script):
         time.sleep(0.05)
     assert not folder.exists()
     for line in subprocess.run(
-        ["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True
+        ["ps", "-ww", "-eo", "pid,args"], capture_output=True, text=True, check=True
     ).stdout.splitlines():
         if "time.sleep(600)" in line and "how, script, logs" in line:
             os.kill(int(line.split()[0]), signal.SIGKILL)  # the child of this test's own trainer
