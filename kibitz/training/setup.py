@@ -43,9 +43,9 @@ from kibitz.teachers import Teacher
 from kibitz.teachers import build as teachers
 from kibitz.teachers.local import local_teacher
 from kibitz.teachers.own import base_teacher
-from kibitz.training import trackers
+from kibitz.training import hosting, trackers
 from kibitz.training.folder import RunFolder, open_folder
-from kibitz.training.hosting import Served, serve
+from kibitz.training.hosting import Served
 from kibitz.training.meeting import kept_small, meet
 from kibitz.training.memory import Gauge, clock_of
 from kibitz.training.same_run import Fingerprint, check_same, fingerprint, served, with_date
@@ -99,6 +99,7 @@ def prepare(
         lora.require_peft()
     optim.require(recipe.optim)
     trackers.require(recipe.track)
+    hosting.require(recipe)
     tokenizer = load_tokenizer(recipe.student, "student")
     recipe = with_date(recipe, tokenizer, resume)
     _check_other_models(recipe, tokenizer)
@@ -116,7 +117,7 @@ def prepare(
     folder, resumed_from = open_folder(recipe, resume, overwrite, ranks)
     known = ranks.first(lambda: fingerprint(recipe, prompts, teacher_tokenizers))
     ranks.first(lambda: check_same(folder.path, resumed_from, known))
-    servers = serve(recipe, device, folder.path, ranks, told)
+    servers = hosting.serve(recipe, device, folder.path, ranks, told)
     try:
         data = _Data(tokenizer, teacher_tokenizers, prompts, held_out, mask_ids, stored, grader)
         return _loaded(servers, data, folder, resumed_from, known, device, ranks, loss)

@@ -260,6 +260,14 @@ def test_a_recipe_without_an_address_starts_its_servers_and_ends_them(world, two
     assert student["key"].encode() not in kept and teacher["key"].encode() not in kept and b"unix:" not in kept
 
 
+def test_without_vllm_nothing_begins(two_models, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("KIBITZ_VLLM", raising=False)
+    with pytest.raises(ValueError, match="rollout.engine: vllm needs vLLM, and there is none"):
+        kibitz.train(recipe(*two_models, tmp_path / "run", rollout={"engine": "vllm"}))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_server_without_memory_ends_the_run_in_one_sentence(world, two_models, tmp_path):
     (world / "fail-student-0").touch()
     with pytest.raises(ServerError, match="CUDA out of memory.*lower rollout.server.memory"):
