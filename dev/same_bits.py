@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 UNSTEADY = {"seconds", "tokens_per_second", "peak_bytes", "host_peak_bytes", "store_bytes", "sync", "timeline"}
+UNSTEADY |= {"rollout_bytes_per_token", "teacher_bytes_per_token"}
 Tree = dict[str, Any]
 
 

@@ -92,8 +92,10 @@ class RolloutConfig(Section):
         description="For engine: vllm: addresses of the student's servers, asked in turn. None: the run starts its own.",
     )
     server: RolloutServerConfig = RolloutServerConfig()
-    max_staleness: Literal[0, 1] = Field(
+    max_staleness: int = Field(
         0,
+        ge=0,
+        le=1,
         description="By how many steps the weights that wrote a rollout may be older than the student that learns from it. 1: "
         "servers write the next rollouts while this step trains (AsyncOPD, 2606.24143). 0: on-policy.",
     )

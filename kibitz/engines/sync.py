@@ -8,7 +8,7 @@ tokens, and the run stops where the two differ.
 import shutil
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -172,7 +172,7 @@ class Weights:
         self._held: dict[str, _Held] = {}
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
         self._lock, self._reading = threading.Lock(), threading.Lock()
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = defaultdict(float)
 
     def meet(self, server: Server) -> None:
         """Learn under which name a server knows the student."""

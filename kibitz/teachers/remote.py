@@ -188,8 +188,9 @@ class RemoteScorer:
             self._early[_text(rollout)] = self._submit(rollout, ids_TK)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
-        begun = {_text(rollout): self._early.pop(_text(rollout), None) for rollout in rollouts}
-        new = [rollout for rollout in rollouts if begun[_text(rollout)] is None]
+        texts = {_text(rollout) for rollout in rollouts}
+        begun = {text: job for text in texts if (job := self._early.pop(text, None)) is not None}
+        new = [rollout for rollout in rollouts if _text(rollout) not in begun]
         for rollout, ids_TK in zip(new, self._candidates(new), strict=True):
             begun[_text(rollout)] = self._submit(rollout, ids_TK)
         signals = self.served.servers.gather([begun[_text(rollout)] for rollout in rollouts])

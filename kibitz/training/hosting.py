@@ -29,6 +29,12 @@ RIDGE = 295.0
 ROWS = 256  # that vLLM decodes side by side by default
 
 
+def require(recipe: Recipe) -> None:
+    """Raise ValueError if the recipe wants servers started and there is no vLLM to start them with."""
+    if _needed(recipe):
+        commands.program()
+
+
 @dataclass(frozen=True)
 class Served:
     """The recipe with the addresses of the servers in it. `hosted` is where they run, None in processes that have not started

@@ -43,9 +43,9 @@ from kibitz.teachers import Teacher
 from kibitz.teachers import build as teachers
 from kibitz.teachers.local import local_teacher
 from kibitz.teachers.own import base_teacher
-from kibitz.training import trackers
+from kibitz.training import hosting, trackers
 from kibitz.training.folder import RunFolder, open_folder
-from kibitz.training.hosting import Served, serve
+from kibitz.training.hosting import Served
 from kibitz.training.meeting import kept_small, meet
 from kibitz.training.memory import Gauge, clock_of
 from kibitz.training.room import fitted
@@ -101,6 +101,7 @@ def prepare(
     quantized.require(recipe.student.quantize, recipe.student.model, "student", recipe.student.trust_remote_code)
     optim.require(recipe.optim)
     trackers.require(recipe.track)
+    hosting.require(recipe)
     tokenizer = load_tokenizer(recipe.student, "student")
     recipe = with_date(recipe, tokenizer, resume)
     _check_other_models(recipe, tokenizer)
@@ -118,7 +119,7 @@ def prepare(
     folder, resumed_from = open_folder(recipe, resume, overwrite, ranks)
     known = ranks.first(lambda: fingerprint(recipe, prompts, teacher_tokenizers))
     ranks.first(lambda: check_same(folder.path, resumed_from, known))
-    servers = serve(recipe, device, folder.path, ranks, told)
+    servers = hosting.serve(recipe, device, folder.path, ranks, told)
     try:
         data = _Data(tokenizer, teacher_tokenizers, prompts, held_out, mask_ids, stored, grader)
         return _loaded(servers, data, folder, resumed_from, known, device, ranks, loss)

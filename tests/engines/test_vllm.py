@@ -191,7 +191,7 @@ def test_a_run_starts_vllm_trains_a_tied_student_and_leaves_nothing(tmp_path, mo
         def step(self, row) -> None:
             assert row["sync"]["way"] == "reload"
             for line in subprocess.run(
-                ["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True
+                ["ps", "-ww", "-eo", "pid,args"], capture_output=True, text=True, check=True
             ).stdout.splitlines():
                 if str(tmp_path) in line and "--uds" in line and "keeper.py" not in line:
                     found.append(int(line.split()[0]))

@@ -15,9 +15,10 @@ from support.runs import recipe
 from support.vllm_program import program
 
 import kibitz
+from kibitz.config.servers import ServerConfig
 from kibitz.servers import ServerError, commands, keeper, own
 from kibitz.servers.commands import Command
-from kibitz.servers.http import Passing, Server
+from kibitz.servers.http import Passing, Server, Servers
 from kibitz.servers.processes import Hosted
 
 SERVER = """
@@ -117,7 +118,7 @@ def test_whatever_ends_the_trainer_leaves_nothing_behind(how, tmp_path, script):
         time.sleep(0.05)
     assert not folder.exists()
     for line in subprocess.run(
-        ["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True
+        ["ps", "-ww", "-eo", "pid,args"], capture_output=True, text=True, check=True
     ).stdout.splitlines():
         if "time.sleep(600)" in line and "how, script, logs" in line:
             os.kill(int(line.split()[0]), signal.SIGKILL)  # the child of this test's own trainer
@@ -160,6 +161,21 @@ def test_a_server_that_dies_is_replaced_and_then_no_more(hosted, tmp_path, caplo
         assert hosted.processes[0].key not in str(caught.value)
     finally:
         server.close()
+
+
+@pytest.mark.slow
+def test_a_server_that_hangs_is_replaced(hosted, tmp_path, caplog):
+    """It keeps the request for longer than `timeout`: it is ended, by force because it does not react, and another answers."""
+    hosted.start([command(hosted, "a")], 60, restarts=1)
+    first, engine = pids_in(tmp_path / "logs" / "a.log")
+    os.kill(first, signal.SIGSTOP)
+    servers = Servers(ServerConfig(timeout=1.0, patience=60), [hosted.address("a")], "student")
+    try:
+        servers.gather([servers.submit(lambda server: server.order("/health"))])
+    finally:
+        servers.close()
+    assert "did not answer in time" in caplog.text and "another is started in its place" in caplog.text
+    assert gone([first, engine]) and all(map(alive, pids_in(tmp_path / "logs" / "a.log")[2:]))
 
 
 def test_a_server_that_does_not_start_says_why_and_shows_no_key(hosted):
@@ -242,6 +258,14 @@ def test_a_recipe_without_an_address_starts_its_servers_and_ends_them(world, two
     assert {path.name for path in (tmp_path / "run" / "servers").iterdir()} == {"student-0.log", "teacher.log"}
     kept = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
     assert student["key"].encode() not in kept and teacher["key"].encode() not in kept and b"unix:" not in kept
+
+
+def test_without_vllm_nothing_begins(two_models, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("KIBITZ_VLLM", raising=False)
+    with pytest.raises(ValueError, match="rollout.engine: vllm needs vLLM, and there is none"):
+        kibitz.train(recipe(*two_models, tmp_path / "run", rollout={"engine": "vllm"}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_server_without_memory_ends_the_run_in_one_sentence(world, two_models, tmp_path):

@@ -18,6 +18,10 @@ LEAST = {
     "data": {"prompts": "p.jsonl"},
 }  # a recipe may have no less
 TIMES = {"seconds", "tokens_per_second", "peak_bytes", "host_peak_bytes", "sync", "timeline"}
+TIMES |= {
+    "rollout_bytes_per_token",
+    "teacher_bytes_per_token",
+}  # of a server's answers, a probe more or less among them
 
 
 def recipe(student: Path, teacher: Path | None, output: Path, /, **sections: Any) -> dict[str, Any]:
