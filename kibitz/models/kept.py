@@ -26,14 +26,18 @@ def kept_bytes_per_token(model: nn.Module, read: Callable[[Tensor], object], dev
 def kept_on_meta(model: Any) -> float:
     """The bytes per token that the body of a model on meta keeps, of texts side by side. Attention counts as the one kernel that
     it is on other devices. Recurrent layers count as transformers writes them without kernels of their own, which keep less."""
-    config = model.config.get_text_config()
-    num = _tokens_on_meta(config)
+    num = _tokens_on_meta(model.config.get_text_config())
     ids = torch.zeros(ROWS, num, dtype=torch.long, device="meta")
     mask = torch.ones(1, 1, num, num, dtype=torch.bool, device="meta")
-    attends = bool(getattr(config, "num_attention_heads", None))
-    options = {"attention_mask": mask} if attends else {}  # models without attention take masks of another form
-    with fused_attention():
-        return _kept_bytes(model, lambda: body_of(model)(ids, use_cache=False, **options)) / (ROWS * num)
+
+    def of(**options: Any) -> float:
+        with fused_attention():
+            return _kept_bytes(model, lambda: body_of(model)(ids, use_cache=False, **options)) / (ROWS * num)
+
+    try:
+        return of(attention_mask=mask)
+    except (RuntimeError, ValueError, TypeError):  # models without attention take masks of another form
+        return of()
 
 
 def _kept_bytes(model: nn.Module, read: Callable[[], object]) -> int:
