@@ -34,12 +34,17 @@ SHORTER = {
 }
 """How a command begins, and what is written behind it here, so that it takes seconds and replaces no file that is there."""
 
+SIZED = "needs a GPU and models of the hub; tests/config/test_recipes.py trains every recipe with random ones"
 REPRODUCED = "runs for minutes to hours; tests/experiments runs every experiment with --quick"
 EXCUSED = {
     "python3 -m venv .venv": "makes an environment; tests/test_package.py makes one and installs into it",
     "kibitz check recipes/reasoning-opd.yaml --memory 80 --teraflops 800 --price 2.50": "reads models of the hub; "
     "tests/config/test_recipes.py checks the recipe with random ones",
     "kibitz train recipes/reasoning-opd.yaml student.model=path-or-hub-name output=runs/mine": "the same",
+    "python -c import torch; print(torch.cuda.get_device_name())": "needs a GPU",
+    "kibitz check recipes/full-80gb.yaml --price 2.50": SIZED,
+    "kibitz train recipes/full-80gb.yaml --resume": SIZED,
+    "torchrun --standalone --nproc-per-node 8 -m kibitz train recipes/full-8x80gb.yaml --resume": SIZED,
     "kibitz reproduce methods --output runs/mine": REPRODUCED,
     "kibitz reproduce methods-navigation --output runs/mine": REPRODUCED,
     "kibitz reproduce methods --only opd,grpo": REPRODUCED,

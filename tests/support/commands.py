@@ -106,7 +106,7 @@ def _of_pip(words: list[str]) -> str | None:
 
 def _of_python(words: list[str]) -> str | None:
     script = next(iter(words), "")
-    if script == "-m":
+    if script in ("-m", "-c"):
         return None
     if not (ROOT / script).is_file():
         return f"there is no file {script}"
