@@ -132,7 +132,9 @@ def mistakes(text: str, settings: dict[str, list[FieldInfo]] = LANGUAGE) -> list
                 continue
             if path not in settings:
                 found.append(f"{path} is no setting")
-            elif value not in (None, "...") and not any(accepts(field, yaml.safe_load(value)) for field in settings[path]):
+            elif value not in (None, "...") and not any(
+                accepts(field, yaml.safe_load(value)) for field in settings[path]
+            ):
                 found.append(f"{path} cannot be {value}")
     return found
 

@@ -317,7 +317,7 @@ def test_what_is_kept_on_the_device_is_what_is_counted_on_meta(pair):
         on_device = kept_bytes_per_token(student.model, student.hidden, gpu())
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(student.model.config, dtype=torch.bfloat16)
-    assert 1.0 <= on_device / Shape(model).activation_bytes_per_token <= 1.4
+    assert 1.0 <= on_device / Shape(model).activation_bytes_per_token <= 1.5
 
 
 def passes_over_the_vocabulary(criterion: Divergence, every: int) -> float:

@@ -13,7 +13,7 @@ from support.runs import STEP, recipe, teacher_model
 from transformers import GPT2Config, MambaConfig, MistralConfig, Qwen3Config
 
 from kibitz import methods
-from kibitz.batching import pack
+from kibitz.batching import pack, settled
 from kibitz.engines.blocks import PlainBlocks, rank
 from kibitz.engines.sampling import log_distribution, row_seed, uniforms
 from kibitz.engines.speculative import SpeculativeEngine, decayed_top_k
@@ -415,7 +415,7 @@ def test_the_loss_covers_the_first_token_the_teachers_tokens_and_the_end_and_not
     method, student, teacher = methods.build(setup.parts), setup.parts.student, teacher_model(setup)
     rollouts = method.rollout(setup.stream.take(8), Step(0, 1, seed=1))
     assert 0.0 < share_of_teacher(rollouts) < 1.0
-    scored = method.signal(rollouts, STEP)
+    scored = settled(method.signal(rollouts, STEP))
     want, count = 0.0, 0
     for rollout, one in zip(rollouts, scored, strict=True):
         assert one.weight_T.tolist() == [1.0] * rollout.num_tokens and isinstance(one.signal, Dense)

@@ -20,7 +20,7 @@ from kibitz.models import lora
 from kibitz.models.load import load_student
 from kibitz.parallel import fsdp, lockstep, sharded_files
 from kibitz.parallel.ranks import Ranks, plain
-from kibitz.training import setup
+from kibitz.training import meeting
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +261,7 @@ def test_what_needs_a_whole_student_is_refused(folders, tmp_path, sections, said
     teacher = None if "teacher" in sections else folders["tied"]
     tree = recipe(folders["apart"], teacher, tmp_path / "run", parallel={"whole_copy": False}, **sections)
     with pytest.raises(config.RecipeError, match=said):
-        setup._check_parts(config.load(tree, []))
+        meeting._check_parts(config.load(tree, []))
 
 
 def test_adapters_and_quantized_weights_are_refused(folders, tmp_path):
