@@ -73,7 +73,7 @@ def _assign(tree: dict, override: str) -> None:
         _drop_twins(tree.get("method"), [*parents[1:], last])
     node: Any = tree
     for name in parents:
-        place = _place(node, name, override) if isinstance(node, list) else name
+        place: Any = _place(node, name, override) if isinstance(node, list) else name
         if isinstance(node, dict):
             node.setdefault(name, {})
         if not isinstance(node[place], dict | list):

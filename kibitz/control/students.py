@@ -195,7 +195,7 @@ def _search(config: StudentConfig, data: Labelled, target_N: np.ndarray, discret
 def _operon(config: StudentConfig, data: Labelled, target_N: np.ndarray, seed: int) -> Node:
     """The formula of the Pareto front of error and length that operon finds shortest to describe, at one thread."""
     try:
-        from pyoperon.sklearn import SymbolicRegressor
+        from pyoperon.sklearn import SymbolicRegressor  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(
             "student.search: operon needs pyoperon, which is not installed: pip install pyoperon"

@@ -90,11 +90,11 @@ def template(text, conversations, special):
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        tags = frozenset({"generation"})  # transformers' own
+        tags = frozenset({"generation"})  # pyright: ignore[reportAssignmentType]  # transformers' own
 
         def parse(self, parser):
             next(parser.stream)
-            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
