@@ -288,7 +288,10 @@ def test_all_of_them_quickly(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_all_of_them_quickly_on_other_models(monkeypatch, tmp_path, subject):
-    """The same files serve real models: folders of another architecture, with prompts of one's own."""
+    """The same files serve real models: folders of another architecture, with prompts of one's own. Those that want a model from
+    outside, whose template knows a system's turn, have a test of their own (test_real.py)."""
+    for name in [name for name, one in experiments.EXPERIMENTS.items() if one.outside]:
+        monkeypatch.delitem(experiments.EXPERIMENTS, name)
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"{i % 10}+{i // 10}", "answer": str(i), "response": str(i % 10)} for i in range(200)]
     Path("p.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
