@@ -32,10 +32,7 @@ def train(tree: dict[str, Any], output: Path) -> dict[str, Any]:
     rows = datasets.load_dataset("json", data_files=tree["data"]["prompts"], split="train")
     prompts = [text for text in rows["prompt"] for _ in range(rollout["samples_per_prompt"])]
     num = rollout["prompts_per_step"] * rollout["samples_per_prompt"]
-    words = len(prompts[0].split())
-    at_once = max(1, min(num, tree["optim"]["tokens_per_micro_batch"] // (words + rollout["max_tokens"])))
-    while num % at_once:
-        at_once -= 1
+    at_once = _at_once(tree, num, len(prompts[0].split()))
     settings = DistillationConfig(
         output_dir=str(output),
         max_steps=2,
@@ -77,17 +74,24 @@ def train(tree: dict[str, Any], output: Path) -> dict[str, Any]:
     trainer.train()
     told = [row for row in trainer.state.log_history if "completions/mean_length" in row]
     tokens = num * told[-1]["completions/mean_length"]
-    seconds = clock.seconds
     return {
-        "seconds": seconds,
-        "tokens_per_second": tokens / sum(seconds.values()),
+        "seconds": clock.seconds,
+        "tokens_per_second": tokens / sum(clock.seconds.values()),
         "num_tokens": tokens,
         "peak_bytes": clock.peaks,
         "rows_of_a_micro_batch": at_once,
-        "grad_norm": next(
-            (row["grad_norm"] for row in reversed(trainer.state.log_history) if "grad_norm" in row), None
-        ),
+        "grad_norm": _last(trainer.state.log_history, "grad_norm"),
     }
+
+
+def _at_once(tree: dict[str, Any], num: int, words: int) -> int:
+    """The rows of a micro-batch: a divisor of all `num`, of as many tokens as the recipe's."""
+    most = max(1, min(num, tree["optim"]["tokens_per_micro_batch"] // (words + tree["rollout"]["max_tokens"])))
+    return next(size for size in range(most, 0, -1) if num % size == 0)
+
+
+def _last(rows: list[dict[str, Any]], name: str) -> Any:
+    return next((row[name] for row in reversed(rows) if name in row), None)
 
 
 def _lora(section: dict[str, Any] | None) -> Any:

@@ -153,7 +153,20 @@ class StoredTeacherConfig(TeacherConfig):
         return self
 
 
-class RemoteTeacherConfig(TeacherConfig, ServerConfig, HostedConfig):
+class _ServedTeacherConfig(TeacherConfig, ServerConfig, HostedConfig):
+    """A model behind a vLLM server: it scores over HTTP."""
+
+    def answers(self) -> tuple[SignalKind, ...]:
+        return ("top_k", "named", "sampled")
+
+    def writes(self) -> bool:
+        return False
+
+    def reads_along(self) -> bool:
+        return False
+
+
+class RemoteTeacherConfig(_ServedTeacherConfig):
     """A model behind a vLLM server: it scores over HTTP, and nothing of it is loaded here."""
 
     url: ServerURL = Field(
@@ -161,17 +174,8 @@ class RemoteTeacherConfig(TeacherConfig, ServerConfig, HostedConfig):
     )
     model: str | None = Field(None, description="Name under which the server has the model. null: the only one served.")
 
-    def answers(self) -> tuple[SignalKind, ...]:
-        return ("top_k", "named", "sampled")
 
-    def writes(self) -> bool:
-        return False
-
-    def reads_along(self) -> bool:
-        return False
-
-
-class HostedTeacherConfig(TeacherConfig, ServerConfig, HostedConfig):
+class HostedTeacherConfig(_ServedTeacherConfig):
     """A model behind a vLLM server that the run starts and ends."""
 
     engine: Literal["vllm"] = Field(description="vllm: a server of vLLM, which the run starts and ends.")
@@ -179,15 +183,6 @@ class HostedTeacherConfig(TeacherConfig, ServerConfig, HostedConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: float32 on a CPU, what the checkpoint says on a GPU."
     )
-
-    def answers(self) -> tuple[SignalKind, ...]:
-        return ("top_k", "named", "sampled")
-
-    def writes(self) -> bool:
-        return False
-
-    def reads_along(self) -> bool:
-        return False
 
     def at(self, url: str, sleeps: bool) -> RemoteTeacherConfig:
         """Return the same teacher at the address where its server has been started. `sleeps`: it gives its memory back."""

@@ -101,6 +101,14 @@ def position_limit(config: ModelConfig) -> int | None:
     return None
 
 
+def without_weights(model: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Any:
+    """The transformers model of that folder or name on torch's `meta` device, built from its config.json alone: sizes without
+    memory."""
+    settings = AutoConfig.from_pretrained(lora.base_or_self(model), trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
 def load_model(
     config: ModelConfig, role: str, device: torch.device, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> LanguageModel:

@@ -16,10 +16,10 @@ from kibitz.optim import bytes_of_moments
 from kibitz.preflight.finding import Finding
 from kibitz.preflight.shapes import Shape
 from kibitz.preflight.speed import Speed
+from kibitz.training.room import LOSS_TENSORS, recomputed_bytes
 from kibitz.types import is_gpu
 
 GIB = 2**30
-LOSS_TENSORS = 10  # float32 [chunk, V] tensors of an exact divergence with its metrics and gradient: losses/chunked.py
 UTILISATION = 0.35
 """Share of the matrix speed, and of the memory's, that a step reaches; large models reach more. A plan, not a promise."""
 
@@ -115,7 +115,7 @@ def _learning(recipe: Recipe, student: Shape, tokens: int, scored: int) -> dict[
     chunk = min(optim.chunk_tokens or max(16, CHUNK_NUMBERS // student.rows), scored)
     per_token = student.activation_bytes_per_token
     if optim.checkpointing:
-        per_token = student.num_layers * student.width * student.itemsize + per_token / student.num_layers
+        per_token = recomputed_bytes(student.num_layers, student.width, student.itemsize, per_token)
     head = student.rows * student.width if recipe.student.lora is None else 0  # its sum, and that of one chunk
     return {
         "activations": tokens * per_token,

@@ -11,15 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from kibitz.config import FrozenConfig, ModelConfig
 from kibitz.engines.room import cache_bytes
-from kibitz.models import lora
 from kibitz.models.head import body_of
 from kibitz.models.kept import kept_on_meta
 from kibitz.models.language_model import num_experts
+from kibitz.models.load import without_weights
 from kibitz.models.quantized import BYTES
 from kibitz.parallel.fsdp import layers_of
 
@@ -130,14 +129,7 @@ class Shape:
 def shape_of(config: ModelConfig, dtype: torch.dtype) -> Shape:
     """Build the model of a recipe's section without its weights. Raise ValueError for an architecture that cannot be built so."""
     try:
-        architecture = AutoConfig.from_pretrained(
-            lora.base_or_self(config.model), trust_remote_code=config.trust_remote_code
-        )
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                architecture, dtype=dtype, trust_remote_code=config.trust_remote_code
-            )
-        shape = Shape(model.train(False), config)
+        shape = Shape(without_weights(config.model, dtype, config.trust_remote_code).train(False), config)
         _ = shape.activation_bytes_per_token
     except Exception as error:  # whatever an architecture makes of a device without numbers
         reason = " ".join(str(error).split())[:200]

@@ -129,16 +129,12 @@ def charts(runs: list[Run]) -> list[dict[str, Any]]:
     for kind, title, words in kinds:
         traces = [trace for index, phase in enumerate(PHASES) if (trace := _bars(runs, index, phase, kind, words))]
         if traces:
-            layout = go.Layout(
-                template="none",
+            layout = _layout(
+                len(runs),
                 barmode="stack",
                 bargap=0.45,
-                height=44 + 36 * len(runs),
-                margin={"l": 12, "r": 12, "t": 4, "b": 30},
-                showlegend=False,
                 xaxis={"ticksuffix": " s" if kind == "seconds" else "", "tickformat": ".3~s", "nticks": 5},
-                yaxis={"autorange": "reversed", "automargin": True, "showticklabels": len(runs) > 1, "showgrid": False},
-            )
+            ).update(yaxis_showticklabels=len(runs) > 1)
             drawn.append(
                 {
                     "key": f"costs_{kind}",
@@ -148,6 +144,18 @@ def charts(runs: list[Run]) -> list[dict[str, Any]]:
                 }
             )
     return drawn
+
+
+def _layout(num_bars: int, **settings: Any) -> go.Layout:
+    """Of bars one below the other."""
+    return go.Layout(
+        template="none",
+        height=44 + 36 * num_bars,
+        margin={"l": 12, "r": 12, "t": 4, "b": 30},
+        showlegend=False,
+        yaxis={"autorange": "reversed", "automargin": True, "showgrid": False},
+        **settings,
+    )
 
 
 def timelines(runs: list[Run]) -> list[dict[str, Any]]:
@@ -172,15 +180,11 @@ def timelines(runs: list[Run]) -> list[dict[str, Any]]:
             for lane, (number, label) in lanes.items()
             if any(key == lane for key, _, _ in spans)
         ]
-        layout = go.Layout(
-            template="none",
+        layout = _layout(
+            len(traces),
             barmode="overlay",
             bargap=0.3,
-            height=44 + 36 * len(traces),
-            margin={"l": 12, "r": 12, "t": 4, "b": 30},
-            showlegend=False,
             xaxis={"ticksuffix": " s", "nticks": 8, "range": [0, max(end for _, _, end in spans) - origin]},
-            yaxis={"autorange": "reversed", "automargin": True, "showgrid": False},
         )
         title = "Who worked, who waited" + (f": {safe_lines(run.name)}" if len(runs) > 1 else "")
         figure = go.Figure(traces, layout).to_plotly_json()

@@ -49,13 +49,8 @@ class Ahead:
     learnt."""
 
     def __init__(self, write: Write, stream: PromptStream, num_prompts: int, num_steps: int, engine: Engine):
-        self.write, self.stream, self.num_prompts, self.num_steps, self.engine = (
-            write,
-            stream,
-            num_prompts,
-            num_steps,
-            engine,
-        )
+        self.write, self.stream, self.engine = write, stream, engine
+        self.num_prompts, self.num_steps = num_prompts, num_steps
         self._next: _Pending | None = None
         self._stale = 0
 

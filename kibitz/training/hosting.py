@@ -8,12 +8,11 @@ from math import ceil
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from kibitz.config import LocalTeacherConfig, Recipe, RecipeError
 from kibitz.config.teachers import HostedTeacherConfig
 from kibitz.engines.untied import untied_start
-from kibitz.models import lora
+from kibitz.models.load import without_weights
 from kibitz.parallel.ranks import Ranks
 from kibitz.servers import commands, own
 from kibitz.servers.placement import Place, Role, place
@@ -178,14 +177,13 @@ def _trained(recipe: Recipe) -> float:
     """Bytes that training keeps while servers write: the student's, with its optimizer, and those of a teacher beside it."""
     num = num_parameters(recipe.student.model, recipe.student.trust_remote_code)
     beside = sum(
-        num_parameters(one.model) for one in recipe.teachers if isinstance(one, LocalTeacherConfig) and not one.offload
+        num_parameters(one.model, one.trust_remote_code)
+        for one in recipe.teachers
+        if isinstance(one, LocalTeacherConfig) and not one.offload
     )
     return (2 if recipe.student.lora is not None else BYTES_LEARNT) * num + 2 * beside
 
 
 def num_parameters(model: str, trust_remote_code: bool = False) -> int:
     """The parameters of a model, counted by its configuration alone."""
-    settings = AutoConfig.from_pretrained(lora.base_or_self(model), trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
-    return sum(parameter.numel() for parameter in empty.parameters())
+    return sum(parameter.numel() for parameter in without_weights(model, None, trust_remote_code).parameters())

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 SHARE = 0.8
 """Of the free memory; the rest is for what the allocator loses between blocks, and for the kernels' own."""
-TENSORS = 10
+LOSS_TENSORS = 10
 """Float32 tensors [chunk, V] of an exact divergence with its metrics and its gradient; see `kibitz.losses.chunked`."""
 SHARE_OF_LOGITS = 0.25
 MOST_IN_CHUNK = 2048
@@ -87,9 +87,10 @@ def _chosen(recipe: Recipe, student: LanguageModel, longest: int, free: int, pro
         parallel = parallel.model_copy(update={"reduce_gradients": "micro_batch" if each else "step"})
         recipe = recipe.model_copy(update={"parallel": parallel})
     given, kept = optim.model_dump(include=optim.model_fields_set), _kept(student)
-    recomputed = _recomputed(student.model.config.get_text_config(), student.model.dtype, kept)
+    config = student.model.config.get_text_config()
+    recomputed = recomputed_bytes(config.num_hidden_layers, config.hidden_size, student.model.dtype.itemsize, kept)
     left = free - bytes_to_come(recipe, student, processes)
-    room = Room(left, kept, recomputed, TENSORS * 4.0 * student.vocab_size)
+    room = Room(left, kept, recomputed, LOSS_TENSORS * 4.0 * student.vocab_size)
     chosen = room.choose(optim.tokens_per_micro_batch, longest, given)
     log.info("for %.1f GiB beside the models: %s", left / 2**30, ", ".join(f"optim.{k}={v}" for k, v in chosen.items()))
     return recipe.model_copy(update={"optim": optim.model_copy(update=chosen)})
@@ -121,6 +122,7 @@ def _kept(student: LanguageModel) -> float:
     return kept_on_meta(model)
 
 
-def _recomputed(config: Any, dtype: torch.dtype, kept: float) -> float:
-    """Each layer's input, and the inside of one layer."""
-    return config.num_hidden_layers * config.hidden_size * dtype.itemsize + kept / config.num_hidden_layers
+def recomputed_bytes(num_layers: int, width: int, itemsize: int, kept: float) -> float:
+    """What is kept for each token where activations are recomputed: each layer's input, and the inside of one layer. Without that
+    it is `kept`."""
+    return num_layers * width * itemsize + kept / num_layers

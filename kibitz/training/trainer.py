@@ -107,7 +107,9 @@ class Trainer:
     ledger: Ledger = field(init=False)
     optimizer: Optimizer = field(init=False)
     stop: BetweenSteps = field(init=False)
-    """Knows the signal that asked the run to stop."""
+    """Knows the signal that asked this process to stop."""
+    stop_signal: int = 0
+    """The signal for which all processes stop, 0 before."""
     stopped_by: Alarm | None = None
 
     def __post_init__(self) -> None:
@@ -152,8 +154,8 @@ class Trainer:
         finally:
             self.setup.close()
             self.folder.lock.release()
-        if self.stop.number and self.done < self.recipe.steps:
-            raise KeyboardInterrupt(self.stop.number)
+        if self.stop_signal and self.done < self.recipe.steps:
+            raise KeyboardInterrupt(self.stop_signal)
 
     def _run(self) -> None:
         recipe = self.recipe
@@ -176,16 +178,17 @@ class Trainer:
         """The status of the run and what ended it."""
         if self.done == self.recipe.steps:
             return "finished", f"all {self.recipe.steps} steps are done" if self.done > 1 else "its one step is done"
-        if self.stop.number:
-            return "stopped", f"{signal.Signals(self.stop.number).name} after step {self.done}"
+        if self.stop_signal:
+            return "stopped", f"{signal.Signals(self.stop_signal).name} after step {self.done}"
         alarm = self.stopped_by
         return "stopped", "another process" if alarm is None else f"the guard {alarm.name}: {alarm.symptom}"
 
     def _stopping(self) -> bool:
-        """Return whether all processes stop now: a signal may have reached one of them only."""
+        """Return whether all processes stop now: a signal may have reached one of them only. One that comes while they
+        tell each other is heard at the next step."""
         said = self.ranks.gather((self.stop.number, self.stopped_by is not None))
-        self.stop.number = max(number for number, _ in said)
-        return bool(self.stop.number) or any(alarmed for _, alarmed in said)
+        self.stop_signal = max(number for number, _ in said)
+        return bool(self.stop_signal) or any(alarmed for _, alarmed in said)
 
     def step(self) -> None:
         """One update of the student: write, score, learn."""

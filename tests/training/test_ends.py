@@ -1,8 +1,10 @@
 """How a run ends, what it says of it, who may write its folder, and what becomes of its files when a disk damages them."""
 
 import json
+import os
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from support.runs import Interrupt, Notes, crash, recipe, timeless
 import kibitz
 from kibitz import report
 from kibitz.files import JSONL, Lock, read_lines, writer_of
+from kibitz.parallel.ranks import Ranks
 from kibitz.report import costs
 from kibitz.report.folder import read_run
 from kibitz.training.trainer import NullProgress
@@ -43,6 +46,24 @@ def test_a_run_says_what_ended_it(models, tmp_path):
     assert (last["status"], last["ended_by"]) == ("finished", "all 4 steps are done")
     page = report.build([tmp_path / "run"]).read_text(encoding="utf-8")
     assert "failed: RuntimeError: power cut" in page
+
+
+def test_a_signal_that_comes_while_the_processes_ask_each_other_is_heard_one_step_later(models, tmp_path, monkeypatch):
+    """The answers to that question were given before it came, so that they must not be taken for a later one's."""
+    gather, asked = Ranks.gather, []
+
+    def interrupted(ranks: Ranks, value: object) -> list:
+        said = gather(ranks, value)
+        if isinstance(value, tuple) and value[0] == 0:
+            asked.append(value)
+            if len(asked) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return said
+
+    monkeypatch.setattr(Ranks, "gather", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        kibitz.train(recipe(*models, tmp_path / "run", steps=10, save={"every": 0}))
+    assert info(tmp_path / "run")["ended_by"] == "SIGTERM after step 3"
 
 
 def test_the_time_of_a_run_is_that_of_all_its_parts(models, tmp_path):
