@@ -12,7 +12,7 @@ numbers: `/inference/v1/generate` quicker, where the server was started with --e
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -183,16 +183,12 @@ class RemoteScorer:
         names = self.request.kind == "named" and self.served.names
         if names and (not self.request.candidates_hold or self.served.sleepers is not None):
             return
-        new = [rollout for rollout in rollouts if _text(rollout) not in self._early]
-        for rollout, ids_TK in zip(new, self._candidates(new), strict=True):
-            self._early[_text(rollout)] = self._submit(rollout, ids_TK)
+        self._early |= self._submitted(rollouts, self._early)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal]:
         texts = {_text(rollout) for rollout in rollouts}
         begun = {text: job for text in texts if (job := self._early.pop(text, None)) is not None}
-        new = [rollout for rollout in rollouts if _text(rollout) not in begun]
-        for rollout, ids_TK in zip(new, self._candidates(new), strict=True):
-            begun[_text(rollout)] = self._submit(rollout, ids_TK)
+        begun |= self._submitted(rollouts, begun)
         signals = self.served.servers.gather([begun[_text(rollout)] for rollout in rollouts])
         self.tally.num_tokens += sum(rollout.num_tokens for rollout in rollouts)
         for text in self._before:  # nobody has asked about them for a whole step: they were written and thrown away
@@ -201,6 +197,12 @@ class RemoteScorer:
         if self.served.sleepers is not None:
             self.served.sleepers.sleep()
         return signals
+
+    def _submitted(self, rollouts: Sequence[Rollout], begun: Mapping[tuple, Future]) -> dict[tuple, Future]:
+        """Ask for those that are not begun, once for each text."""
+        new = {_text(rollout): rollout for rollout in rollouts if _text(rollout) not in begun}
+        named = self._candidates(list(new.values()))
+        return {text: self._submit(one, ids_TK) for (text, one), ids_TK in zip(new.items(), named, strict=True)}
 
     def _candidates(self, rollouts: Sequence[Rollout]) -> Sequence[Tensor | None]:
         if self.request.kind != "named" or not self.served.names or not rollouts:

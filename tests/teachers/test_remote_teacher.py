@@ -140,6 +140,16 @@ def test_what_is_scored_early_is_the_same(two_models, rollouts, teacher):
     )
 
 
+def test_a_text_that_stands_twice_in_a_step_is_asked_about_once(two_models, rollouts, teacher):
+    with Stub(two_models[1]) as stub:
+        scorer = teacher(stub).scorer(ScoreRequest("top_k", top_k=3))
+        stub.asked.clear()
+        twice = scorer.score([*rollouts, *rollouts])
+        assert len(stub.asked) == len(rollouts)
+    for one, other in zip(twice[: len(rollouts)], twice[len(rollouts) :], strict=True):
+        assert torch.equal(one.logp_TK, other.logp_TK)
+
+
 def test_what_does_not_fit_is_refused_with_its_name(two_models, teacher, tmp_path):
     with Stub(two_models[1]) as stub:
         with pytest.raises(ServerError, match="serves stub and not qwen"):
