@@ -179,7 +179,7 @@ class StudentConfig(Section):
     degree: int = Field(2, ge=1, le=5, description="Of a polynomial's monomials.")
     terms: int = Field(8, ge=1, description="Monomials of a polynomial at most, for each output.")
     search: Literal["gplearn", "operon"] = Field(
-        "gplearn", description="Of a formula. operon: pyoperon, faster, its constants are fitted; pip install pyoperon."
+        "gplearn", description="Of a formula. operon: pyoperon, faster, and its constants are fitted."
     )
     nodes: int = Field(30, ge=3, description="Of a formula of operon, at most. 50 is operon's.")
     population: int = Field(500, ge=10, description="Formulas of a generation. 1,000 is gplearn's.")

@@ -43,6 +43,13 @@ ENVS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 REFINED = ("rpd", "rpd-anneal")
+QUICK = {
+    "env": {"num_envs": 4, "options": {"max_episode_steps": 50}},
+    "ppo": {"num_steps": 32, "batch": 64},
+    "eval": {"every": 1, "episodes": 2, "last": 2},
+    "steps": 256,
+}
+"""Two iterations, an evaluation after each."""
 
 
 # ------------------------------------------------------------------ what is run
@@ -50,7 +57,7 @@ REFINED = ("rpd", "rpd-anneal")
 
 def play(run: Play) -> None:
     """The teachers; each arm's rates with seed 0; then each arm at its best, seed by seed, so that what is there is whole."""
-    small = {"steps": 4096, "eval": {**EVAL, "episodes": 2, "last": 2}} if run.quick else {}
+    small = QUICK if run.quick else {}
     rates = RATES[:1] if run.quick else RATES
     best: dict[tuple[str, str], float] = {}
     for name, env in ENVS.items():
