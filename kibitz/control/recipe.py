@@ -128,6 +128,9 @@ class PlayConfig(Section):
     every: int = Field(5, ge=1, description="Iterations between two evaluations; a checkpoint is written at each.")
     episodes: int = Field(20, ge=1, description="Fresh ones each time, the same for every run.")
     last: int = Field(100, ge=1, description="Episodes of the last evaluation.")
+    teacher: bool = Field(
+        True, description="rpd: the teacher plays the episodes of the last evaluation, too, at the start."
+    )
     frames: int = Field(6, ge=0, description="Pictures of one episode, before and after; 0: none.")
 
 

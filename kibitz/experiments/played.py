@@ -80,7 +80,11 @@ class Play:
         return self._once(name, {"policy": policy, **keys, "settings": dict(tree)}, make)
 
     def _runnable(self, name: str, tree: Mapping[str, Any]) -> dict[str, Any]:
-        found = {**tree, "output": str(self.work / name), "eval": {**tree.get("eval", {}), "frames": 0}}
+        found = {
+            **tree,
+            "output": str(self.work / name),
+            "eval": {**tree.get("eval", {}), "frames": 0, "teacher": False},
+        }
         if isinstance(found.get("teacher"), Mapping):
             found["teacher"] = {**found["teacher"], "run": str(self.work / found["teacher"]["run"])}
         return found
