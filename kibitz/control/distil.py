@@ -10,6 +10,7 @@ as in the soft policy of maximum entropy. Behaviour cloning (`bc`) has the teach
 """
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from kibitz.control.build import build_teacher
 from kibitz.control.environments import Act, make, seeds_of, shape_of, visits
 from kibitz.control.folder import Folder, newest, stop_if
 from kibitz.control.recipe import DistilRecipe
-from kibitz.control.rpd import Asked, ControlRun, Progress, Row, evaluated, first_look, nobody
+from kibitz.control.rpd import TEACHERS, Asked, ControlRun, Progress, Row, evaluated, first_look, nobody
 from kibitz.control.students import Labelled, Student
 from kibitz.control.teachers import Answer, Teacher, reseed
 from kibitz.files import write_atomically
@@ -114,7 +115,8 @@ def run(
     told = STORIES[recipe.method.type].format(
         student=KINDS[recipe.student.type].capitalize(), teacher=name, env=recipe.env.id
     )
-    folder = Folder(recipe, f"{TITLES[recipe.method.type]} of {KINDS[recipe.student.type]}", told)
+    title = f"{TITLES[recipe.method.type]} of {KINDS[recipe.student.type]}"
+    folder = Folder(recipe, title, told, unit="iteration")
     with folder.open(resume, overwrite):
         loop = _Loop(recipe, teacher, shape, folder, asked)
         loop.take_up()
@@ -161,26 +163,43 @@ class _Loop:
         recipe = self.recipe
         for iteration in range(len(self.data.ends), recipe.method.iterations):
             stop_if(self.asked(), iteration)
-            played = self._collect(iteration)
-            student = self._student(iteration)
-            step = iteration + 1
-            metrics = {"step": step, "states": self.data.ends[-1], "agreement": played, **student.size()}
+            begun = time.perf_counter()
+            played, spent = self._collect(iteration)
+            collected = time.perf_counter()
+            student, step = self._student(iteration), iteration + 1
+            seconds = {**spent, "training": time.perf_counter() - collected}
+            seconds["sampling"] = collected - begun - spent["scoring"]
+            metrics = {
+                "step": step, "states": self.data.ends[-1], "agreement": played, **student.size(), "seconds": seconds,
+                "flops": self._flops(),
+            }  # fmt: skip
             row = evaluated(student.act, recipe.env, "validation", recipe.seed, recipe.method.validation)
             self.folder.metrics.append(metrics)
             self.folder.evals.append({"step": step, **row})
             self._save(step)
             yield {"metrics": metrics, "evals": {"step": step, **row}}
 
-    def _collect(self, iteration: int) -> float | None:
-        """Add states; returns how often the student that visited them acted as the teacher would have."""
+    def _flops(self) -> dict[str, float]:
+        """Of the teacher on the states that the last iteration added; a student that can be read has next to none."""
+        new = self.data.ends[-1] - (self.data.ends[-2] if len(self.data.ends) > 1 else 0)
+        asked = (
+            2 if len(self.data.ends) == 1 or self.recipe.method.type == "bc" else 1
+        )  # where it plays, it acts and answers
+        return {"teacher_scoring": asked * new * self.teacher.flops} if self.teacher.flops else {}
+
+    def _collect(self, iteration: int) -> tuple[float | None, dict[str, float]]:
+        """Add states; returns how often the student that visited them acted as the teacher would have, and how long the teacher
+        took to answer."""
         reseed(self.teacher, seeds_of(f"teacher {iteration}", self.recipe.seed, 1)[0])
         by_teacher = iteration == 0 or self.recipe.method.type == "bc"
         player = None if by_teacher else self._student(iteration - 1)
         act: Act = (lambda seen: self.teacher.answer(seen).action) if player is None else player.act
         observed, acted = states(act, self.recipe, iteration)
+        begun = time.perf_counter()
         answer = self.teacher.answer(observed)
+        spent = {"scoring": time.perf_counter() - begun}
         self.data.add(observed, answer)
-        return None if by_teacher else students.agreement(acted, answer.action, self.shape)
+        return (None if by_teacher else students.agreement(acted, answer.action, self.shape)), spent
 
     def _student(self, iteration: int) -> Student:
         if iteration not in self.students:
@@ -205,19 +224,30 @@ class _Loop:
         student = self._student(best - 1)
         names = students.names_of(recipe.env.id, self.shape.num_observed)
         section = export.write(student, names, folder.path)
+        by_teacher: Act = lambda seen: self.teacher.answer(seen).action  # noqa: E731
+        theirs = evaluated(by_teacher, recipe.env, "fresh episodes", recipe.seed, recipe.eval.last)
+        folder.note({"step": len(self.data.ends), **theirs, "split": TEACHERS})
         fresh = evaluated(student.act, recipe.env, "fresh episodes", recipe.seed, recipe.eval.last)
         folder.note({"step": len(self.data.ends), **fresh})
-        theirs = evaluated(
-            lambda seen: self.teacher.answer(seen).action, recipe.env, "fresh episodes", recipe.seed, recipe.eval.last
-        )
         observed, acted = states(student.act, recipe, recipe.method.iterations + 1)
         alike = students.agreement(acted, self.teacher.answer(observed).action, self.shape)
-        sizes = student.size()
+        section["words"] = f"{words(student, best, fresh, theirs, alike)} {section['words']}".strip()
         drawn = [frames.section(folder.path, "after.png", "An episode of the student")] if recipe.eval.frames else []
         folder.show([section, *drawn])
         folder.finish(
-            best_iterate=best, agreement_on_own_states=alike, teacher_return=theirs["return"]["mean"], **sizes
+            best_iterate=best, agreement_on_own_states=alike, teacher_return=theirs["return"]["mean"], **student.size()
         )
+
+
+def words(student: Student, best: int, ours: Row, theirs: Row, alike: float) -> str:
+    """What a person wants to know first of a policy: how large it is, what it is worth, and how far it is its teacher's."""
+    sizes = ", ".join(f"{what} {size}" for what, size in student.size().items())
+    returns = [row["return"]["mean"] for row in (ours, theirs)]
+    return (
+        f"The student of iteration {best}, which was best in validation ({sizes}). Its mean return in "
+        f"{ours['num_episodes']} fresh episodes is {returns[0]:.4g}, its teacher's in the same ones {returns[1]:.4g}. Where it "
+        f"comes to, it acts as its teacher would have in {alike:.1%} of the states."
+    )
 
 
 def states(act: Act, recipe: DistilRecipe, iteration: int) -> tuple[np.ndarray, np.ndarray]:

@@ -26,7 +26,12 @@ def write(student: Student, names: Sequence[str], folder: Path) -> dict[str, Any
     (folder / "policy.onnx").write_bytes(onnx(student))
     if isinstance(student, TreeStudent):
         write_atomically(folder / "policy.svg", svg(student, names))
-        return {"title": "The policy", "words": "Each box asks; left is yes.", "image": "policy.svg", "text": rules}
+        return {
+            "title": "The policy",
+            "words": "Each box asks: up is yes, down is no.",
+            "image": "policy.svg",
+            "text": rules,
+        }
     return {"title": "The policy", "words": "", "text": rules}
 
 
@@ -70,17 +75,36 @@ def _formula(student: FormulaStudent) -> str:
 
 
 def _branch(student: TreeStudent, node: int, depth: int) -> list[str]:
-    tree, pad = student.model.tree_, "    " * depth
-    left, right = int(tree.children_left[node]), int(tree.children_right[node])
-    if left == right:
+    tree, pad, parts = student.model.tree_, "    " * depth, children(student, node)
+    if parts is None:
         return [f"{pad}return {leaf(student, node)!r}"]
     question = f"{pad}if single(o[{int(tree.feature[node])}]) <= {float(tree.threshold[node])!r}:"
-    return [question, *_branch(student, left, depth + 1), *_branch(student, right, depth)]
+    return [question, *_branch(student, parts[0], depth + 1), *_branch(student, parts[1], depth)]
+
+
+def children(student: TreeStudent, node: int) -> tuple[int, int] | None:
+    """The nodes for yes and no; None of a leaf, and of a question after which both answers lead to one action."""
+    tree = student.model.tree_
+    yes, no = int(tree.children_left[node]), int(tree.children_right[node])
+    return None if yes == no or len(_actions(student, node)) == 1 else (yes, no)
+
+
+def _actions(student: TreeStudent, node: int) -> set[Any]:
+    """All that is done below a node."""
+    tree = student.model.tree_
+    yes, no = int(tree.children_left[node]), int(tree.children_right[node])
+    if yes == no:
+        action = leaf(student, node)
+        return {action if isinstance(action, int) else tuple(action)}
+    return _actions(student, yes) | _actions(student, no)
 
 
 def leaf(student: TreeStudent, node: int) -> int | list[float]:
-    """The action of a leaf: of equal classes the first, as scikit-learn has it."""
-    value = student.model.tree_.value[node]
+    """The action of a leaf, or of a node whose leaves all act alike: of equal classes the first, as scikit-learn has it."""
+    tree = student.model.tree_
+    while tree.children_left[node] != tree.children_right[node]:
+        node = int(tree.children_left[node])
+    value = tree.value[node]
     if student.shape.discrete:
         return int(student.model.classes_[value[0].argmax()])
     return value[:, 0].clip(student.shape.low_A, student.shape.high_A).tolist()
@@ -103,12 +127,11 @@ def text(student: Student, names: Sequence[str]) -> str:
 
 
 def _told(student: TreeStudent, names: Sequence[str], node: int, depth: int) -> list[str]:
-    tree, pad = student.model.tree_, "  " * depth
-    left, right = int(tree.children_left[node]), int(tree.children_right[node])
-    if left == right:
+    tree, pad, parts = student.model.tree_, "  " * depth, children(student, node)
+    if parts is None:
         return [f"{pad}{_leaf_words(student, node)}"]
     question = f"{names[int(tree.feature[node])]} <= {float(tree.threshold[node]):.3g}"
-    yes, no = (_told(student, names, child, depth + 1) for child in (left, right))
+    yes, no = (_told(student, names, child, depth + 1) for child in parts)
     return [f"{pad}if {question}:", *yes, f"{pad}else:", *no]
 
 
@@ -117,39 +140,45 @@ def _leaf_words(student: TreeStudent, node: int) -> str:
     return f"action {action}" if isinstance(action, int) else f"action {', '.join(f'{part:.3g}' for part in action)}"
 
 
-WIDE, HIGH, GAP = 118, 34, 30  # of a box and between two rows, in points
+WIDE, HIGH, GAP = 132, 26, 34  # of a box, and between a question and its answers, in points
+ROW = 32  # from a leaf to the next
 
 
 def svg(student: TreeStudent, names: Sequence[str]) -> str:
-    """The tree as boxes: leaves side by side, a question above the middle of what it decides between."""
+    """The tree as boxes from left to right, so that many leaves fit on a page: leaves one below the other, a question at the
+    height of the middle of what it decides between."""
     boxes: list[str] = []
-    width = _draw(student, names, 0, 0, 0.0, boxes)[1]
-    height = (student.model.get_depth() + 1) * (HIGH + GAP)
+    height, right = _draw(student, names, 0, (0.0, 0.0), boxes)[1:]
     rules = (
-        "text{font:11px sans-serif;text-anchor:middle;fill:#1e2022}rect{fill:#fff;stroke:#59636e}.leaf{fill:#dbeefa}"
+        "text{font:12px sans-serif;text-anchor:middle;fill:#1e2022}rect{fill:#fff;stroke:#59636e}.leaf{fill:#dbeefa}"
+        "path{fill:none;stroke:#808a94;stroke-width:1.5}"
     )
-    size = f'viewBox="0 0 {width:g} {height}" width="{width:g}" height="{height}"'
+    size = f'viewBox="0 0 {right:g} {height:g}" width="{right:g}" height="{height:g}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{rules}</style>{"".join(boxes)}</svg>\n'
 
 
 def _draw(
-    student: TreeStudent, names: Sequence[str], node: int, depth: int, left: float, boxes: list[str]
-) -> tuple[float, float]:
-    """Draw what hangs below a node, from `left` on; returns the middle of its box and where free room begins."""
-    tree, top = student.model.tree_, depth * (HIGH + GAP) + 2
-    children = int(tree.children_left[node]), int(tree.children_right[node])
-    if children[0] == children[1]:
-        middle, end, words, kind = left + WIDE / 2, left + WIDE, _leaf_words(student, node), "leaf"
+    student: TreeStudent, names: Sequence[str], node: int, corner: tuple[float, float], boxes: list[str]
+) -> tuple[float, float, float]:
+    """Draw what hangs on a node, from `corner` (left, top) on; returns the middle of its box, and where it ends below and to the
+    right."""
+    tree, parts, (left, top) = student.model.tree_, children(student, node), corner
+    if parts is None:
+        middle, end, right = top + ROW / 2, top + ROW, left + WIDE
+        words, kind = _leaf_words(student, node), "leaf"
     else:
-        first, between = _draw(student, names, children[0], depth + 1, left, boxes)
-        second, end = _draw(student, names, children[1], depth + 1, between, boxes)
-        middle, kind = (first + second) / 2, "question"
+        beside = left + WIDE + GAP
+        first, between, wide = _draw(student, names, parts[0], (beside, top), boxes)
+        second, end, wider = _draw(student, names, parts[1], (beside, between), boxes)
+        middle, right, kind = (first + second) / 2, max(wide, wider), "question"
         words = f"{names[int(tree.feature[node])]} ≤ {float(tree.threshold[node]):.3g}"
         for child in (first, second):
-            boxes.append(f'<path d="M{middle:g} {top + HIGH}L{child:g} {top + HIGH + GAP}" stroke="#59636e"/>')
-    box = f'<rect class="{kind}" x="{middle - WIDE / 2 + 4:g}" y="{top}" width="{WIDE - 8}" height="{HIGH}" rx="4"/>'
-    boxes.append(f'{box}<text x="{middle:g}" y="{top + HIGH / 2 + 4:g}">{escape(words)}</text>')
-    return middle, end
+            boxes.append(f'<path d="M{left + WIDE - 2:g} {middle:g}h{GAP / 2:g}V{child:g}h{GAP / 2 + 4:g}"/>')
+    shown = f"{words[:20]}…" if len(words) > 21 else words
+    box = f'<rect class="{kind}" x="{left + 2:g}" y="{middle - HIGH / 2:g}" width="{WIDE - 4}" height="{HIGH}" rx="4"/>'
+    label = f'<text x="{left + WIDE / 2:g}" y="{middle + 4:g}">{escape(shown)}<title>{escape(words)}</title></text>'
+    boxes.append(box + label)
+    return middle, end, right
 
 
 # ------------------------------------------------------------------ ONNX

@@ -36,10 +36,10 @@ def stop_if(asked: int, step: int) -> None:
 class Folder:
     """The files of one run. `recipe.yaml` goes last when a run is replaced: as long as it is there, what is left is a run."""
 
-    def __init__(self, recipe: Any, title: str, story: str):
+    def __init__(self, recipe: Any, title: str, story: str, unit: str = "step"):
         self.path, self.recipe = Path(recipe.output), recipe
         self.metrics, self.evals = (JSONL(self.path / f"{name}.jsonl") for name in ("metrics", "evals"))
-        self.info: dict[str, Any] = {"title": title, "story": story}
+        self.info: dict[str, Any] = {"title": title, "story": story, "unit": unit}
         self.started, self.before = time.time(), 0.0
         """`before`: seconds that earlier parts of the run took."""
 

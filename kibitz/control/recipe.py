@@ -128,6 +128,9 @@ class PlayConfig(Section):
     every: int = Field(5, ge=1, description="Iterations between two evaluations; a checkpoint is written at each.")
     episodes: int = Field(20, ge=1, description="Fresh ones each time, the same for every run.")
     last: int = Field(100, ge=1, description="Episodes of the last evaluation.")
+    teacher: bool = Field(
+        True, description="rpd: the teacher plays the episodes of the last evaluation, too, at the start."
+    )
     frames: int = Field(6, ge=0, description="Pictures of one episode, before and after; 0: none.")
 
 
@@ -179,7 +182,7 @@ class StudentConfig(Section):
     degree: int = Field(2, ge=1, le=5, description="Of a polynomial's monomials.")
     terms: int = Field(8, ge=1, description="Monomials of a polynomial at most, for each output.")
     search: Literal["gplearn", "operon"] = Field(
-        "gplearn", description="Of a formula. operon: pyoperon, faster, its constants are fitted; pip install pyoperon."
+        "gplearn", description="Of a formula. operon: pyoperon, faster, and its constants are fitted."
     )
     nodes: int = Field(30, ge=3, description="Of a formula of operon, at most. 50 is operon's.")
     population: int = Field(500, ge=10, description="Formulas of a generation. 1,000 is gplearn's.")

@@ -22,7 +22,7 @@ from kibitz.control.environments import Act, make, returns, seeds_of, shape_of, 
 from kibitz.control.folder import Folder, newest, stop_if
 from kibitz.control.recipe import EnvConfig, RPDRecipe
 from kibitz.control.taught import Episodes, TaughtPPO, check, plain
-from kibitz.control.teachers import reseed
+from kibitz.control.teachers import Teacher, reseed
 from kibitz.control.terms import cosine
 from kibitz.files import step_of, write_atomically
 
@@ -33,6 +33,8 @@ TITLES = {
     "opd": "On-policy distillation of a policy",
     "rpd": "Refined policy distillation",
 }
+TEACHERS = "fresh episodes of the teacher"
+"""The split of what the teacher is worth in the student's environment, on the episodes of the last evaluation."""
 STORIES = {
     "ppo": "A policy played {env} and learnt from the reward alone (PPO).",
     "bc": "The teacher {teacher} played {env}, and a policy learnt to do the same where the teacher had been.",
@@ -157,6 +159,8 @@ class _Loop:
             row = self._evaluate("episodes", recipe.eval.episodes)
             self._save()
             yield "evals", row
+            if self.model.lesson.teacher is not None and recipe.eval.teacher:
+                yield "evals", self._measure(self.model.lesson.teacher)
             self._draw("before.png", "An episode before training")
         while self.done < recipe.steps and not self.ended:
             self._fresh()
@@ -222,6 +226,14 @@ class _Loop:
 
     def _evaluate(self, split: str, num: int) -> Row:
         row = {"step": self.done, **evaluated(act_of(self.model), self.recipe.env, split, self.recipe.seed, num)}
+        self.folder.note(row)
+        return row
+
+    def _measure(self, teacher: Teacher) -> Row:
+        """What the teacher is worth, known before anything is learnt: the level that the student is to pass."""
+        act: Act = lambda seen: teacher.answer(seen).action  # noqa: E731
+        found = evaluated(act, self.recipe.env, "fresh episodes", self.recipe.seed, self.recipe.eval.last)
+        row = {"step": 0, **found, "split": TEACHERS}
         self.folder.note(row)
         return row
 

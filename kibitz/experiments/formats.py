@@ -75,6 +75,12 @@ def whole(value: Sequence[float] | float) -> str:
     return f"{value:,.0f}"
 
 
+def brief(value: Sequence[float] | float) -> str:
+    """The same with one decimal where the mean is below 20: `7.1 ± 2.3`."""
+    numbers = value if isinstance(value, Sequence) else [value]
+    return whole(value) if abs(numbers[0]) >= 20 else " ± ".join(f"{one:.1f}" for one in numbers)
+
+
 def nats(value: Sequence[float] | None) -> str:
     """`0.050 ± 0.005`; without the interval where that is 0."""
     return NONE if value is None else f"{value[0]:.3f}" + (f" ± {value[1]:.3f}" if value[1] else "")
@@ -116,6 +122,6 @@ FILTERS: Mapping[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
         *(percent, rounded, signed, between, times, fold),
-        *(figures, fixed, pair, whole, nats, number, general, params, listed, code),
+        *(figures, fixed, pair, whole, brief, nats, number, general, params, listed, code),
     )
 }

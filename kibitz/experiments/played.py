@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kibitz.config import load_as
 from kibitz.control.recipe import DistilRecipe, RPDRecipe
 from kibitz.experiments.records import Record, about_here, read, write
@@ -35,7 +37,7 @@ class Play:
             return {
                 "curve": [[row["step"], row["return"]["mean"]] for row in run.evals if row["split"] == "episodes"],
                 "final": run.evals[-1]["return"], "episodes": run.evals[-1]["num_episodes"],
-                "steps": run.evals[-1]["step"], "gflop": sum(flops) / 1e9,
+                "steps": run.evals[-1]["step"], "gflop": sum(flops) / 1e9, "sampled": by_chance(recipe),
             }  # fmt: skip
 
         return self._once(
@@ -78,7 +80,11 @@ class Play:
         return self._once(name, {"policy": policy, **keys, "settings": dict(tree)}, make)
 
     def _runnable(self, name: str, tree: Mapping[str, Any]) -> dict[str, Any]:
-        found = {**tree, "output": str(self.work / name), "eval": {**tree.get("eval", {}), "frames": 0}}
+        found = {
+            **tree,
+            "output": str(self.work / name),
+            "eval": {**tree.get("eval", {}), "frames": 0, "teacher": False},
+        }
         if isinstance(found.get("teacher"), Mapping):
             found["teacher"] = {**found["teacher"], "run": str(self.work / found["teacher"]["run"])}
         return found
@@ -101,10 +107,31 @@ class Play:
         return record
 
 
+def by_chance(recipe: RPDRecipe) -> Record:
+    """A run's policy with actions that are drawn, as in training, on the same fresh episodes: the mean return, and the mean
+    entropy in the states that it comes to, in nats."""
+    import torch
+
+    from kibitz.control import environments, taught
+
+    policy, entropy = taught.load_policy(Path(recipe.output)).policy, []
+    torch.manual_seed(recipe.seed)
+
+    def act(seen_BO: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            asked = policy.get_distribution(policy.obs_to_tensor(seen_BO)[0])
+        entropy.extend(asked.distribution.entropy().reshape(len(seen_BO), -1).sum(-1).tolist())
+        action = asked.sample().numpy()
+        return action if shape.discrete else action.clip(shape.low_A, shape.high_A)
+
+    shape = environments.shape_of(environments.make(recipe.env), recipe.env.id)
+    seeds = environments.seeds_of("fresh episodes", recipe.seed, recipe.eval.last)
+    mean = float(environments.returns(act, recipe.env, seeds).mean())
+    return {"mean": mean, "entropy": float(np.mean(entropy))}
+
+
 def plays_alike(recipe: DistilRecipe, folder: Path) -> Record:
     """Whether the exported function, on its own observations, plays the fresh episodes to the same returns: how many did."""
-    import numpy as np
-
     from kibitz.control import environments, export
 
     act = export.load((folder / "policy.py").read_text(encoding="utf-8"))

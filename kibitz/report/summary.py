@@ -53,21 +53,21 @@ def _what(run: Run) -> Markup:
 
 
 def _how_much(run: Run) -> list[Markup]:
-    planned = dig_number(run.recipe, "steps")
-    done = run.last_step
+    planned, done = dig_number(run.recipe, "steps"), run.last_step
     if not planned and not done:
         return []
     rollout = run.recipe.get("rollout")
     per_step = dig_number(rollout, "prompts_per_step")
     samples = dig_number(rollout, "samples_per_prompt")
     size = f" of {many(per_step, 'prompt')}" if per_step else ""
+    unit = safe_lines(str(run.info.get("unit") or "step"))
     if per_step and (samples or 1) > 1:
         size += f" with {many(samples, 'response')} each"
     if planned and done < planned:
         are = "is" if done == 1 else "are"
-        text = f"It was to take {many(planned, 'step')}{size}, and {count(done)} of them {are} on record."
+        text = f"It was to take {many(planned, unit)}{size}, and {count(done)} of them {are} on record."
     else:
-        text = f"It took {many(done or planned, 'step')}{size}."
+        text = f"It took {many(done or planned, unit)}{size}."
     return [Markup("{}").format(text)]
 
 
@@ -150,6 +150,11 @@ class Comparison:
     first_step: int
     last_step: int
     measures: list[Measure]
+
+    @property
+    def shares(self) -> bool:
+        """Whether any measure is a share, and has a place on the line from 0 to 1."""
+        return any(measure.share for measure in self.measures)
 
     @property
     def intervals(self) -> bool:

@@ -148,13 +148,29 @@ def test_a_tree_is_drawn_with_a_box_for_each_node_that_is_in_no_others_way():
     import xml.etree.ElementTree as ET
 
     tree = students.fit(StudentConfig(depth=3), labelled(), shape(CARTPOLE), 0)
-    boxes = list(ET.fromstring(export.svg(tree, "abcd")).iter("{http://www.w3.org/2000/svg}rect"))
-    assert len(boxes) == tree.model.tree_.node_count
-    for y in {box.get("y") for box in boxes}:
-        row = sorted((float(box.get("x")), float(box.get("width"))) for box in boxes if box.get("y") == y)
-        assert all(left + width <= right for (left, width), (right, _) in pairwise(row))
+    picture = ET.fromstring(export.svg(tree, "abcd"))
+    boxes = list(picture.iter("{http://www.w3.org/2000/svg}rect"))
     words = export.text(tree, ("position", "velocity", "angle", "turning"))
-    assert words.count("action") == tree.size()["leaves"]
+    assert len(boxes) == words.count("action") + words.count("if ")
+    wide, high = float(picture.get("width")), float(picture.get("height"))
+    for x in {box.get("x") for box in boxes}:
+        column = sorted((float(box.get("y")), float(box.get("height"))) for box in boxes if box.get("x") == x)
+        assert all(top + height <= below for (top, height), (below, _) in pairwise(column))
+        assert 0 <= float(x) < wide and column[-1][0] + column[-1][1] <= high
+    assert 0 < words.count("action") <= tree.size()["leaves"]
+
+
+def test_a_question_whose_answers_act_alike_is_not_asked():
+    """CART parts 3 to 1 from 2 to 1, by which the likelier action is the same; what is left of the tree acts as it does."""
+    seen = np.array([[0.0], [0.0], [0.0], [0.0], [1.0], [1.0], [1.0], [2.0], [2.0]], np.float32)
+    action = np.array([0, 0, 0, 1, 0, 0, 1, 1, 1])
+    one = Shape(1, 2, np.empty(0), np.empty(0))
+    tree = students.fit(StudentConfig(depth=2), Labelled(seen, action, np.ones(9)), one, 0)
+    assert tree.size()["leaves"] == 3
+    assert export.text(tree, ["x"]) == "if x <= 1.5:\n  action 0\nelse:\n  action 1\n"
+    assert export.svg(tree, ["x"]).count("<rect") == 3
+    act = export.load(export.python(tree))
+    assert [act([x]) for x in (0.0, 1.0, 2.0)] == tree.act(np.array([[0.0], [1.0], [2.0]])).tolist() == [0, 0, 1]
 
 
 # ------------------------------------------------------------------ formulas

@@ -41,8 +41,36 @@ ENVS: Mapping[str, Mapping[str, Any]] = {
         "student": {"env": {"id": "Acrobot-v1", "num_envs": 16}, "ppo": PPO, "eval": EVAL, "steps": 24_576},
         "teacher": {"stop_at": -250.0, "steps": 100_000, "ppo": {"lr": 1e-3}},
     },
+    "reacher": {
+        "student": {
+            "env": {"id": "Reacher-v5", "num_envs": 32, "sparse_info": "reward_dist", "sparse_above": -0.05},
+            "ppo": {"batch": 512, "num_steps": 64, "gamma": 0.95, "log_std": -1.0},
+            "eval": {**EVAL, "every": 4, "episodes": 20},
+            "steps": 65_536,
+        },
+        "teacher": {
+            "env": {"sparse_info": None, "sparse_above": None},
+            "ppo": {"lr": 1e-3, "gamma": 0.9},
+            "eval": {"every": 8},
+            "steps": 131_072,
+        },
+        "weight": 10.0,
+    },
 }
+"""`weight`: lambda of the refined arms, where it is not 1. Actions on Reacher differ by so little that with 1 little is heard but
+the reward."""
 REFINED = ("rpd", "rpd-anneal")
+QUICK = {
+    "env": {"num_envs": 4, "options": {"max_episode_steps": 50}},
+    "ppo": {"num_steps": 32, "batch": 64},
+    "eval": {"every": 1, "episodes": 2, "last": 2},
+    "steps": 256,
+}
+"""Two iterations, an evaluation after each."""
+WHY = {"distribution": {**ARMS["rpd-anneal"]}, "action": {**ARMS["rpd-anneal"], "loss": "bc"}}
+"""Acrobot's `rpd-anneal` once more, with all that the teacher says or with its likeliest action alone: whether the policies lose
+the goal, or only their likeliest actions do."""
+WHY_RATE = 1e-3
 
 
 # ------------------------------------------------------------------ what is run
@@ -50,7 +78,7 @@ REFINED = ("rpd", "rpd-anneal")
 
 def play(run: Play) -> None:
     """The teachers; each arm's rates with seed 0; then each arm at its best, seed by seed, so that what is there is whole."""
-    small = {"steps": 4096, "eval": {**EVAL, "episodes": 2, "last": 2}} if run.quick else {}
+    small = QUICK if run.quick else {}
     rates = RATES[:1] if run.quick else RATES
     best: dict[tuple[str, str], float] = {}
     for name, env in ENVS.items():
@@ -65,12 +93,24 @@ def play(run: Play) -> None:
             run.measured(f"{name}-teacher-{seed}", f"{name}-teacher", asked, env=name, seed=seed)
             for arm in ARMS:
                 _run(run, name, arm, best[name, arm], seed, small)
+    for seed in range(run.seeds)[CHOOSING:] or range(1):
+        for heard in WHY:
+            why(run, heard, seed, small)
 
 
 def _run(run: Play, env: str, arm: str, rate: float, seed: int, small: Mapping[str, Any]) -> Record:
     heard = {} if arm == "ppo" else {"teacher": {"run": f"{env}-teacher"}}
-    tree = merged(ENVS[env]["student"], {"method": ARMS[arm], "ppo": {"lr": rate}, "seed": seed}, heard, small)
+    weight = {"weight": ENVS[env]["weight"]} if arm in REFINED and "weight" in ENVS[env] else {}
+    method = {**ARMS[arm], **weight}
+    tree = merged(ENVS[env]["student"], {"method": method, "ppo": {"lr": rate}, "seed": seed}, heard, small)
     return run.trained(f"{env}-{arm}-{rate:g}-{seed}", arm, tree, env=env, lr=rate, seed=seed)
+
+
+def why(run: Play, heard: str, seed: int, small: Mapping[str, Any]) -> Record:
+    """An annealed run on Acrobot that hears the teacher's distribution, or its action."""
+    changes = {"method": WHY[heard], "ppo": {"lr": WHY_RATE}, "seed": seed, "teacher": {"run": "acrobot-teacher"}}
+    tree = merged(ENVS["acrobot"]["student"], changes, small)
+    return run.trained(f"why-{heard}-{seed}", f"why: {heard}", tree, env="acrobot", lr=WHY_RATE, seed=seed)
 
 
 def score(record: Record) -> float:

@@ -37,13 +37,15 @@ TREES, FORMULAS = ("depth 1", "depth 2", "depth 3"), ("2 terms", "4 terms", "lin
 DEPTHS = (1, 2, 4)
 LOOP = {"iterations": 6, "steps": 1000, "validation": 10, "most": 3000}
 LOOPS = ("bc", "dagger", "viper")
+QUICK_ENV = {"num_envs": 4, "options": {"max_episode_steps": 50}}
+QUICK_LOOP = {"iterations": 2, "steps": 100, "validation": 1}
 
 
 # ------------------------------------------------------------------ what is run
 
 
 def play(run: Play) -> None:
-    small = {"steps": 2048, "eval": {**EVAL, "episodes": 2, "last": 2}} if run.quick else {}
+    small = {"env": QUICK_ENV, "steps": 512, "eval": {"episodes": 2, "last": 2}} if run.quick else {}
     for env, tree in TEACHERS.items():
         whole = merged({"eval": EVAL}, tree, {"method": {"type": "ppo"}, "seed": TEACHER_SEED}, small)
         run.trained(f"{env}-teacher", "teacher", whole, env=env, seed=TEACHER_SEED)
@@ -57,10 +59,11 @@ def play(run: Play) -> None:
 
 
 def _run(run: Play, env: str, name: str, student: Mapping[str, Any], loop: str, seed: int) -> Record:
-    method = {"type": loop, **LOOP} | ({"iterations": 2, "steps": 100, "validation": 1} if run.quick else {})
+    method = {"type": loop, **LOOP, **(QUICK_LOOP if run.quick else {})}
     tree = {
-        "env": TEACHERS[env]["env"], "teacher": {"run": f"{env}-teacher"}, "student": dict(student), "method": method,
-        "eval": {"last": 2 if run.quick else 100}, "seed": seed,
+        "env": {**TEACHERS[env]["env"], **(QUICK_ENV if run.quick else {})}, "teacher": {"run": f"{env}-teacher"},
+        "student": dict(student), "method": method, "eval": {"last": 2 if run.quick else 100},
+        "seed": seed,
     }  # fmt: skip
     return run.distilled(f"{env}-{name.replace(' ', '-')}-{seed}", name, tree, env=env, seed=seed)
 
