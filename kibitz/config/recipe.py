@@ -62,7 +62,7 @@ class Recipe(Section):
         self.method.check(self.rollout)
         if self.rollout.max_staleness and not self.method.can_be_ahead():
             raise ValueError(
-                "rollout.max_staleness: 1 is for methods whose step is written by the student's servers alone (opd without "
+                "rollout.max_staleness: 1 is for methods whose step is written by the student alone (opd without "
                 "seed_tokens or rollouts, kdrl, grpo; all without replay): write rollout.max_staleness=0"
             )
         return self

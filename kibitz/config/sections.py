@@ -97,7 +97,8 @@ class RolloutConfig(Section):
         ge=0,
         le=1,
         description="By how many steps the weights that wrote a rollout may be older than the student that learns from it. 1: "
-        "servers write the next rollouts while this step trains (AsyncOPD, 2606.24143). 0: on-policy.",
+        "servers write the next rollouts while this step trains (AsyncOPD, 2606.24143); the embedded engine writes the same "
+        "text before it, which saves no time and shows what staleness does. 0: on-policy.",
     )
     prompts_per_step: int = Field(64, ge=1, description="64: Thinking Machines' default.")
     samples_per_prompt: int = Field(4, ge=1, description="4: Thinking Machines' default; grpo needs at least 2.")
@@ -126,10 +127,6 @@ class RolloutConfig(Section):
     def _engine_and_urls(self) -> "RolloutConfig":
         if self.engine != "vllm" and self.urls:
             raise ValueError("urls belong to engine: vllm: write rollout.engine=vllm, or drop rollout.urls")
-        if self.max_staleness and self.engine != "vllm":
-            raise ValueError(
-                "max_staleness: 1 writes on servers while the student learns here: write rollout.engine=vllm, or drop it"
-            )
         if self.max_staleness and self.server.sleep is True:
             raise ValueError("max_staleness: 1 keeps servers busy while the student learns: drop rollout.server.sleep")
         if self.engine == "vllm" and self.epsilon:

@@ -86,10 +86,11 @@ class RolloutServerConfig(ServerConfig, HostedConfig):
     model: str | None = Field(
         None, description="Name under which the servers have the student. null: the only one served."
     )
-    sync: Literal["auto", "lora", "reload", "nccl"] = Field(
+    sync: Literal["auto", "lora", "reload", "nccl", "ipc"] = Field(
         "auto",
         description="lora: the adapter's folder is loaded; reload: a safetensors folder is; nccl: vLLM's weight transfer, "
-        "GPUs only. auto: lora for an adapter, else reload.",
+        "GPUs only; ipc: servers on the trainer's own GPU read the student's memory (CUDA IPC). auto: lora for an adapter; ipc "
+        "to servers that the run starts on its one GPU, or reload where they do not take it; else reload.",
     )
     folder: str | None = Field(
         None,

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from kibitz.batching import pack
 from kibitz.config.servers import RolloutServerConfig
+from kibitz.engines.ipc import IPCTransfer, Preferred
 from kibitz.engines.untied import add_head
 from kibitz.logprobs import gather_tokens, log_probs
 from kibitz.models import LanguageModel
 from kibitz.servers import ServerError, served_model
 from kibitz.servers.http import Refused, Server
 from kibitz.signals import Scored
-from kibitz.types import Rollout
+from kibitz.types import Rollout, is_gpu
 
 ADAPTER = "kibitz"
 """Under which name the student's adapter is loaded."""
@@ -36,7 +37,8 @@ class Carrier(Protocol):
     """One way to bring weights to a server, called `way` in metrics. `publish` once for all of them, then `push` to each, to
     several at the same time."""
 
-    way: str
+    @property
+    def way(self) -> str: ...
 
     def meet(self, server: Server) -> None:
         """This is one of the servers."""
@@ -126,6 +128,8 @@ def _call(server: Server, path: str, body: dict, needs: str) -> None:
 
 
 def carrier(config: RolloutServerConfig, root: Path, student: LanguageModel) -> Carrier:
+    """The way that the recipe names. `auto`: an adapter as such; a whole model by CUDA IPC to servers that the run has started on
+    the student's own GPU, as long as they take it, else as a folder."""
     adapted = student.adapter is not None
     kind = config.sync if config.sync != "auto" else "lora" if adapted else "reload"
     if kind == "lora" and not adapted:
@@ -139,6 +143,12 @@ def carrier(config: RolloutServerConfig, root: Path, student: LanguageModel) -> 
         from kibitz.engines.transfer import NCCLTransfer
 
         return NCCLTransfer()
+    if kind == "ipc":
+        if not is_gpu(student.device):
+            raise ValueError("rollout.server.sync: ipc needs the student on a GPU: write rollout.server.sync=reload")
+        return IPCTransfer()
+    if kind == "reload" and config.sync == "auto" and config.gpus == [student.device.index]:
+        return Preferred(IPCTransfer(), ReloadedFolder(root))
     return LoraFolder(root) if kind == "lora" else ReloadedFolder(root)
 
 
@@ -224,7 +234,8 @@ class Weights:
         time, of the slowest."""
         seconds = {f"{part}_seconds": round(took, 4) for part, took in self._seconds.items()}
         self._seconds.clear()
-        return {"sync": {"way": self.carrier.way, **seconds}} if seconds else {}
+        why = getattr(self.carrier, "why", "")
+        return {"sync": {"way": self.carrier.way, **({"why": why} if why else {}), **seconds}} if seconds else {}
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

@@ -23,10 +23,11 @@ def kept_bytes_per_token(model: nn.Module, read: Callable[[Tensor], object], dev
     return _kept_bytes(model, lambda: read(ids_N1)) / PROBED_TOKENS
 
 
-def kept_on_meta(model: Any) -> float:
+def kept_on_meta(model: Any, length: int | None = None) -> float:
     """The bytes per token that the body of a model on meta keeps, of texts side by side. Attention counts as the one kernel that
-    it is on other devices. Recurrent layers count as transformers writes them without kernels of their own, which keep less."""
-    num = _tokens_on_meta(model.config.get_text_config())
+    it is on other devices. Recurrent layers count as transformers writes them without kernels of their own, which keep less.
+    `length`: that of the texts, where it matters."""
+    num = length or _tokens_on_meta(model.config.get_text_config())
     ids = torch.zeros(ROWS, num, dtype=torch.long, device="meta")
     mask = torch.ones(1, 1, num, num, dtype=torch.bool, device="meta")
 
@@ -38,6 +39,15 @@ def kept_on_meta(model: Any) -> float:
         return of(attention_mask=mask)
     except (RuntimeError, ValueError, TypeError):  # models without attention take masks of another form
         return of()
+
+
+def squares_on_meta(model: Any) -> float:
+    """The bytes per token, and per token of the text that it stands in, that `eager` attention keeps: scores of each pair, as in
+    models with soft caps, for which transformers has no fused kernel. 0 of other implementations."""
+    if model.config.get_text_config()._attn_implementation != "eager":
+        return 0.0
+    short, long = (kept_on_meta(model, num) for num in (PROBED_TOKENS, 2 * PROBED_TOKENS))
+    return max(0.0, (long - short) / PROBED_TOKENS)
 
 
 def _kept_bytes(model: nn.Module, read: Callable[[], object]) -> int:

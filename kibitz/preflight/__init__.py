@@ -100,6 +100,8 @@ def _sizes(recipe: Recipe, options: Options, prompt_lengths: list[int]) -> Itera
     lines = None if room is None else fitting.changes(recipe, plan, room)
     step = plan(recipe)
     yield budget.memory_finding(step, room, what, lines or ())
+    if on_gpu is not None:
+        yield from texts.attention([("student", student), *(("teacher", one) for one in teachers)])
     speed = speed_of(device, None if options.teraflops is None else options.teraflops * 1e12)
     yield budget.cost_finding(
         budget.cost(

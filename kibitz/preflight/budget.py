@@ -14,42 +14,17 @@ from kibitz.engines.room import BYTES_PER_LOGIT, SHARE
 from kibitz.models.language_model import CHUNK_NUMBERS, forward_flops
 from kibitz.optim import bytes_of_moments
 from kibitz.preflight.finding import Finding
+from kibitz.preflight.plan import Memory, Models
 from kibitz.preflight.shapes import Shape
 from kibitz.preflight.speed import Speed
-from kibitz.training.room import LOSS_TENSORS, recomputed_bytes
+from kibitz.training.room import LOSS_TENSORS, Sizes, choices, read_bytes, recomputed_bytes, with_choices
 from kibitz.types import is_gpu
 
 GIB = 2**30
 UTILISATION = 0.35
 """Share of the matrix speed, and of the memory's, that a step reaches; large models reach more. A plan, not a promise."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one device, by phase of a step. `held` is occupied in all phases."""
-
-    held: dict[str, float]
-    phases: dict[str, dict[str, float]]
-    rows: int = 0
-    """The rollouts that are written side by side in this process."""
-
-    @property
-    def peak(self) -> float:
-        return sum(self.held.values()) + max(sum(parts.values()) for parts in self.phases.values())
-
-    def as_numbers(self) -> dict[str, dict[str, float]]:
-        return {"held": self.held, **self.phases}
-
-
-@dataclass(frozen=True)
-class Models:
-    """The shapes of the models whose weights a run holds. `teachers` are those with a model of their own; the fields after it
-    have the keys of a method's sections."""
-
-    student: Shape
-    teachers: Sequence[Shape] = ()
-    reference: Shape | None = None
-    discriminator: Shape | None = None
+LOADED = ("student weights", "teacher weights", "teacher made of the student", "reference weights")
+"""What is on a device when a run looks how much of it is free."""
 
 
 def memory(
@@ -63,11 +38,13 @@ def memory(
     """Estimate the memory of one step on one of `devices`, in bytes. docs/machines.md says what each process holds. With
     `whole_copy` it holds a whole copy of the student, its shard of the float32 weights and moments, and whole gradients while
     micro-batches accumulate. Without, it holds its shard of all these, and of whole weights only the layer that is computed,
-    the next one, and the weights outside the layers. On a GPU of `room` bytes no more rows are written side by side than fit;
-    of a CPU `program` is what a process takes without models."""
+    the next one, and the weights outside the layers. On a GPU of `room` bytes what the recipe leaves open is as a run chooses it,
+    and no more rows are written side by side than fit; of a CPU `program` is what a process takes without models."""
     student, rollout = models.student, recipe.rollout
     responses = -(-rollout.prompts_per_step * rollout.samples_per_prompt // devices)
     length = longest_prompt + rollout.max_tokens
+    if room is not None:
+        recipe = _settled(recipe, models, length, devices, room)
     tokens = min(max(recipe.optim.tokens_per_micro_batch, length), responses * length)  # a longer rollout stands alone
     scored = -(-tokens * rollout.max_tokens // length)
     gradients, together = _gradients(recipe, student, devices)
@@ -77,17 +54,28 @@ def memory(
     )
     late = recipe.scores_late()
     kept = _kept(recipe, models, scored if late else responses * rollout.max_tokens)
-    readers = [student, *models.teachers, *([] if models.reference is None else [models.reference])]
-    visits = max((reader.visits for reader in readers), default=0.0)
+    visits = max(reader.visits for reader in models.readers)
     scoring = {
-        "activations of two layers": max(2 * tokens * s.activation_bytes_per_token / s.num_layers for s in readers),
+        "activations of two layers": tokens
+        * max(read_bytes(s.num_layers, s.kept_per_token(length)) for s in models.readers),
         **({"weights that come to be read with": visits} if visits else {}),
         **kept,
         **_judging(models.discriminator, tokens),
         **({"gradients": gradients} if late else {}),  # of the micro-batches before
     }
-    training = {**_learning(recipe, student, tokens, scored), "gradients": gradients, **kept}
-    return Memory(held, {"rollouts": writing, "scoring": scoring, "training": training}, rows)
+    training = {**_learning(recipe, student, tokens, scored, length), "gradients": gradients, **kept}
+    phases = {"rollouts": writing, "scoring": scoring, "training": training}
+    return Memory(held, phases, rows, choices(recipe) if room is not None else {})
+
+
+def _settled(recipe: Recipe, models: Models, length: int, devices: int, room: float) -> Recipe:
+    """The recipe as a run has it when all models are loaded, before the optimizer has anything."""
+    student, in_parts = models.student, devices > 1 and not recipe.parallel.whole_copy
+    loaded = sum(size for name, size in _held(recipe, models, devices).items() if name in LOADED)
+    read = max(read_bytes(one.num_layers, one.kept_per_token(length)) for one in models.readers)
+    numbers = (_trained(recipe, student), student.num_parameters, student.itemsize, student.num_layers, student.width)
+    sizes = Sizes(*numbers, student.rows, student.kept_per_token(length), read, in_parts)
+    return with_choices(recipe, sizes, length, room - loaded, devices)
 
 
 def _writing(
@@ -100,7 +88,7 @@ def _writing(
         return 0, {}
     prompts = -(-responses // rollout.samples_per_prompt)
     read = min(PREFILL_TOKENS, prompts * longest_prompt)
-    prefill = 2 * read * student.activation_bytes_per_token / student.num_layers
+    prefill = 2 * read * student.kept_per_token(longest_prompt) / student.num_layers
     a_row = (longest_prompt + rollout.max_tokens) * student.cache_bytes_per_token
     drawn = BYTES_PER_LOGIT * student.rows
     rows = min(rollout.max_rows, responses)
@@ -109,11 +97,11 @@ def _writing(
     return rows, {"keys and values": float(rows * a_row), "logits of a token": float(rows * drawn), "prompts": prefill}
 
 
-def _learning(recipe: Recipe, student: Shape, tokens: int, scored: int) -> dict[str, float]:
-    """Return the bytes of a micro-batch, of which `scored` tokens have a loss."""
+def _learning(recipe: Recipe, student: Shape, tokens: int, scored: int, length: int) -> dict[str, float]:
+    """Return the bytes of a micro-batch of texts of this length, of which `scored` tokens have a loss."""
     optim = recipe.optim
     chunk = min(optim.chunk_tokens or max(16, CHUNK_NUMBERS // student.rows), scored)
-    per_token = student.activation_bytes_per_token
+    per_token = student.kept_per_token(length)
     if optim.checkpointing:
         per_token = recomputed_bytes(student.num_layers, student.width, student.itemsize, per_token)
     head = student.rows * student.width if recipe.student.lora is None else 0  # its sum, and that of one chunk
@@ -168,7 +156,8 @@ def _gradients(recipe: Recipe, student: Shape, devices: int) -> tuple[float, dic
     computed."""
     trained = _trained(recipe, student)
     if devices == 1 or recipe.parallel.whole_copy:
-        return 4.0 * trained, {}
+        reduced = devices > 1 and recipe.parallel.reduce_gradients == "micro_batch"
+        return 4.0 * trained / (_shards(recipe, devices) if reduced else 1), {}
     at_once = student.num_around + 2 * student.num_in_layer
     share = trained / student.num_parameters
     return 4.0 * trained / _shards(recipe, devices) + 4.0 * share * at_once, {
@@ -211,9 +200,15 @@ def memory_finding(plan: Memory, room: float | None, what: str, lines: Sequence[
     phase = max(plan.phases, key=lambda name: sum(plan.phases[name].values()))
     text = f"about {plan.peak / GIB:.3g} GiB at the peak ({phase}), {sum(plan.held.values()) / GIB:.3g} of them all the time"
     text += f"; by phase: {by_phase(plan)}" + (f"; {plan.rows} rows are written side by side" if plan.rows else "")
-    numbers = {"peak": plan.peak, "room": room, "rows": plan.rows, "bytes": plan.as_numbers()} | (
-        {"fits_with": [*lines]} if lines else {}
-    )
+    if plan.chosen:
+        text += f"; it would run with {' '.join(f'{key}={value}'.lower() for key, value in plan.chosen.items())}"
+    numbers = {
+        "peak": plan.peak,
+        "room": room,
+        "rows": plan.rows,
+        "bytes": plan.as_numbers(),
+        "chosen": plan.chosen,
+    } | ({"fits_with": [*lines]} if lines else {})
     if room is None:
         return Finding("memory", "green", text, numbers)
     text += f"; {what} has {room / GIB:.3g}"

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from kibitz.config import FrozenConfig, ModelConfig
 from kibitz.engines.room import cache_bytes
 from kibitz.models.head import body_of
-from kibitz.models.kept import kept_on_meta
+from kibitz.models.kept import PROBED_TOKENS, kept_on_meta, squares_on_meta
 from kibitz.models.language_model import num_experts
 from kibitz.models.load import without_weights
 from kibitz.models.quantized import BYTES
@@ -121,9 +121,18 @@ class Shape:
         torch multiplies by the matrices of experts in bfloat16 only: a float32 mixture keeps twice what its bfloat16 twin does,
         or less, where some of that is float32 in both."""
         if self.itemsize == 2 or not num_experts(self.config)[0]:
-            return kept_on_meta(self.model)
+            return kept_on_meta(self.model) - PROBED_TOKENS * self.squares
         twin = copy.deepcopy(self.model).to(torch.bfloat16)
         return self.itemsize / 2 * kept_on_meta(twin)
+
+    @cached_property
+    def squares(self) -> float:
+        """The bytes per token, and per token of the text around it, that attention without a fused kernel keeps."""
+        return 0.0 if num_experts(self.config)[0] else squares_on_meta(self.model)
+
+    def kept_per_token(self, length: int) -> float:
+        """The bytes of activations per token in texts of this length."""
+        return self.activation_bytes_per_token + self.squares * length
 
 
 def shape_of(config: ModelConfig, dtype: torch.dtype) -> Shape:

@@ -1,6 +1,6 @@
 """Checks of text alone, no weights: do student and teacher read the same conversation, and does it end for both?"""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
 
@@ -12,6 +12,7 @@ from kibitz.models import lora
 from kibitz.models.load import end_ids
 from kibitz.models.progress import no_progress_bars
 from kibitz.preflight.finding import Finding
+from kibitz.preflight.shapes import Shape
 from kibitz.report.formats import many
 from kibitz.teachers.alignment import Aligner
 from kibitz.types import Prompt
@@ -163,3 +164,17 @@ def lengths(recipe: Recipe, prompt_lengths: Sequence[int], rooms: Sequence[int |
         )
     remedy = f"write rollout.max_tokens={room - longest}" if longest < room else "leave out long prompts"
     return Finding("lengths", "red", f"{text}, and a model has {room:,} positions: {remedy}", numbers | {"room": room})
+
+
+def attention(shapes: Sequence[tuple[str, Shape]]) -> Iterator[Finding]:
+    """Models whose attention keeps the scores of every pair of tokens, with what keeps none."""
+    for role, shape in shapes:
+        if shape.squares:
+            written = shape.squares / shape.num_layers
+            remedy = f": write {role}.attention=flex_attention" if shape.model._supports_flex_attn else ""
+            yield Finding(
+                "attention", "amber",
+                f"the {role}'s attention is eager, for which transformers has no sdpa (soft caps): {written:.3g} bytes a "
+                f"layer for each pair of tokens in a text{remedy}",
+                {"bytes_per_pair": shape.squares},
+            )  # fmt: skip

@@ -1,6 +1,7 @@
 """The commands that start the vLLM servers of a recipe, and the vLLM that they are started with."""
 
 import importlib.util
+import json
 import os
 import shlex
 import shutil
@@ -24,6 +25,8 @@ PROGRAM = "KIBITZ_VLLM"
 """Environment variable: the Python that has vLLM, or the `vllm` program of its virtual environment."""
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 CPU = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+IPC = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+"""Handles of another process's memory come pickled: a server reads them only if it is told to trust whoever can reach it."""
 ANYWHERE = Place()
 
 
@@ -165,9 +168,17 @@ def student(
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     else:
         environment["VLLM_SERVER_DEV_MODE"] = "1"
+        alone = own.socket_of(url) is not None and len(place.gpus) == 1
         if rollout.server.sync == "nccl":
-            arguments += ["--weight-transfer-config", '{"backend": "nccl"}']
+            arguments += transfer("nccl")
+        elif rollout.server.sync == "ipc" or (rollout.server.sync == "auto" and place.shared and alone):
+            arguments, environment = [*arguments, *transfer("ipc")], environment | IPC
     return Command("student", url, tuple(arguments), environment, name)
+
+
+def transfer(backend: str) -> list[str]:
+    """The arguments with which a server takes weights from another process's GPU memory."""
+    return ["--weight-transfer-config", json.dumps({"backend": backend})]
 
 
 def teacher(

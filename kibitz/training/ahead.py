@@ -2,7 +2,8 @@
 
 One step ahead (`rollout.max_staleness: 1`), servers write with the weights of one step earlier. The rollouts of the next step
 begin when those of this one are taken, and must be whole before the optimizer moves the weights. They are a part of a
-checkpoint: a run that goes on learns from the same text.
+checkpoint: a run that goes on learns from the same text. An engine in this process cannot write meanwhile: it writes the same
+rollouts at once.
 """
 
 import json
@@ -17,6 +18,7 @@ from torch import Tensor
 from kibitz.config import Recipe
 from kibitz.data import PromptStream
 from kibitz.engines import Checked, Engine
+from kibitz.engines.build import ENGINES
 from kibitz.training.setup import Setup
 from kibitz.types import Prompt, Rollout
 
@@ -45,11 +47,19 @@ class InTime:
 
 
 class Ahead:
-    """The next step's rollouts are written while this one's are learnt from. A `Stateful`: what was written and not yet
-    learnt."""
+    """The next step's rollouts are written while this one's are learnt from, or before that if not `meanwhile`. A `Stateful`:
+    what was written and not yet learnt."""
 
-    def __init__(self, write: Write, stream: PromptStream, num_prompts: int, num_steps: int, engine: Engine):
-        self.write, self.stream, self.engine = write, stream, engine
+    def __init__(
+        self,
+        write: Write,
+        stream: PromptStream,
+        num_prompts: int,
+        num_steps: int,
+        engine: Engine,
+        meanwhile: bool = True,
+    ):
+        self.write, self.stream, self.engine, self.meanwhile = write, stream, engine, meanwhile
         self.num_prompts, self.num_steps = num_prompts, num_steps
         self._next: _Pending | None = None
         self._stale = 0
@@ -79,6 +89,9 @@ class Ahead:
     def _begin(self, number: int) -> "_Pending":
         before = self.stream.position
         prompts, written = self.stream.take(self.num_prompts), Future()
+        if not self.meanwhile:
+            written.set_result(self.write(prompts, number))
+            return _Pending(number, before, prompts, written)
 
         def write() -> None:
             try:
@@ -140,7 +153,8 @@ def supply_for(recipe: Recipe, setup: Setup, write: Write) -> "InTime | Ahead":
     stream, num = setup.stream, recipe.rollout.prompts_per_step
     if recipe.rollout.max_staleness == 0:
         return InTime(write, stream, num)
-    return Ahead(write, stream, num, recipe.steps, setup.engine)
+    meanwhile = not ENGINES[recipe.rollout.engine].in_process
+    return Ahead(write, stream, num, recipe.steps, setup.engine, meanwhile)
 
 
 def _packed(tree: object) -> Tensor:

@@ -73,6 +73,7 @@ class _Known:
     label: str
     key: str
     sleeps: bool
+    gpus: tuple[int, ...] = ()
 
 
 def _needed(recipe: Recipe) -> bool:
@@ -113,12 +114,14 @@ def _start(
         hosted.close()
         raise
     made.append(hosted)
+    spots = {f"student-{number}": spot.gpus for number, spot in enumerate(places.get("student", ()))}
     return [
         _Known(
-            one.command.name, one.command.url, one.own.name, one.own.key, "--enable-sleep-mode" in one.command.arguments
+            one.command.name, one.command.url, one.own.name, one.own.key, "--enable-sleep-mode" in one.command.arguments,
+            spots.get(one.command.name, ()),
         )
         for one in hosted.processes
-    ]
+    ]  # fmt: skip
 
 
 def _commands(
@@ -139,7 +142,8 @@ def _located(recipe: Recipe, known: Sequence[_Known]) -> Recipe:
     writers = [one for one in known if one.role.startswith("student")]
     changed = {}
     if writers:
-        asked = {"model": "student", "sleep": any(one.sleeps for one in writers)}
+        gpus = [gpu for one in writers for gpu in one.gpus]
+        asked = {"model": "student", "sleep": any(one.sleeps for one in writers), "gpus": gpus or None}
         server = recipe.rollout.server.model_copy(update=asked)
         urls = [one.url for one in writers]
         changed["rollout"] = recipe.rollout.model_copy(update={"urls": urls, "server": server})

@@ -1,6 +1,7 @@
 """One step ahead: the next rollouts are written, by weights of one step earlier, while the student learns; and a run that goes on
 has the same bits."""
 
+import json
 import threading
 from itertools import groupby
 
@@ -78,10 +79,41 @@ def test_the_server_writes_while_the_student_learns(two_models, tmp_path):
     assert waited == [True] * 5 and [row["staleness"] for row in run.metrics] == [0, 1]
 
 
+@pytest.fixture(scope="module")
+def embedded(two_models, tmp_path_factory):
+    """A recipe whose rollouts the embedded engine writes one step ahead, and its run."""
+    rollout = {"engine": "torch", "urls": [], "max_staleness": 1, "prompts_per_step": 4, "max_tokens": 8, "store": True}
+    asks = tree(two_models, "", tmp_path_factory.mktemp("embedded") / "run") | {"rollout": rollout}
+    return asks, kibitz.train(asks)
+
+
+def written(run: "kibitz.Run") -> list[list[str]]:
+    """The texts of each step."""
+    rows = [json.loads(line) for line in (run.folder / "stored.jsonl").read_text().splitlines()]
+    return [[json.dumps(row["response_ids"]) for row in group] for _, group in groupby(rows, lambda row: row["step"])]
+
+
+def test_the_embedded_engine_writes_by_weights_of_one_step_earlier(embedded, two_models, tmp_path):
+    """The first two steps have the text of the first weights, as if the student had not moved; the third has not."""
+    asks, run = embedded
+    assert [row["staleness"] for row in run.metrics] == [0, 1, 1, 1]
+    asks = asks | {"output": str(tmp_path / "still"), "optim": {"lr": 1e-12}}
+    frozen = kibitz.train(asks)
+    assert written(run)[:2] == written(frozen)[:2] and written(run)[2] != written(frozen)[2]
+
+
+def test_the_embedded_engine_one_step_ahead_goes_on_to_the_same_bits(embedded, tmp_path):
+    asks, whole = embedded
+    asks = asks | {"output": str(tmp_path / "run")}
+    with pytest.raises(RuntimeError, match="power cut"):
+        kibitz.train(asks, progress=Crash(3))
+    run = kibitz.train(asks, resume=True)
+    assert timeless(run.metrics) == timeless(whole.metrics) and written(run) == written(whole)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"rollout": {"max_staleness": 1}}, "max_staleness: 1 writes on servers.*rollout.engine=vllm"),
         ({"rollout": {"max_staleness": 1, "engine": "vllm", "server": {"sleep": True}}}, "drop rollout.server.sleep"),
         ({"rollout": {"max_staleness": 1, "engine": "vllm"}, "method": {"type": "opd", "replay": 0.5}}, "without replay"),
         ({"rollout": {"max_staleness": 1, "engine": "vllm"}, "method": {"type": "gkd"}}, "is for methods whose step"),
