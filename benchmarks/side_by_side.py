@@ -196,7 +196,9 @@ def parser(module: str, rounds: int = 5) -> argparse.ArgumentParser:
     made.add_argument(
         "--side-repo", action="append", default=[], metavar="NAME=PATH", help="another checkout of kibitz, as a side"
     )
-    made.add_argument("--check", action="store_true", help="warn of ratios that are worse than benchmarks/baseline.json")
+    made.add_argument(
+        "--check", action="store_true", help="warn of ratios that are worse than benchmarks/baseline.json"
+    )
     made.add_argument("--keep", action="store_true", help="make these ratios the baseline")
     return made
 
@@ -258,8 +260,10 @@ def worse(found: dict[str, Spread], stored: dict[str, dict[str, float]]) -> list
 def lines(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of Markdown, the first column to the left."""
     widths = [max(len(str(row[place])) for row in [titles, *rows]) for place in range(len(titles))]
+
     def line(cells: Sequence[str]) -> str:
         padded = [str(c).ljust(w) if place == 0 else str(c).rjust(w) for place, (c, w) in enumerate(zip(cells, widths))]
         return f"| {' | '.join(padded)} |"
+
     ruler = ["-" * max(1, w) if place == 0 else "-" * max(1, w - 1) + ":" for place, w in enumerate(widths)]
     return "\n".join([line(titles), "|" + "|".join(f" {one} " for one in ruler) + "|", *map(line, rows)])

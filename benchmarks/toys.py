@@ -89,9 +89,17 @@ def save(model: Any, folder: Path) -> Path:
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>", pad_token="<pad>")
     tokenizer.chat_template = TEMPLATE
+    quiet()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def quiet() -> None:
+    """No progress bars of transformers."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def prompts(vocab: int, number: int, length: int) -> list[str]:
