@@ -1,6 +1,7 @@
 """The roof of a machine: what its matrix products and its memory reach, at the shapes that a table uses, in the same run.
 
-On one thread a call is timed by the processor's clock, which other work on the machine does not stop. Products are tried as torch does them by default and through oneDNN; the faster counts, for a roof does not ask how.
+On one thread a call is timed by the processor's clock, which other work on the machine does not stop. Products are tried as
+torch does them by default and through oneDNN; the faster counts, for a roof does not ask how.
 """
 
 import time
@@ -10,9 +11,11 @@ from typing import Any
 Clock = Callable[[], float]
 
 
-def work(shapes: Sequence[Sequence[int]], seconds: float = 0.3, threads: int = 1) -> dict[str, Any]:
+def work(
+    shapes: Sequence[Sequence[int]], seconds: float = 0.3, threads: int = 1, copies: Sequence[int] = ()
+) -> dict[str, Any]:
     """FLOP/s of float32 products (rows, inner, columns) by "MxKxN", and bytes a second of a copy that fits no cache (read and
-    written bytes both count)."""
+    written bytes both count); `copies` are the bytes that are read a second where so many are, which a cache may hold."""
     import torch
 
     torch.set_num_threads(threads)
@@ -20,10 +23,20 @@ def work(shapes: Sequence[Sequence[int]], seconds: float = 0.3, threads: int = 1
     flops = {
         _name(shape): max(_product(shape, seconds, route, clock) for route in ("ieee", "bf16")) for shape in shapes
     }
+    read = {str(size): _reading(size, seconds, clock) for size in copies}
     source = torch.ones(2**26, dtype=torch.uint8)
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / _best(lambda: target.copy_(source), seconds, clock)
-    return {"flops": flops, "bytes": copied, "torch": torch.__version__}
+    return {"flops": flops, "bytes": copied, "copies": read, "torch": torch.__version__}
+
+
+def _reading(size: int, seconds: float, clock: Clock) -> float:
+    """Bytes a second of a matrix that is multiplied with one vector: nothing reads weights faster that also uses them."""
+    import torch
+
+    rows = max(1, size // 4 // 1024)
+    matrix, vector = torch.ones(rows, 1024), torch.ones(1024)
+    return matrix.nbytes / _best(lambda: matrix @ vector, seconds, clock)
 
 
 def _name(shape: Sequence[int]) -> str:

@@ -36,6 +36,7 @@ class Side:
     given: dict[str, Any] = field(default_factory=dict)
     python: Path = Path(sys.executable)
     repo: Path = HERE
+    env: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -129,6 +130,7 @@ def run(side: Side, threads: int, given: dict[str, Any], minutes: float) -> dict
     env = {**os.environ, **dict.fromkeys(THREADS, str(threads))}
     env |= {"PYTHONPATH": str(HERE), "PYTHONSAFEPATH": "1", "KIBITZ_REPO": str(side.repo), "HF_HUB_OFFLINE": "1"}
     env |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    env |= side.env
     command = [str(side.python), "-m", "benchmarks.worker", side.module, json.dumps({**given, "threads": threads})]
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60 * minutes)
@@ -159,13 +161,12 @@ NOT_ASKED = ("out", "fresh", "check", "keep", "minutes", "sides", "rounds")
 
 
 def commit(repo: Path) -> str:
-    """The commit of a checkout, "-dirty" where files of kibitz/ differ from it; "?" without git."""
-    done = subprocess.run(
-        ["git", "-C", str(repo), "describe", "--always", "--abbrev=7", "--exclude=*"], capture_output=True, text=True
-    )
+    """The last commit that changed kibitz/ in a checkout, "-dirty" where files there differ from it; "?" without git."""
+    git = ["git", "-C", str(repo)]
+    done = subprocess.run([*git, "log", "-1", "--format=%h", "--", "kibitz"], capture_output=True, text=True)
     if done.returncode:
         return "?"
-    changed = subprocess.run(["git", "-C", str(repo), "status", "--porcelain", "--", "kibitz"], capture_output=True)
+    changed = subprocess.run([*git, "status", "--porcelain", "--", "kibitz"], capture_output=True, text=True)
     return done.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 
@@ -259,11 +260,11 @@ def worse(found: dict[str, Spread], stored: dict[str, dict[str, float]]) -> list
 
 def lines(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of Markdown, the first column to the left."""
-    widths = [max(len(str(row[place])) for row in [titles, *rows]) for place in range(len(titles))]
+    widths = [max(len(row[place]) for row in [titles, *rows]) for place in range(len(titles))]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [str(c).ljust(w) if place == 0 else str(c).rjust(w) for place, (c, w) in enumerate(zip(cells, widths))]
-        return f"| {' | '.join(padded)} |"
+        first, *others = [(cell.ljust if place == 0 else cell.rjust)(widths[place]) for place, cell in enumerate(cells)]
+        return f"| {' | '.join([first, *others])} |"
 
-    ruler = ["-" * max(1, w) if place == 0 else "-" * max(1, w - 1) + ":" for place, w in enumerate(widths)]
-    return "\n".join([line(titles), "|" + "|".join(f" {one} " for one in ruler) + "|", *map(line, rows)])
+    ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([line(titles), line(ruler), *map(line, rows)])

@@ -54,7 +54,7 @@ LEFT_OUT = (6, 11, 16, 21)
 
 
 def prepare(name: str, case: Case, home: Path, real: Path) -> bool:
-    """Models and prompts of a case in a folder, unless they are there; False where a real model is asked for and there is none."""
+    """Models and prompts of a case in a folder, unless they are there; False where a real model is wanted and there is none."""
     if (home / "prompts.jsonl").exists():
         return True
     if case.student == "real":

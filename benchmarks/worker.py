@@ -1,4 +1,4 @@
-"""The process of one measurement: `python -m benchmarks.worker MODULE JSON` calls `MODULE.work(**JSON)` and prints its answer as JSON.
+"""The process of one measurement: `python -m benchmarks.worker MODULE JSON` calls `MODULE.work(**JSON)` and prints its answer.
 
 `KIBITZ_REPO` names the checkout whose kibitz is imported: the benchmark is this file's own, whatever is measured.
 """
