@@ -9,6 +9,7 @@ inner products). The matrices are repacked at the start of every `generate`, so 
 `FusedDecoder.__init__`, and the engine checks the result against the model before it is used.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +25,10 @@ SLOT_STEP = 16  # slots are attended to in multiples: kernels chosen per shape a
 
 @dataclass
 class Layer:
-    qkv: Tensor  # [(Hq + 2 Hk) d, D]
-    qkv_bias: Tensor | None
+    qkv: nn.Linear  # [(Hq + 2 Hk) d, D]
     qk_norm: Tensor | None  # [Hq + Hk, d]
     out: nn.Linear
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
+    gate_up: nn.Linear
     down: nn.Linear
     keys: Tensor  # [rows, Hk, slots, d]
     values: Tensor
@@ -55,7 +54,7 @@ class FusedDecoder:
         scale = torch.full_like(angle_SF, self.body.rotary_emb.attention_scaling)
         self.turn_SF = torch.polar(scale, angle_SF)
         self.layers = [self._pack(layer, num_rows) for layer in self.body.layers]
-        self.head = self.model.get_output_embeddings().weight * self.body.norm.weight
+        self.head = linear(self.model.get_output_embeddings().weight * self.body.norm.weight)
 
     def _pack(self, layer: Any, num_rows: int) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -75,12 +74,13 @@ class FusedDecoder:
             bias = torch.cat([interleave(query.bias, self.dim) * scale, interleave(key.bias, self.dim), value.bias])
         gate_up_bias = None if mlp.gate_proj.bias is None else torch.cat([mlp.gate_proj.bias, mlp.up_proj.bias])
         return Layer(
-            qkv=qkv * layer.input_layernorm.weight,
-            qkv_bias=bias,
+            qkv=linear(qkv * layer.input_layernorm.weight, bias),
             qk_norm=norm,
             out=attention.o_proj,
-            gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * layer.post_attention_layernorm.weight,
-            gate_up_bias=gate_up_bias,
+            gate_up=linear(
+                torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * layer.post_attention_layernorm.weight,
+                gate_up_bias,
+            ),
             down=mlp.down_proj,
             keys=qkv.new_zeros(num_rows, self.num_kv, self.num_slots, self.dim),
             values=qkv.new_zeros(num_rows, self.num_kv, self.num_slots, self.dim),
@@ -103,7 +103,7 @@ class FusedDecoder:
         num_slots = -(-num_slots // SLOT_STEP) * SLOT_STEP
         rows = len(token_N)
         unseen = self.slot_S[:num_slots] > position_N[:, None]
-        mask = torch.zeros_like(unseen, dtype=self.head.dtype).masked_fill_(unseen, -torch.inf)[:, None, None]
+        mask = torch.zeros_like(unseen, dtype=self.head.weight.dtype).masked_fill_(unseen, -torch.inf)[:, None, None]
         target_N = (self.head_H1[:rows] + position_N[:, None]).flatten()
         turn = self.turn_SF[position_N][:, None]
         x_ND = self.body.embed_tokens(token_N)
@@ -115,14 +115,14 @@ class FusedDecoder:
             score = torch.matmul(query, layer.keys[:rows, :, :num_slots].transpose(2, 3)).add_(mask)
             mixed = torch.matmul(score.softmax(-1), layer.values[:rows, :, :num_slots])
             x_ND = self._after_attention(layer, x_ND, mixed.view(rows, -1))
-        return F.linear(self._normed(x_ND), self.head)
+        return self.head(self._normed(x_ND))
 
     def _normed(self, x_ND: Tensor) -> Tensor:
         return F.rms_norm(x_ND, x_ND.shape[-1:], None, self.eps)
 
     def _qkv(self, layer: Layer, x_ND: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (both normalised where the model does, and rotated) and values, [N, heads, dim]."""
-        joint = F.linear(self._normed(x_ND), layer.qkv, layer.qkv_bias).view(len(x_ND), -1, self.dim)
+        joint = layer.qkv(self._normed(x_ND)).view(len(x_ND), -1, self.dim)
         qk, value = joint.split([self.num_heads + self.num_kv, self.num_kv], dim=1)
         if layer.qk_norm is not None:
             qk = F.rms_norm(qk, (self.dim,), None, self.qk_eps) * layer.qk_norm
@@ -131,7 +131,7 @@ class FusedDecoder:
 
     def _after_attention(self, layer: Layer, x_ND: Tensor, mixed_ND: Tensor) -> Tensor:
         x_ND = x_ND + layer.out(mixed_ND)
-        gate, up = F.linear(self._normed(x_ND), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+        gate, up = layer.gate_up(self._normed(x_ND)).chunk(2, dim=-1)
         return x_ND + layer.down(F.silu(gate) * up)
 
     def move(self, source_M: Tensor, target_M: Tensor) -> None:
@@ -139,8 +139,23 @@ class FusedDecoder:
             layer.keys[target_M] = layer.keys[source_M]
             layer.values[target_M] = layer.values[source_M]
 
+    def linears(self) -> Iterator[nn.Linear]:
+        """The matrices that a step multiplies by, between `start` and `stop`."""
+        for layer in self.layers:
+            yield from (layer.qkv, layer.out, layer.gate_up, layer.down)
+        yield self.head
+
     def stop(self) -> None:
         del self.layers, self.head
+
+
+def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A linear layer of a given matrix."""
+    module = nn.Linear(1, 1, bias=bias is not None, device="meta")
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        module.bias = nn.Parameter(bias, requires_grad=False)
+    return module
 
 
 def interleave(weight: Tensor, dim: int) -> Tensor:

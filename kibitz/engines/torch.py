@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from kibitz.engines import OnReady, nobody_waits
 from kibitz.engines.cache import CachedDecoder, Decoder, PlainDecoder, decoder_error, prefill, switches
 from kibitz.engines.fused import FusedDecoder
+from kibitz.engines.packed import PackedDecoder, packable
 from kibitz.engines.room import num_rows
 from kibitz.engines.sampling import row_seed, sample, uniforms
 from kibitz.ledger import Count, uncounted
@@ -62,7 +63,7 @@ class TorchEngine:
         jobs = [(prompt, index) for prompt in prompts for index in range(sampling.num_samples)]
         longest = longest_text(prompts, sampling)
         with torch.no_grad(), evaluating(self.student.model):
-            decoder, most = self.decoder(longest), min(self.max_rows, len(jobs))
+            decoder, most = self._packed(self.decoder(longest)), min(self.max_rows, len(jobs))
             rows = num_rows(most, self.student.model, self.student.device, longest, self.student.vocab_size)
             decoder.start(rows, longest)
             try:
@@ -93,6 +94,13 @@ class TorchEngine:
                 self._decoder = choose_decoder(model, self.student.vocab_size, longest)
             self._checked, self._longest = model, longest
         return self._decoder
+
+    def _packed(self, decoder: Decoder) -> Decoder:
+        """The decoder with its matrices in the layout of a CPU's kernels, where there are such."""
+        if self.student.device.type != "cpu":
+            return decoder
+        modules = decoder.linears if isinstance(decoder, FusedDecoder) else self.student.model.modules
+        return PackedDecoder(decoder, lambda: packable(modules()))
 
     def _unchecked(self, model: PreTrainedModel, longest: int) -> bool:
         if longest <= self._longest or isinstance(self._decoder, PlainDecoder):
