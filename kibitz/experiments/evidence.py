@@ -1,6 +1,6 @@
 """The finding of an experiment about a published claim, and the page that compares the two. No number of ours is typed."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -92,12 +92,12 @@ def overview(experiments: Iterable[Experiment], results: Path, page: str = "", o
     return table(("experiment", "published", "here" if outside else "here, on toy worlds", "verdict"), rows)
 
 
-def headlines(experiments: Iterable[Experiment], results: Path, page: str = "docs/evidence.md") -> str:
+def headlines(experiments: Collection[Experiment], results: Path, page: str = "docs/evidence.md") -> str:
     """The few claims with a headline, a plain sentence each, as the README has them."""
     rows = []
-    for experiment in claims(experiments):
+    for experiment in (*claims(experiments), *claims(experiments, outside=True)):
         found, text = try_finding(experiment, results), prose(experiment.name)
         if text.headline and found.verdict != "not run":
             sentence = filled(text.headline, found.numbers)
             rows.append((sentence, MARKS[found.verdict], f"[`{experiment.name}`]({page}#{experiment.name})"))
-    return table(("what came out here, on toy worlds", "the published claim", "evidence"), rows)
+    return table(("what came out here, on toy worlds unless it says otherwise", "the published claim", "evidence"), rows)
