@@ -124,12 +124,13 @@ def score(record: Record) -> float:
 
 def find(results: Results) -> Finding:
     records = played(results.folder)
-    envs = {env: _env(env, [r for r in records if r["env"] == env]) for env in ENVS}
+    there = [env for env in ENVS if any(r["env"] == env for r in records)] or list(ENVS)[:1]
+    envs = {env: _env(env, [r for r in records if r["env"] == env]) for env in there}
     panels = [_panel(env, found) for env, found in envs.items()]
     numbers = {
         "envs": envs, "seeds": [found["seeds"] for found in envs.values()], "rates": RATES, "choosing": CHOOSING,
         "fresh": all(found["fresh"] for found in envs.values()), "why": _why(records),
-        "weights": {env: ENVS[env]["weight"] for env in ENVS if "weight" in ENVS[env]},
+        "weights": {env: ENVS[env]["weight"] for env in there if "weight" in ENVS[env]},
     }  # fmt: skip
     return Finding(verdict(list(envs.values())), numbers, panels)
 
@@ -162,8 +163,8 @@ def _env(env: str, records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _why(records: Sequence[Record]) -> dict[str, Any] | None:
-    """Acrobot's annealed runs by what they heard: their returns with the likeliest actions and with drawn ones, and their entropy;
-    None where they were not run."""
+    """Acrobot's annealed runs by what they heard: returns with the likeliest actions and with drawn ones, and the entropy; None
+    where they were not run."""
     heard = {name: [r for r in records if r["policy"] == f"why: {name}"] for name in WHY}
     teacher = next(
         (r["sampled"] for r in records if r["policy"] == "teacher" and "sampled" in r and r["env"] == "acrobot"), None
@@ -174,8 +175,9 @@ def _why(records: Sequence[Record]) -> dict[str, Any] | None:
     for name, runs in heard.items():
         finals, drawn = [r["final"]["mean"] for r in runs], [r["sampled"]["mean"] for r in runs]
         found[name] = {
-            "final": (fmean(finals), half_of_seeds(finals)), "sampled": (fmean(drawn), half_of_seeds(drawn)), "least": min(finals),
-            "entropy": fmean(r["sampled"]["entropy"] for r in runs), "seeds": len(runs),
+            "final": (fmean(finals), half_of_seeds(finals)), "sampled": (fmean(drawn), half_of_seeds(drawn)),
+            "least": min(finals), "entropy": fmean(r["sampled"]["entropy"] for r in runs),
+            "seeds": len(runs),
         }  # fmt: skip
     return {**found, "teacher": teacher, "most": log(3), "rate": WHY_RATE}
 
