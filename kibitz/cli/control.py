@@ -57,7 +57,7 @@ def report(ctx: typer.Context, recipe: Recipe, overrides: Overrides = None) -> N
     """Write the page of a recipe's run again; `kibitz report` shows several runs side by side."""
     from kibitz import config, report
 
-    tree = config.load_as(_kind(recipe), recipe, overrides or [])
+    tree = config.load_as(_kinds(_which(recipe) or "rpd"), recipe, overrides or [])
     path = report.build([Path(tree.output)])
     ctx.obj.result({"report": path}, lambda console: console.print(Text(harmless(str(path))), soft_wrap=True))
 
@@ -94,14 +94,17 @@ def _kinds(which: str) -> Any:
     return kinds[which]
 
 
-def _kind(recipe: str) -> Any:
-    """Which of the two a file is: only one of them has a student that is not a network, and its own ways to visit states."""
+def _which(recipe: str) -> str | None:
+    """Which of the two a file is: only one of them has a student that is not a network and its own ways to visit states, and only
+    the other has steps and PPO. None where it could be both."""
     from kibitz import config
 
     tree = config.read_tree(Path(recipe))
     method = tree.get("method")
-    is_distil = "student" in tree or (isinstance(method, dict) and method.get("type") in ("dagger", "viper"))
-    return _kinds("distil" if is_distil else "rpd")
+    kind = method.get("type") if isinstance(method, dict) else None
+    if "student" in tree or kind in ("dagger", "viper"):
+        return "distil"
+    return "rpd" if {"ppo", "steps", "stop_at"} & set(tree) or kind in ("ppo", "opd", "rpd") else None
 
 
 def _run(out: Output, name: str, path: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
@@ -109,6 +112,8 @@ def _run(out: Output, name: str, path: str, overrides: list[str], resume: bool, 
 
     if resume and overwrite:
         raise ValueError("--resume continues a run and --overwrite deletes it: choose one of them")
+    if (other := _which(path)) not in (name, None):
+        raise ValueError(f"{path} is a recipe of {other}: write kibitz control {other} {path}")
     recipe = config.load_as(_kinds(name), path, overrides)
     control.require()
     try:

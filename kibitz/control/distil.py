@@ -171,7 +171,7 @@ class _Loop:
             seconds["sampling"] = collected - begun - spent["scoring"]
             metrics = {
                 "step": step, "states": self.data.ends[-1], "agreement": played, **student.size(), "seconds": seconds,
-                "flops": self._flops(),
+                "flops": self._flops(iteration),
             }  # fmt: skip
             row = evaluated(student.act, recipe.env, "validation", recipe.seed, recipe.method.validation)
             self.folder.metrics.append(metrics)
@@ -179,19 +179,23 @@ class _Loop:
             self._save(step)
             yield {"metrics": metrics, "evals": {"step": step, **row}}
 
-    def _flops(self) -> dict[str, float]:
-        """Of the teacher on the states that the last iteration added; a student that can be read has next to none."""
-        new = self.data.ends[-1] - (self.data.ends[-2] if len(self.data.ends) > 1 else 0)
-        asked = (
-            2 if len(self.data.ends) == 1 or self.recipe.method.type == "bc" else 1
-        )  # where it plays, it acts and answers
-        return {"teacher_scoring": asked * new * self.teacher.flops} if self.teacher.flops else {}
+    def _flops(self, iteration: int) -> dict[str, float]:
+        """Of the states that an iteration added: those of who played them, and of the teacher who answered."""
+        ends = self.data.ends
+        new = ends[iteration] - (ends[iteration - 1] if iteration else 0)
+        if self._by_teacher(iteration):
+            return {"teacher_scoring": 2 * new * self.teacher.flops}
+        played = new * students.operations(self._student(iteration - 1))
+        return {"student_sampling": float(played), "teacher_scoring": new * self.teacher.flops}
+
+    def _by_teacher(self, iteration: int) -> bool:
+        return iteration == 0 or self.recipe.method.type == "bc"
 
     def _collect(self, iteration: int) -> tuple[float | None, dict[str, float]]:
         """Add states; returns how often the student that visited them acted as the teacher would have, and how long the teacher
         took to answer."""
         reseed(self.teacher, seeds_of(f"teacher {iteration}", self.recipe.seed, 1)[0])
-        by_teacher = iteration == 0 or self.recipe.method.type == "bc"
+        by_teacher = self._by_teacher(iteration)
         player = None if by_teacher else self._student(iteration - 1)
         act: Act = (lambda seen: self.teacher.answer(seen).action) if player is None else player.act
         observed, acted = states(act, self.recipe, iteration)

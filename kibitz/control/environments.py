@@ -11,6 +11,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 from gymnasium.error import Error as GymnasiumError
+from gymnasium.error import NameNotFound
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
 from kibitz.control.recipe import EnvConfig
@@ -62,7 +63,12 @@ def make(config: EnvConfig, **options: Any) -> gymnasium.Env:
     try:
         env = gymnasium.make(config.id, **config.options, **options)
     except (GymnasiumError, ImportError, TypeError) as error:
-        raise ValueError(f"env.id: {config.id} cannot be made: {' '.join(str(error).split())}") from None
+        words = " ".join(str(error).split())
+        if isinstance(error, NameNotFound) and "Did you mean" not in words:
+            words += " One of another package is named with it, such as gymnasium_robotics:FetchReach-v4."
+        raise ValueError(f"env.id: {config.id} cannot be made: {words}") from None
+    if isinstance(env.observation_space, spaces.Dict):  # as of robots with a goal: what is seen, what is wanted
+        env = gymnasium.wrappers.FlattenObservation(env)
     if config.sparse_above is not None:
         env = SparseReward(env, config.sparse_above, config.sparse_info)
     shape_of(env, config.id)

@@ -69,6 +69,14 @@ class FormulaStudent:
         return {"terms": sum(_num_terms(node) for node in self.outputs)}
 
 
+def operations(student: Student) -> int:
+    """Comparisons of a tree, or operations of formulas, for one observation at most."""
+    if isinstance(student, TreeStudent):
+        return int(student.model.get_depth())
+    assert isinstance(student, FormulaStudent)
+    return sum(formulas.num_nodes(node) // 2 for node in student.outputs)
+
+
 def _num_terms(node: Node) -> int:
     return _num_terms(node[1]) + 1 if node[0] == "add" else 1
 

@@ -210,6 +210,8 @@ def load_policy(folder: Path) -> PPO:
     from kibitz.config import load_as
     from kibitz.control.folder import newest
 
+    if not (folder / "recipe.yaml").is_file():
+        raise ValueError(f"there is no run of `kibitz control` at {folder}")
     recipe, checkpoint = load_as(RPDRecipe, folder / "recipe.yaml"), newest(folder)
     if checkpoint is None:
         raise ValueError(f"{folder} holds no checkpoint of a policy: let its run go on by --resume")

@@ -76,9 +76,9 @@ def whole(value: Sequence[float] | float) -> str:
 
 
 def brief(value: Sequence[float] | float) -> str:
-    """The same with one decimal where the mean is below 20: `7.1 ± 2.3`."""
+    """The same with one decimal where all of it is below 20: `7.1 ± 2.3`."""
     numbers = value if isinstance(value, Sequence) else [value]
-    return whole(value) if abs(numbers[0]) >= 20 else " ± ".join(f"{one:.1f}" for one in numbers)
+    return whole(value) if max(map(abs, numbers)) >= 20 else " ± ".join(f"{one:.1f}" for one in numbers)
 
 
 def nats(value: Sequence[float] | None) -> str:

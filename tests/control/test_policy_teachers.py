@@ -83,6 +83,7 @@ def test_shares_are_fitted_to_discrete_answers():
         ({"python": "os:nothing", "trust": True}, "os:nothing cannot be imported"),
         ({"python": "os", "trust": True}, "write module:function"),
         ({"sb3": "nowhere.zip", "trust": True}, "there is no file nowhere.zip"),
+        ({"run": "runs/nowhere"}, "there is no run of `kibitz control` at runs/nowhere"),
     ],
 )
 def test_a_teacher_that_is_not_there_is_told_before_anything_is_played(section, words):

@@ -18,7 +18,7 @@ from kibitz import report
 from kibitz.cli import app
 from kibitz.config import RecipeError, load_as
 from kibitz.control import distil, rpd, strip
-from kibitz.control.environments import make
+from kibitz.control.environments import make, shape_of
 from kibitz.control.folder import newest
 from kibitz.control.recipe import DistilRecipe, EnvConfig, RPDRecipe
 from kibitz.files import Lock
@@ -172,7 +172,7 @@ def test_a_recipe_that_cannot_be_has_a_sentence(kind, changes, words):
 @pytest.mark.parametrize(
     ("env", "words"),
     [
-        ({"id": "Nowhere-v0"}, "env.id: Nowhere-v0 cannot be made"),
+        ({"id": "Nowhere-v0"}, "env.id: Nowhere-v0 cannot be made.*One of another package is named with it"),
         ({"id": "CartPole-v1", "options": {"gravitas": 1}}, "cannot be made"),
         ({"id": "Blackjack-v1"}, "plays with vectors of numbers only"),
     ],
@@ -193,6 +193,25 @@ def test_sparse_reward_is_one_where_the_dense_one_is_enough():
     odd.reset(seed=0)
     with pytest.raises(ValueError, match="no 'distance'; it has nothing"):
         odd.step([0.0])
+
+
+def test_an_environment_with_a_goal_is_seen_as_one_vector_and_pays_as_it_does():
+    """As robots with a goal are: achieved, desired, seen, in the order of their names."""
+    env = make(EnvConfig(id="support.two_states:Goal-v0"))
+    seen, _ = env.reset(seed=3)
+    assert shape_of(env, "Goal-v0").num_observed == 3 and seen.tolist() == [1.0 - seen[1], seen[1], seen[1]]
+    assert env.step(1 - int(seen[1]))[1] == 0.0 and env.step(int(seen[1]))[1] == -1.0
+
+
+def test_a_robot_with_sparse_reward_is_played_from_a_recipe(tmp_path):
+    pytest.importorskip("mujoco")
+    env = {"id": "Reacher-v5", "num_envs": 2, "sparse_info": "reward_dist", "sparse_above": -0.05}
+    teacher = {"python": "support.two_states:still", "trust": True}
+    tree = rpd_recipe(tmp_path / "run", env=env, teacher=teacher, steps=64)
+    run = rpd.run(load_as(RPDRecipe, tree))
+    assert [row["split"] for row in run.evals[:2]] == ["episodes", rpd.TEACHERS]
+    counts = [row["return"][key] * row["num_episodes"] for row in run.evals for key in ("mean",)]
+    assert all(0 <= count <= 50 * 6 and abs(count - round(count)) < 1e-9 for count in counts)
 
 
 # ------------------------------------------------------------------ what a person sees
@@ -218,7 +237,10 @@ def test_the_command_line_and_the_page(tmp_path):
         "data:image/svg+xml",
     ):
         assert words in text, words
-    assert "heat-map of tokens" not in text
+    assert "heat-map of tokens" not in text and "It took 4 iterations" in text and "in the same ones" in text
+    assert "dotted: before" not in text, "a return has no place on a line from 0 to 100%"
+    other = CliRunner().invoke(app, ["control", "rpd", str(recipe), "--quiet"])
+    assert other.exit_code == 2 and "is a recipe of distil: write kibitz control distil" in other.stderr
 
 
 def test_runs_stand_side_by_side_with_costs_in_steps_and_operations(tmp_path):

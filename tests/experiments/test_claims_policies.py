@@ -146,6 +146,44 @@ def test_seeds_that_chose_nothing_are_the_result(tmp_path):
     assert found.verdict == "not"
 
 
+def test_seeds_that_choose_need_the_refined_policies_alone(tmp_path):
+    results = records(tmp_path, seeds=6)
+    for path in [*tmp_path.glob("*-opd-*-[12].json"), *tmp_path.glob("*-ppo-*-[12].json")]:
+        path.unlink()
+    for env in rpd.ENVS:
+        for seed in (1, 2):
+            put(tmp_path, env, "rpd-anneal", 1e-3, seed, -200.0)
+    found = rpd.find(results).numbers
+    assert found["envs"]["acrobot"]["best"] == "rpd-anneal" and found["seeds"] == [3, 3, 3]
+
+
+def test_what_was_heard_is_told_apart(tmp_path):
+    """Two seeds of each; without the teacher's entropy, or without one of the two, nothing is said."""
+    results = records(tmp_path)
+    assert rpd.find(results).numbers["why"] is None
+    made = {"policy": "teacher", "env": "acrobot", "seed": 1000, "lr": 1e-3, "steps": 5000, "final": {"mean": LEVEL}}
+    write(tmp_path / "acrobot-teacher.json", {**made, "settings": {}, "sampled": {"mean": -350.0, "entropy": 1.07}})
+    for heard, final, entropy in (("distribution", -500.0, 0.9), ("action", -120.0, 0.3)):
+        for seed in (3, 4):
+            row = {
+                "policy": f"why: {heard}",
+                "env": "acrobot",
+                "seed": seed,
+                "settings": {},
+                "final": {"mean": final + seed},
+            }
+            write(tmp_path / f"why-{heard}-{seed}.json", {**row, "sampled": {"mean": -150.0, "entropy": entropy}})
+    why = rpd.find(results).numbers["why"]
+    assert (why["distribution"]["final"][0], why["distribution"]["least"]) == (-496.5, -497.0)
+    assert (
+        why["action"]["sampled"] == (-150.0, 0.0)
+        and why["action"]["entropy"] == 0.3
+        and why["teacher"]["entropy"] == 1.07
+    )
+    (tmp_path / "why-action-3.json").unlink(), (tmp_path / "why-action-4.json").unlink()
+    assert rpd.find(results).numbers["why"] is None
+
+
 def test_they_take_no_language_models():
     answer = CliRunner().invoke(app, ["reproduce", "rpd", "--student", "x", "--quiet"])
     assert answer.exit_code == 2 and "rpd plays policies and has no language model" in answer.stderr

@@ -43,6 +43,22 @@ class Aborting(TwoStates):
         os.abort()
 
 
+class Goal(TwoStates):
+    """Shows a goal beside what it sees, as robots' tasks do; 0 where the action is not the goal, else -1."""
+
+    observation_space = spaces.Dict(
+        {name: spaces.Box(0.0, 1.0, (1,), np.float32) for name in ("achieved_goal", "desired_goal", "observation")}
+    )
+
+    def step(self, action):
+        return self._seen(), float(action != self.state) - 1.0, False, False, {}
+
+    def _seen(self):
+        goal = np.array([self.state], np.float32)
+        return {"achieved_goal": 1 - goal, "desired_goal": goal, "observation": goal}
+
+
+gymnasium.register("Goal-v0", entry_point=Goal, max_episode_steps=10)
 gymnasium.register("TwoStates-v0", entry_point=TwoStates, max_episode_steps=10)
 gymnasium.register("Aborting-v0", entry_point=Aborting, max_episode_steps=10)
 
@@ -50,6 +66,11 @@ gymnasium.register("Aborting-v0", entry_point=Aborting, max_episode_steps=10)
 def oracle(seen_BO: np.ndarray) -> np.ndarray:
     """A teacher that is right."""
     return np.array(RIGHT)[seen_BO.argmax(-1)]
+
+
+def still(seen_BO: np.ndarray) -> np.ndarray:
+    """A teacher of two joints that moves none."""
+    return np.zeros((len(seen_BO), 2))
 
 
 ASKED = [0]

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from math import inf
+from math import inf, log
 from statistics import fmean, median
 from typing import Any
 
@@ -124,11 +124,13 @@ def score(record: Record) -> float:
 
 def find(results: Results) -> Finding:
     records = played(results.folder)
-    envs = {env: _env(env, [r for r in records if r["env"] == env]) for env in ENVS}
+    there = [env for env in ENVS if any(r["env"] == env for r in records)] or list(ENVS)[:1]
+    envs = {env: _env(env, [r for r in records if r["env"] == env]) for env in there}
     panels = [_panel(env, found) for env, found in envs.items()]
     numbers = {
-        "envs": envs, "seeds": min(found["seeds"] for found in envs.values()), "rates": RATES, "choosing": CHOOSING,
-        "fresh": all(found["fresh"] for found in envs.values()),
+        "envs": envs, "seeds": [found["seeds"] for found in envs.values()], "rates": RATES, "choosing": CHOOSING,
+        "fresh": all(found["fresh"] for found in envs.values()), "why": _why(records),
+        "weights": {env: ENVS[env]["weight"] for env in there if "weight" in ENVS[env]},
     }  # fmt: skip
     return Finding(verdict(list(envs.values())), numbers, panels)
 
@@ -143,7 +145,8 @@ def _env(env: str, records: Sequence[Record]) -> dict[str, Any]:
     runs = {arm: {r["seed"]: r for r in records if r["policy"] == arm and r["lr"] == rates[arm]} for arm in ARMS}
     whole = [seed for seed in sorted(again) if all(seed in by_seed for by_seed in runs.values())]
     fresh = [seed for seed in whole if seed >= CHOOSING] or whole
-    choosing = [seed for seed in whole if seed < CHOOSING] or whole
+    heard = [seed for seed in range(CHOOSING) if all(seed in runs[arm] for arm in REFINED)]
+    choosing = heard or whole
     last = {arm: fmean(runs[arm][seed]["curve"][-1][1] for seed in choosing) for arm in REFINED}
     arms = {arm: _arm([runs[arm][seed] for seed in fresh], rates[arm], again) for arm in ARMS}
     theirs = [again[seed]["final"]["mean"] for seed in fresh]
@@ -157,6 +160,26 @@ def _env(env: str, records: Sequence[Record]) -> dict[str, Any]:
         "beyond_opd": _paired(arms[best]["finals"], arms["opd"]["finals"]), "seeds": len(fresh),
         "beyond_ppo": _paired(arms[best]["finals"], arms["ppo"]["finals"]), "fresh": fresh[0] >= CHOOSING,
     }  # fmt: skip
+
+
+def _why(records: Sequence[Record]) -> dict[str, Any] | None:
+    """Acrobot's annealed runs by what they heard: returns with the likeliest actions and with drawn ones, and the entropy; None
+    where they were not run."""
+    heard = {name: [r for r in records if r["policy"] == f"why: {name}"] for name in WHY}
+    teacher = next(
+        (r["sampled"] for r in records if r["policy"] == "teacher" and "sampled" in r and r["env"] == "acrobot"), None
+    )
+    if teacher is None or not all(heard.values()):
+        return None
+    found = {}
+    for name, runs in heard.items():
+        finals, drawn = [r["final"]["mean"] for r in runs], [r["sampled"]["mean"] for r in runs]
+        found[name] = {
+            "final": (fmean(finals), half_of_seeds(finals)), "sampled": (fmean(drawn), half_of_seeds(drawn)),
+            "least": min(finals), "entropy": fmean(r["sampled"]["entropy"] for r in runs),
+            "seeds": len(runs),
+        }  # fmt: skip
+    return {**found, "teacher": teacher, "most": log(3), "rate": WHY_RATE}
 
 
 def _rate(env: str, arm: str, records: Sequence[Record]) -> float:
