@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from kibitz.config import RecipeError, RolloutConfig
+from kibitz.config import RolloutConfig
 from kibitz.engines import Engine
 from kibitz.engines.spread import of_first, spread
 from kibitz.engines.torch import TorchEngine
@@ -19,12 +19,10 @@ from kibitz.types import Prompt
 class Kind:
     """`make(config, student, folder, probe)` makes it: `folder` is the run's; on the prompts of `probe` servers are
     compared with the student. `in_process`: it writes with the student's weights in this process, so that each process
-    writes its share, and a teacher can write along; the others the first process alone has. `check_parts(config)` raises
-    RecipeError for what cannot be done with a student that no process holds whole."""
+    writes its share, and a teacher can write along; the others the first process alone has."""
 
     make: Callable[[RolloutConfig, LanguageModel, Path, Sequence[Prompt]], Engine]
     in_process: bool
-    check_parts: Callable[[RolloutConfig], None] = lambda config: None
 
 
 def _make_torch(config: RolloutConfig, student: LanguageModel, folder: Path, probe: Sequence[Prompt]) -> Engine:
@@ -35,16 +33,9 @@ def _make_vllm(config: RolloutConfig, student: LanguageModel, folder: Path, prob
     return VLLMEngine(student, config, folder, probe)
 
 
-def _check_vllm(config: RolloutConfig) -> None:
-    if config.server.sync == "nccl":
-        raise RecipeError(
-            "rollout.server.sync: nccl sends a whole student: write rollout.server.sync=auto, or parallel.whole_copy=true"
-        )
-
-
 ENGINES: dict[str, Kind] = {
     "torch": Kind(_make_torch, in_process=True),
-    "vllm": Kind(_make_vllm, in_process=False, check_parts=_check_vllm),
+    "vllm": Kind(_make_vllm, in_process=False),
 }
 
 

@@ -65,7 +65,7 @@ class IPCTransfer:
             self.meet(server)  # it may have been started anew
         if self.student.device.type == "cuda":
             torch.cuda.synchronize(self.student.device)  # the step's last kernels have written
-        tensors = [(name, tensor.contiguous()) for name, tensor in Weighed(self.student.model, _named)]
+        tensors = [(name, tensor.contiguous()) for name, tensor in Weighed(self.student, _named)]
         handles = [self.handle(tensor) for _, tensor in tensors]
         update = {
             "names": [name for name, _ in tensors],

@@ -10,13 +10,14 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from kibitz.batching import pack
 from kibitz.config.servers import RolloutServerConfig
@@ -144,10 +145,15 @@ def carrier(config: RolloutServerConfig, root: Path, student: LanguageModel) -> 
 
         return NCCLTransfer()
     if kind == "ipc":
+        if isinstance(student, FSDPModule):
+            raise ValueError(
+                "rollout.server.sync: ipc shows servers a whole student: write nccl, or parallel.whole_copy=true"
+            )
         if not is_gpu(student.device):
             raise ValueError("rollout.server.sync: ipc needs the student on a GPU: write rollout.server.sync=reload")
         return IPCTransfer()
-    if kind == "reload" and config.sync == "auto" and config.gpus == [student.device.index]:
+    whole = not isinstance(student, FSDPModule)
+    if kind == "reload" and config.sync == "auto" and whole and config.gpus == [student.device.index]:
         return Preferred(IPCTransfer(), ReloadedFolder(root))
     return LoraFolder(root) if kind == "lora" else ReloadedFolder(root)
 
@@ -212,7 +218,9 @@ class Weights:
                 if not self._published:
                     self.publish(self.student)
             lost = server.lost
-            with self._timed("push"):
+            # Gathering a student in parts is a collective, as reading with it is: one of them at a time.
+            gathers = isinstance(self.student, FSDPModule) and self.carrier.way == "nccl"
+            with self._timed("push"), self._reading if gathers else nullcontext():
                 self.carrier.push(server)
             before = held if held is not None and held.lost == lost else None
             with self._timed("probe"):

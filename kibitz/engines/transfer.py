@@ -1,8 +1,8 @@
 """vLLM's own weight transfer: the trainer broadcasts to the GPUs of all servers over one NCCL group, and no file is written.
 
 Written by vLLM's source and documentation ("Weight Transfer", 0.32 and 0.33). What goes over HTTP, to whom and in which order,
-and what is sent is tested against servers of our own; the broadcast itself has not been run: it needs GPUs on both sides, and
-vLLM importable beside the trainer, whose half of the protocol it brings.
+and what is sent, by two processes with a part of the student each, is tested against servers of our own; the broadcast itself has
+not been run: it needs GPUs on both sides, and vLLM importable beside the trainer, whose half of the protocol it brings.
 """
 
 import importlib
@@ -15,9 +15,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from kibitz.engines.untied import HEAD
 from kibitz.models import LanguageModel
@@ -68,28 +65,38 @@ class Routes:
 
 class Weighed:
     """The student's parameters under the names of its files, as vLLM's `WeightSource` wants them: `metadata` says what iteration
-    yields. The output head of a tied model comes last, under a name of its own. `meta(name, dtype, shape)` makes an entry."""
+    yields. The output head of a tied model comes last, under a name of its own. `meta(name, dtype, shape)` makes an entry. Of a
+    student in parts each is gathered by all processes when its turn comes, so that no whole copy ever exists."""
 
-    def __init__(self, model: nn.Module, meta: Callable[[str, torch.dtype, tuple[int, ...]], Any]):
-        self.model, self.meta = model, meta
+    def __init__(self, student: LanguageModel, meta: Callable[[str, torch.dtype, tuple[int, ...]], Any]):
+        self.student, self.meta = student, meta
 
     def metadata(self) -> list[Any]:
-        return [self.meta(name, parameter.dtype, tuple(parameter.shape)) for name, parameter in self._named()]
+        model = self.student.model
+        named = {name: (parameter.dtype, tuple(parameter.shape)) for name, parameter in model.named_parameters()}
+        if self._tied:
+            weight = model.get_output_embeddings().weight
+            named[HEAD] = weight.dtype, tuple(weight.shape)
+        return [self.meta(name, *about) for name, about in named.items()]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self._named():
-            yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+        model, head = self.student.model, None
+        shared = next(
+            (name for name, one in model.named_parameters() if one is model.get_output_embeddings().weight), ""
+        )
+        for name, weight in self.student.weights():
+            if name == shared and self._tied:
+                head = weight
+            yield name, weight
+        if head is not None:
+            yield HEAD, head
 
     def held_names(self) -> None:
         """All of them."""
 
-    def _named(self) -> Iterator[tuple[str, torch.Tensor]]:
-        names = set()
-        for name, parameter in self.model.named_parameters():
-            names.add(name)
-            yield name, parameter
-        if HEAD not in names and isinstance(self.model, PreTrainedModel):
-            yield HEAD, self.model.get_output_embeddings().weight
+    @property
+    def _tied(self) -> bool:
+        return all(name != HEAD for name, _ in self.student.model.named_parameters())
 
 
 class NCCLTransfer:
@@ -135,7 +142,7 @@ class NCCLTransfer:
         info = self.nccl.NCCLTrainerInitInfo(
             rank=0, master_address=address, master_port=port, world_size=1 + sum(sizes), packed=True
         )
-        source = Weighed(self.student.model, self.base.ParamMeta)
+        source = Weighed(self.student, self.base.ParamMeta)
         client = Routes(servers, sizes)
         return self.vllm.WeightTransferTrainerFactory.trainer_init(info, client=client, source=source).send_weights
 

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial, wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,13 @@ class Placement:
     resident: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
+class FolderWriter(Protocol):
+    """Writes the weights of a model that no process holds whole; `weights` gathers them, one at a time."""
+
+    def __call__(self, folder: Path) -> object: ...
+    def weights(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
 class LanguageModel(nn.Module):
     """A causal language model and its tokenizer, in eval mode always: dropout would make the student disagree with
     the log-probabilities that it sampled with.
@@ -67,7 +74,7 @@ class LanguageModel(nn.Module):
         adapter: lora.Adapter | None = None,
         *,
         placement: Placement | None = None,
-        writer: Callable[[Path], object] | None = None,
+        writer: FolderWriter | None = None,
         packed: bool = False,
         compiled: bool = False,
     ):
@@ -136,6 +143,12 @@ class LanguageModel(nn.Module):
             if self.adapter is not None and self.model.generation_config is not None:
                 self.model.generation_config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter whole, with its name; of a model in parts each is gathered when its turn comes."""
+        if self._writer is not None:
+            return self._writer.weights()
+        return ((name, parameter.detach()) for name, parameter in self.model.named_parameters())
 
     def hidden(self, ids_BL: Tensor, position_BL: Tensor | None = None) -> Tensor:
         """The last hidden states `[B, L, D]` of right-padded rows, which need no attention mask in a causal model. Where

@@ -1,6 +1,6 @@
 """Whole Hugging Face folders of a model that no process holds whole."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,11 @@ class ShardedWriter:
         bare.config.save_pretrained(folder)
         if bare.generation_config is not None:
             bare.generation_config.save_pretrained(folder)
-        sharded_files.write_whole(((name, self._weight(name)) for name in self.calls), folder)
+        sharded_files.write_whole(self.weights(), folder)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter whole, one at a time, gathered by all processes. Asked for by one of them."""
+        return ((name, self._weight(name)) for name in self.calls)
 
     def _weight(self, name: str) -> Tensor:
         self.calls[name]()

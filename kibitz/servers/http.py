@@ -135,6 +135,10 @@ class Refused(ServerError):
         super().__init__(text)
         self.status = status
 
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        """For the other processes of a run, which raise it as well."""
+        return Refused, (str(self), self.status)
+
 
 class Ended(ServerError):
     """A server of this program that is not started again."""

@@ -69,7 +69,6 @@ def _check_parts(recipe: Recipe) -> None:
             "teacher.student: such a teacher would be whole in each process, and the student never is: write teacher.model, "
             "or parallel.whole_copy=true"
         )
-    ENGINES[recipe.rollout.engine].check_parts(recipe.rollout)
 
 
 def kept_small(config: FrozenConfig) -> bool:

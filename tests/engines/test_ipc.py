@@ -2,15 +2,13 @@
 it, and the folder that follows where a server does not take it. Handles of a GPU's memory need a GPU: others stand for them here,
 which carry the tensor."""
 
-import base64
 import json
-import pickle
 import subprocess
 import threading
 
 import pytest
-import torch
 from support.models import language_model, make_model
+from support.receiver import CONTROL, Receiver, carried
 from support.vllm_cpu import ENVIRONMENT, MISSING, PYTHON, installed
 from support.vllm_stub import Stub
 
@@ -21,30 +19,6 @@ from kibitz.engines.sync import ReloadedFolder, Weights
 from kibitz.engines.untied import HEAD
 from kibitz.servers import ServerError
 from kibitz.servers.http import Passing, Server
-
-CONTROL = ("/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update")
-
-
-def carried(tensor: torch.Tensor):
-    return "GPU-here", (tensor,)
-
-
-class Receiver:
-    """Bends a stub into a server that takes weights by handles; `broken` are the control routes that it answers 500."""
-
-    def __init__(self, *broken: str):
-        self.broken, self.stub = broken, None
-
-    def __call__(self, path, answer):
-        if path in self.broken:
-            return 500, {"error": {"message": "no engine for weights"}}
-        if path == "/update_weights":
-            update = self.stub.asked[-1][2]["update_info"]
-            handles = pickle.loads(base64.b64decode(update["ipc_handles_pickled"]))
-            found = {name: handle["GPU-here"][0] for name, handle in zip(update["names"], handles, strict=True)}
-            assert update["shapes"] == [list(tensor.shape) for tensor in found.values()]
-            self.stub.model.model.load_state_dict(found, strict=False)
-        return {} if path in CONTROL else answer
 
 
 @pytest.fixture

@@ -67,8 +67,8 @@ def test_a_server_that_does_not_know_its_gpus_is_named(two_models):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_is_sent_is_every_parameter_once_and_the_output_head(tied, tmp_path):
-    model = language_model(make_model(tmp_path / "m", kind="llama", tie_word_embeddings=tied)).model
-    source = Weighed(model, lambda name, dtype, shape: (name, dtype, shape))
+    student = language_model(make_model(tmp_path / "m", kind="llama", tie_word_embeddings=tied))
+    model, source = student.model, Weighed(student, lambda name, dtype, shape: (name, dtype, shape))
     sent = list(source)
     assert source.metadata() == [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in sent]
     names = [name for name, _ in sent]

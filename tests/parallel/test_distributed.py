@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from support.models import make_model
 from support.paths import ROOT
+from support.receiver import Receiver
 from support.runs import recipe
 from support.train_together import train
 from support.vllm_stub import Stub
@@ -476,3 +477,26 @@ def test_servers_write_and_score_for_two_processes_as_for_one(models, tmp_path):
             for key in ("loss", "reverse_kl", "grad_norm", "response_tokens", "num_tokens"):
                 assert theirs[key] == pytest.approx(ours[key], abs=1e-4), key
     assert one[0]["loss"] > 0
+
+
+@pytest.mark.slow
+def test_a_student_in_parts_is_sent_one_weight_after_another_and_all_processes_gather(models, tmp_path):
+    """By the channel of `sync: nccl`, whose broadcast a request for each weight stands for. The rollouts of later steps, and the
+    probe after each sync, are those of a server that has the weights."""
+    rollout = {"engine": "vllm", "prompts_per_step": 5}
+    one = _job(models, tmp_path, "one", rollout=rollout)
+    two = _job(models, tmp_path, "two", rollout=rollout, parallel={"whole_copy": False})
+    for job, sync in ((one, "reload"), (two, "nccl")):
+        with Stub(models[0], name="student", bend=(receiver := Receiver())) as writer:
+            receiver.stub = writer
+            job["recipe"]["rollout"] |= {"urls": [writer.url], "server": {"patience": 5.0, "sync": sync}}
+            train(job) if sync == "reload" else torchrun(2, [job | {"stand_in": True}], tmp_path)
+            paths = [path for path, _, _ in writer.asked]
+    assert paths.count("/init_weight_transfer_engine") == 1 and "/collective_rpc" not in paths
+    assert paths.count("/finish_weight_update") == STEPS + 1, "at the start and after each step, once for all processes"
+    assert not list(tmp_path.glob("two/weights/version-*"))
+    ours, theirs = (rows(tmp_path / name, "metrics") for name in ("one", "two"))
+    assert [row["sync"]["way"] for row in theirs] == ["nccl"] * STEPS
+    for alone, together in zip(ours, theirs, strict=True):
+        for key in ("loss", "reverse_kl", "grad_norm", "response_tokens", "num_tokens"):
+            assert together[key] == pytest.approx(alone[key], abs=1e-4), key

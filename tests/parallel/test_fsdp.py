@@ -254,7 +254,6 @@ def test_all_join_the_same_collectives_however_unequal_their_needs_are(num, monk
             {"method": {"type": "opd", "reference_kl": 0.1, "reference": {"model": "x", "compile": True}}},
             "reference.compile",
         ),
-        ({"rollout": {"engine": "vllm", "urls": ["http://127.0.0.1:1"], "server": {"sync": "nccl"}}}, "sync"),
     ],
 )
 def test_what_needs_a_whole_student_is_refused(folders, tmp_path, sections, said):

@@ -5,6 +5,7 @@ fails.
 """
 
 import logging
+import pickle
 import re
 import socket
 import threading
@@ -19,7 +20,7 @@ from kibitz.config.servers import ServerConfig
 from kibitz.servers import ServerError, served_model
 from kibitz.servers.answers import said, written
 from kibitz.servers.connection import LEAST, Connection, is_loopback, most_bytes
-from kibitz.servers.http import Server, Servers
+from kibitz.servers.http import Refused, Server, Servers
 from kibitz.servers.keys import PART, api_key, shown
 
 KEY = "sk-qXzvWjKpRtYbNmGhTf"
@@ -318,3 +319,9 @@ def test_a_line_break_at_the_end_belongs_to_no_key(monkeypatch):
         assert connection.fetch("/v1/models", None).data == TREE
         connection.close()
     assert b"Bearer " + SECRET + b"\r\n" in heard[0]
+
+
+def test_a_refusal_reaches_the_other_processes_as_it_is():
+    """They raise what the first one raises: it is pickled on its way."""
+    found = pickle.loads(pickle.dumps(Refused("the student refused /x", 404)))
+    assert isinstance(found, Refused) and str(found) == "the student refused /x" and found.status == 404

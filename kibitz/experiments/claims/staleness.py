@@ -12,6 +12,7 @@ from typing import Any
 from kibitz.experiments.charts import Line, Panel
 from kibitz.experiments.design import TOY, Arm, Experiment, merged
 from kibitz.experiments.evidence import Finding, Verdict
+from kibitz.experiments.records import score
 from kibitz.experiments.results import NotRun, Results
 from kibitz.experiments.statistics import Estimate
 
@@ -53,6 +54,7 @@ def find(results: Results) -> Finding:
         "rows": [row | {"words": FORMS[row["form"]][0]} for row in rows],
         "full": {world: differences[world, "full"] for world in worlds},
         "widest": max(half for _, half in differences.values()),
+        "dev": {world: _by_rate(one) for world, one in worlds.items()},
         "told": [f"{world}, {form}" for (world, form), (mean, half) in differences.items() if abs(mean) > half],
     }
     return Finding(verdict(differences), numbers, [_panel(differences, list(worlds))])
@@ -70,6 +72,12 @@ def _row(world: str, form: str, results: Results) -> dict[str, Any]:
         "seeds": min(len(results.runs(arm)) for arm in (ahead, on)),
         "rates": (results.rate(on), results.rate(ahead)),
     }
+
+
+def _by_rate(results: Results) -> list[tuple[float, float, float]]:
+    """Each rate that both tried with the first seed, and their accuracies on the dev split: on-policy and one step ahead."""
+    on, ahead = (results.sweeps[arm.name] for arm in FULL)
+    return [(rate, score(on[rate]), score(ahead[rate])) for rate in sorted(on.keys() & ahead.keys())]
 
 
 def verdict(differences: Mapping[Any, Estimate]) -> Verdict:
