@@ -37,6 +37,8 @@ class Side:
     python: Path = Path(sys.executable)
     repo: Path = HERE
     env: dict[str, str] = field(default_factory=dict)
+    processes: int = 1
+    """Of torchrun; the first that answers is heard."""
 
 
 @dataclass
@@ -131,7 +133,15 @@ def run(side: Side, threads: int, given: dict[str, Any], minutes: float) -> dict
     env |= {"PYTHONPATH": str(HERE), "PYTHONSAFEPATH": "1", "KIBITZ_REPO": str(side.repo), "HF_HUB_OFFLINE": "1"}
     env |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     env |= side.env
-    command = [str(side.python), "-m", "benchmarks.worker", side.module, json.dumps({**given, "threads": threads})]
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={side.processes}"]
+    command = [
+        str(side.python),
+        *(several if side.processes > 1 else []),
+        "-m",
+        "benchmarks.worker",
+        side.module,
+        json.dumps({**given, "threads": threads}),
+    ]
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60 * minutes)
     except subprocess.TimeoutExpired:
