@@ -51,7 +51,7 @@ class Table:
 
     def __post_init__(self) -> None:
         self.head = about(self.options)
-        self.path: Path = self.options.out or default_file(self.name, self.options.tiny)
+        self.path = (self.options.out or default_file(self.name, self.options.tiny)).resolve()
         self.rows = []
         if self.path.exists() and not self.options.fresh:
             found = json.loads(self.path.read_text(encoding="utf-8"))
