@@ -143,6 +143,17 @@ def test_pairs_are_of_one_round(tmp_path):
     assert side_by_side.ratios(table, "x", "nobody", lambda row: row["seconds"]) is None
 
 
+def test_a_file_goes_on_with_other_sides_and_begins_anew_with_other_code(tmp_path, monkeypatch):
+    made, out = side_by_side.parser("a table"), tmp_path / "out.json"
+    first = side_by_side.Table("table", side_by_side.read(made, ["--out", str(out)]))
+    first.rows = [{"case": "x", "side": "kibitz", "round": 0}]
+    first.write()
+    again = side_by_side.read(made, ["--out", str(out), "--side-repo", f"itself={ROOT}"])
+    assert side_by_side.Table("table", again).rows == first.rows
+    monkeypatch.setattr(side_by_side, "commit", lambda repo: "another")
+    assert side_by_side.Table("table", again).rows == []
+
+
 def test_a_side_that_dies_says_why():
     side = side_by_side.Side("roof", "roof", {"shapes": [[1, 2]]})
     found = side_by_side.run(side, 1, {**side.given}, minutes=5)
