@@ -153,7 +153,7 @@ def liger(one: Inputs, divergence: str) -> Any:
 
 
 def trl(one: Inputs, divergence: str) -> Any:
-    from trl.trainer.distillation_trainer import ChunkedDivergenceFunction
+    from trl.trainer.distillation_trainer import ChunkedDivergenceFunction  # pyright: ignore[reportMissingImports]
 
     heads = (one.states, one.student, None, one.teacher_states, one.teacher, None)
     loss = ChunkedDivergenceFunction.apply(*heads, BETA[divergence], 1.0, 1.0, None, 1.0, None)[0].sum()

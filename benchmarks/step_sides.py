@@ -119,7 +119,7 @@ def with_trl(home: str, rows: int, tokens: int, steps: int, lr: float, threads: 
     import torch
     import transformers
     from transformers import TrainerCallback
-    from trl import DistillationConfig, DistillationTrainer
+    from trl import DistillationConfig, DistillationTrainer  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
