@@ -20,7 +20,7 @@ help:
 	@echo "make format             write files the way check wants them"
 	@echo "make coverage           tests, and the lines that none of them runs"
 	@echo "make docs               the documentation as a site, in build/site"
-	@echo "make bench              speed of the embedded engine"
+	@echo "make bench              a step beside TRL (which it installs in an environment of its own), and sampling"
 	@echo "make clean              remove .venv and caches; runs/ stays"
 
 demo: $(VENV)/.installed
@@ -64,7 +64,8 @@ docs: $(VENV)/.installed-dev
 	$(BIN)/zensical build --strict --config-file mkdocs.yml
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.rollout
 
 clean:
 	rm -rf $(VENV) $(VLLM) .pytest_cache .ruff_cache .coverage

@@ -68,11 +68,12 @@ def sides(options: argparse.Namespace, model: Path, wanted: list[dict[str, Any]]
             "loads": [x for x in wanted if x["rows"] <= most],
         }
 
+    without = options.without.split(",")
     found = [Side("roof", "roof", {"shapes": _shapes(model, wanted), "copies": [weight_bytes(model)]})]
     found += [Side(OURS, "rollout_sides", given("kibitz"))]
     found += [Side(name, "rollout_sides", given("kibitz"), repo=path) for name, path in options.sides.items()]
-    found += [Side(n, "rollout_sides", given(n)) for n in OTHERS if n != "vllm" and n not in options.without]
-    if options.vllm.exists() and "vllm" not in options.without:
+    found += [Side(n, "rollout_sides", given(n)) for n in OTHERS if n != "vllm" and n not in without]
+    if options.vllm.exists() and "vllm" not in without:
         found.append(Side("vllm", "rollout_sides", given("vllm"), python=options.vllm, env=VLLM))
     return found
 

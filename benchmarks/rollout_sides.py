@@ -134,7 +134,7 @@ def with_generate_batch(folder: str, end: int) -> tuple[Writes, Any]:
 
 def with_vllm(folder: str, end: int) -> tuple[Writes, Any]:
     """vLLM in this process, so that its processor seconds are known; token ids in and out."""
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
     room = {"max_model_len": 1024, "max_num_seqs": 256, "enforce_eager": True, "enable_prefix_caching": False}
     model = LLM(folder, dtype="float32", skip_tokenizer_init=True, disable_log_stats=True, **room)

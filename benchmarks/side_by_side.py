@@ -37,6 +37,8 @@ class Side:
     python: Path = Path(sys.executable)
     repo: Path = HERE
     env: dict[str, str] = field(default_factory=dict)
+    processes: int = 1
+    """Of torchrun; the first that answers is heard."""
 
 
 @dataclass
@@ -49,12 +51,12 @@ class Table:
 
     def __post_init__(self) -> None:
         self.head = about(self.options)
-        self.path: Path = self.options.out or default_file(self.name, self.options.tiny)
+        self.path = (self.options.out or default_file(self.name, self.options.tiny)).resolve()
         self.rows = []
         if self.path.exists() and not self.options.fresh:
             found = json.loads(self.path.read_text(encoding="utf-8"))
-            if {**found["about"], "date": ""} == {**self.head, "date": ""}:
-                self.rows, self.head = found["rows"], found["about"]
+            if same(found["about"], self.head):
+                self.rows, self.head = found["rows"], merged(found["about"], self.head)
             else:
                 say(f"{self.path} is of other code or another machine, and begins anew")
 
@@ -131,7 +133,15 @@ def run(side: Side, threads: int, given: dict[str, Any], minutes: float) -> dict
     env |= {"PYTHONPATH": str(HERE), "PYTHONSAFEPATH": "1", "KIBITZ_REPO": str(side.repo), "HF_HUB_OFFLINE": "1"}
     env |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     env |= side.env
-    command = [str(side.python), "-m", "benchmarks.worker", side.module, json.dumps({**given, "threads": threads})]
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={side.processes}"]
+    command = [
+        str(side.python),
+        *(several if side.processes > 1 else []),
+        "-m",
+        "benchmarks.worker",
+        side.module,
+        json.dumps({**given, "threads": threads}),
+    ]
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60 * minutes)
     except subprocess.TimeoutExpired:
@@ -145,7 +155,7 @@ def run(side: Side, threads: int, given: dict[str, Any], minutes: float) -> dict
 
 def about(options: argparse.Namespace) -> dict[str, Any]:
     """What the numbers depend on, so that a file of other code is not gone on with."""
-    asked = {name: str(value) for name, value in sorted(vars(options).items()) if name not in NOT_ASKED}
+    asked = {name: str(value) for name, value in sorted(vars(options).items()) if name in ASKED}
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "commits": {OURS: commit(HERE), **{name: commit(path) for name, path in options.sides.items()}},
@@ -156,8 +166,19 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-NOT_ASKED = ("out", "fresh", "check", "keep", "minutes", "sides", "rounds")
-"""Options that do not change what is measured."""
+ASKED = ("rows", "top_k", "vocab", "threads")
+"""Options that change what is measured under one name. Others choose what is measured."""
+
+
+def same(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Return whether the rows of a file go on: the same machine and options, and the same code of each side in both."""
+    commits = all(before["commits"].get(name, one) == one for name, one in now["commits"].items())
+    names = ("processor", "cores", "python", "options")
+    return commits and all(before[name] == now[name] for name in names)
+
+
+def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    return {**before, "commits": {**before["commits"], **now["commits"]}}
 
 
 def commit(repo: Path) -> str:
@@ -233,20 +254,20 @@ def heading(table: Table) -> str:
 def settle(table: Table, found: dict[str, Spread]) -> list[str]:
     """Compare ratios with the stored ones, or store them, as the options say; return the warnings, which are printed too."""
     stored = json.loads(BASELINE.read_text(encoding="utf-8")) if BASELINE.exists() else {}
-    warnings = worse(found, stored.get(table.name, {}).get("ratios", {})) if table.options.check else []
+    warnings = worse(found, stored.get(table.name, {})) if table.options.check else []
     for text in warnings:
         say(f"warning: {table.name}: {text}")
     if table.options.check and not warnings:
         say(f"{table.name}: no ratio is worse than its baseline by more than the spread")
     if table.options.keep:
-        kept = {name: {"median": round(s.median, 3), "spread": round(s.width, 3)} for name, s in found.items()}
-        before = stored.get(table.name, {}).get("ratios", {})
-        stored[table.name] = {"about": table.head, "ratios": {**before, **kept}}
+        told = {"commit": table.head["commits"][OURS], "processor": table.head["processor"], "date": table.head["date"]}
+        kept = {name: {"median": round(s.median, 3), "spread": round(s.width, 3), **told} for name, s in found.items()}
+        stored[table.name] = {**stored.get(table.name, {}), **kept}
         BASELINE.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
     return warnings
 
 
-def worse(found: dict[str, Spread], stored: dict[str, dict[str, float]]) -> list[str]:
+def worse(found: dict[str, Spread], stored: dict[str, dict[str, Any]]) -> list[str]:
     """A sentence for each ratio that fell below its baseline by more than the larger of both spreads."""
     said = []
     for name, now in found.items():

@@ -150,7 +150,7 @@ def floor(table: Table, name: str, home: Path, case: Case) -> dict[str, float]:
     """The seconds that the FLOPs of each phase take at the roof, for one token of a response."""
     (row, *_), roofs = table.of(name, OURS), table.of(name, "roof")
     tokens = row["num_tokens"][-1]
-    found = {}
+    found: dict[str, float] = {}
     for phase, shape in shapes(home, case).items():
         speed = max(roof["flops"]["x".join(map(str, shape))] for roof in roofs)
         found[phase] = row["flops"][-1].get(FLOPS[phase], 0.0) / speed / tokens

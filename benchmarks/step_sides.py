@@ -21,9 +21,18 @@ def work(side: str, **given: Any) -> dict[str, Any]:
 
 
 def with_kibitz(
-    home: str, rows: int, tokens: int, steps: int, lr: float, threads: int, store: str = ""
+    home: str,
+    rows: int,
+    tokens: int,
+    steps: int,
+    lr: float,
+    threads: int,
+    store: str = "",
+    change: dict[str, Any] | None = None,
+    output: str = "",
 ) -> dict[str, Any]:
-    """Seconds of each step by phase, losses, FLOPs; `store` is where the rollouts go."""
+    """Seconds of each step by phase, losses, FLOPs; `store` is where the rollouts go, `change` are other settings of the recipe,
+    and `output` the folder of the run, where several processes share it."""
     import kibitz
 
     watch = _Watch()
@@ -40,8 +49,10 @@ def with_kibitz(
             "steps": steps,
             "device": "cpu",
             "threads": threads,
-            "output": f"{folder}/run",
+            "output": output or f"{folder}/run",
         }
+        for name, section in (change or {}).items():
+            tree[name] = {**tree[name], **section} if name in tree and "=" not in section else _without(section)
         run = kibitz.train(tree, overwrite=True, progress=watch)
         if store:
             Path(store).write_text((run.folder / "stored.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
@@ -51,8 +62,15 @@ def with_kibitz(
         "losses": [row["reverse_kl"] for row in run.metrics],
         "grad_norms": [row["grad_norm"] for row in run.metrics],
         "flops": [row["flops"] for row in run.metrics],
+        "bytes": [row.get("teacher_bytes_per_token") for row in run.metrics],
+        "signal_bytes": [row.get("signal_bytes") for row in run.metrics],
         "from": str(Path(kibitz.__file__).parents[1]),
     }
+
+
+def _without(section: dict[str, Any]) -> dict[str, Any]:
+    """A section that replaces the whole one, as its key "=" says."""
+    return {name: value for name, value in section.items() if name != "="}
 
 
 class _Watch:
@@ -101,7 +119,7 @@ def with_trl(home: str, rows: int, tokens: int, steps: int, lr: float, threads: 
     import torch
     import transformers
     from transformers import TrainerCallback
-    from trl import DistillationConfig, DistillationTrainer
+    from trl import DistillationConfig, DistillationTrainer  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()

@@ -1,11 +1,15 @@
-"""The benchmark for GPUs runs where there is none; what a step asks for is counted; a plan is what a run takes."""
+"""The benchmark for GPUs runs where there is none; what a step asks is counted; a plan is what a run takes; sides in turns."""
 
 import json
 import subprocess
 import sys
 
 import pytest
+import torch
 from support.paths import ROOT, script
+
+from benchmarks import loss_forms, scale, side_by_side, toys, worker
+from benchmarks.side_by_side import Spread
 
 gpu, forecast, counted = (script(ROOT / "benchmarks" / f"{name}.py") for name in ("gpu", "forecast", "counted"))
 
@@ -90,3 +94,107 @@ def test_check_plans_what_a_run_takes(tmp_path):
     """The smallest of the sizes in benchmarks/forecast.json, there within 5%; a third is left for other machines."""
     row = forecast.measure("9M")
     assert all(abs(off) < 0.33 for off in row["off_by"].values()), row
+
+
+# ------------------------------------------------------------------ sides in turns
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options", "sides"),
+    [
+        ("step", ["--without-trl", "--side-repo", f"itself={ROOT}"], {"roof", "kibitz", "itself"}),
+        ("rollout", ["--without", "generate_batch,vllm"], {"roof", "kibitz", "generate"}),
+        ("loss", ["--without-trl"], {"products", "naive", "checkpointed", "liger", "kibitz"}),
+        ("teacher", ["--without-server"], {"full, here", "top 8, here", "written token, here"}),
+        ("scale", [], {"kibitz", "padded", "packed"}),
+    ],
+)
+def test_a_table_is_measured_and_not_measured_again(tmp_path, name, options, sides):
+    """TRL and vLLM stand in environments of their own, which a test does not make."""
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--tiny", "--out", out, *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert {row["side"] for row in rows} == sides
+    assert not [row for row in rows if "failed" in row]
+    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert again.stdout == done.stdout and json.loads(out.read_text(encoding="utf-8"))["rows"] == rows
+
+
+def test_a_ratio_that_fell_by_more_than_the_spread_is_told():
+    stored = {"a": {"median": 1.5, "spread": 0.1}, "b": {"median": 1.5, "spread": 0.1}}
+    now = {"a": Spread(1.35, 1.3, 1.38), "b": Spread(1.35, 1.2, 1.4), "new": Spread(0.1, 0.1, 0.1)}
+    assert side_by_side.worse(now, stored) == ["a was 1.50 (spread 0.10) and is 1.35x (1.30-1.38)"]
+
+
+def test_pairs_are_of_one_round(tmp_path):
+    """A round in which one side failed has no ratio."""
+    options = side_by_side.read(side_by_side.parser("a table"), ["--out", str(tmp_path / "out.json")])
+    table = side_by_side.Table("table", options)
+    seconds = {"kibitz": [1.0, 2.0, 4.0], "other": [2.0, None, 6.0]}
+    table.rows = [
+        {"case": "x", "side": side, "round": number} | ({"failed": "why"} if taken is None else {"seconds": taken})
+        for side, all_taken in seconds.items()
+        for number, taken in enumerate(all_taken)
+    ]
+    assert side_by_side.ratios(table, "x", "other", lambda row: row["seconds"]) == Spread(1.75, 1.5, 2.0)
+    assert side_by_side.ratios(table, "x", "nobody", lambda row: row["seconds"]) is None
+
+
+def test_a_file_goes_on_with_other_sides_and_begins_anew_with_other_code(tmp_path, monkeypatch):
+    made, out = side_by_side.parser("a table"), tmp_path / "out.json"
+    first = side_by_side.Table("table", side_by_side.read(made, ["--out", str(out)]))
+    first.rows = [{"case": "x", "side": "kibitz", "round": 0}]
+    first.write()
+    again = side_by_side.read(made, ["--out", str(out), "--side-repo", f"itself={ROOT}"])
+    assert side_by_side.Table("table", again).rows == first.rows
+    monkeypatch.setattr(side_by_side, "commit", lambda repo: "another")
+    assert side_by_side.Table("table", again).rows == []
+
+
+def test_a_side_that_dies_says_why():
+    side = side_by_side.Side("roof", "roof", {"shapes": [[1, 2]]})
+    found = side_by_side.run(side, 1, {**side.given}, minutes=5)
+    assert found["failed"].startswith("ValueError: not enough values")
+
+
+def test_a_clock_gives_each_second_to_one_phase():
+    clock = worker.Clock()
+    clock.phase("a")
+    clock.phase("b")
+    clock.phase("a")
+    spent = clock.take()
+    assert set(spent) == {"a", "b", "step"}
+    assert spent["step"]["wall"] == pytest.approx(spent["a"]["wall"] + spent["b"]["wall"])
+    assert clock.current() is None and clock.take() == {"step": {"wall": 0, "cpu": 0}}
+
+
+@pytest.mark.parametrize("divergence", loss_forms.DIVERGENCES)
+def test_all_forms_of_a_divergence_have_the_same_gradients(divergence):
+    found = {}
+    for name, form in loss_forms.FORMS.items():
+        if name != "trl":  # which stands in an environment of its own
+            one = loss_forms.Inputs(40, 8, 300)
+            loss = form(one, divergence)
+            found[name] = (loss, one.student.grad, one.states.grad)
+    exact = 300 * loss_forms.exact(loss_forms.Inputs(40, 8, 300), divergence)
+    for name, (loss, *gradients) in found.items():
+        assert float(loss) == pytest.approx(exact, rel=1e-5), name
+        for got, want in zip(gradients, found["naive"][1:], strict=True):
+            assert torch.allclose(got, want, atol=1e-5), name
+
+
+def test_models_of_benchmarks_end_by_chance_or_never():
+    """Over 512 positions the odds of an end are those asked for, on average of their logarithm."""
+    ids = torch.randint(2, 128, (8, 64), generator=torch.Generator().manual_seed(1))
+    for odds, most in ((toys.ENDLESS, -15.0), (-4.0, -3.5)):
+        with torch.no_grad():
+            logp = toys.build(toys.SIZES["0.03M"], 0, odds)(ids).logits.log_softmax(-1)[..., toys.END].mean()
+        assert logp < most and (odds == toys.ENDLESS or logp == pytest.approx(odds, abs=0.5))
+
+
+def test_the_exponent_is_the_slope():
+    assert scale.exponent([1.0, 10.0, 100.0], [3.0, 30.0, 300.0]) == pytest.approx(1.0)
+    assert scale.exponent([1.0, 2.0, 4.0], [1.0, 4.0, 16.0]) == pytest.approx(2.0)
