@@ -465,3 +465,22 @@ def test_an_end_that_a_demonstration_spells_is_learnt_once():
     end = tok.convert_ids_to_tokens(turn_end(tok))
     assert encode_response(tok, f"3{end}") == encode_response(tok, "3") == [*tok.encode("3"), turn_end(tok)]
     assert encode_response(tok, "") == encode_response(tok, end) == [turn_end(tok)]
+
+
+def test_many_prompts_are_read_as_each_alone(tmp_path, monkeypatch):
+    """Those that spell a control token, those with tools and those between them, in calls of three rows."""
+    monkeypatch.setattr("kibitz.data.TOGETHER", 3)
+    tok = chat_tokenizer()
+    texts = ["1+1", f"what is {tok.eos_token}?", "", "a", "b\n c", "é", "long " * 9, "z"]
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in texts if text]
+    path = write(tmp_path / "p.jsonl", *rows)
+    found = load_prompts(DataConfig(prompts=path), tok)
+    assert [list(p.ids) for p in found] == [encode_prompt(tok, row["messages"], {}) for row in rows]
+
+
+def test_a_template_that_refuses_one_row_names_it(tmp_path):
+    """Though all are rendered by one call."""
+    refusing = "{% if messages[0]['content'] == 'no' %}{{ raise_exception('not that') }}{% endif %}{{ messages[0]['content'] }}"
+    path = write(tmp_path / "p.jsonl", *({"prompt": text} for text in ("yes", "no", "yes again")))
+    with pytest.raises(ValueError, match=r"p\.jsonl, line 2: .*not that"):
+        load_prompts(DataConfig(prompts=path), chat_tokenizer(refusing))

@@ -14,7 +14,15 @@ from kibitz import graders, worlds
 from kibitz.config import Columns, DataConfig
 from kibitz.data.columns import Conversation, conversation_of, text_of
 from kibitz.data.rows import read_rows
-from kibitz.data.templates import check_template, encode_prompt, encode_response, encode_text, said_by, turn_end
+from kibitz.data.templates import (
+    check_template,
+    encode_plain_prompts,
+    encode_prompt,
+    encode_response,
+    encode_text,
+    said_by,
+    turn_end,
+)
 from kibitz.graders import Grader
 from kibitz.types import Prompt, Rollout
 
@@ -22,6 +30,9 @@ __all__ = [
     "PromptStream", "apart", "check_template", "encode_prompt", "encode_response", "encode_text", "joined", "load_grader",
     "load_prompts", "turn_end",
 ]  # fmt: skip
+
+TOGETHER = 1024
+"""Rows whose prompts are rendered and tokenized by one call."""
 
 
 def load_prompts(
@@ -34,8 +45,16 @@ def load_prompts(
 ) -> list[Prompt]:
     """All prompts of a `data` section, as the student will read them. `demonstrations`: rows need a response; all of them,
     unless there may be `gaps`. `room` is the number of tokens that the models have for a prompt and its response."""
-    rows = read_rows(config, seed, demonstrations)
-    prompts = [_prompt(place, row, config, tokenizer, demonstrations, gaps) for place, row in rows]
+    rows = list(read_rows(config, seed, demonstrations))
+    prompts = []
+    for first in range(0, len(rows), TOGETHER):
+        some = rows[first : first + TOGETHER]
+        talks = [conversation_of(place, row, config, tokenizer) for place, row in some]
+        encoded = encode_plain_prompts(
+            tokenizer, [[] if talk.tools else talk.messages for talk in talks], config.template
+        )
+        for (place, row), talk, ids in zip(some, talks, encoded, strict=True):
+            prompts.append(_prompt(place, row, config, tokenizer, (demonstrations, gaps), talk, ids))
     if not prompts:
         raise ValueError(f"{config.source} holds no prompts")
     if config.too_long == "drop":
@@ -81,9 +100,16 @@ def load_grader(config: DataConfig, prompts: Sequence[Prompt], need_all: bool = 
 
 
 def _prompt(
-    place: str, row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase, told: bool, gaps: bool
+    place: str,
+    row: dict[str, Any],
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: tuple[bool, bool],
+    talk: Conversation,
+    ids: list[int] | None,
 ) -> Prompt:
-    talk = conversation_of(place, row, config, tokenizer)
+    """One prompt; `ids` are its tokens where they are known already. `wanted`: a response, of all but gaps."""
+    told, gaps = wanted
     if told and not gaps and talk.turn is None:
         raise ValueError(
             f"{place} has no response: the method, or teacher.context, needs a column {config.columns.response!r}, or "
@@ -91,7 +117,8 @@ def _prompt(
             "method.fill=teacher for such rows"
         )
     try:
-        ids = encode_prompt(tokenizer, talk.messages, config.template, talk.tools)
+        if ids is None:
+            ids = encode_prompt(tokenizer, talk.messages, config.template, talk.tools)
         response = None if talk.turn is None else _response(tokenizer, talk, config, told)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None

@@ -68,6 +68,27 @@ def encode_prompt(
     return _rendered(tokenizer, messages, arguments, return_dict=False)
 
 
+def encode_plain_prompts(
+    tokenizer: Any, conversations: Sequence[Sequence[Message]], template: Mapping[str, Any]
+) -> list[list[int] | None]:
+    """`encode_prompt` of many conversations without tools, in a third of the time. None for those that are left to it: empty
+    ones, those that spell control tokens, and all where there is no template, or where it refuses one."""
+    ids: list[list[int] | None] = [None] * len(conversations)
+    if tokenizer.chat_template is None:
+        return ids
+    controls = _control_pattern(tokenizer)
+    texts = ["\n".join(m["content"] for m in messages) for messages in conversations]
+    plain = [place for place, text in enumerate(texts) if conversations[place] and not controls.search(text)]
+    try:
+        arguments = {"add_generation_prompt": True, **_arguments(tokenizer, template, ())}
+        found = _rendered(tokenizer, [list(conversations[place]) for place in plain], arguments, return_dict=False)
+    except ValueError:
+        return ids
+    for place, one in zip(plain, found, strict=True):
+        ids[place] = one
+    return ids
+
+
 def encode_text(tokenizer: Any, text: str, whose: str = "the text spells") -> list[int]:
     """The tokens of a text, and of nothing but text: where it spells a control token, such as the end of a turn, it is spelt
     by others. ValueError, which begins with `whose`, if the tokenizer knows no others."""
@@ -165,8 +186,9 @@ def mentions(tokenizer: Any, name: str) -> bool:
     return re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template or "")) is not None
 
 
-def _rendered(tokenizer: Any, messages: Sequence[Message], arguments: Mapping[str, Any], **options: Any) -> Any:
-    """What the chat template makes of a conversation. ValueError for whatever it raises: it is a program, too."""
+def _rendered(tokenizer: Any, messages: Sequence[Any], arguments: Mapping[str, Any], **options: Any) -> Any:
+    """What the chat template makes of a conversation, or of each of several. ValueError for whatever it raises: it is a
+    program, too."""
     try:
         return tokenizer.apply_chat_template(list(messages), **options, **arguments)
     except RecursionError:
