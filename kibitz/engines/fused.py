@@ -5,7 +5,7 @@ norm weights and the attention scale are folded into the matrices behind them; t
 interleaved, so that rotation is one complex product (a permutation that queries and keys share does not change their
 inner products). The matrices are repacked at the start of every `generate`, so they cannot be stale.
 
-`benchmarks/generate.py` says where this pays. Anything that the mathematics here does not cover is refused by
+`python -m benchmarks.rollout` says where this pays. Anything that the mathematics here does not cover is refused by
 `FusedDecoder.__init__`, and the engine checks the result against the model before it is used.
 """
 

@@ -100,4 +100,6 @@ def headlines(experiments: Collection[Experiment], results: Path, page: str = "d
         if text.headline and found.verdict != "not run":
             sentence = filled(text.headline, found.numbers)
             rows.append((sentence, MARKS[found.verdict], f"[`{experiment.name}`]({page}#{experiment.name})"))
-    return table(("what came out here, on toy worlds unless it says otherwise", "the published claim", "evidence"), rows)
+    return table(
+        ("what came out here, on toy worlds unless it says otherwise", "the published claim", "evidence"), rows
+    )
