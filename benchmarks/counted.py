@@ -31,9 +31,10 @@ from kibitz.engines.cache import CachedDecoder
 from kibitz.engines.room import cache_bytes
 from kibitz.engines.sampling import sample
 from kibitz.losses.divergences import reverse_kl
+from kibitz.models.flops import forward_flops
 from kibitz.models.head import _WideProduct
 from kibitz.models.kept import fused_attention
-from kibitz.models.language_model import CHUNK_NUMBERS, forward_flops
+from kibitz.models.language_model import CHUNK_NUMBERS
 
 HERE = Path(__file__).parent
 META = torch.device("meta")

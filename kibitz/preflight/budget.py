@@ -11,7 +11,8 @@ import torch
 from kibitz.config import Recipe, StudentTeacherConfig
 from kibitz.engines.cache import PREFILL_TOKENS
 from kibitz.engines.room import BYTES_PER_LOGIT, SHARE
-from kibitz.models.language_model import CHUNK_NUMBERS, forward_flops
+from kibitz.models.flops import forward_flops
+from kibitz.models.language_model import CHUNK_NUMBERS
 from kibitz.optim import bytes_of_moments
 from kibitz.preflight.finding import Finding
 from kibitz.preflight.plan import Memory, Models

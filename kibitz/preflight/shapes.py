@@ -15,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from kibitz.config import FrozenConfig, ModelConfig
 from kibitz.engines.room import cache_bytes
+from kibitz.models.flops import num_experts
 from kibitz.models.head import body_of
 from kibitz.models.kept import PROBED_TOKENS, kept_on_meta, squares_on_meta
-from kibitz.models.language_model import num_experts
 from kibitz.models.load import without_weights
 from kibitz.models.quantized import BYTES
 from kibitz.parallel.fsdp import layers_of

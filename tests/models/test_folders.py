@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kibitz.config import ModelConfig, StudentConfig
 from kibitz.models import LanguageModel, load_student, pick_device
-from kibitz.models.language_model import forward_flops, num_ids
+from kibitz.models.flops import forward_flops
+from kibitz.models.language_model import num_ids
 from kibitz.models.load import check_folder, load_tokenizer, share_vocabulary, stop_ids
 from kibitz.types import Prompt
 
