@@ -72,8 +72,7 @@ def train(tree: dict[str, Any], output: Path) -> dict[str, Any]:
     )
     trainer._generate_and_score_completions = clock.around(trainer._generate_and_score_completions)
     trainer.train()
-    told = [row for row in trainer.state.log_history if "completions/mean_length" in row]
-    tokens = num * told[-1]["completions/mean_length"]
+    tokens = num * _last(trainer.state.log_history, "completions/mean_length")
     return {
         "seconds": clock.seconds,
         "tokens_per_second": tokens / sum(clock.seconds.values()),
@@ -91,6 +90,7 @@ def _at_once(tree: dict[str, Any], num: int, words: int) -> int:
 
 
 def _last(rows: list[dict[str, Any]], name: str) -> Any:
+    """The newest number that was logged by that name, None if none was."""
     return next((row[name] for row in reversed(rows) if name in row), None)
 
 

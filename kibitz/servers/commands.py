@@ -168,10 +168,17 @@ def student(
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     else:
         environment["VLLM_SERVER_DEV_MODE"] = "1"
-        alone = own.socket_of(url) is not None and len(place.gpus) == 1
+        private = own.socket_of(url) is not None
+        if rollout.server.sync == "ipc" and not private:
+            raise ValueError(
+                "rollout.server.sync: ipc makes a server unpickle what it is sent, so it is for servers that the run starts on a "
+                "private socket: leave out rollout.urls, or write rollout.server.sync=reload"
+            )
         if rollout.server.sync == "nccl":
             arguments += transfer("nccl")
-        elif rollout.server.sync == "ipc" or (rollout.server.sync == "auto" and place.shared and alone):
+        elif rollout.server.sync == "ipc" or (
+            rollout.server.sync == "auto" and place.shared and private and len(place.gpus) == 1
+        ):
             arguments, environment = [*arguments, *transfer("ipc")], environment | IPC
     return Command("student", url, tuple(arguments), environment, name)
 

@@ -58,6 +58,16 @@ def test_the_commands_say_what_the_recipe_needs():
         commands(config.load(tree(rollout={}, teacher={"model": "t"})), cpu=True)
 
 
+def test_no_server_that_a_port_leads_to_is_told_to_unpickle():
+    """Whoever can reach such a server would run programs in it; one of the run's own has a socket in a private folder."""
+    rollout = {"engine": "vllm", "urls": ["http://localhost:8000"], "server": {"sync": "ipc"}}
+    with pytest.raises(ValueError, match="sync: ipc makes a server unpickle what it is sent"):
+        commands(config.load(tree(student={"model": "m"}, rollout=rollout)), cpu=False)
+    for sync in ("auto", "reload", "nccl"):
+        asked = config.load(tree(student={"model": "m"}, rollout={**rollout, "server": {"sync": sync}}))
+        assert "INSECURE" not in commands(asked, cpu=False)[0].line()
+
+
 def test_a_printed_command_names_the_key_and_does_not_hold_it(tmp_path, monkeypatch):
     monkeypatch.setenv("KIBITZ_API_KEY", "sk-very-secret")
     path = tmp_path / "recipe.yaml"
