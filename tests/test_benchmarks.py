@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +98,18 @@ def test_check_plans_what_a_run_takes(tmp_path):
 
 
 # ------------------------------------------------------------------ sides in turns
+
+
+@pytest.mark.parametrize(("rank", "answers"), [("0", 1), ("1", 0)])
+def test_of_several_processes_the_first_answers(rank, answers, monkeypatch, capsys):
+    """The others hear of no step; whose line comes last is chance."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(sys, "argv", ["worker", "sides_of_a_test", "{}"])
+    monkeypatch.setitem(sys.modules, "benchmarks.sides_of_a_test", SimpleNamespace(work=dict))
+    monkeypatch.setattr(worker, "use", lambda repo: None)
+    worker.main()
+    said = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith(worker.ANSWER) for line in said) == answers
 
 
 @pytest.mark.slow
