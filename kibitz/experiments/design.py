@@ -38,7 +38,7 @@ class Arm:
     trains on. `every`: its checkpoints of so many steps are all measured on the dev split, a curve; with `stop: best`
     the best of them is the arm's result, not the last. `judge` names the measures whose mean accuracy on the dev
     split chooses rates and checkpoints, the first measure if empty. `measures`: the names of those of the experiment's
-    that are taken of it, all if empty; the first of them is then its main one. `rate_of`: a maker, mostly a shorter run, whose
+    that are taken of it, all if empty; the first of them is then its main one. `rate_of`: a maker or another arm, whose
     best rate it takes instead of sweeping one of its own.
     """
 

@@ -18,7 +18,7 @@ LEARNT, RECOVERED = f"documents-{MIXED}", f"recover-{MIXED}"
 POLICIES = ("brief", "thanks")
 LEARNING, RECOVERING, ADAPTING = (5e-5, 1e-4, 2e-4), (2e-5, 5e-5), (5e-4, 1e-3)
 PUBLISHED = {"student": "18 / 85", "documents-100": "43 / 45", LEARNT: "36 / 79", RECOVERED: "41 / 83"}
-OPD = {"teacher": {"model": "teacher"}, "method": {"type": "opd"}, "steps": 20}
+OPD = {"teacher": {"model": "teacher"}, "method": {"type": "opd"}, "steps": 12}
 FILLED = {"teacher": {"model": "teacher"}, "method": {"type": "sft", "fill": "teacher"}}
 
 
@@ -77,14 +77,15 @@ def _reading(name: str, about: str, data: str, **changes: Any) -> Arm:
 
 def _recovery(name: str, about: str, start: str) -> Arm:
     changes = OPD | {"student": {"model": f"arm:{start}"}}
-    return Arm(name, about, changes, rates=RECOVERING, data="prompts", judge=BOTH, measures=(*BOTH, "chat"))
+    arm = Arm(name, about, changes, rates=RECOVERING, data="prompts", judge=BOTH, measures=(*BOTH, "chat"))
+    return arm if name == RECOVERED else replace(arm, rate_of=RECOVERED)
 
 
 def _policy(name: str) -> Arm:
     told = {"model": "teacher", "context": {"system": handbook.words()["policies"][name]["system"]}}
     about = f"OPD from itself with a policy in the teacher's system prompt: {name}"
     measures = (name, *(other for other in POLICIES if other != name))
-    return Arm(f"policy-{name}", about, OPD | {"teacher": told}, rates=RECOVERING, measures=measures)
+    return Arm(f"policy-{name}", about, OPD | {"teacher": told}, rate_of=RECOVERED, measures=measures)
 
 
 def _arms() -> tuple[Arm, ...]:
@@ -94,7 +95,10 @@ def _arms() -> tuple[Arm, ...]:
         _reading(LEARNT, f"{MIXED}% documents, {100 - MIXED}% chat", LEARNT),
         replace(_reading("lora-70", f"{MIXED}% documents, by LoRA", LEARNT, **lora), rates=ADAPTING),
         _recovery(RECOVERED, f"{MIXED}% documents, then OPD from the model as it was", LEARNT),
-        _reading("learn-2", "then a second handbook", f"{LEARNT}-2", student={"model": f"arm:{RECOVERED}"}),
+        replace(
+            _reading("learn-2", "then a second handbook", f"{LEARNT}-2", student={"model": f"arm:{RECOVERED}"}),
+            rate_of=LEARNT,
+        ),
         _recovery("recover-learn-2", "then OPD again", "learn-2"),
         *(_policy(name) for name in POLICIES),
     )
@@ -127,7 +131,7 @@ EXPERIMENT = Experiment(
     arms=_arms(),
     rates=LEARNING,
     extensions=0,
-    dev_problems=36,
+    dev_problems=24,
     test_problems=64,
     seeds=2,
     quick_arms=("documents-100", LEARNT, RECOVERED, "learn-2", "policy-brief"),
