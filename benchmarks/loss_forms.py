@@ -170,6 +170,7 @@ def kibitz(one: Inputs, divergence: str) -> Any:
     from kibitz.losses import criteria, divergences
     from kibitz.losses.chunked import over_chunks
     from kibitz.signals import Dense, Tokens
+    from kibitz.training.means import num_measured
 
     plain = {"jsd": partial(divergences.jsd, beta=0.5, plain=True)}
     fn = plain.get(divergence) or getattr(divergences, divergence)
@@ -177,15 +178,11 @@ def kibitz(one: Inputs, divergence: str) -> Any:
     heads[0].weight, heads[1].weight = one.student, torch.nn.Parameter(one.teacher, requires_grad=False)
     tokens = Tokens(
         token_T=torch.randint(one.vocab, (one.tokens,)), logp_T=torch.zeros(one.tokens), weight_T=torch.ones(one.tokens),
-        signal=Dense(one.teacher_states, heads[1]), every=max(1, -(-one.tokens // MEASURED)),
+        signal=Dense(one.teacher_states, heads[1]), every=max(1, -(-one.tokens // num_measured(one.vocab))),
     )  # fmt: skip
     loss, _ = over_chunks(criteria.Divergence(fn), one.states, heads[0], tokens, _chunk_tokens(one))
     loss.backward()
     return loss.detach()
-
-
-MEASURED = 2048
-"""Tokens of a micro-batch for which a run takes its costly metrics."""
 
 
 def _chunk_tokens(one: Inputs) -> int:

@@ -8,13 +8,17 @@ backward pass is one gradient as large as the hidden states, and one in float32 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 
 from kibitz.losses.checks import together
-from kibitz.signals import Spans, Tokens
+from kibitz.signals import Dense, Spans, Tokens
 
 Criterion = Callable[[Tensor, Tokens], dict[str, Tensor]]
 """logits_CV (float32, cut to the vocabulary) and the chunk's tokens -> {"loss": [C], and any metrics [C]}.
@@ -22,6 +26,9 @@ Criterion = Callable[[Tensor, Tokens], dict[str, Tensor]]
 Each token must be scored by itself, or with the other tokens of its span: no chunk ends inside one. What a criterion
 computed across other tokens would depend on the size of the chunks.
 """
+
+BLOCK_NUMBERS = 2**20
+"""Numbers of a block's logits on a CPU: the dozen tensors of a loss stay in its caches."""
 
 
 def over_chunks(
@@ -45,30 +52,29 @@ def over_chunks(
     parameters = [p for p in head.parameters() if p.requires_grad]
     with_grad = torch.is_grad_enabled() and (hidden_TD.requires_grad or bool(parameters))
     hidden_grad_TD = torch.zeros_like(hidden_TD) if with_grad and hidden_TD.requires_grad else None
-    parameter_grads = [torch.zeros_like(p, dtype=_at_least_float32(p)) for p in parameters] if with_grad else []
+    sums = _Sums(parameters if with_grad else [])
     chunks: list[dict[str, Tensor]] = []
     with together():
         for chunk in _chunks(tokens, chunk_size):
             hidden_CD = hidden_TD[chunk].detach().requires_grad_(hidden_grad_TD is not None)
-            with torch.set_grad_enabled(with_grad):
+            with torch.set_grad_enabled(with_grad), sums:
                 logits_CV = head(hidden_CD)
-                values = criterion(logits_CV.to(_at_least_float32(logits_CV)), tokens[chunk])
-                if with_grad:
-                    wanted = parameters if hidden_grad_TD is None else [*parameters, hidden_CD]
-                    grads = _gradients(tokens.weight_T[chunk], values["loss"], wanted)
-                    if hidden_grad_TD is not None:
-                        hidden_grad_TD[chunk] = grads.pop()
-                    for total, grad in zip(parameter_grads, grads, strict=True):
-                        total += grad
-            chunks.append({name: value.detach() for name, value in values.items()})
-            del logits_CV, values  # before the next chunk's logits are made
+                logits_CV = logits_CV.to(_at_least_float32(logits_CV))
+            values, grad_CV = _by_blocks(criterion, logits_CV.detach(), tokens[chunk], with_grad)
+            chunks += values
+            if grad_CV is not None:
+                wanted = [] if hidden_grad_TD is None else [hidden_CD]
+                grads = sums.add(logits_CV, grad_CV, wanted)
+                if hidden_grad_TD is not None:
+                    hidden_grad_TD[chunk] = grads[0]
+            del logits_CV, grad_CV  # before the next chunk's logits are made
     values_T = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
     loss = (tokens.weight_T.to(values_T["loss"].dtype) * values_T["loss"]).sum()
     if not with_grad:
         return loss, values_T
     if hidden_grad_TD is None:
-        return _WithGradients.apply(loss, parameter_grads, *parameters), values_T
-    return _WithGradients.apply(loss, [hidden_grad_TD, *parameter_grads], hidden_TD, *parameters), values_T
+        return _WithGradients.apply(loss, sums.totals, *parameters), values_T
+    return _WithGradients.apply(loss, [hidden_grad_TD, *sums.totals], hidden_TD, *parameters), values_T
 
 
 def _chunks(tokens: Tokens, size: int) -> list[slice]:
@@ -87,25 +93,118 @@ def _chunks(tokens: Tokens, size: int) -> list[slice]:
     return chunks
 
 
-def _gradients(weight_C: Tensor, loss_C: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
-    assert loss_C.requires_grad, "the criterion's loss does not depend on the logits, or was detached from them"
-    total = (weight_C.detach().to(loss_C.dtype) * loss_C).sum()
-    return list(torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True))
+def _by_blocks(
+    criterion: Criterion, logits_CV: Tensor, tokens: Tokens, with_grad: bool
+) -> tuple[list[dict[str, Tensor]], Tensor | None]:
+    """The criterion's values of a chunk, and the gradient of its weighted loss with respect to the logits. A CPU computes
+    them for a few rows at a time, whose tensors stay in its cache; a teacher's logits are made for the whole chunk before."""
+    blocks = _blocks(tokens, logits_CV)
+    if len(blocks) > 1:
+        tokens = _with_logits(tokens)
+    grad_CV = torch.empty_like(logits_CV) if with_grad else None
+    found = []
+    for block in blocks:
+        part_BV = logits_CV[block].requires_grad_(with_grad)
+        part = tokens[block]
+        with torch.set_grad_enabled(with_grad):
+            values = criterion(part_BV, part)
+            if grad_CV is not None:
+                loss_B = values["loss"]
+                assert loss_B.requires_grad, (
+                    "the criterion's loss does not depend on the logits, or was detached from them"
+                )
+                total = (part.weight_T.detach().to(loss_B.dtype) * loss_B).sum()
+                grad_CV[block] = torch.autograd.grad(total, part_BV)[0]
+        found.append({name: value.detach() for name, value in values.items()})
+    return found, grad_CV
+
+
+def _blocks(tokens: Tokens, logits_CV: Tensor) -> list[slice]:
+    """All rows at once on a GPU, and where spans must not be cut."""
+    num, vocab_size = logits_CV.shape
+    if logits_CV.device.type != "cpu" or isinstance(tokens.signal, Spans):
+        return [slice(0, num)]
+    rows = max(1, BLOCK_NUMBERS // vocab_size)
+    return [slice(start, start + rows) for start in range(0, max(num, 1), rows)]
+
+
+def _with_logits(tokens: Tokens) -> Tokens:
+    """The same tokens, whose dense signals hold logits for hidden states."""
+    anchor = tokens.anchor
+    if anchor is not None:
+        anchor = replace(anchor, signal=_multiplied(anchor.signal))
+    return replace(tokens, signal=_multiplied(tokens.signal), anchor=anchor)
+
+
+@torch.no_grad()
+def _multiplied(signal: Any) -> Any:
+    return Dense(signal.head(signal.hidden_TD), _as_it_is) if isinstance(signal, Dense) else signal
+
+
+def _as_it_is(logits_CV: Tensor) -> Tensor:
+    return logits_CV
 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-class _WithGradients(torch.autograd.Function):
-    """A value whose gradients with respect to `inputs` are known already."""
+class _Sums(TorchFunctionMode):
+    """Gradients of the head's parameters, summed over chunks. As a context it lets a product with one of its matrices add its
+    gradient to the sum itself: one tensor as large as the head, where a gradient for each chunk would be a second."""
+
+    def __init__(self, parameters: Sequence[Tensor]):
+        super().__init__()
+        self.parameters = parameters
+        self.totals = [torch.zeros_like(p, dtype=_at_least_float32(p)) for p in parameters]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and not kwargs and len(args) > 1:
+            for weight, total in zip(self.parameters, self.totals, strict=True):
+                if weight is args[1] and type(weight) is torch.nn.Parameter and weight.dtype == total.dtype:
+                    product: Any = _Product.apply(args[0], weight, total)
+                    return product if len(args) < 3 or args[2] is None else product + args[2]
+        return func(*args, **(kwargs or {}))
+
+    def add(self, logits_CV: Tensor, grad_CV: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
+        """Add the gradients that a chunk's logits have, and return those with respect to `wanted`."""
+        found = torch.autograd.grad(logits_CV, [*wanted, *self.parameters], grad_CV, allow_unused=True)
+        for total, grad in zip(self.totals, found[len(wanted) :], strict=True):
+            if grad is not None:
+                total += grad
+        asked = zip(wanted, found, strict=False)
+        return [torch.zeros_like(one) if grad is None else grad for one, grad in asked]
+
+
+class _Product(torch.autograd.Function):
+    """x W^T, whose backward pass adds the gradient of W to a sum and gives none."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, grads: list[Tensor], *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*grads)
+    def forward(ctx: Any, x_CD: Tensor, weight_VD: Tensor, total_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(x_CD, weight_VD)
+        ctx.total_VD = total_VD
+        return x_CD @ weight_VD.t()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_CV: Tensor) -> tuple[Tensor | None, None, None]:
+        x_CD, weight_VD = ctx.saved_tensors
+        ctx.total_VD.addmm_(grad_CV.flatten(0, -2).t(), x_CD.flatten(0, -2))
+        return grad_CV @ weight_VD if ctx.needs_input_grad[0] else None, None, None
+
+
+class _WithGradients(torch.autograd.Function):
+    """A value whose gradients with respect to `inputs` are known already. They are handed over, and so once only."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, grads: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.grads = grads
         return value.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output: Tensor):
-        return None, None, *(grad * grad_output for grad in ctx.saved_tensors)  # autograd casts to the inputs' dtypes
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError("the loss has been differentiated already: its gradients were handed over then")
+        grads, ctx.grads = ctx.grads, None
+        return None, None, *(grad.mul_(grad_output) for grad in grads)  # autograd casts to the inputs' dtypes

@@ -7,8 +7,13 @@ from torch import Tensor
 
 from kibitz.signals import Tokens
 
-MEASURED = 2048
-"""Tokens of a micro-batch for which metrics are taken that cost as much as the loss does; of fewer, all."""
+MEASURED, MEASURED_AT_LEAST, MEASURED_NUMBERS = 2048, 256, 2**25
+
+
+def num_measured(vocab_size: int) -> int:
+    """Tokens of a micro-batch for which metrics are taken that cost as much as the loss does; of fewer, all. Fewer of a large
+    vocabulary, whose tokens each cost more."""
+    return min(MEASURED, max(MEASURED_AT_LEAST, MEASURED_NUMBERS // vocab_size))
 
 
 def sums_of(values: Mapping[str, Tensor], tokens: Tokens) -> dict[str, float]:

@@ -29,7 +29,7 @@ from kibitz.signals import Scored
 from kibitz.training import checkpoint, timeline
 from kibitz.training.ahead import Ahead, supply_for
 from kibitz.training.guards import Alarm, Guards, rollout_metrics
-from kibitz.training.means import MEASURED, means_of, sums_of
+from kibitz.training.means import means_of, num_measured, sums_of
 from kibitz.training.memory import Gauge
 from kibitz.training.progress import bar_if_watched
 from kibitz.training.setup import Setup, prepare
@@ -253,7 +253,7 @@ class Trainer:
         batches = micro_batches(scored, self.recipe.optim.tokens_per_micro_batch)
         own, passed, signal_bytes = [[scored[i] for i in indices] for indices in batches], 0.0, 0
         for number, (members, last) in enumerate(self.ranks.in_step(own, self._settled), 1):
-            batch = pack(members, self.student.device, MEASURED)
+            batch = pack(members, self.student.device, num_measured(self.student.vocab_size))
             reduce_gradients(self.learner, last or self.reduces_each)
             total, values = self.method.loss(self.learner, batch)
             if number <= len(own):  # the others keep this process in step with the rest, and are padding
