@@ -4,7 +4,9 @@ import logging
 from typing import Any
 
 import torch
+from torch import nn
 
+from kibitz.engines.fused import refuse_unless_covered
 from kibitz.types import free_bytes
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,18 @@ def rows_that_fit(model: Any, device: torch.device, num_slots: int, vocab_size: 
     if free is None:
         return None
     return max(1, int(SHARE * free / (num_slots * cache_bytes(model) + BYTES_PER_LOGIT * vocab_size)))
+
+
+def laid_out_bytes(model: Any, adapted: bool) -> int:
+    """The bytes, at most, of the matrices that a CPU lays out anew while it writes: once for its kernels (`PackedDecoder`), and
+    once more where some of them are joined (`FusedDecoder`), which is not done to a model with an adapter."""
+    weights = [module.weight for module in model.modules() if type(module) is nn.Linear]
+    once = sum(weight.nbytes for weight in weights if weight.dtype == torch.float32)
+    try:
+        refuse_unless_covered(model)
+    except NotImplementedError:
+        return once
+    return once if adapted else 2 * once
 
 
 def num_rows(most: int, model: Any, device: torch.device, num_slots: int, vocab_size: int) -> int:

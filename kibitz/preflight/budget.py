@@ -10,7 +10,8 @@ import torch
 
 from kibitz.config import Recipe, StudentTeacherConfig
 from kibitz.engines.cache import PREFILL_TOKENS
-from kibitz.engines.room import BYTES_PER_LOGIT, SHARE
+from kibitz.engines.room import BYTES_PER_LOGIT, SHARE, laid_out_bytes
+from kibitz.losses.chunked import BLOCK_NUMBERS
 from kibitz.models.flops import forward_flops
 from kibitz.models.language_model import CHUNK_NUMBERS
 from kibitz.optim import bytes_of_moments
@@ -18,12 +19,22 @@ from kibitz.preflight.finding import Finding
 from kibitz.preflight.plan import Memory, Models
 from kibitz.preflight.shapes import Shape
 from kibitz.preflight.speed import Speed
-from kibitz.training.room import LOSS_TENSORS, Sizes, choices, read_bytes, recomputed_bytes, with_choices
+from kibitz.training.room import (
+    LOSS_TENSORS,
+    Sizes,
+    choices,
+    read_bytes,
+    recomputed_bytes,
+    with_choice_of_cpu,
+    with_choices,
+)
 from kibitz.types import is_gpu
 
 GIB = 2**30
 UTILISATION = 0.35
 """Share of the matrix speed, and of the memory's, that a step reaches; large models reach more. A plan, not a promise."""
+WHOLE_TENSORS = 3
+"""Float32 tensors [chunk, V] of a loss on a CPU, whose others are as large as a block; see `kibitz.losses.chunked`."""
 LOADED = ("student weights", "teacher weights", "teacher made of the student", "reference weights")
 """What is on a device when a run looks how much of it is free."""
 
@@ -46,6 +57,9 @@ def memory(
     length = longest_prompt + rollout.max_tokens
     if room is not None:
         recipe = _settled(recipe, models, length, devices, room)
+    elif program:
+        sizes = (student.num_layers, student.width, student.itemsize)
+        recipe = with_choice_of_cpu(recipe, *sizes, student.kept_per_token(length))
     tokens = min(max(recipe.optim.tokens_per_micro_batch, length), responses * length)  # a longer rollout stands alone
     scored = -(-tokens * rollout.max_tokens // length)
     gradients, together = _gradients(recipe, student, devices)
@@ -53,6 +67,8 @@ def memory(
     rows, writing = _writing(
         recipe, student, responses, longest_prompt, None if room is None else room - sum(held.values())
     )
+    if program and rows:
+        writing["matrices laid out"] = float(laid_out_bytes(student.model, recipe.student.lora is not None))
     late = recipe.scores_late()
     kept = _kept(recipe, models, scored if late else responses * rollout.max_tokens)
     visits = max(reader.visits for reader in models.readers)
@@ -64,7 +80,11 @@ def memory(
         **_judging(models.discriminator, tokens),
         **({"gradients": gradients} if late else {}),  # of the micro-batches before
     }
-    training = {**_learning(recipe, student, tokens, scored, length), "gradients": gradients, **kept}
+    training = {
+        **_learning(recipe, student, tokens, scored, length, on_cpu=program > 0),
+        "gradients": gradients,
+        **kept,
+    }
     phases = {"rollouts": writing, "scoring": scoring, "training": training}
     return Memory(held, phases, rows, choices(recipe) if room is not None else {})
 
@@ -98,18 +118,22 @@ def _writing(
     return rows, {"keys and values": float(rows * a_row), "logits of a token": float(rows * drawn), "prompts": prefill}
 
 
-def _learning(recipe: Recipe, student: Shape, tokens: int, scored: int, length: int) -> dict[str, float]:
-    """Return the bytes of a micro-batch of texts of this length, of which `scored` tokens have a loss."""
+def _learning(recipe: Recipe, student: Shape, tokens: int, scored: int, length: int, on_cpu: bool) -> dict[str, float]:
+    """Return the bytes of a micro-batch of texts of this length, of which `scored` tokens have a loss. A CPU takes most of a
+    loss block by block; a chunk is then its logits, the teacher's and their gradient."""
     optim = recipe.optim
     chunk = min(optim.chunk_tokens or max(16, CHUNK_NUMBERS // student.rows), scored)
     per_token = student.kept_per_token(length)
     if optim.checkpointing:
         per_token = recomputed_bytes(student.num_layers, student.width, student.itemsize, per_token)
-    head = student.rows * student.width if recipe.student.lora is None else 0  # its sum, and that of one chunk
+    head = student.rows * student.width if recipe.student.lora is None else 0
+    block = min(chunk, max(1, BLOCK_NUMBERS // student.rows))
+    in_loss = WHOLE_TENSORS * chunk + LOSS_TENSORS * block if on_cpu else LOSS_TENSORS * chunk
     return {
         "activations": tokens * per_token,
-        "logits": LOSS_TENSORS * 4.0 * chunk * student.rows,
-        "gradients of the head": 8.0 * head,
+        "logits": 4.0 * in_loss * student.rows,
+        "gradients of the head": (4.0 if student.itemsize == 4 else 8.0)
+        * head,  # the sum, and of 16 bits that of one chunk
     }
 
 

@@ -31,6 +31,9 @@ MOST_IN_CHUNK = 2048
 """Tokens in a chunk beyond which a GPU is no faster."""
 SHARE_OF_GRADIENTS = 0.25
 """Whole gradients that would take more are reduced after each micro-batch."""
+ON_A_CPU = 640 * 2**20
+"""Bytes of activations of a micro-batch on a CPU, which is no faster for more. Not of what is free: that changes with what else
+the machine does."""
 ENOUGH = 4096
 """Tokens of a micro-batch that keep a GPU busy: activations are recomputed where fewer would fit."""
 
@@ -68,6 +71,10 @@ def fitted(recipe: Recipe, models: Sequence[LanguageModel], longest: int, ranks:
     student = models[0]
     if (free := free_bytes(student.device)) is not None:
         recipe = _chosen(recipe, models, longest, min(ranks.gather(free)), ranks.size)
+    elif student.device.type == "cpu":
+        config = student.model.config.get_text_config()
+        layers, width, itemsize = config.num_hidden_layers, config.hidden_size, student.model.dtype.itemsize
+        recipe = with_choice_of_cpu(recipe, layers, width, itemsize, _kept(student, longest))
     if recipe.optim.checkpointing:
         student.recompute_activations()
     if student.device.type == "cuda" and ranks.size == 1 and _leaves_open_compiling(recipe):
@@ -128,6 +135,17 @@ def with_choices(recipe: Recipe, sizes: Sizes, longest: int, free: float, proces
     given = optim.model_dump(include=optim.model_fields_set)
     chosen = room.choose(optim.tokens_per_micro_batch, longest, given)
     return recipe.model_copy(update={"optim": optim.model_copy(update=chosen)})
+
+
+def with_choice_of_cpu(recipe: Recipe, num_layers: int, width: int, itemsize: int, kept: float) -> Recipe:
+    """The recipe with the tokens of a micro-batch on a CPU, if it leaves them open: no more than it has, and than keep
+    `ON_A_CPU` bytes. `kibitz check` asks the same."""
+    optim = recipe.optim
+    if "tokens_per_micro_batch" in optim.model_fields_set:
+        return recipe
+    per_token = recomputed_bytes(num_layers, width, itemsize, kept) if optim.checkpointing else kept
+    tokens = max(1, min(optim.tokens_per_micro_batch, int(ON_A_CPU / per_token)))
+    return recipe.model_copy(update={"optim": optim.model_copy(update={"tokens_per_micro_batch": tokens})})
 
 
 def choices(recipe: Recipe) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from kibitz.experiments.prose import CLAIMS, filled, prose
 from kibitz.experiments.results import NotRun
 
 CLAIMED = [experiment for experiment in EXPERIMENTS.values() if experiment.find is not None]
-NOT_RUN = {"real-assistant", "real-self-sft"}
+NOT_RUN = {"real-assistant"}
 """Hours of a real model each, and no run of them is complete."""
 
 

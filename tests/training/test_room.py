@@ -8,6 +8,7 @@ from support.runs import recipe
 from kibitz import config
 from kibitz.config import ModelConfig
 from kibitz.models.kept import kept_on_meta
+from kibitz.parallel.ranks import Ranks
 from kibitz.preflight import budget
 from kibitz.preflight.shapes import shape_of
 from kibitz.training import room
@@ -53,6 +54,21 @@ def test_a_plan_with_its_own_choices_fits(kind, share, folders, tmp_path):
     size = share * budget.memory(asks, models, 20).peak
     plan = budget.memory(asks, models, 20, room=size)
     assert plan.chosen and plan.peak <= size
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_on_a_cpu_a_micro_batch_keeps_so_many_bytes_and_the_plan_knows(recomputed, folders, tmp_path, monkeypatch):
+    student = language_model(folders["qwen3"])
+    asks = asked(folders["qwen3"], tmp_path, optim={"checkpointing": recomputed})
+    shape = shape_of(ModelConfig(model=str(folders["qwen3"])), torch.float32)
+    whole = budget.memory(asks, budget.Models(shape, [shape]), 20, program=1.0).phases["training"]["activations"]
+    monkeypatch.setattr(room, "ON_A_CPU", 0.25 * whole)
+    chosen = room.fitted(asks, [student, student], LONGEST, Ranks()).optim.tokens_per_micro_batch
+    assert LONGEST < chosen < 64 * LONGEST
+    plan = budget.memory(asks, budget.Models(shape, [shape]), 20, program=1.0).phases["training"]["activations"]
+    assert plan == pytest.approx(0.25 * whole, rel=0.15)
+    given = asked(folders["qwen3"], tmp_path, optim={"checkpointing": recomputed, "tokens_per_micro_batch": 16_384})
+    assert room.fitted(given, [student, student], LONGEST, Ranks()).optim.tokens_per_micro_batch == 16_384
 
 
 def test_what_a_recipe_gives_is_kept(folders, tmp_path):
