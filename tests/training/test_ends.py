@@ -18,6 +18,7 @@ from kibitz.files import JSONL, Lock, read_lines, writer_of
 from kibitz.parallel.ranks import Ranks
 from kibitz.report import costs
 from kibitz.report.folder import read_run
+from kibitz.training.folder import RunFolder
 from kibitz.training.trainer import NullProgress
 
 
@@ -64,6 +65,20 @@ def test_a_signal_that_comes_while_the_processes_ask_each_other_is_heard_one_ste
     with pytest.raises(KeyboardInterrupt):
         kibitz.train(recipe(*models, tmp_path / "run", steps=10, save={"every": 0}))
     assert info(tmp_path / "run")["ended_by"] == "SIGTERM after step 3"
+
+
+def test_a_signal_that_comes_again_while_the_end_is_written_changes_nothing(models, tmp_path, monkeypatch):
+    """Schedulers send several, and the second may come behind the last save."""
+    finish, heard = RunFolder.finish, []
+    monkeypatch.setattr(RunFolder, "finish", lambda *said: os.kill(os.getpid(), signal.SIGTERM) or finish(*said))
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("behind the run"))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            kibitz.train(recipe(*models, tmp_path / "run"), progress=Interrupt(3))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == []
+    assert info(tmp_path / "run")["ended_by"] == "SIGINT after step 3"
 
 
 def test_the_time_of_a_run_is_that_of_all_its_parts(models, tmp_path):
