@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, as_completed
+from concurrent.futures import CancelledError, Future, as_completed
 from typing import Any
 
 import httpx
@@ -236,6 +236,8 @@ class Servers:
             for done in as_completed(futures):
                 done.result()
             return [future.result() for future in futures]
+        except CancelledError:
+            raise ServerError(f"{self.servers[0].name} is not asked any more, because of another mistake") from None
         except BaseException:
             self.close()
             raise

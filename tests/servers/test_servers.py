@@ -170,6 +170,40 @@ def test_a_mistake_ends_the_other_requests(asking, two_models):
         servers.close()
 
 
+def test_a_mistake_ends_those_who_wait_in_other_threads(asking, two_models):
+    """One thread's mistake closes the servers; another one's requests, which had not begun, and its later ones, are not answered:
+    it hears of that, and does not wait for ever."""
+    begun, answers, over = threading.Event(), threading.Event(), threading.Event()
+
+    def bend(path, answer):
+        wait = answers if not begun.is_set() else over
+        begun.set()
+        wait.wait(600)
+        return (400, {"error": "no"})
+
+    with Stub(two_models[0], bend=bend) as stub:
+        servers, heard = asking(stub.url, in_flight=1), []
+        first = servers.submit(ask)
+        assert begun.wait(300)
+        others = [servers.submit(ask) for _ in range(3)]
+
+        def wait() -> None:
+            with pytest.raises(ServerError, match="is not asked any more") as caught:
+                servers.gather(others)
+            heard.append(str(caught.value))
+
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        answers.set()
+        with pytest.raises(ServerError, match="refused"):
+            servers.gather([first])
+        thread.join(300)
+        assert len(heard) == 1
+        with pytest.raises(ServerError, match="is not asked any more"):
+            servers.gather([servers.submit(ask)])
+        over.set()
+
+
 # ------------------------------------------------------------------ rollouts
 
 
