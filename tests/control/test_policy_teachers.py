@@ -140,7 +140,7 @@ class Served:
 
 
 def ask(served: Served, seen=SEEN, **settings):
-    teacher = ServedTeacher(PolicyTeacherConfig(url=served.url, **settings), DISCRETE)
+    teacher = ServedTeacher(PolicyTeacherConfig(url=served.url, **{"timeout": 300.0, **settings}), DISCRETE)
     try:
         return teacher.answer(seen)
     finally:
