@@ -113,7 +113,8 @@ def tutorial(folder: Path) -> str:
     Into `folder` go a page for each cell that shows HTML, and the notebook with its outputs."""
     book = nbformat.read(NOTEBOOK, as_version=4)
     with TemporaryDirectory() as place:
-        NotebookClient(book, timeout=600, resources={"metadata": {"path": place}}).execute()
+        patient = {"timeout": 3600, "startup_timeout": 600, "iopub_timeout": 600}  # for a machine in use
+        NotebookClient(book, **patient, resources={"metadata": {"path": place}}).execute()
     folder.mkdir(parents=True, exist_ok=True)
     nbformat.write(book, folder / NOTEBOOK.name)
     parts = [book.cells[0].source.split("\n", 1)[1].strip()]  # without its heading, which the page has

@@ -144,7 +144,8 @@ def _plain(value: Any) -> Any:
 
 # ------------------------------------------------------------------ one writer a folder
 
-LOCK, RETRIES = "run.lock", 10
+LOCK, RETRIES, PAUSE = "run.lock", 600, 0.05
+"""How often, and how many seconds apart, a writer tries whom only those keep off that look: one may have been put to sleep."""
 
 
 class Lock:
@@ -163,11 +164,11 @@ class Lock:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                who = _who(descriptor)
+                who, looked_at = _who(descriptor), _nobody_writes(descriptor)
                 os.close(descriptor)
-                if not left:
+                if not (looked_at and left):
                     raise BlockingIOError(who) from None
-                time.sleep(0.05)  # one that only looks is gone by then
+                time.sleep(PAUSE)
                 continue
             except OSError:
                 pass
@@ -195,14 +196,9 @@ def writer_of(folder: Path) -> str | None:
     except OSError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _who(descriptor)
-    except OSError:
-        return None
+        return None if _nobody_writes(descriptor) else _who(descriptor)
     finally:
         os.close(descriptor)
-    return None
 
 
 def left_behind(folder: Path) -> bool:
@@ -213,6 +209,17 @@ def left_behind(folder: Path) -> bool:
         return False
     here = isinstance(about, dict) and about.get("host") == socket.gethostname()
     return here and writer_of(folder) is None
+
+
+def _nobody_writes(descriptor: int) -> bool:
+    """Whether a lock is free, or held by such as only look, which share it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks
+    return True
 
 
 def _who(descriptor: int) -> str:

@@ -20,7 +20,8 @@ ssl.create_default_context = functools.cache(ssl.create_default_context)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples every time, and no clock: a shared machine is slow when it likes.
-hypothesis.settings.register_profile("kibitz", derandomize=True, deadline=None)
+slow = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("kibitz", derandomize=True, deadline=None, suppress_health_check=slow)
 hypothesis.settings.load_profile("kibitz")
 
 

@@ -122,12 +122,13 @@ def _run(out: Output, name: str, path: str, overrides: list[str], resume: bool, 
             with stop:
                 run = _loop(name)(recipe, resume, overwrite, bar, lambda: stop.number)
     except KeyboardInterrupt as stopped:
-        if (Path(recipe.output) / "run.json").is_file():
-            report.build([Path(recipe.output)])
-        again = shlex.join(["kibitz", "control", name, path, *overrides, "--resume"])
-        out.errors.print(
-            f"stopped; the run is in {recipe.output}, continue with: {again}", markup=False, soft_wrap=True
-        )
+        with BetweenSteps(lambda text: None):  # what a scheduler says again changes nothing
+            if (Path(recipe.output) / "run.json").is_file():
+                report.build([Path(recipe.output)])
+            again = shlex.join(["kibitz", "control", name, path, *overrides, "--resume"])
+            out.errors.print(
+                f"stopped; the run is in {recipe.output}, continue with: {again}", markup=False, soft_wrap=True
+            )
         raise typer.Exit(128 + (stopped.args or (signal.SIGINT,))[0]) from None
     page = report.build([run.folder])
     tree = {"folder": run.folder, "report": page, "before": run.evals[0], "after": run.evals[-1]}

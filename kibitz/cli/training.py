@@ -71,6 +71,7 @@ def run_training(out: Output, recipe: "Recipe", again: list[str], *, resume: boo
     which the signal ended, 130 or 143."""
     from kibitz import report
     from kibitz.training import trainer
+    from kibitz.training.stopping import BetweenSteps
 
     try:
         if out.live:
@@ -81,13 +82,14 @@ def run_training(out: Output, recipe: "Recipe", again: list[str], *, resume: boo
             report.build([run.folder])
         return run
     except KeyboardInterrupt as stopped:
-        if out.is_main and (folder := Path(recipe.output)).is_dir():
-            report.build([folder])
-        out.errors.print(
-            f"stopped; the run is in {recipe.output}, continue it with: {shlex.join(again)}",
-            markup=False,
-            soft_wrap=True,
-        )
+        with BetweenSteps(lambda text: None):  # what a scheduler says again changes nothing
+            if out.is_main and (folder := Path(recipe.output)).is_dir():
+                report.build([folder])
+            out.errors.print(
+                f"stopped; the run is in {recipe.output}, continue it with: {shlex.join(again)}",
+                markup=False,
+                soft_wrap=True,
+            )
         raise typer.Exit(128 + (stopped.args or (signal.SIGINT,))[0]) from None
 
 

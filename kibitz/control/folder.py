@@ -40,7 +40,7 @@ class Folder:
         self.path, self.recipe = Path(recipe.output), recipe
         self.metrics, self.evals = (JSONL(self.path / f"{name}.jsonl") for name in ("metrics", "evals"))
         self.info: dict[str, Any] = {"title": title, "story": story, "unit": unit}
-        self.started, self.before = time.time(), 0.0
+        self.clock, self.before = time.monotonic(), 0.0
         """`before`: seconds that earlier parts of the run took."""
 
     @contextmanager
@@ -113,7 +113,7 @@ class Folder:
             self._write()
 
     def _write(self) -> None:
-        self.info["seconds"] = self.before + time.time() - self.started
+        self.info["seconds"] = self.before + time.monotonic() - self.clock
         write_atomically(self.path / "run.json", json.dumps(self.info, indent=1))
 
     def note(self, row: dict[str, Any]) -> None:

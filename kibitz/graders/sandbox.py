@@ -44,6 +44,7 @@ MAX_FILES = 256
 SCRIPT = Path(__file__).parent / "inside" / "confined.py"
 TICK_MILLISECONDS = 20
 UNSAFE = "KIBITZ_UNSAFE_CODE"
+FULL = "it filled its working directory"
 
 # -I but for -E, which would ignore the seed for hashes; the environment holds nothing but what `run` puts there.
 OPTIONS = ("-P", "-s", "-S", "-B", "-X", "utf8")
@@ -92,7 +93,11 @@ def run_tests(program: str, tests: dict, limits: Limits) -> Outcome:
             while ends:
                 os.close(ends.pop())  # each process sees the end of the other
             _wait_until_confined(other)
-            _wait_until_confined(process, lambda: _folder_is_full(other_folder, limits))  # the program runs by now
+            full = _wait_until_confined(
+                process, lambda: _folder_is_full(other_folder, limits)
+            )  # the program runs by now
+            if full:
+                return Outcome(b"", FULL)
             return _watch(process, [folder, other_folder], limits)
     finally:
         while ends:
@@ -136,14 +141,14 @@ def check() -> None:
     run({"source": ""}, b"", Limits())
 
 
-def _wait_until_confined(process: subprocess.Popen[bytes], enough: Callable[[], bool] = lambda: False) -> None:
-    """Read what the interpreter says before the program begins; it closes its standard error then. Return early once `enough`
-    is true, which is asked fifty times a second."""
+def _wait_until_confined(process: subprocess.Popen[bytes], enough: Callable[[], bool] = lambda: False) -> bool:
+    """Read what the interpreter says before the program begins; it closes its standard error then. Return True, and early, once
+    `enough` is true, which is asked fifty times a second."""
     assert process.stderr is not None
     said, deadline = b"", time.monotonic() + START_SECONDS
     while (now := time.monotonic()) < deadline:
         if enough():
-            return
+            return True
         if _readable(process.stderr.fileno(), min(deadline, now + TICK_MILLISECONDS / 1000)):
             if not (chunk := os.read(process.stderr.fileno(), 4096)):
                 break
@@ -157,6 +162,7 @@ def _wait_until_confined(process: subprocess.Popen[bytes], enough: Callable[[], 
         )
     if rest:
         warnings.warn(f"{UNSAFE}=1: programs of the student run without {rest}", RuntimeWarning, stacklevel=3)
+    return False
 
 
 def _watch(process: subprocess.Popen[bytes], folders: list[str], limits: Limits) -> Outcome:
@@ -165,7 +171,7 @@ def _watch(process: subprocess.Popen[bytes], folders: list[str], limits: Limits)
     output, deadline, ended = bytearray(), time.monotonic() + limits.wall_seconds, False
     while time.monotonic() < deadline:
         if any(_folder_is_full(folder, limits) for folder in folders):
-            return Outcome(bytes(output), "it filled its working directory")
+            return Outcome(bytes(output), FULL)
         if ended:
             if process.poll() is None:
                 time.sleep(0.005)

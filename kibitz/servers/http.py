@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, as_completed
+from concurrent.futures import CancelledError, Future, as_completed
 from typing import Any
 
 import httpx
@@ -27,10 +27,10 @@ BROKEN_ANSWERS = 3
 
 
 class Passing(Exception):
-    """A fault that may be gone at the next attempt. `reached`: the server itself answered; `slow`: it was there, and did not
-    answer in time."""
+    """A fault that may be gone at the next attempt. `reached`: the server itself answered. `slow`: it was there, and did not
+    answer in time; of servers of this program, which were started one after another, that of this number."""
 
-    def __init__(self, text: str, reached: bool, slow: bool = False):
+    def __init__(self, text: str, reached: bool, slow: int = 0):
         super().__init__(text)
         self.reached, self.slow = reached, slow
 
@@ -67,6 +67,7 @@ class Server:
         self._send(path, body)
 
     def _send(self, path: str, body: dict[str, Any] | None) -> Fetched:
+        asked = 1 if self.own is None else self.own.number
         try:
             answer = self._connection.fetch(path, body)
         except (httpx.TimeoutException, TimeoutError) as error:
@@ -74,7 +75,7 @@ class Server:
             lacks = (
                 "connection" if isinstance(error, httpx.ConnectTimeout) else f"whole answer within {self.timeout:g} s"
             )
-            raise Passing(f"{self.name} did not answer in time (no {lacks})", reached=False, slow=True) from None
+            raise Passing(f"{self.name} did not answer in time (no {lacks})", reached=False, slow=asked) from None
         except TooLong as error:
             raise ServerError(f"{self.name} sent an answer to {path} that is {error}") from None
         except Closed:
@@ -112,7 +113,7 @@ class Server:
             self.down_until = time.monotonic() + max(self._pause, self.timeout if error.slow else 0.0)
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
         if error.slow and self.own is not None:
-            self.own.replace(str(error))
+            self.own.replace(str(error), error.slow)
 
     def worked(self) -> None:
         with self._lock:
@@ -235,6 +236,8 @@ class Servers:
             for done in as_completed(futures):
                 done.result()
             return [future.result() for future in futures]
+        except CancelledError:
+            raise ServerError(f"{self.servers[0].name} is not asked any more, because of another mistake") from None
         except BaseException:
             self.close()
             raise

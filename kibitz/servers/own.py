@@ -13,13 +13,15 @@ SCHEME = "unix:"
 @dataclass
 class Own:
     """`key` goes into the header of each request. `name` is what messages call the server. `ended` is the sentence that says
-    why it is gone for good, None while it runs or is being replaced. `replace(why)` ends a server that does not answer, so that
-    another is started in its place; where another process has started it, nothing happens."""
+    why it is gone for good, None while it runs or is being replaced. `number` counts the servers that were started here one
+    after another. `replace(why, number)` ends the one of that number, which does not answer, so that another is started in its
+    place, unless that has happened; where another process has started it, nothing happens."""
 
     name: str
     key: str
     ended: str | None = None
-    replace: Callable[[str], None] = field(default=lambda why: None)
+    number: int = 1
+    replace: Callable[[str, int], None] = field(default=lambda why, number: None)
 
 
 _known: dict[str, Own] = {}

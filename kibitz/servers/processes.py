@@ -155,6 +155,7 @@ class _Process:
         self.hang_up()
         with self._lock:
             why, self._why = self._why, None
+            self.own.number += 1
         why = why or f"{self.name} ended while it was needed"
         if self.left == 0:
             self.own.ended = f"{why}, {self.restarts + 1} times in this run. {self.last_words()}"
@@ -163,10 +164,11 @@ class _Process:
         log.warning("%s; another is started in its place (%d more after that)", why, self.left)
         self.keeper = self._start()
 
-    def replace(self, why: str) -> None:
-        """End a server that does not answer: `look` starts another."""
+    def replace(self, why: str, number: int) -> None:
+        """End a server that does not answer: `look` starts another. Of several requests that it kept some may hear that later,
+        when the next server is there."""
         with self._lock:
-            if self._why is None and self.keeper.poll() is None:
+            if number == self.own.number and self._why is None and self.keeper.poll() is None:
                 self._why = why
                 self.hang_up()
 

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -14,12 +15,15 @@ class Workers:
         self.num, self.name = num, name
         self._waiting: SimpleQueue[tuple[Future, Callable[[], Any]] | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), False
 
     def submit(self, work: Callable[[], Any]) -> Future:
         future: Future = Future()
-        self._waiting.put((future, work))
         with self._lock:
+            if self._closed:
+                _cancel(future)
+                return future
+            self._waiting.put((future, work))
             if len(self._threads) < self.num:
                 thread = threading.Thread(target=self._run, name=f"{self.name}-{len(self._threads)}", daemon=True)
                 self._threads.append(thread)
@@ -27,15 +31,15 @@ class Workers:
         return future
 
     def close(self) -> None:
-        """Nothing that waits is begun any more."""
-        try:
+        """Nothing that waits is begun any more, nor what comes later: whoever waits for it gets a CancelledError."""
+        with self._lock, suppress(Empty):
+            self._closed = True
             while True:
                 job = self._waiting.get_nowait()
                 if job is not None:
-                    job[0].cancel()
-        except Empty:
-            for _ in self._threads:
-                self._waiting.put(None)
+                    _cancel(job[0])
+        for _ in self._threads:
+            self._waiting.put(None)
 
     def _run(self) -> None:
         while (job := self._waiting.get()) is not None:
@@ -47,3 +51,9 @@ class Workers:
             except BaseException as error:  # noqa: BLE001  # whoever waits for the result gets it
                 future.set_exception(error)
             del future, work, job
+
+
+def _cancel(future: Future) -> None:
+    """Cancel it, and tell those who wait for one of several, who would else wait for ever."""
+    future.cancel()
+    future.set_running_or_notify_cancel()

@@ -33,7 +33,7 @@ class RunFolder:
         self.files = [JSONL(path / f"{name}.jsonl", writes) for name in FILES]
         self.metrics, self.evals, self.rollouts, self.alarms, self.stored = self.files
         self.lock = Lock(path)
-        self.started = time.time()
+        self.started, self.clock = time.time(), time.monotonic()  # somebody may set the first one back
         self.before = 0.0
         """Seconds that earlier parts of the run took."""
         self.info: dict[str, Any] = {}
@@ -88,7 +88,7 @@ class RunFolder:
 
     def beat(self) -> None:
         """Note how long the run has taken so far, for whoever finds it dead."""
-        self.info["seconds"] = self.before + time.time() - self.started
+        self.info["seconds"] = self.before + time.monotonic() - self.clock
         self._write_info()
 
     def finish(self, status: str, ended_by: str, peaks: Mapping[str, Any]) -> None:

@@ -139,21 +139,22 @@ class Trainer:
         self.ranks.first(lambda: self.folder.begin(self.done, self.student, self.setup.parts.teacher))
 
     def run(self) -> None:
-        """Train to the last step or to what stops the run; `run.json` says which, and what it was if the run dies."""
-        try:
-            with self.stop:
+        """Train to the last step or to what stops the run; `run.json` says which, and what it was if the run dies. A signal that
+        comes again changes nothing until all that is written."""
+        with self.stop:
+            try:
                 self._run()
-            peaks = highest(self.ranks.gather(self.ledger.total))
-            self.folder.finish(*self._end(), peaks)
-            self.ranks.gather(None)  # the files are whole, for all to read
-        except BaseException as error:
-            with suppress(OSError):  # of a full disk, the first error says it
-                status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-                self.folder.finish(status, in_words(error), {})
-            raise
-        finally:
-            self.setup.close()
-            self.folder.lock.release()
+                peaks = highest(self.ranks.gather(self.ledger.total))
+                self.folder.finish(*self._end(), peaks)
+                self.ranks.gather(None)  # the files are whole, for all to read
+            except BaseException as error:
+                with suppress(OSError):  # of a full disk, the first error says it
+                    status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+                    self.folder.finish(status, in_words(error), {})
+                raise
+            finally:
+                self.setup.close()
+                self.folder.lock.release()
         if self.stop_signal and self.done < self.recipe.steps:
             raise KeyboardInterrupt(self.stop_signal)
 

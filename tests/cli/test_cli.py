@@ -313,21 +313,21 @@ def test_debug_shows_where(tmp_path):
 def test_ctrl_c_leaves_a_run_that_goes_on(recipe, tmp_path):
     """The interrupted run tells how to go on; going on by those words ends like a run that nobody stopped."""
     program = "from kibitz.cli import main; main()"
-    line = [sys.executable, "-c", program, "train", str(recipe), "steps=400"]
+    line = [sys.executable, "-c", program, "train", str(recipe), "steps=1000000"]
     running = subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
         assert running.poll() is None, running.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     running.send_signal(signal.SIGINT)
-    _, said = running.communicate(timeout=120)
+    _, said = running.communicate(timeout=600)
     assert running.returncode == 130, said
     assert "Traceback" not in said
-    assert f"kibitz train {recipe} steps=400 --resume" in said
+    assert f"kibitz train {recipe} steps=1000000 --resume" in said
     done = len(metrics.read_text().splitlines())
-    assert 3 <= done < 400
+    assert done >= 3
 
     steps = done + 2
     resumed = json.loads(kibitz_says("train", recipe, f"steps={steps}", "--resume", "--json").stdout)

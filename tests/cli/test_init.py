@@ -84,7 +84,7 @@ def test_a_person_is_asked_five_questions(tmp_path):
         [sys.executable, "-m", "kibitz", "init", str(path)], stdin=terminal, stdout=terminal, stderr=terminal, cwd=ROOT
     )
     os.write(screen, b"my/student\nmy/teacher\nworld:arithmetic\nmany\n300\ny\n")
-    assert asked.wait(120) == 0
+    assert asked.wait(600) == 0
     os.close(terminal)
     recipe = config.load(path)
     assert (recipe.student.model, recipe.data.world, recipe.rollout.max_tokens) == ("my/student", "arithmetic", 300)

@@ -101,7 +101,7 @@ def test_watch_prints_its_address_and_ends_by_ctrl_c(tmp_path):
             assert b"kibitz watch" in answer.read()
     finally:
         watching.send_signal(signal.SIGINT)
-    assert watching.wait(60) == 0
+    assert watching.wait(600) == 0
     assert watching.stderr.read() == ""
     watching.stdout.close()
     watching.stderr.close()

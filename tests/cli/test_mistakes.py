@@ -331,7 +331,7 @@ def test_ctrl_c_while_chat_waits():
     running.stdout.readline()  # it has answered, so that it waits now
     running.stdout.readline()
     running.send_signal(signal.SIGINT)
-    _, said = running.communicate(timeout=120)
+    _, said = running.communicate(timeout=600)
     assert (running.returncode, said) == (130, "error: stopped\n")
 
 

@@ -25,7 +25,7 @@ TWO_STATES = {"id": "support.two_states:TwoStates-v0"}
 TEACHER = {"python": "support.two_states:oracle", "trust": True, "samples": 2}
 
 
-def long_rpd(output: Path, steps: int = 32 * 2000) -> dict:
+def long_rpd(output: Path, steps: int = 32 * 10**6) -> dict:
     return {
         "env": {"id": "Pendulum-v1", "num_envs": 2}, "method": {"type": "ppo"}, "steps": steps,
         "ppo": {"num_steps": 16, "batch": 16, "epochs": 2, "hidden": [8]},
@@ -33,7 +33,7 @@ def long_rpd(output: Path, steps: int = 32 * 2000) -> dict:
     }  # fmt: skip
 
 
-def long_distil(output: Path, iterations: int = 5000) -> dict:
+def long_distil(output: Path, iterations: int = 10**6) -> dict:
     return {
         "env": TWO_STATES, "teacher": TEACHER, "student": {"type": "tree", "depth": 1},
         "method": {"type": "viper", "iterations": iterations, "steps": 20, "validation": 4},
@@ -41,17 +41,29 @@ def long_distil(output: Path, iterations: int = 5000) -> dict:
     }  # fmt: skip
 
 
-def begun(command: str, tree: dict, rows: int = 7) -> subprocess.Popen:
+KILLED = """
+import itertools, sys, time
+from kibitz.config import load_as
+from kibitz.control import rpd
+from kibitz.control.recipe import RPDRecipe
+
+numbers = itertools.count()
+rpd.run(load_as(RPDRecipe, sys.argv[-2]), asked=lambda: next(numbers) >= 40 and time.sleep(3600) or 0)
+"""
+"""A run that comes to no end before it is killed, however long that takes."""
+
+
+def begun(command: str, tree: dict, rows: int = 7, program: tuple[str, ...] = ("-m", "kibitz")) -> subprocess.Popen:
     """A process that runs the recipe and has written so many rows of metrics."""
     folder = Path(tree["output"])
     recipe = folder.with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump(tree))
-    words = [sys.executable, "-m", "kibitz", "control", command, str(recipe), "--json"]
+    words = [sys.executable, *program, "control", command, str(recipe), "--json"]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     running = subprocess.Popen(
         words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths}
     )
-    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 180
+    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 600
     while not metrics.is_file() or len(metrics.read_text().splitlines()) < rows:
         assert running.poll() is None, running.stderr.read()
         assert time.monotonic() < deadline
@@ -78,7 +90,7 @@ def test_a_signal_ends_the_iteration_and_the_command_says_how_to_go_on(command, 
     running.send_signal(number)
     if number != signal.SIGINT:
         running.send_signal(number)  # some send several
-    _, said = running.communicate(timeout=180)
+    _, said = running.communicate(timeout=600)
     assert running.returncode == code, said
     assert "Traceback" not in said
     assert f"continue with: kibitz control {command} {tmp_path}/run.yaml --resume" in " ".join(said.split())
@@ -109,11 +121,11 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path):
     """By SIGKILL, at whatever moment it comes, in an environment with long episodes that stable-baselines3 could not save."""
     whole = rpd.run(load_as(RPDRecipe, long_rpd(tmp_path / "whole", 32 * 60)))
     tree = long_rpd(tmp_path / "killed", 32 * 60)
-    running = begun("rpd", tree)
+    running = begun("rpd", tree, program=("-c", KILLED))
     running.kill()
     running.communicate()
     rows = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
-    assert len(rows) < 60, "it was killed before its end"
+    assert 7 <= len(rows) <= 41, "it was killed before its end"
     killed = rpd.run(load_as(RPDRecipe, tree), resume=True)
     assert without_clock(killed.metrics) == without_clock(whole.metrics) and killed.evals == whole.evals
 

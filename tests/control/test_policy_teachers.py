@@ -140,7 +140,7 @@ class Served:
 
 
 def ask(served: Served, seen=SEEN, **settings):
-    teacher = ServedTeacher(PolicyTeacherConfig(url=served.url, **settings), DISCRETE)
+    teacher = ServedTeacher(PolicyTeacherConfig(url=served.url, **{"timeout": 300.0, **settings}), DISCRETE)
     try:
         return teacher.answer(seen)
     finally:
@@ -173,7 +173,7 @@ def test_a_served_teacher_that_answers_otherwise_is_named(status, text, words):
 
 def test_a_server_that_is_slow_or_not_there_is_named():
     released = threading.Event()
-    with Served(lambda rows: (200, str(released.wait(5)))) as served:
+    with Served(lambda rows: (200, str(released.wait(300)))) as served:
         with pytest.raises(TeacherError, match="no answer within 0.2 s: raise teacher.timeout"):
             ask(served, timeout=0.2)
         released.set()

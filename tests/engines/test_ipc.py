@@ -100,7 +100,7 @@ def test_several_servers_that_refuse_at_the_same_time_get_one_folder(two_models,
         def meet(self, server): ...
         def publish(self, student, version): ...
         def push(self, server):
-            self.met.wait(10)
+            self.met.wait(300)
             raise ServerError("no")
 
     preferred = Preferred(Refusing(), Folder(tmp_path))

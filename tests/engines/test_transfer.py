@@ -17,7 +17,7 @@ from kibitz.servers.http import Server
 @pytest.fixture
 def servers(two_models):
     """Two servers, of 2 and of 1 GPU, that answer a call only when both have it; and what they were asked."""
-    met = threading.Barrier(2, timeout=30)
+    met = threading.Barrier(2, timeout=300)
 
     def bend(size: int):
         def answer(path, given):

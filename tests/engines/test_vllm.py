@@ -60,7 +60,7 @@ class World:
         return small_recipe(
             self.folders[0], None, self.root / name,
             student={"lora": {"rank": 4}},
-            teacher={"url": self.teacher_url, "model": str(self.folders[1]), "patience": 240},
+            teacher={"url": self.teacher_url, "model": str(self.folders[1]), "patience": 900},
             data={"max_prompt_tokens": 64},
             method={"type": "opd", "support": "top_k", "top_k": 5, "top_k_of": "teacher"},
             rollout={"engine": "vllm", "urls": [self.lora_url]},
@@ -70,7 +70,7 @@ class World:
     def start(self, found, logs: str):
         hosted = Hosted([PYTHON, "-m", MODULE], self.root / logs)
         self.stack.callback(hosted.close)
-        hosted.start(found, timeout=300, restarts=0)
+        hosted.start(found, timeout=900, restarts=0)
         return hosted.processes
 
     def commands(self):
@@ -137,7 +137,7 @@ def test_a_teacher_killed_in_mid_run_leaves_no_hole(world, caplog):
     """SIGKILL after the third step and a new process: every step has the loss that it has without the accident."""
     accident = KillAt(world, step=3)
     run = kibitz.train({**world.scoring, "steps": 6}, progress=accident)
-    accident.thread.join(60)
+    accident.thread.join(600)
     calm = kibitz.train({**world.scoring, "steps": 6, "output": str(world.root / "calm")})
     assert "waiting for it" in caplog.text and "is back" in caplog.text
     assert [row["step"] for row in run.metrics] == [1, 2, 3, 4, 5, 6]

@@ -12,7 +12,7 @@ from kibitz.graders.code import judge, program_of
 from kibitz.graders.sandbox import Limits
 from kibitz.types import Prompt
 
-SLOW = Limits(wall_seconds=20.0, cpu_seconds=20, memory_bytes=256 << 20)
+SLOW = Limits(wall_seconds=120.0, cpu_seconds=60, memory_bytes=256 << 20)
 
 
 @pytest.fixture(autouse=True)

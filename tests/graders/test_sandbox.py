@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from kibitz.graders.code import judge
 from kibitz.graders.sandbox import Limits
 
 FAST = Limits(wall_seconds=1.0, cpu_seconds=2, memory_bytes=256 << 20)
-SLOW = Limits(wall_seconds=20.0, cpu_seconds=20, memory_bytes=256 << 20)
+SLOW = Limits(wall_seconds=120.0, cpu_seconds=60, memory_bytes=256 << 20)
 ADD = "def add(a, b):\n    return a + b"
 
 
@@ -149,12 +150,10 @@ def test_an_attack_meets_an_error(attack, error, monkeypatch):
     ],
 )
 def test_an_attack_on_resources_is_stopped(program, limits, reason):
-    begin = time.monotonic()
     verdict = judge(program, [{"input": "", "output": ""}], limits)
     assert not verdict.passed
     with pytest.raises(ValueError, match=reason):
         raise ValueError(verdict.reason)
-    assert time.monotonic() - begin < 20
 
 
 SIGNALS = {
@@ -177,7 +176,7 @@ def test_no_signal_reaches_another_process(way, layers, monkeypatch, tmp_path):
     assert (layers == "both") == (source == sandbox.SCRIPT.read_text())
     (tmp_path / "confined.py").write_text(source)
     monkeypatch.setattr(sandbox, "SCRIPT", tmp_path / "confined.py")
-    with subprocess.Popen(["sleep", "60"], start_new_session=True) as victim:
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as victim:
         try:
             for number in (victim.pid, -victim.pid):
                 program = (
@@ -201,18 +200,27 @@ def test_files_without_a_name_do_not_escape_the_count(tmp_path, monkeypatch):
         "  try: os.unlink(f'f{i}')\n  except OSError: pass\nprint('filled')"
     )
     outcome = sandbox.run({"source": program}, b"", SLOW)
-    assert outcome.stopped and not outcome.output and list(tmp_path.iterdir()) == []
+    assert outcome.stopped == sandbox.FULL and list(tmp_path.iterdir()) == []
 
 
-def test_what_a_program_writes_before_its_tests_are_ready_counts():
-    """A program begins while the interpreter of its tests, here long ones, still starts; it shrinks its files in time."""
-    fill = (
-        "import time\nfor n in range(24): open(str(n), 'wb').write(bytes(1 << 20))\ntime.sleep(0.2)\n"
-        f"for n in range(24): open(str(n), 'wb').close()\n{ADD}"
-    )
-    job = {"tests": ["assert add(1, 2) == 3", "# " + "é" * (16 << 20)], "names": ["add"], "modules": []}
-    outcome = sandbox.run_tests(fill, job, SLOW)
-    assert outcome.stopped == "it filled its working directory"
+def test_what_a_program_writes_before_its_tests_are_ready_counts(tmp_path, monkeypatch):
+    """A program begins while the interpreter of its tests, here one that never comes to an end of it, still starts. That it
+    shrinks its files behind the look which found too much is no help: there is one such look here."""
+    script = shutil.copytree(sandbox.SCRIPT.parent, tmp_path / "inside") / sandbox.SCRIPT.name
+    waits = 'import time\n    time.sleep(600 * (b\'"role": "tests"\' in os.pread(0, 64, 0)))\n    main()'
+    before, _, after = script.read_text().rpartition("main()")
+    script.write_text(before + waits + after)
+    monkeypatch.setattr(sandbox, "SCRIPT", script)
+    is_full, found = sandbox._folder_is_full, []
+
+    def seen_once(folder, limits) -> bool:
+        found.append(not any(found) and is_full(folder, limits))
+        return found[-1]
+
+    monkeypatch.setattr(sandbox, "_folder_is_full", seen_once)
+    fill = f"import time\nfor n in range(24): open(str(n), 'wb').write(bytes(1 << 20))\ntime.sleep(600)\n{ADD}"
+    job = {"tests": ["assert add(1, 2) == 3"], "names": ["add"], "modules": []}
+    assert sandbox.run_tests(fill, job, SLOW).stopped == sandbox.FULL
 
 
 def test_no_connection_comes_out():
@@ -255,8 +263,8 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
 
 def children_of(pid: int) -> list[int]:
     """Of one process: those that run confined programs."""
-    numbers = [int(n) for task in Path(f"/proc/{pid}/task").iterdir() for n in (task / "children").read_text().split()]
-    return [n for n in numbers if b"confined.py" in Path(f"/proc/{n}/cmdline").read_bytes()]
+    numbers = [int(n) for task in Path(f"/proc/{pid}/task").iterdir() for n in said_by(task / "children").split()]
+    return [n for n in numbers if "confined.py" in said_by(Path(f"/proc/{n}/cmdline"))]
 
 
 def test_a_program_dies_with_its_parent(tmp_path):
@@ -278,14 +286,19 @@ def test_a_program_dies_with_its_parent(tmp_path):
 
 
 def status(pid: int) -> str:
+    return said_by(Path(f"/proc/{pid}/status"))
+
+
+def said_by(path: Path) -> str:
+    """What the system says of a process or a thread; nothing of one that ended meanwhile."""
     try:
-        return Path(f"/proc/{pid}/status").read_text()
+        return path.read_text()
     except (FileNotFoundError, ProcessLookupError):
         return ""
 
 
 def until(condition):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while not (value := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -79,7 +79,7 @@ def test_other_threads_keep_their_parameters():
     built, entered, left = {}, threading.Event(), threading.Event()
 
     def other():
-        entered.wait(timeout=30)
+        entered.wait(timeout=300)
         built["other"] = torch.nn.Linear(3, 2)
         left.set()
 
@@ -87,7 +87,7 @@ def test_other_threads_keep_their_parameters():
     thread.start()
     with fsdp._parameters_on_meta():
         entered.set()
-        assert left.wait(timeout=30)
+        assert left.wait(timeout=300)
         built["meta"] = torch.nn.Linear(3, 2)
     thread.join()
     built["after"] = torch.nn.Linear(3, 2)
@@ -211,7 +211,7 @@ def test_files_of_bounded_size_are_one_model(folders, tmp_path, monkeypatch, siz
 def test_all_join_the_same_collectives_however_unequal_their_needs_are(num, monkeypatch):
     """Threads stand for processes: each needs other collectives, and all take part in the same ones in the same order."""
     draws, done = random.Random(num), [[] for _ in range(num)]
-    said, gate, mine = [0] * num, threading.Barrier(num, timeout=30), threading.local()
+    said, gate, mine = [0] * num, threading.Barrier(num, timeout=300), threading.local()
 
     def highest(number):
         said[mine.rank] = number

@@ -15,6 +15,6 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *QUIET])
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *QUIET], timeout=180_000)
         yield opened
         opened.close()

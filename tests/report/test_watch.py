@@ -274,7 +274,7 @@ def served(folder):
 
 def asked(url: str, path: str | None = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
     parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.netloc, timeout=20)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=300)
     connection.request("GET", path or parts.path, headers=headers)
     answer = connection.getresponse()
     body = b"" if "event-stream" in (answer.headers["Content-Type"] or "") else answer.read()

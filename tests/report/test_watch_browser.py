@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.paths import FIXTURES, ROOT, script
+from support.ports import held
 from support.runs import recipe
 
 from kibitz.report.watch import serve
@@ -59,7 +60,7 @@ def steps_drawn(page, chart: str = "loss") -> list[int]:
     return page.evaluate(f"document.querySelector('[data-chart=\"{chart}\"]').data?.at(-1)?.x ?? []")
 
 
-def wait_until(page, ready: Callable[[], bool], seconds: int = 120) -> None:
+def wait_until(page, ready: Callable[[], bool], seconds: int = 600) -> None:
     """Look ten times a second: the page's policy forbids the loop that playwright would put into it."""
     for _ in range(10 * seconds):
         if ready():
@@ -152,9 +153,10 @@ def test_the_page_says_when_nobody_answers_any_more_or_somebody_else(browser, tm
     folder = synthetic.write_run(tmp_path / "run", num_prompts=1)
     page = browser.new_page()
     page.set_default_timeout(180_000)
-    with serve([folder]) as watch:
+    holder = held()
+    port = holder.getsockname()[1]
+    with serve([folder], port) as watch:
         threading.Thread(target=watch.server.serve_forever, daemon=True).start()
-        port = watch.server.server_address[1]
         page.goto(watch.url)
         expect(page.locator(".pulse.finished")).to_be_visible()
         expect(page.locator("#gone")).to_be_hidden()
@@ -166,6 +168,7 @@ def test_the_page_says_when_nobody_answers_any_more_or_somebody_else(browser, tm
         threading.Thread(target=other.server.serve_forever, daemon=True).start()
         expect(page.locator("#gone")).to_contain_text("another one answers at this address")
         other.server.shutdown()
+    holder.close()
     page.close()
 
 
@@ -197,8 +200,8 @@ def test_a_run_that_trains_is_killed_and_goes_on(visit, models, tmp_path):
     expect(page.locator(".pulse.waiting")).to_be_visible()
     run = training(tree)
     try:
-        expect(page.locator(".pulse.running")).to_be_visible(timeout=120_000)
-        expect(page.locator(".pair").first).to_be_visible(timeout=60_000)
+        expect(page.locator(".pulse.running")).to_be_visible(timeout=600_000)
+        expect(page.locator(".pair").first).to_be_visible(timeout=600_000)
         page.locator('[data-chart="loss"]').scroll_into_view_if_needed()
         wait_for_step(page, 12)
         assert "left" in page.locator(".pulse").inner_text()
@@ -211,9 +214,9 @@ def test_a_run_that_trains_is_killed_and_goes_on(visit, models, tmp_path):
     run = training(tree, "resume")
     try:
         wait_until(page, lambda: len(steps_drawn(page)) >= before + 3)
-        expect(page.locator(".pulse.finished")).to_be_visible(timeout=120_000)
+        expect(page.locator(".pulse.finished")).to_be_visible(timeout=600_000)
     finally:
-        run.wait(120)
+        run.wait(600)
     wait_for_step(page, 40)
     assert steps_drawn(page) == list(range(1, 41))
     expect(page.get_by_text("After, step 40").first).to_be_attached()

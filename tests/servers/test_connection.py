@@ -33,7 +33,9 @@ def question(peer: socket.socket) -> bytes:
     """The head of a request, whose body is read too."""
     data = b""
     while b"\r\n\r\n" not in data:
-        data += peer.recv(65536)
+        if not (piece := peer.recv(65536)):
+            raise ConnectionError("hung up before it had asked")
+        data += piece
     head, _, body = data.partition(b"\r\n\r\n")
     length = re.search(rb"content-length: (\d+)", head.lower())
     while length and len(body) < int(length[1]):
@@ -78,10 +80,10 @@ def speaking(answer: Callable[[], Iterator[bytes]]) -> Iterator[tuple[str, list[
 
 @pytest.fixture
 def asking():
-    """One question to an address, with half a second for it."""
+    """One question to an address."""
     with ExitStack() as stack:
 
-        def ask(url: str, path: str = "/v1/models", body: dict | None = None, timeout: float = 0.5):
+        def ask(url: str, path: str = "/v1/models", body: dict | None = None, timeout: float = 300.0):
             servers = Servers(ServerConfig(timeout=timeout, patience=0.0), [url], "teacher")
             stack.callback(servers.close)
             (answer,) = servers.gather([servers.submit(lambda server: server.ask(path, body))])
@@ -135,8 +137,13 @@ def says_nothing() -> Iterator[bytes]:
     ids=["its head", "its body", "the length of a chunk", "chunks", "interim answers", "silence"],
 )  # fmt: skip
 def test_the_limit_of_time_is_for_the_whole_answer(asking, answer):
-    with speaking(answer) as (url, _), pytest.raises(ServerError, match=f"{url} did not answer in time .*0.5 s"):
-        asking(url)
+    with speaking(answer) as (url, _):
+        said = "no connection"
+        while "no connection" in said:  # on a machine in use the time may be over before the question is sent
+            with pytest.raises(ServerError, match=f"{url} did not answer in time") as caught:
+                asking(url, timeout=0.5)
+            said = str(caught.value)
+    assert "no whole answer within 0.5 s" in said
 
 
 def padded(head: bytes, pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -184,14 +191,14 @@ def many_headers() -> Iterator[bytes]:
 )
 def test_the_limit_of_bytes_follows_from_the_question(asking, answer, sentence):
     with speaking(answer) as (url, _), pytest.raises(ServerError, match=sentence) as caught:
-        asking(url, timeout=60.0)
+        asking(url)
     assert url in str(caught.value)
 
 
 def test_a_larger_question_may_have_a_larger_answer(asking):
     question = {"prompt": [5] * 200, "max_tokens": 1, "prompt_logprobs": 200}
     with speaking(lambda: with_length(LEAST)) as (url, _):
-        assert asking(url, "/v1/completions", question, timeout=60.0) == {"data": [{"id": "stub"}]}
+        assert asking(url, "/v1/completions", question) == {"data": [{"id": "stub"}]}
     scored = most_bytes(question) - LEAST
     assert 200 * 201 * 100 < scored < 200 * 201 * 1000
     inner = {"token_ids": [5] * 200, "sampling_params": {"max_tokens": 1, "prompt_logprobs": 200}}
@@ -213,27 +220,27 @@ def test_a_redirect_is_not_followed_and_takes_no_key(asking, monkeypatch, status
 def test_a_server_stores_no_cookie(asking):
     head = WHOLE.replace(b"\r\n\r\n", b"\r\nSet-Cookie: a=b\r\nConnection: close\r\n\r\n", 1)
     with speaking(lambda: iter([head])) as (url, heard):
-        server = Server(url, "teacher", 5.0)
+        server = Server(url, "teacher", 300.0)
         assert server.ask("/v1/models") == server.ask("/v1/models")
         server.close()
     assert len(heard) == 2 and b"cookie" not in heard[1].lower()
 
 
 def test_closing_ends_what_is_under_way():
-    begun = threading.Event()
+    begun, over = threading.Event(), threading.Event()
 
     def waits() -> Iterator[bytes]:
         begun.set()
-        time.sleep(20)
+        over.wait(600)
         yield WHOLE
 
     with speaking(waits) as (url, _):
-        servers = Servers(ServerConfig(timeout=30, patience=0.0), [url], "teacher")
+        servers = Servers(ServerConfig(timeout=600, patience=0.0), [url], "teacher")
         job = servers.submit(lambda server: server.ask("/v1/models"))
-        assert begun.wait(20)
+        assert begun.wait(300)
         servers.close()
         with pytest.raises(ServerError, match="is not asked any more"):
-            job.result(10)
+            job.result(300)
         with pytest.raises(ServerError, match="is not asked any more"):
             servers.servers[0].ask("/v1/models")
 
@@ -270,7 +277,7 @@ def test_no_part_of_a_key_is_repeated(monkeypatch, caplog, answer):
     """By any error, nor by any log of this process at any level."""
     monkeypatch.setenv("KIBITZ_API_KEY", KEY)
     with caplog.at_level(logging.DEBUG), speaking(lambda: iter([answer])) as (url, heard):
-        servers = Servers(ServerConfig(timeout=20, patience=0.0), [url], "teacher")
+        servers = Servers(ServerConfig(timeout=300, patience=0.0), [url], "teacher")
         with pytest.raises(ServerError) as caught:
             servers.each(lambda server: served_model(server, None, "teacher.model"))
         servers.close()
@@ -315,7 +322,7 @@ def test_a_key_that_no_header_can_hold_is_refused_without_being_shown(monkeypatc
 def test_a_line_break_at_the_end_belongs_to_no_key(monkeypatch):
     monkeypatch.setenv("KIBITZ_API_KEY", KEY + "\n")
     with speaking(lambda: iter([WHOLE])) as (url, heard):
-        connection = Connection(url, 20.0, api_key(url))
+        connection = Connection(url, 300.0, api_key(url))
         assert connection.fetch("/v1/models", None).data == TREE
         connection.close()
     assert b"Bearer " + SECRET + b"\r\n" in heard[0]

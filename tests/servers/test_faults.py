@@ -33,7 +33,9 @@ def engine(tmp_path):
     with ExitStack() as stack:
 
         def make(stubs: list[Stub], folder, **server) -> VLLMEngine:
-            section = RolloutConfig(engine="vllm", urls=[stub.url for stub in stubs], server={"patience": 20, **server})
+            section = RolloutConfig(
+                engine="vllm", urls=[stub.url for stub in stubs], server={"patience": 600, **server}
+            )
             made = VLLMEngine(language_model(folder), section, tmp_path / "run", PROMPTS[:2])
             stack.callback(made.close)
             return made
@@ -54,7 +56,7 @@ def test_one_of_three_gone_neither_ends_the_sync_nor_the_rollouts(engine, two_mo
     with Stub(two_models[0]) as one, Stub(two_models[0]) as two:
         third = Stub(two_models[0])
         with third:
-            writer = engine([one, two, third], two_models[0], patience=600)
+            writer = engine([one, two, third], two_models[0])
             writer.generate(PROMPTS, SAMPLING)
             third.bend = lambda path, answer: None  # what is connected already is cut off, too
         writer.sync(new)
@@ -62,7 +64,7 @@ def test_one_of_three_gone_neither_ends_the_sync_nor_the_rollouts(engine, two_mo
         assert "gets what is new when it is back" in caplog.text
         assert torch.allclose(score(new, rollouts), torch.cat([r.logp_T for r in rollouts]), atol=1e-4)
         with Stub(two_models[0], port=third.port) as back:
-            until = time.monotonic() + 30
+            until = time.monotonic() + 600
             while not asked(back, "/v1/completions") and time.monotonic() < until:
                 assert texts(writer.generate(PROMPTS, SAMPLING)) == texts(rollouts)
             assert asked(back, "/collective_rpc", "/v1/completions")[0] == "/collective_rpc", "weights before rollouts"
@@ -70,7 +72,7 @@ def test_one_of_three_gone_neither_ends_the_sync_nor_the_rollouts(engine, two_mo
 
 def test_servers_are_synced_at_the_same_time(engine, two_models):
     """Each holds its answer until the other is asked, too."""
-    met = threading.Barrier(2, timeout=30)
+    met = threading.Barrier(2, timeout=300)
 
     def wait(path, answer):
         if path == "/collective_rpc":
@@ -120,21 +122,24 @@ def test_a_server_that_will_not_keep_the_weights_ends_the_run(engine, two_models
 
 def test_a_server_that_hangs_is_left_to_the_others(engine, two_models, caplog):
     """The one that keeps a request is asked no more for as long as a request may take; what it kept is asked of the other."""
-    hangs = threading.Event()
+    hangs, over = threading.Event(), threading.Event()
 
     def hang(path, answer):
         if hangs.is_set() and path == "/v1/completions":
-            time.sleep(2.0)
+            over.wait(600)
         return answer
 
     with Stub(two_models[0], bend=hang) as bad, Stub(two_models[0]) as good:
-        writer = engine([bad, good], two_models[0], timeout=1.0, in_flight=2)
+        writer = engine([bad, good], two_models[0], in_flight=2)
         expected = texts(writer.generate(PROMPTS, SAMPLING))
+        first = writer.servers.servers[0]
+        first.timeout = first._connection._timeout = 1.0  # the other one may be slow, on a machine in use
         hangs.set()
         before = len(asked(bad, "/v1/completions"))
         assert texts(writer.generate(PROMPTS, SAMPLING)) == expected
         assert "did not answer in time" in caplog.text and "others do its work" in caplog.text
         assert len(asked(bad, "/v1/completions")) - before <= 4, "of nine prompts, those that were under way"
+        over.set()
 
 
 def test_servers_sleep_while_others_work_and_wake_before_weights_and_prompts(engine, two_models):

@@ -5,6 +5,7 @@ import sys
 
 import httpx
 import pytest
+from support.ports import held
 from typer.testing import CliRunner
 
 from kibitz import config
@@ -98,23 +99,30 @@ def test_a_server_that_others_can_reach_and_that_asks_for_no_key_is_warned_of(tm
 
 
 def test_servers_are_up_until_they_are_closed(tmp_path, fake_python):
-    found = commands(config.load(tree(rollout={}, teacher={"url": "http://127.0.0.1:18977", "model": "t"})), cpu=True)
+    holder = held()
+    port = holder.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    found = commands(config.load(tree(rollout={}, teacher={"url": url, "model": "t"})), cpu=True)
     hosted = Hosted([fake_python, "-m", MODULE], tmp_path / "logs")
-    hosted.start(found, timeout=30, restarts=0)
-    assert httpx.get("http://127.0.0.1:18977/health", trust_env=False).status_code == 200
+    hosted.start(found, timeout=600, restarts=0)
+    assert httpx.get(f"{url}/health", trust_env=False, timeout=300).status_code == 200
     hosted.close()
-    assert (tmp_path / "logs" / "teacher-18977.log").is_file()
+    assert (tmp_path / "logs" / f"teacher-{port}.log").is_file()
     with pytest.raises(httpx.ConnectError):
-        httpx.get("http://127.0.0.1:18977/health", trust_env=False)
+        httpx.get(f"{url}/health", trust_env=False, timeout=300)
+    holder.close()
 
 
 def test_a_server_that_does_not_start_is_named(tmp_path, fake_python):
-    failing = {"url": "http://127.0.0.1:18978", "model": "--fail"}
+    holder = held()
+    port = holder.getsockname()[1]
+    failing = {"url": f"http://127.0.0.1:{port}", "model": "--fail"}
     found = commands(config.load(tree(rollout={}, teacher=failing)), cpu=True)
     with pytest.raises(
-        ServerError, match=r"the teacher that kibitz started \(teacher-18978\) ended before it was ready"
+        ServerError, match=rf"the teacher that kibitz started \(teacher-{port}\) ended before it was ready"
     ):
-        Hosted([fake_python], tmp_path / "logs").start(found, timeout=30, restarts=0)
+        Hosted([fake_python], tmp_path / "logs").start(found, timeout=600, restarts=0)
+    holder.close()
     with pytest.raises(ValueError, match="http://gpu7:8000 is not this machine"):
         Hosted([fake_python], tmp_path).start([Command("student", "http://gpu7:8000", ())], timeout=30, restarts=0)
 

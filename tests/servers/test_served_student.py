@@ -36,7 +36,7 @@ def test_a_saved_student_is_served_with_the_same_greedy_text(tmp_path, monkeypat
     ours = by_transformers(student, PROMPTS, 24)
     hosted = Hosted([PYTHON, "-m", MODULE], tmp_path / "logs")
     try:
-        hosted.start(commands(config.load(tree), cpu=True), timeout=300, restarts=0)
+        hosted.start(commands(config.load(tree), cpu=True), timeout=900, restarts=0)
         theirs = by_server(url, student, PROMPTS, 24)
     finally:
         hosted.close()

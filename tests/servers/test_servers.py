@@ -120,7 +120,7 @@ def test_no_file_of_a_run_holds_the_key(two_models, tmp_path, monkeypatch):
 def test_failures_that_pass_are_tried_again_and_others_are_not(asking, two_models, caplog):
     failures = iter([(503, {"error": "loading"}), None, (500, {}), b'{"data": [', (429, {"detail": "slow down"})])
     with Stub(two_models[0], bend=lambda path, answer: next(failures, answer)) as stub:
-        servers = asking(stub.url, patience=30)
+        servers = asking(stub.url, patience=600)
         with caplog.at_level(logging.WARNING):
             (answer,) = servers.gather([servers.submit(ask)])
         assert answer["data"][0]["id"] == "stub" and len(stub.asked) == 6
@@ -154,15 +154,54 @@ def test_a_server_that_is_too_slow_is_named(asking, two_models):
 
 
 def test_a_mistake_ends_the_other_requests(asking, two_models):
+    over = threading.Event()
+
     def bend(path, answer):
+        if len(stub.asked) > 1:  # under way, or sent before the mistake is heard of: it would take ever so long
+            over.wait(600)
         return (400, {"error": "no"})
 
     with Stub(two_models[0], bend=bend) as stub:
         servers = asking(stub.url, in_flight=1)
-        with pytest.raises(ServerError):
+        with pytest.raises(ServerError, match="refused"):
             servers.gather([servers.submit(ask) for _ in range(50)])
-        assert len(stub.asked) < 10
+        assert len(stub.asked) <= 2
+        over.set()
         servers.close()
+
+
+def test_a_mistake_ends_those_who_wait_in_other_threads(asking, two_models):
+    """One thread's mistake closes the servers; another one's requests, which had not begun, and its later ones, are not answered:
+    it hears of that, and does not wait for ever."""
+    begun, answers, over = threading.Event(), threading.Event(), threading.Event()
+
+    def bend(path, answer):
+        wait = answers if not begun.is_set() else over
+        begun.set()
+        wait.wait(600)
+        return (400, {"error": "no"})
+
+    with Stub(two_models[0], bend=bend) as stub:
+        servers, heard = asking(stub.url, in_flight=1), []
+        first = servers.submit(ask)
+        assert begun.wait(300)
+        others = [servers.submit(ask) for _ in range(3)]
+
+        def wait() -> None:
+            with pytest.raises(ServerError, match="is not asked any more") as caught:
+                servers.gather(others)
+            heard.append(str(caught.value))
+
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        answers.set()
+        with pytest.raises(ServerError, match="refused"):
+            servers.gather([first])
+        thread.join(300)
+        assert len(heard) == 1
+        with pytest.raises(ServerError, match="is not asked any more"):
+            servers.gather([servers.submit(ask)])
+        over.set()
 
 
 # ------------------------------------------------------------------ rollouts
@@ -321,7 +360,7 @@ def test_a_server_that_lost_its_weights_gets_them_again(engine, two_models, tmp_
     new = language_model(two_models[1])
     with Stub(two_models[0]) as stub:
         port = stub.port
-        writer = engine([stub.url], two_models[0], tmp_path, patience=30)
+        writer = engine([stub.url], two_models[0], tmp_path, patience=600)
         writer.sync(new)
         before = writer.generate(PROMPTS, SAMPLING)
     with pytest.raises(OSError, match="refused"):
@@ -330,7 +369,7 @@ def test_a_server_that_lost_its_weights_gets_them_again(engine, two_models, tmp_
     thread = threading.Thread(target=lambda: found.extend(writer.generate(PROMPTS, SAMPLING)))
     thread.start()
     with Stub(two_models[0], port=port):
-        thread.join(30)
+        thread.join(600)
     assert [r.response_ids for r in found] == [r.response_ids for r in before]
     assert torch.allclose(score(new, found), torch.cat([r.logp_T for r in found]), atol=1e-4)
 

@@ -183,7 +183,7 @@ def _watched(words: list[str]) -> str:
         with urllib.request.urlopen(address[0]) as page:
             assert b"<title>" in page.read()
         server.send_signal(signal.SIGINT)
-        server.wait(60)
+        server.wait(600)
     assert server.returncode == 0
     return said
 

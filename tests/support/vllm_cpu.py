@@ -1,11 +1,12 @@
 """vLLM's own server, its CPU build, in a virtual environment of its own (`make .venv-vllm/.installed`)."""
 
+import atexit
 import os
-import socket
 import subprocess
 from pathlib import Path
 
 from support.paths import ROOT
+from support.ports import held
 
 PYTHON = os.environ.get("KIBITZ_VLLM_PYTHON", str(ROOT / ".venv-vllm" / "bin" / "python"))
 ENVIRONMENT = {
@@ -24,6 +25,7 @@ def installed() -> bool:
 
 
 def free_port() -> int:
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        return holder.getsockname()[1]
+    """A port that the system gives to nobody meanwhile, of which a server that starts takes seconds to listen at."""
+    holder = held()
+    atexit.register(holder.close)
+    return holder.getsockname()[1]

@@ -9,6 +9,7 @@ import json
 import socket
 import socketserver
 import threading
+import weakref
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import numpy
 import torch
 from safetensors.torch import load_file
+from support.ports import held
 
 from kibitz.config import ModelConfig
 from kibitz.engines.torch import TorchEngine
@@ -86,8 +88,10 @@ class Stub:
             address_family = socket.AF_UNIX
             server_bind = socketserver.TCPServer.server_bind  # HTTPServer's wants a host and a port
 
-        self.server = Quiet(("127.0.0.1", port), Handler) if path is None else AtSocket(path, Handler)  # pyright: ignore
-        self.port = self.server.server_address[1] if path is None else 0
+        holder = held(port)
+        weakref.finalize(self, holder.close)  # until then another stub, and nobody else, may listen there
+        self.port = holder.getsockname()[1] if path is None else 0
+        self.server = Quiet(("127.0.0.1", self.port), Handler) if path is None else AtSocket(path, Handler)  # pyright: ignore
         self.url = f"http://127.0.0.1:{self.port}" if path is None else f"unix:{path}"
 
     def __enter__(self) -> "Stub":

@@ -68,16 +68,19 @@ def test_what_was_written_and_thrown_away_is_forgotten(two_models):
 
 def test_a_run_on_two_servers_has_its_named_scores_when_it_asks(two_models, tmp_path):
     """`support: top_k`, where by default the student names the tokens: the scores begin before the last rollout is written."""
-    late = threading.Event()
+    late, begun = threading.Lock(), threading.Event()
 
-    def slow(path, answer):  # one prompt's rollouts come last by a second
-        if path == "/v1/completions" and len(answer["choices"]) == 2 and not late.is_set():
-            late.set()
-            late_one.wait(1.0)
+    def slow(path, answer):  # one prompt's rollouts come when others are scored
+        if path == "/v1/completions" and len(answer["choices"]) == 2 and late.acquire(blocking=False):
+            assert begun.wait(300)
         return answer
 
-    late_one = threading.Event()
-    with Stub(two_models[0], bend=slow) as student, Stub(two_models[1]) as teacher:
+    def notice(path, answer):
+        if path == GENERATE and len(teacher.asked[-1][2]["token_ids"]) > 2:
+            begun.set()
+        return answer
+
+    with Stub(two_models[0], bend=slow) as student, Stub(two_models[1], bend=notice) as teacher:
         run = kibitz.train(
             recipe(
                 two_models[0], None, tmp_path / "run",

@@ -196,7 +196,7 @@ def test_the_teacher_begins_while_others_are_still_written(two_models, tmp_path)
             with lock:
                 held += 1
                 mine = held
-            if mine == 8 and not asked.wait(20):
+            if mine == 8 and not asked.wait(300):
                 return 400, {"error": "the teacher was not asked"}
         return answer
 
@@ -228,7 +228,7 @@ def test_the_teacher_begins_beside_the_embedded_engine(two_models, tmp_path, mon
 
     def hold(flight, done):
         if len(flight.rollouts) + len(done) == len(flight.jobs) == 16:  # 8 prompts of 2 samples
-            seen.append(begun.wait(20 if not losses else 0))
+            seen.append(begun.wait(300 if not losses else 0))
         release(flight, done)
 
     def notice(path, answer):

@@ -72,7 +72,7 @@ def test_the_server_writes_while_the_student_learns(two_models, tmp_path):
     class Waiting(NullProgress):
         def phase(self, name: str) -> None:
             if name == "student" and not waited:
-                waited.extend(asked.acquire(timeout=60) for _ in range(5))  # a step has four prompts
+                waited.extend(asked.acquire(timeout=600) for _ in range(5))  # a step has four prompts
 
     with Stub(two_models[0], bend=count) as stub:
         run = kibitz.train(tree(two_models, stub.url, tmp_path / "run", samples=3, steps=2), progress=Waiting())

@@ -1,11 +1,14 @@
 """How a run ends, what it says of it, who may write its folder, and what becomes of its files when a disk damages them."""
 
+import fcntl
 import json
 import os
 import random
 import shutil
 import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -14,10 +17,11 @@ from support.runs import Interrupt, Notes, crash, recipe, timeless
 
 import kibitz
 from kibitz import report
-from kibitz.files import JSONL, Lock, read_lines, writer_of
+from kibitz.files import JSONL, LOCK, Lock, read_lines, writer_of
 from kibitz.parallel.ranks import Ranks
 from kibitz.report import costs
 from kibitz.report.folder import read_run
+from kibitz.training.folder import RunFolder
 from kibitz.training.trainer import NullProgress
 
 
@@ -66,6 +70,20 @@ def test_a_signal_that_comes_while_the_processes_ask_each_other_is_heard_one_ste
     assert info(tmp_path / "run")["ended_by"] == "SIGTERM after step 3"
 
 
+def test_a_signal_that_comes_again_while_the_end_is_written_changes_nothing(models, tmp_path, monkeypatch):
+    """Schedulers send several, and the second may come behind the last save."""
+    finish, heard = RunFolder.finish, []
+    monkeypatch.setattr(RunFolder, "finish", lambda *said: os.kill(os.getpid(), signal.SIGTERM) or finish(*said))
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("behind the run"))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            kibitz.train(recipe(*models, tmp_path / "run"), progress=Interrupt(3))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == []
+    assert info(tmp_path / "run")["ended_by"] == "SIGINT after step 3"
+
+
 def test_the_time_of_a_run_is_that_of_all_its_parts(models, tmp_path):
     """The total of the cost table is never less than what its steps took."""
     tree = recipe(*models, tmp_path / "run", save={"every": 1})
@@ -99,6 +117,25 @@ def test_one_process_writes_a_folder_and_another_is_told_which(models, tmp_path)
     assert writer_of(tmp_path) is None
     assert list(tmp_path.iterdir()) == []
     lock.take()
+    lock.release()
+
+
+def test_one_who_looks_and_is_put_to_sleep_keeps_no_writer_off(tmp_path, monkeypatch):
+    """A reader asks who writes, by a lock that it shares, and the machine stops it there for a while."""
+    (tmp_path / LOCK).touch()
+    looking = os.open(tmp_path / LOCK, os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    tries = []
+
+    def wait(seconds: float) -> None:
+        tries.append(seconds)
+        if len(tries) == 20:
+            os.close(looking)
+
+    monkeypatch.setattr("kibitz.files.time", SimpleNamespace(sleep=wait, strftime=time.strftime))
+    lock = Lock(tmp_path)
+    lock.take()
+    assert len(tries) == 20 and "process" in writer_of(tmp_path)
     lock.release()
 
 

@@ -25,6 +25,10 @@ from kibitz.training import checkpoint
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are forked and killed the POSIX way")
 
 
+PATIENCE = 600.0  # seconds for what takes a few where nobody else uses the machine
+ENDLESS = 10**6
+"""Steps of a run that is to be stopped, however long that takes."""
+
 LAUNCHER = """
 import json, os, sys
 import torch, transformers
@@ -105,18 +109,27 @@ def outcome(run: Path) -> dict[str, object]:
     return found
 
 
-def kill_at_random(launcher: Launcher, draws: random.Random, run: Path, seconds_per_step: float, *args: object) -> int:
-    """Start, and kill: some while they load, some while they learn, half of them after they have begun to save."""
+def kill_at_random(launcher: Launcher, draws: random.Random, run: Path, seconds_per_step: float, *args: object) -> bool:
+    """Start, and kill: some while they load, some while they learn, half of them when they have begun to save. False if the run
+    was quicker, and had come to its end."""
     part = draws.choice(["loading", "learning", "saving", "saving"])
     sign = ".step-*" if part == "saving" else "run.json"
-    before, patience = _version_of(run, sign), time.monotonic() + 60
+    before, patience = _version_of(run, sign), time.monotonic() + PATIENCE
     child = launcher.start(*args)
-    while part != "loading" and _version_of(run, sign) in (None, before):
+    while part != "loading" and _version_of(run, sign) in (None, before) and not _is_over(run):
         assert time.monotonic() < patience, launcher.log.read_text()
         time.sleep(0.001)
-    time.sleep(draws.uniform(0, 0.4) if part == "loading" else draws.uniform(0, 1) * seconds_per_step)
+    most = 0.4 if part == "loading" else draws.choice([0.0, 1.0]) * seconds_per_step
+    time.sleep(draws.uniform(0, most))
     os.kill(child, signal.SIGKILL)
-    return launcher.wait()
+    code = launcher.wait()
+    assert code in (0, -signal.SIGKILL), launcher.log.read_text()
+    return not _is_over(run)
+
+
+def _is_over(run: Path) -> bool:
+    info = run / "run.json"
+    return info.exists() and json.loads(info.read_text())["status"] != "running"
 
 
 def _version_of(run: Path, sign: str) -> int | None:
@@ -130,17 +143,26 @@ def _version_of(run: Path, sign: str) -> int | None:
 
 
 def killed_and_resumed(launcher: Launcher, models, folder: Path, *, steps: int, kills: int) -> tuple[list, int]:
-    """Kill a run so many times; return how it ended and how an uninterrupted one did, and how many kills fell into a save."""
+    """Kill a run so many times; return how it ended and how an uninterrupted one did, and how many kills fell into a save. One
+    that came to its end before it could be killed is put back to where it was, and tries again."""
     whole, part = (
         write_recipe(models, folder, name, steps=steps, save={"every": 1, "keep": 2}) for name in ("whole", "part")
     )
     assert launcher.run("train", whole, "--quiet") == 0, launcher.log.read_text()
     seconds_per_step = json.loads((folder / "whole" / "run.json").read_text())["seconds"] / steps
     draws, num_in_save = random.Random(7), 0
-    for _ in range(kills):
-        code = kill_at_random(launcher, draws, folder / "part", seconds_per_step, "train", part, "--resume", "--quiet")
-        assert code == -signal.SIGKILL, launcher.log.read_text()
-        num_in_save += any((folder / "part" / "checkpoints").glob(".step-*"))
+    run, kept = folder / "part", folder / "kept"
+    while kills:
+        shutil.rmtree(kept, ignore_errors=True)
+        if run.exists():
+            shutil.copytree(run, kept)
+        if kill_at_random(launcher, draws, run, seconds_per_step, "train", part, "--resume", "--quiet"):
+            kills -= 1
+            num_in_save += any((run / "checkpoints").glob(".step-*"))
+        else:
+            shutil.rmtree(run)
+            if kept.exists():
+                shutil.copytree(kept, run)
     assert launcher.run("train", part, "--resume", "--quiet") == 0, launcher.log.read_text()
     return [outcome(folder / name) for name in ("part", "whole")], num_in_save
 
@@ -153,8 +175,10 @@ def test_killed_three_times_a_run_ends_as_if_it_had_not_been(launcher, models, t
 
 @pytest.mark.slow
 def test_killed_twenty_times_a_run_ends_as_if_it_had_not_been(launcher, models, tmp_path):
-    """Half of the kills wait for a save to begin; that it is over before each of ten comes has no measurable chance."""
+    """Half of the kills wait for a save to begin, and half of those come at once; that it is over before each of them does has no
+    measurable chance."""
     (part, whole), num_in_save = killed_and_resumed(launcher, models, tmp_path, steps=40, kills=20)
+    print(num_in_save, "kills in a save")
     assert part == whole and num_in_save > 0
 
 
@@ -164,9 +188,9 @@ def test_killed_twenty_times_a_run_ends_as_if_it_had_not_been(launcher, models, 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_step_saves_and_gives_the_usual_exit_code(launcher, models, tmp_path, number, code):
     """What a scheduler that wants its machine back does; going on ends as if it had not."""
-    path = write_recipe(models, tmp_path, "run", steps=200, save={"every": 0})
+    path = write_recipe(models, tmp_path, "run", steps=ENDLESS, save={"every": 0})
     child = launcher.start("train", path, "--quiet")
-    patience = time.monotonic() + 120
+    patience = time.monotonic() + PATIENCE
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         assert time.monotonic() < patience, launcher.log.read_text()
         time.sleep(0.01)
@@ -177,7 +201,7 @@ def test_a_signal_ends_the_step_saves_and_gives_the_usual_exit_code(launcher, mo
     (saved,) = checkpoint.checkpoints(tmp_path / "run")
     done = int(saved.name.removeprefix("step-"))
     assert checkpoint.damage(saved) is None
-    assert 1 <= done < 200
+    assert done >= 1
     assert [row["step"] for row in read(tmp_path / "run", "metrics")] == list(range(1, done + 1))
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (info["status"], info["ended_by"]) == ("stopped", f"{number.name} after step {done}")
@@ -186,12 +210,12 @@ def test_a_signal_ends_the_step_saves_and_gives_the_usual_exit_code(launcher, mo
 
 def test_a_terminal_that_is_closed_ends_the_run_after_a_save(models, tmp_path):
     """The shell is gone, and whatever is written to it fails."""
-    path = write_recipe(models, tmp_path, "run", steps=200, save={"every": 0})
+    path = write_recipe(models, tmp_path, "run", steps=ENDLESS, save={"every": 0})
     child, terminal = pty.fork()
     if child == 0:
         os.execv(sys.executable, [sys.executable, "-m", "kibitz", "train", str(path)])
     while not (tmp_path / "run" / "metrics.jsonl").exists():
-        assert select.select([terminal], [], [], 120)[0], "it prints as it learns"
+        assert select.select([terminal], [], [], PATIENCE)[0], "it prints as it learns"
         os.read(terminal, 1 << 16)
     os.close(terminal)
     os.waitpid(child, 0)
@@ -202,9 +226,10 @@ def test_a_terminal_that_is_closed_ends_the_run_after_a_save(models, tmp_path):
 
 
 def test_a_run_that_was_killed_is_found_dead_and_its_time_is_counted(launcher, models, tmp_path):
-    path = write_recipe(models, tmp_path, "run", steps=400, save={"every": 1})
-    child = launcher.start("train", path, "--quiet")
+    path = write_recipe(models, tmp_path, "run", steps=ENDLESS, save={"every": 1})
+    child, patience = launcher.start("train", path, "--quiet"), time.monotonic() + PATIENCE
     while len(read_whole(tmp_path / "run", "metrics")) < 3 or not checkpoint.checkpoints(tmp_path / "run"):
+        assert time.monotonic() < patience, launcher.log.read_text()
         time.sleep(0.01)
     assert f"process {child} on " in writer_of(tmp_path / "run")
     assert any("The run goes on: process" in notice for notice in read_run(tmp_path / "run").notices)

@@ -87,14 +87,15 @@ def in_a_process(tree, environment, resume=False) -> subprocess.CompletedProcess
 
     return subprocess.run(
         [sys.executable, "-c", program, json.dumps(tree), str(resume)],
-        capture_output=True, text=True, timeout=300, env={**os.environ, **environment},
+        capture_output=True, text=True, timeout=900, env={**os.environ, **environment},
     )  # fmt: skip
 
 
 @pytest.mark.slow
 def test_wandb_offline_goes_on_under_one_name_and_keeps_no_key(small_models, tmp_path):
     pytest.importorskip("wandb")
-    environment = {"WANDB_MODE": "offline", "WANDB_API_KEY": SECRET, "WANDB_CONFIG_DIR": str(tmp_path / "home"),
+    environment = {"WANDB_MODE": "offline", "WANDB_API_KEY": SECRET, "WANDB__SERVICE_WAIT": "300",
+                  "WANDB_CONFIG_DIR": str(tmp_path / "home"),
                    "WANDB_CACHE_DIR": str(tmp_path / "home"), "WANDB_DATA_DIR": str(tmp_path / "home")}  # fmt: skip
     for steps, resume in ((2, False), (4, True)):
         answer = in_a_process(settings(small_models, tmp_path / "run", "wandb", steps=steps), environment, resume)
