@@ -48,6 +48,7 @@ def count(scale: Scale, card: Card = H200) -> dict[str, Any]:
         "kernels_per_token": phases.decoding(scale).kernels,
         "phases": rows,
         "repairs": [repair.row(card) for repair in made],
+        "checkpoints": repairs.checkpoints(scale, card),
         "elsewhere": [repair.row(card) for repair in repairs.elsewhere(scale)],
     }
 
@@ -111,6 +112,9 @@ def page(found: dict[str, Any]) -> str:
         "And what a recipe meets that sets something else, the shapes being the same:",
         repairs.table(found["elsewhere"]),
         "A sort counts as one pass over the vocabulary here. It takes several: by hand it was put at 10 ms a token, 10 s a step.",
+        "Checkpoints, on a disk of 2 GB/s, hashed at 1.1 GB/s on a core:",
+        repairs.table_of_checkpoints(found["checkpoints"]),
+        repairs.about_checkpoints(found["checkpoints"], total(found, "seconds")),
     ])  # fmt: skip
 
 

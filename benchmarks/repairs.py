@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import phases
 from benchmarks.counting import Card, Counting, Scale, Work, model_of, shape
+from kibitz.config import SaveConfig
 from kibitz.engines import sampling
 from kibitz.models.flops import forward_flops
 from kibitz.models.language_model import CHUNK_NUMBERS
@@ -172,6 +173,53 @@ def _carried_layers(scale: Scale) -> list[Repair]:
             computed,
         )
     ]
+
+
+# ------------------------------------------------------------------ checkpoints
+
+EVERY = SaveConfig().every
+
+
+def checkpoints(scale: Scale, card: Card) -> list[dict[str, Any]]:
+    """What a checkpoint has, in bytes, and for how many seconds training waits for it: at once, and in the background. Weights
+    are bfloat16; beside them are two moments and a master of each number, in float32. LoRA's numbers are float32 and need no
+    master.
+
+    At once what is kept for training is copied to the host, all is written, and each file is hashed by one core, which is over
+    when the optimizer's is. In the background it is copied, and the weights are written."""
+    students = {"1.7B, all weights": (scale.student, 0), "8B, all weights": (scale.teacher, 0)}
+    students[f"8B, LoRA of rank {RANK}"] = (scale.teacher, RANK)
+    rows = []
+    for name, (sizes, rank) in students.items():
+        numbers = rank * lora_width(sizes) or sum(p.numel() for p in model_of(sizes, scale.vocab).parameters())
+        weights, kept = (4.0 * numbers, 8.0 * numbers) if rank else (2.0 * numbers, 12.0 * numbers)
+        copied, written, hashed = kept / card.bus, (weights + kept) / card.disk, kept / card.digest
+        at_once, behind = copied + written + hashed, copied + weights / card.disk
+        parts = {"copied": copied, "written": written, "hashed": hashed, "at_once": at_once, "behind": behind}
+        rows.append({"student": name, "weights_bytes": weights, "kept_bytes": kept, **parts})
+    return rows
+
+
+def table_of_checkpoints(rows: list[dict[str, Any]]) -> str:
+    head = ["student", "weights, GB", "kept for training, GB", "copied, s", "written, s", "hashed, s"]
+    head += ["training waits, s", "in the background, s"]
+    lines = [f"| {' | '.join(head)} |", "|---|" + "--:|" * (len(head) - 1)]
+    for row in rows:
+        numbers = [row["weights_bytes"] / 1e9, row["kept_bytes"] / 1e9]
+        numbers += [row[name] for name in ("copied", "written", "hashed", "at_once", "behind")]
+        lines.append(f"| {row['student']} | {' | '.join(f'{number:.3g}' for number in numbers)} |")
+    return "\n".join(lines)
+
+
+def about_checkpoints(rows: list[dict[str, Any]], step: float) -> str:
+    """Sentences about the first student, whose step takes so many seconds."""
+    first, interval = rows[0], EVERY * step
+    return (
+        f"So every {EVERY} steps of {step:.1f} s the first waits {first['at_once'] / interval:.1%} of its time, and "
+        f"{first['behind'] / interval:.1%} in the background, which is the default on a GPU in one process. A kill costs "
+        "no more: the folder has its name about as long after the step as if training had waited, and until then a run goes on "
+        "from the one before in either case."
+    )
 
 
 # ------------------------------------------------------------------ tables

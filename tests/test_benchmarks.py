@@ -76,7 +76,7 @@ def test_what_is_counted_adds_up(small_counts):
 
 def test_seconds_are_those_of_kernels_or_of_all_else():
     """1,000 kernels at a microsecond; 2 TB at 1 TB/s, 3 PFLOP at 1 PFLOP/s, 4 GB at 2 GB/s, and 5 waits."""
-    card = counting.Card("a card", bytes=1e12, flops=1e15, launch=1e-6, bus=2e9, disk=1.0)
+    card = counting.Card("a card", bytes=1e12, flops=1e15, launch=1e-6, bus=2e9, disk=1.0, digest=1.0)
     asked = counting.Work(1000.0, 2e12, 3e15, 5.0, 4e9)
     assert asked.seconds(card) == pytest.approx(2 + 3 + 2 + 5e-6)
     assert counting.Work(kernels=1000.0, bytes=1.0).seconds(card) == pytest.approx(1e-3)
@@ -139,13 +139,30 @@ def test_what_repairs_are_counted_from_is_the_code():
     assert repairs.chunks(counting.FULL) == (CHUNK_NUMBERS // 151_669, MOST_IN_CHUNK) == (221, 2048)
 
 
+def test_what_a_checkpoint_has_and_how_long_it_takes(small_counts):
+    """All weights: 2 bytes of weights, 4 of a master and 8 of moments; LoRA: 4 and 8. All is written and
+    hashed, or the weights are written alone."""
+    card = counting.Card("a card", bytes=1.0, flops=1.0, launch=1.0, bus=4e6, disk=1e6, digest=2e6)
+    whole, _, adapter = repairs.checkpoints(counting.TINY, card)
+    tied = 1000 * 64 * 2 + 4 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128 + 2 * 64 + 2 * 16) + 64
+    assert (whole["weights_bytes"], whole["kept_bytes"]) == (2 * tied, 12 * tied)
+    assert whole["at_once"] == pytest.approx(12 * tied / 4e6 + 14 * tied / 1e6 + 12 * tied / 2e6)
+    assert whole["behind"] == pytest.approx(12 * tied / 4e6 + 2 * tied / 1e6)
+    numbers = repairs.RANK * repairs.lora_width(counting.TINY.teacher)
+    assert (adapter["weights_bytes"], adapter["kept_bytes"]) == (4 * numbers, 8 * numbers)
+    step = 2 * whole["at_once"] / 50
+    assert "waits 50.0% of its time" in repairs.about_checkpoints([whole], step)
+
+
 def test_the_tables_of_counts_have_a_line_for_each_phase_and_repair(small_counts):
     lines = counted.table(small_counts).splitlines()
     assert len(lines) == 2 + len(small_counts["phases"]) + 1
     assert lines[-1].startswith("| step | 33-51 |")
     assert "Above the floor stand rollouts" in counted.left_over(small_counts)
     rows = [line for line in counted.page(small_counts).splitlines() if line.startswith("| ")]
-    assert len(rows) == len(lines) - 1 + 1 + len(small_counts["repairs"]) + 1 + 1 + len(small_counts["elsewhere"])
+    assert (
+        len(rows) == len(lines) - 1 + 1 + len(small_counts["repairs"]) + 1 + 1 + len(small_counts["elsewhere"]) + 1 + 3
+    )
 
 
 def test_the_page_has_the_counts_of_the_file_and_the_file_those_of_the_code():
