@@ -326,8 +326,7 @@ def machines(page: str) -> str:
     from benchmarks import counted
 
     found = json.loads((PAGE.parents[1] / "benchmarks" / "counted.json").read_text(encoding="utf-8"))
-    text = f"{counted.table(found)}\n\n{counted.left_over(found)}"
-    return BLOCK.sub(lambda match: f"{match['begin']}{text}\n{match['end']}", page)
+    return BLOCK.sub(lambda match: f"{match['begin']}{counted.page(found)}\n{match['end']}", page)
 
 
 def write_results() -> None:

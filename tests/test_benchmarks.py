@@ -9,8 +9,14 @@ import pytest
 import torch
 from support.paths import ROOT, script
 
-from benchmarks import loss_forms, scale, side_by_side, toys, worker
+from benchmarks import counting, loss_forms, phases, repairs, scale, side_by_side, toys, worker
 from benchmarks.side_by_side import Spread
+from kibitz.losses.chunked import over_chunks
+from kibitz.losses.criteria import Divergence
+from kibitz.models.language_model import CHUNK_NUMBERS
+from kibitz.signals import Dense, Tokens
+from kibitz.teachers.local import LARGE
+from kibitz.training.room import MOST_IN_CHUNK
 
 gpu, forecast, counted = (script(ROOT / "benchmarks" / f"{name}.py") for name in ("gpu", "forecast", "counted"))
 
@@ -51,31 +57,112 @@ def test_the_table_has_the_floor_beside_the_step():
 
 @pytest.fixture(scope="module")
 def small_counts():
-    return counted.count(counted.TINY)
+    return counted.count(counting.TINY)
 
 
 def test_what_is_counted_adds_up(small_counts):
     """FLOPs by hand: 2 for each number of a matrix and position, and attention's square, three passes of what learns; the loss
     has two heads, of which one has two gradients."""
-    tiny, phases = counted.TINY, small_counts["phases"]
+    tiny, found = counting.TINY, small_counts["phases"]
     length, tokens = tiny.prompt + tiny.response, tiny.rollouts * tiny.response
     per_layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128
     norms = 4 * (2 * 64 + 2 * 16) + 64
     passes = 2.0 * (4 * per_layer + norms) * length + 2.0 * 4 * 64 * length**2
-    assert phases["student's body"]["flops"] == pytest.approx(3 * tiny.rollouts * passes)
-    head = 2.0 * tokens * tiny.vocab * (3 * 64 + 128)
-    losses = [row for name, row in phases.items() if name.startswith("loss")]
-    assert all(row["flops"] == head for row in losses)
-    assert losses[0]["kernels"] > losses[-1]["kernels"] and losses[0]["bytes"] > losses[-1]["bytes"]
-    assert all(row["seconds"] >= row["floor_seconds"] > 0 for row in phases.values())
-    assert phases["rollouts"]["kernels"] == small_counts["kernels_per_token"] * tiny.response
+    assert found["student's body"]["flops"] == pytest.approx(3 * tiny.rollouts * passes)
+    assert found["loss"]["flops"] == 2.0 * tokens * tiny.vocab * (3 * 64 + 128)
+    assert all(row["before_seconds"] > row["seconds"] >= row["floor_seconds"] > 0 for row in found.values())
+    assert found["rollouts"]["kernels"] == small_counts["kernels_per_token"] * tiny.response
 
 
-def test_the_table_of_counts_has_a_line_for_each_phase_and_the_step(small_counts):
+def test_seconds_are_those_of_kernels_or_of_all_else():
+    """1,000 kernels at a microsecond; 2 TB at 1 TB/s, 3 PFLOP at 1 PFLOP/s, 4 GB at 2 GB/s, and 5 waits."""
+    card = counting.Card("a card", bytes=1e12, flops=1e15, launch=1e-6, bus=2e9, disk=1.0, digest=1.0)
+    asked = counting.Work(1000.0, 2e12, 3e15, 5.0, 4e9)
+    assert asked.seconds(card) == pytest.approx(2 + 3 + 2 + 5e-6)
+    assert counting.Work(kernels=1000.0, bytes=1.0).seconds(card) == pytest.approx(1e-3)
+    assert (asked + asked.times(2.0)).seconds(card) == pytest.approx(3 * asked.seconds(card))
+
+
+def test_operations_between_products_are_one_kernel_where_they_are_fused():
+    """Matrices of 64 bytes: of four operations two are products. Alone the sum reads and writes 192 bytes, the factor 128; fused
+    both read the product and the other term, and write for the next product."""
+    found = []
+    for count in (counting.Counting(), counting.Fused()):
+        with torch.device("meta"):
+            one, other = torch.zeros(4, 4), torch.zeros(4, 4)
+            with count:
+                _ = (2.0 * (one @ other + other)) @ one
+        found.append(count.work)
+    assert found == [counting.Work(4.0, 192.0 + 128.0), counting.Work(3.0, 192.0)]
+
+
+def test_the_repairs_of_a_phase_follow_each_other_and_add_up(small_counts):
+    rows, found = small_counts["repairs"], small_counts["phases"]
+    for name, phase in found.items():
+        own = [row for row in rows if row["phase"] == name]
+        assert [row["before"] for row in own] == [phase["before_seconds"], *(row["after"] for row in own[:-1])]
+        assert own[-1]["after"] == phase["seconds"]
+    taken = sum(phase["before_seconds"] - phase["seconds"] for phase in found.values())
+    assert repairs.removed(rows) == pytest.approx(taken)
+    last = repairs.table(rows, last="step").splitlines()[-1].split(" | ")
+    assert [float(cell.strip(" |")) for cell in last[2:]] == [
+        pytest.approx(number, abs=0.006)
+        for number in (counted.total(small_counts, "before_seconds"), counted.total(small_counts, "seconds"), taken)
+    ]
+
+
+def test_the_bytes_of_the_loss_are_those_by_hand():
+    """A chunk more adds the head's gradient in bfloat16 to the one in float32: 10 bytes for each number. Logits in bfloat16 are
+    copied, 6 bytes each, of student, teacher and gradient; in float32 the gradient alone is, with what was cut off, for which it
+    is written out at 4 bytes and not at 2."""
+    tiny = counting.TINY
+    learnt = tiny.rows * tiny.response
+    some, more, rounded = (
+        phases.loss(tiny, chunk, rounded=rounded)[0].times(1 / tiny.micro_batches)
+        for chunk, rounded in ((learnt, False), (learnt // 4, False), (learnt, True))
+    )
+    assert more.bytes - some.bytes == pytest.approx(3 * 10 * tiny.vocab * 64, rel=1e-2)
+    cut = (18 + 2) * tiny.scored + 2 * tiny.vocab
+    assert rounded.bytes - some.bytes == learnt * (cut - 4 * tiny.scored - (4 + 6) * tiny.vocab)
+    assert rounded.kernels - some.kernels == 2
+
+
+def test_what_repairs_are_counted_from_is_the_code():
+    """The values of exact reverse KL; LoRA's numbers; hidden states that are more than what waited on the device."""
+    hidden, head = torch.zeros(3, 8, requires_grad=True), torch.nn.Linear(8, 40, bias=False)
+    signal = Dense(torch.zeros(3, 8), torch.nn.Linear(8, 40, bias=False).requires_grad_(False))
+    tokens = Tokens(torch.zeros(3, dtype=torch.long), torch.ones(3), torch.zeros(3), signal)
+    assert len(over_chunks(Divergence(), hidden, head, tokens)[1]) == repairs.VALUES
+    per_layer = 2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128)
+    assert repairs.lora_width(counting.TINY.student) == 4 * per_layer
+    assert repairs.hidden_bytes(counting.FULL) == 256 * 1024 * 4096 * 2 > LARGE
+    assert repairs.chunks(counting.FULL) == (CHUNK_NUMBERS // 151_669, MOST_IN_CHUNK) == (221, 2048)
+
+
+def test_what_a_checkpoint_has_and_how_long_it_takes(small_counts):
+    """All weights: 2 bytes of weights, 4 of a master and 8 of moments; LoRA: 4 and 8. All is written and
+    hashed, or the weights are written alone."""
+    card = counting.Card("a card", bytes=1.0, flops=1.0, launch=1.0, bus=4e6, disk=1e6, digest=2e6)
+    whole, _, adapter = repairs.checkpoints(counting.TINY, card)
+    tied = 1000 * 64 * 2 + 4 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128 + 2 * 64 + 2 * 16) + 64
+    assert (whole["weights_bytes"], whole["kept_bytes"]) == (2 * tied, 12 * tied)
+    assert whole["at_once"] == pytest.approx(12 * tied / 4e6 + 14 * tied / 1e6 + 12 * tied / 2e6)
+    assert whole["behind"] == pytest.approx(12 * tied / 4e6 + 2 * tied / 1e6)
+    numbers = repairs.RANK * repairs.lora_width(counting.TINY.teacher)
+    assert (adapter["weights_bytes"], adapter["kept_bytes"]) == (4 * numbers, 8 * numbers)
+    step = 2 * whole["at_once"] / 50
+    assert "waits 50.0% of its time" in repairs.about_checkpoints([whole], step)
+
+
+def test_the_tables_of_counts_have_a_line_for_each_phase_and_repair(small_counts):
     lines = counted.table(small_counts).splitlines()
     assert len(lines) == 2 + len(small_counts["phases"]) + 1
     assert lines[-1].startswith("| step | 33-51 |")
     assert "Above the floor stand rollouts" in counted.left_over(small_counts)
+    rows = [line for line in counted.page(small_counts).splitlines() if line.startswith("| ")]
+    assert (
+        len(rows) == len(lines) - 1 + 1 + len(small_counts["repairs"]) + 1 + 1 + len(small_counts["elsewhere"]) + 1 + 3
+    )
 
 
 def test_the_page_has_the_counts_of_the_file_and_the_file_those_of_the_code():
@@ -84,7 +171,7 @@ def test_the_page_has_the_counts_of_the_file_and_the_file_those_of_the_code():
     text = (ROOT / "docs" / "machines.md").read_text(encoding="utf-8")
     assert generate.machines(text) == text, "docs/machines.md is stale: make format writes its generated parts again"
     kept = json.loads((ROOT / "benchmarks" / "counted.json").read_text(encoding="utf-8"))
-    assert counted.decoding(counted.FULL).kernels == kept["kernels_per_token"], "write python -m benchmarks.counted"
+    assert phases.decoding(counting.FULL).kernels == kept["kernels_per_token"], "write python -m benchmarks.counted"
 
 
 # ------------------------------------------------------------------ memory

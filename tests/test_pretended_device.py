@@ -14,6 +14,7 @@ from support.vllm_stub import Stub
 import kibitz
 from kibitz import worlds
 from kibitz.config import OptimConfig
+from kibitz.files import checkpoints
 from kibitz.optim import Optimizer
 from kibitz.teachers import local
 from kibitz.training.setup import prepare
@@ -138,6 +139,24 @@ def test_numbers_are_those_of_the_cpu(tree, home, tmp_path):
 
 
 # ------------------------------------------------------------------ whole runs
+
+
+def test_a_checkpoint_is_written_behind_later_steps_to_the_same_bytes(tree, tmp_path):
+    """Which is what a GPU does where the recipe says nothing."""
+    saved = []
+    for name, save in (("behind", {}), ("waits", {"background": False})):
+        sections = {**tree(save={"every": 1, "keep": 9, **save}), "steps": 3, "output": str(tmp_path / name)}
+        with pretended():
+            trainer = Trainer(prepare(sections, grader=odd), NullProgress())
+            threads, run = [], trainer.saver._run
+            trainer.saver._run = lambda *given, run=run, seen=threads: (seen.append(1), run(*given))
+            trainer.run()
+        saved.append(checkpoints(tmp_path / name))
+        assert len(threads) == (2 if name == "behind" else 0)
+    assert [path.name for path in saved[0]] == [f"step-00000{step}" for step in (1, 2, 3)]
+    for ours, theirs in zip(*saved, strict=True):
+        for part in ("model.safetensors", "training/optimizer.safetensors"):
+            assert (ours / part).read_bytes() == (theirs / part).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["exact", "lora", "muon", "sgd", "ammd", "own, average", "packed"])

@@ -260,6 +260,11 @@ class SaveConfig(Section):
 
     every: int = Field(50, ge=0, description="Steps between checkpoints; 0: only at the end.")
     keep: int = Field(2, ge=1, description="Number of checkpoints to keep; older ones are deleted.")
+    background: bool | None = Field(
+        None,
+        description="Go on training while a checkpoint is written, but for the last one; a run that is killed meanwhile goes on "
+        "from the one before. Several processes wait for it all the same. null: on a GPU.",
+    )
 
 
 class TrackConfig(Section):

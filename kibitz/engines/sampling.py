@@ -94,8 +94,9 @@ def _truncate_the_best(logits_NV: Tensor, top_k: int, top_p: float) -> Tensor | 
     else:
         num_kept_N1, last_N1 = size, best_NK[:, -1:]
     likelier_NV, tied_NV = logits_NV > last_N1, logits_NV == last_N1
-    place_NV = tied_NV.cumsum(-1) + likelier_NV.sum(-1, keepdim=True)  # in the order of ids, among equals
-    return logits_NV.masked_fill(~(likelier_NV | (tied_NV & (place_NV <= num_kept_N1))), -torch.inf)
+    place_NV = tied_NV.cumsum(-1, dtype=torch.int32)  # in the order of ids, among equals
+    room_N1 = num_kept_N1 - likelier_NV.sum(-1, keepdim=True)
+    return logits_NV.masked_fill(~(likelier_NV | (tied_NV & (place_NV <= room_N1))), -torch.inf)
 
 
 def log_distribution(logits_NV: Tensor, sampling: Sampling) -> Tensor:

@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from kibitz.parallel.ranks import ALONE, Ranks
 from kibitz.types import Stateful
 
 MANIFEST = Path("training") / "manifest.json"
+PIECE = 2**24
 
 
 def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
@@ -82,28 +83,69 @@ def save(
     """Write the checkpoint of a step, then delete all but the last `keep`. If that fails, the older ones stay whole.
     `stateful` are the states of the optimizer and of what else has one, by the names of their files. Of several processes the
     first writes, and of a state that is sharded each its own part."""
-    final = folder / "checkpoints" / f"step-{step:06d}"
+    final = _place(folder, step)
     in_parts = {name: kept for name, kept in stateful.items() if sharded_files.are_in(kept.values())}
-
-    def begin(temporary: Path) -> None:
-        student.save(temporary)
-        (temporary / "training").mkdir()
-        for name in stateful.keys() - in_parts.keys():
-            save_file(stateful[name], temporary / "training" / f"{name}.safetensors")
-        (temporary / "training" / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-
-    def end(temporary: Path) -> None:
-        sums = _sums(temporary, sorted(str(path.relative_to(temporary)) for path in _files(temporary)))
-        (temporary / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=1), encoding="utf-8")
-
+    whole = {name: kept for name, kept in stateful.items() if name not in in_parts}
     ranks.first(lambda: _clean(final.parent))
     with _in_the_making(final, ranks) as temporary:
-        ranks.first(lambda: begin(temporary))
+        ranks.first(lambda: _write_student(temporary, step, student, state))
+        ranks.first(lambda: _write_states(temporary, whole))
         for name, kept in in_parts.items():
             sharded_files.write(kept, temporary / "training" / name)
-        ranks.first(lambda: end(temporary))
-    ranks.first(lambda: [remove(old) for old in checkpoints(folder)[:-keep]])
+        ranks.first(lambda: _write_manifest(temporary))
+    ranks.first(lambda: _drop_old(folder, keep))
     return final
+
+
+def begin_to_save(
+    folder: Path,
+    step: int,
+    student: LanguageModel,
+    stateful: Mapping[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    keep: int,
+) -> Callable[[], None]:
+    """Write the student and return what is left of `save`, for another thread: to write `stateful`, most of the bytes, which must
+    not change meanwhile, and to finish the folder. Of one process, and nothing in parts."""
+    final = _place(folder, step)
+    _clean(final.parent)
+    with ExitStack() as stack:
+        temporary = stack.enter_context(_in_the_making(final))
+        _write_student(temporary, step, student, state)
+        rest = stack.pop_all()
+
+    def finish() -> None:
+        with rest:
+            _write_states(temporary, stateful)
+            _write_manifest(temporary)
+        _drop_old(folder, keep)
+
+    return finish
+
+
+def _place(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"step-{step:06d}"
+
+
+def _write_student(folder: Path, step: int, student: LanguageModel, state: dict[str, Any]) -> None:
+    student.save(folder)
+    (folder / "training").mkdir()
+    (folder / "training" / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+
+
+def _write_states(folder: Path, stateful: Mapping[str, dict[str, Tensor]]) -> None:
+    for name, kept in stateful.items():
+        save_file(kept, folder / "training" / f"{name}.safetensors")
+
+
+def _write_manifest(folder: Path) -> None:
+    sums = _sums(folder, sorted(str(path.relative_to(folder)) for path in _files(folder)))
+    (folder / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=1), encoding="utf-8")
+
+
+def _drop_old(folder: Path, keep: int) -> None:
+    for old in checkpoints(folder)[:-keep]:
+        remove(old)
 
 
 def _clean(folder: Path) -> None:
@@ -225,5 +267,9 @@ def _sums(folder: Path, names: Collection[str]) -> dict[str, str]:
 
 
 def _sum(path: Path) -> str:
+    """In pieces so large that a thread which hashes seldom asks the one that trains for the interpreter."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(PIECE):
+            digest.update(piece)
+    return digest.hexdigest()

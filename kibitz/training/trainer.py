@@ -32,6 +32,7 @@ from kibitz.training.guards import Alarm, Guards, rollout_metrics
 from kibitz.training.means import means_of, num_measured, sums_of
 from kibitz.training.memory import Gauge
 from kibitz.training.progress import bar_if_watched
+from kibitz.training.saving import Saver
 from kibitz.training.setup import Setup, prepare
 from kibitz.training.stopping import BetweenSteps
 from kibitz.training.trackers import Tracked
@@ -106,6 +107,7 @@ class Trainer:
     progress: Progress
     ledger: Ledger = field(init=False)
     optimizer: Optimizer = field(init=False)
+    saver: Saver = field(init=False)
     stop: BetweenSteps = field(init=False)
     """Knows the signal that asked this process to stop."""
     stop_signal: int = 0
@@ -135,6 +137,7 @@ class Trainer:
             self.guards = Guards(self.recipe.guards, state["guards"])
         self.ledger.note_peaks("loading")
         self.saved = self.done
+        self.saver = Saver(self.folder.path, self.recipe.save, self.ranks)
         self.ranks.gather(None)  # all have loaded what an overwritten run may hold
         self.ranks.first(lambda: self.folder.begin(self.done, self.student, self.setup.parts.teacher))
 
@@ -148,6 +151,8 @@ class Trainer:
                 self.folder.finish(*self._end(), peaks)
                 self.ranks.gather(None)  # the files are whole, for all to read
             except BaseException as error:
+                with suppress(Exception, KeyboardInterrupt):  # the first error says it
+                    self.saver.wait()
                 with suppress(OSError):  # of a full disk, the first error says it
                     status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
                     self.folder.finish(status, in_words(error), {})
@@ -168,12 +173,14 @@ class Trainer:
             self.evaluate()
         while self.done < recipe.steps and not self._stopping():
             self.step()
+            self.saver.check()
             if _due(recipe.eval.every, self.done) or self.done == recipe.steps:
                 self.evaluate()
             if _due(recipe.save.every, self.done):
-                self.save()
+                self.save(last=self.done == recipe.steps)
         if self.saved < self.done:
             self.save()
+        self.saver.wait()
 
     def _end(self) -> tuple[str, str]:
         """The status of the run and what ended it."""
@@ -321,7 +328,8 @@ class Trainer:
         if self.setup.evaluator.held_out:
             self._sound(self.guards.watch_eval(row))
 
-    def save(self) -> None:
+    def save(self, last: bool = True) -> None:
+        """Save all that a run needs to go on; where it is not the `last`, perhaps in the background."""
         self.progress.phase("checkpoint")
         self.folder.sync()
         self.folder.beat()
@@ -333,8 +341,7 @@ class Trainer:
             "fingerprint": self.setup.fingerprint,
         }
         with self.ledger.watched("saving"):
-            stateful, keep = {name: kept.state() for name, kept in self.stateful.items()}, self.recipe.save.keep
-            checkpoint.save(self.folder.path, self.done, self.student, stateful, state, keep, self.ranks)
+            self.saver.save(self.done, self.student, self.stateful, state, last)
         self.saved = self.done
 
 

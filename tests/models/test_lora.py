@@ -71,6 +71,16 @@ def test_a_new_student_is_its_base(kind, tmp_path):
     assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in student.model.named_parameters())
 
 
+@pytest.mark.parametrize(("dtype", "allowed"), [("bfloat16", True), ("float32", False)])
+def test_a_gpu_may_multiply_the_halves_in_tf32_where_the_base_is_less_precise(tmp_path, dtype, allowed):
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    config = StudentConfig(model=str(make_model(tmp_path / "base")), dtype=dtype, lora={"rank": 2})
+    load_student(config, CPU, load_tokenizer(ModelConfig(model=config.model), "student"))
+    found, matmul.allow_tf32 = matmul.allow_tf32, before
+    assert found is allowed
+
+
 def test_all_linear_is_every_matrix_but_the_head(tmp_path):
     """2 layers of q, k, v, o, gate, up, down; each adds rank x (in + out)."""
     student = student_of(make_model(tmp_path), rank=3)

@@ -523,3 +523,17 @@ def test_a_student_in_parts_is_sent_one_weight_after_another_and_all_processes_g
     for alone, together in zip(ours, theirs, strict=True):
         for key in ("loss", "reverse_kl", "grad_norm", "response_tokens", "num_tokens"):
             assert together[key] == pytest.approx(alone[key], abs=1e-4), key
+
+
+@pytest.mark.slow
+def test_processes_wait_for_their_checkpoints_whatever_was_asked_for(models, tmp_path):
+    """Each writes its part of the optimizer, in step with the others."""
+    save = {"every": 1, "keep": 9}
+    made = [
+        _job(models, tmp_path, name, save={**save, "background": behind})
+        for name, behind in (("asked", True), ("not-asked", False))
+    ]
+    torchrun(2, made, tmp_path)
+    for asked, other in zip(*(checkpoint.checkpoints(tmp_path / name) for name in ("asked", "not-asked")), strict=True):
+        assert asked.name == other.name and checkpoint.damage(asked) is None
+    assert asked.name == f"step-{STEPS:06d}"
