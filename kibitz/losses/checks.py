@@ -1,4 +1,5 @@
-"""Checks of numbers on a device, whose answer a host must wait for: in a loss all together, once a micro-batch."""
+"""Checks of numbers on a device, whose answer a host must wait for: in a loss all together, once a micro-batch. For those of a
+CPU nobody waits."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,9 +13,9 @@ _waiting: ContextVar[Checks | None] = ContextVar("waiting", default=None)
 
 
 def refuse_if(wrong: Tensor, error: Callable[[], Exception]) -> None:
-    """Raise `error()` where `wrong`, one bool: at once, or when the context of `together` ends."""
+    """Raise `error()` where `wrong`, one bool: at once, or, of a GPU's, when the context of `together` ends."""
     waiting = _waiting.get()
-    if waiting is not None:
+    if waiting is not None and wrong.device.type != "cpu":
         waiting.append((wrong, error))
     elif wrong.item():
         raise error()

@@ -61,7 +61,7 @@ def over_chunks(
                 logits_CV = head(hidden_CD)
                 logits_CV = logits_CV.to(_at_least_float32(logits_CV))
             values, grad_CV = _by_blocks(criterion, logits_CV.detach(), tokens[chunk], with_grad)
-            chunks += values
+            chunks.append(values)
             if grad_CV is not None:
                 wanted = [] if hidden_grad_TD is None else [hidden_CD]
                 grads = sums.add(logits_CV, grad_CV, wanted)
@@ -95,14 +95,14 @@ def _chunks(tokens: Tokens, size: int) -> list[slice]:
 
 def _by_blocks(
     criterion: Criterion, logits_CV: Tensor, tokens: Tokens, with_grad: bool
-) -> tuple[list[dict[str, Tensor]], Tensor | None]:
+) -> tuple[dict[str, Tensor], Tensor | None]:
     """The criterion's values of a chunk, and the gradient of its weighted loss with respect to the logits. A CPU computes
     them for a few rows at a time, whose tensors stay in its cache; a teacher's logits are made for the whole chunk before."""
     blocks = _blocks(tokens, logits_CV)
     if len(blocks) > 1:
         tokens = _with_logits(tokens)
     grad_CV = torch.empty_like(logits_CV) if with_grad else None
-    found = []
+    found = _Values(len(logits_CV))
     for block in blocks:
         part_BV = logits_CV[block].requires_grad_(with_grad)
         part = tokens[block]
@@ -115,8 +115,30 @@ def _by_blocks(
                 )
                 total = (part.weight_T.detach().to(loss_B.dtype) * loss_B).sum()
                 grad_CV[block] = torch.autograd.grad(total, part_BV)[0]
-        found.append({name: value.detach() for name, value in values.items()})
-    return found, grad_CV
+        if len(blocks) == 1:
+            return {name: value.detach() for name, value in values.items()}, grad_CV
+        found.add(values)
+    return found.whole(), grad_CV
+
+
+class _Values:
+    """Values of blocks, in tensors that are there from the first block on: small ones that each block left behind would stand
+    between the large ones, and no large one would find room where another was."""
+
+    def __init__(self, num: int):
+        self.num, self.columns, self.filled = num, dict[str, Tensor](), dict[str, int]()
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            if name not in self.columns:
+                self.columns[name], self.filled[name] = value.detach().new_empty(self.num), 0
+            start = self.filled[name]
+            self.filled[name] = start + len(value)
+            self.columns[name][start : start + len(value)] = value.detach()
+
+    def whole(self) -> dict[str, Tensor]:
+        """Each value of all blocks; of those that were taken of a sample, the sample's."""
+        return {name: column[: self.filled[name]] for name, column in self.columns.items()}
 
 
 def _blocks(tokens: Tokens, logits_CV: Tensor) -> list[slice]:

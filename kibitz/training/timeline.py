@@ -15,6 +15,11 @@ def told(engine: Engine, teacher: Teacher | None, ledger: Ledger) -> dict[str, A
     row = engine.metrics() | ({} if teacher is None else teacher.metrics())
     busy = {phase: spans for phase in (WRITES, SCORES) if (spans := row.pop(f"{phase}_busy", None)) is not None}
     if busy:
-        learnt = [[round(start, 3), round(end, 3)] for phase, start, end in ledger.spans if phase == "training"]
-        row["timeline"] = busy | {LEARNS: learnt}
+        here = {SCORES: _spans(ledger, "scoring"), LEARNS: _spans(ledger, "training")}
+        row["timeline"] = {phase: spans for phase, spans in here.items() if spans or phase == LEARNS} | busy
     return row
+
+
+def _spans(ledger: Ledger, phase: str) -> list[list[float]]:
+    """When this process was in a phase: scoring, where the teacher is in it."""
+    return [[round(start, 3), round(end, 3)] for name, start, end in ledger.spans if name == phase]

@@ -77,6 +77,10 @@ def test_the_server_writes_while_the_student_learns(two_models, tmp_path):
     with Stub(two_models[0], bend=count) as stub:
         run = kibitz.train(tree(two_models, stub.url, tmp_path / "run", samples=3, steps=2), progress=Waiting())
     assert waited == [True] * 5 and [row["staleness"] for row in run.metrics] == [0, 1]
+    for row in run.metrics:  # the teacher is in this process, and is seen to work there
+        lanes = row["timeline"]
+        assert list(lanes) == ["teacher_scoring", "student_training", "student_sampling"]
+        assert lanes["teacher_scoring"][0][1] <= lanes["student_training"][-1][0]
 
 
 @pytest.fixture(scope="module")
