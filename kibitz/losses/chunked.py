@@ -44,10 +44,11 @@ def over_chunks(
     parameters of `head` that require one (a module, so that they are known), and is the same, up to rounding, for every
     chunk size. Under `torch.no_grad` only the values are computed. No tokens give a zero that is still connected to the
     graph, so that a rank with nothing to learn takes part in the backward pass. Losses of tokens of weight 0 must be
-    finite all the same.
+    finite all the same. The gradients are handed over by the first backward pass; a second raises RuntimeError.
 
-    Memory, whatever T is, if no span is longer than a chunk: about ten float32 tensors [chunk_size, V] for an exact
-    divergence with its metrics and its gradient, fewer for cross-entropy; so 6 GB at 1,024 tokens of a vocabulary of 152,000.
+    Memory, whatever T is, if no span is longer than a chunk: on a GPU about ten float32 tensors [chunk_size, V] for an exact
+    divergence with its metrics and its gradient, fewer for cross-entropy; so 6 GB at 1,024 tokens of a vocabulary of 152,000. On
+    a CPU three of them, and of the others a block.
     """
     parameters = [p for p in head.parameters() if p.requires_grad]
     with_grad = torch.is_grad_enabled() and (hidden_TD.requires_grad or bool(parameters))
