@@ -68,7 +68,8 @@ def test_steps_behind_the_checkpoint_are_not_there_twice(small_models, tmp_path,
     pytest.importorskip("tensorboard")
     from kibitz.training.trainer import Trainer
 
-    monkeypatch.setattr(Trainer, "save", lambda self, save=Trainer.save: save(self) if self.done == 2 else None)
+    save = Trainer.save
+    monkeypatch.setattr(Trainer, "save", lambda self, **how: save(self, **how) if self.done == 2 else None)
     crash(settings(small_models, tmp_path / "run", "tensorboard"))
     monkeypatch.undo()
     run = kibitz.train(settings(small_models, tmp_path / "run", "tensorboard"), resume=True)
