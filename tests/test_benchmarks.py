@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.paths import ROOT, script
 
-from benchmarks import counting, loss_forms, phases, repairs, scale, side_by_side, toys, worker
+from benchmarks import counting, loss_forms, phases, repairs, roof, scale, side_by_side, toys, worker
 from benchmarks.side_by_side import Spread
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import Divergence
@@ -185,6 +185,17 @@ def test_check_plans_what_a_run_takes(tmp_path):
 
 
 # ------------------------------------------------------------------ sides in turns
+
+
+def test_a_call_shorter_than_a_tick_of_the_clock_has_a_time():
+    """A clock that counts whole hundredths, and calls of a thousandth."""
+    now = [0.0]
+
+    def run():
+        now[0] += 0.001
+
+    found = roof._best(run, 0.0, lambda: now[0] // 0.01 * 0.01)
+    assert found == pytest.approx(0.001, rel=0.5)
 
 
 @pytest.mark.parametrize(("rank", "answers"), [("0", 1), ("1", 0)])

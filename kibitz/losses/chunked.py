@@ -221,13 +221,18 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, grads: list[Tensor], *inputs: Tensor) -> Tensor:
-        ctx.grads = grads
+        ctx.save_for_backward(*grads)
+        ctx.spent = False
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.grads is None:
+        if ctx.spent:
             raise RuntimeError("the loss has been differentiated already: its gradients were handed over then")
-        grads, ctx.grads = ctx.grads, None
-        return None, None, *(grad.mul_(grad_output) for grad in grads)  # autograd casts to the inputs' dtypes
+        ctx.spent = True
+        return (
+            None,
+            None,
+            *(grad.mul_(grad_output) for grad in ctx.saved_tensors),
+        )  # autograd casts to the inputs' dtypes

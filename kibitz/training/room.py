@@ -71,7 +71,7 @@ def fitted(recipe: Recipe, models: Sequence[LanguageModel], longest: int, ranks:
     student = models[0]
     if (free := free_bytes(student.device)) is not None:
         recipe = _chosen(recipe, models, longest, min(ranks.gather(free)), ranks.size)
-    elif student.device.type == "cpu":
+    elif student.device.type == "cpu" and "tokens_per_micro_batch" not in recipe.optim.model_fields_set:
         config = student.model.config.get_text_config()
         layers, width, itemsize = config.num_hidden_layers, config.hidden_size, student.model.dtype.itemsize
         recipe = with_choice_of_cpu(recipe, layers, width, itemsize, _kept(student, longest))
