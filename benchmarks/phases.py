@@ -8,19 +8,20 @@ from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from benchmarks.counting import META, Counting, Fused, Scale, Work, kernels_of_attention, model_of, of_all_layers
 from kibitz.engines.cache import CachedDecoder
 from kibitz.engines.room import cache_bytes
 from kibitz.engines.sampling import sample
-from kibitz.losses import chunked, supports
+from kibitz.losses import chunked, divergences, supports
 from kibitz.losses.criteria import Divergence
 from kibitz.losses.divergences import reverse_kl
 from kibitz.models import head as heads
 from kibitz.models.flops import forward_flops
 from kibitz.models.head import Head, keep_float32
 from kibitz.signals import Dense, Tokens
-from kibitz.training.means import MEASURED
+from kibitz.training.means import num_measured
 from kibitz.types import Sampling
 
 
@@ -91,11 +92,14 @@ def reading(scale: Scale, sizes: dict, learns: bool, compiled: bool = False) -> 
 # ------------------------------------------------------------------ the loss
 
 
-def loss(scale: Scale, chunk: int, *, rounded: bool = False, all_measured: bool = False) -> tuple[Work, Work]:
+def loss(
+    scale: Scale, chunk: int, *, rounded: bool = False, all_measured: bool = False, by_autograd: bool = False
+) -> tuple[Work, Work]:
     """Exact reverse KL with its gradients and metrics, chunk after chunk, and its products alone. `rounded`: logits are bfloat16
-    first, and then copied; `all_measured`: metrics are of each token, and the reverse KL is computed anew for them."""
+    first, and then copied; `all_measured`: metrics are of each token, and the reverse KL is computed anew for them;
+    `by_autograd`: the gradients of the KL are autograd's."""
     size = scale.rows * scale.response
-    every = 1 if all_measured else max(1, -(-size // MEASURED))
+    every = 1 if all_measured else max(1, -(-size // num_measured(scale.scored)))
     criterion = Divergence((lambda student, teacher: reverse_kl(student, teacher)) if all_measured else reverse_kl)
     with META:
         hidden = torch.empty(size, scale.student["hidden_size"], dtype=torch.bfloat16, requires_grad=True)
@@ -104,12 +108,19 @@ def loss(scale: Scale, chunk: int, *, rounded: bool = False, all_measured: bool 
         columns = torch.zeros(size, dtype=torch.long), torch.ones(size), torch.zeros(size)
     tokens = Tokens(*columns, signal, every=every)
     unchecked = patch.object(supports, "refuse_if", lambda *_: None)
-    with nullcontext() if rounded else on_a_gpu(), unchecked, Counting() as counting:
+    formula = patch.object(divergences, "kl", _kl) if by_autograd else nullcontext()
+    with nullcontext() if rounded else on_a_gpu(), unchecked, formula, Counting() as counting:
         value, _ = chunked.over_chunks(criterion, hidden, own, tokens, chunk)
         value.backward()
     flops = 2.0 * scale.rollouts * scale.response * scale.vocab
     flops *= 3 * scale.student["hidden_size"] + scale.teacher["hidden_size"]
     return counting.work.times(scale.micro_batches) + Work(flops=flops), Work(flops=flops)
+
+
+def _kl(left_CS: Tensor, right_CS: Tensor) -> Tensor:
+    """The value of `kibitz.logprobs.kl`, whose gradient autograd finds."""
+    left_prob_CS = left_CS.exp()
+    return (left_prob_CS * (left_CS - right_CS) - left_prob_CS + right_CS.exp()).sum(-1)
 
 
 def _head(scale: Scale, sizes: dict) -> Head:

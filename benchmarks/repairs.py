@@ -71,7 +71,7 @@ def hidden_bytes(scale: Scale) -> float:
 
 def _of_the_loss(scale: Scale) -> list[Repair]:
     small, large = chunks(scale)
-    old = {"rounded": True, "all_measured": True}
+    old = {"rounded": True, "all_measured": True, "by_autograd": True}
 
     def asked(chunk: int, waits: float, **options: bool) -> Work:
         return phases.loss(scale, chunk, **options)[0] + Work(waits=waits * scale.micro_batches)
@@ -83,7 +83,8 @@ def _of_the_loss(scale: Scale) -> list[Repair]:
         asked(small, 1 + of_values, **old),
         asked(small, 2, **old),
         asked(large, 2, **old),
-        asked(large, 2, all_measured=True),
+        asked(large, 2, all_measured=True, by_autograd=True),
+        asked(large, 2, by_autograd=True),
         asked(large, 2),
     ]
     names = [
@@ -92,6 +93,7 @@ def _of_the_loss(scale: Scale) -> list[Repair]:
         f"chunks of {large:,} tokens, by free memory, not of {small}",
         "logits are float32 as the product gives them, not rounded and copied",
         "metrics as dear as the loss are of a sample, and its KL is not computed twice",
+        "the gradients of the KL are by hand, in fewer passes over the logits",
     ]
     return [Repair(name, "loss", *pair) for name, pair in zip(names, pairwise(states), strict=True)]
 

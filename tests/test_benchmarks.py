@@ -166,12 +166,14 @@ def test_the_tables_of_counts_have_a_line_for_each_phase_and_repair(small_counts
 
 
 def test_the_page_has_the_counts_of_the_file_and_the_file_those_of_the_code():
-    """The kernels of a token: all else in the file follows from shapes."""
+    """The kernels of a token and what the loss moves: all else in the file follows from shapes."""
     generate = script(ROOT / "docs" / "generate.py")
     text = (ROOT / "docs" / "machines.md").read_text(encoding="utf-8")
     assert generate.machines(text) == text, "docs/machines.md is stale: make format writes its generated parts again"
     kept = json.loads((ROOT / "benchmarks" / "counted.json").read_text(encoding="utf-8"))
     assert phases.decoding(counting.FULL).kernels == kept["kernels_per_token"], "write python -m benchmarks.counted"
+    loss, written = phases.loss(counting.FULL, repairs.chunks(counting.FULL)[1])[0], kept["phases"]["loss"]
+    assert (loss.kernels, loss.bytes) == (written["kernels"], written["bytes"]), "write python -m benchmarks.counted"
 
 
 # ------------------------------------------------------------------ memory

@@ -179,8 +179,8 @@ class OptimConfig(Section):
     tokens_per_micro_batch: int = Field(
         16384,
         ge=1,
-        description="Bounds activations. The loss does not depend on it. Not set: up to the default, as many as fit on a GPU; on "
-        "a CPU, which is no faster for more, as many as keep 640 MiB.",
+        description="Bounds activations. The loss does not depend on it. Not set: up to the default, as many as fit on a GPU, "
+        "or as keep 640 MiB of activations on a CPU.",
     )
     packing: bool | Literal["auto"] = Field(
         "auto",

@@ -100,26 +100,30 @@ def _by_blocks(
     """The criterion's values of a chunk, and the gradient of its weighted loss with respect to the logits. A CPU computes
     them for a few rows at a time, whose tensors stay in its cache; a teacher's logits are made for the whole chunk before."""
     blocks = _blocks(tokens, logits_CV)
-    if len(blocks) > 1:
-        tokens = _with_logits(tokens)
+    if len(blocks) == 1:
+        return _of_block(criterion, logits_CV, tokens, with_grad)
+    tokens, found = _with_logits(tokens), _Values(len(logits_CV))
     grad_CV = torch.empty_like(logits_CV) if with_grad else None
-    found = _Values(len(logits_CV))
     for block in blocks:
-        part_BV = logits_CV[block].requires_grad_(with_grad)
-        part = tokens[block]
-        with torch.set_grad_enabled(with_grad):
-            values = criterion(part_BV, part)
-            if grad_CV is not None:
-                loss_B = values["loss"]
-                assert loss_B.requires_grad, (
-                    "the criterion's loss does not depend on the logits, or was detached from them"
-                )
-                total = (part.weight_T.detach().to(loss_B.dtype) * loss_B).sum()
-                grad_CV[block] = torch.autograd.grad(total, part_BV)[0]
-        if len(blocks) == 1:
-            return {name: value.detach() for name, value in values.items()}, grad_CV
+        values, grad_BV = _of_block(criterion, logits_CV[block], tokens[block], with_grad)
         found.add(values)
+        if grad_CV is not None and grad_BV is not None:
+            grad_CV[block] = grad_BV
     return found.whole(), grad_CV
+
+
+def _of_block(
+    criterion: Criterion, logits_BV: Tensor, tokens: Tokens, with_grad: bool
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    grad_BV = None
+    with torch.set_grad_enabled(with_grad):
+        values = criterion(logits_BV.requires_grad_(with_grad), tokens)
+        if with_grad:
+            loss_B = values["loss"]
+            assert loss_B.requires_grad, "the criterion's loss does not depend on the logits, or was detached from them"
+            total = (tokens.weight_T.detach().to(loss_B.dtype) * loss_B).sum()
+            (grad_BV,) = torch.autograd.grad(total, logits_BV)
+    return {name: value.detach() for name, value in values.items()}, grad_BV
 
 
 class _Values:
@@ -132,10 +136,10 @@ class _Values:
     def add(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
             if name not in self.columns:
-                self.columns[name], self.filled[name] = value.detach().new_empty(self.num), 0
+                self.columns[name], self.filled[name] = value.new_empty(self.num), 0
             start = self.filled[name]
             self.filled[name] = start + len(value)
-            self.columns[name][start : start + len(value)] = value.detach()
+            self.columns[name][start : start + len(value)] = value
 
     def whole(self) -> dict[str, Tensor]:
         """Each value of all blocks; of those that were taken of a sample, the sample's."""

@@ -59,7 +59,7 @@ def memory(
         recipe = _settled(recipe, models, length, devices, room)
     elif program:
         sizes = (student.num_layers, student.width, student.itemsize)
-        recipe = with_choice_of_cpu(recipe, *sizes, student.kept_per_token(length))
+        recipe = with_choice_of_cpu(recipe, *sizes, lambda: student.kept_per_token(length))
     tokens = min(max(recipe.optim.tokens_per_micro_batch, length), responses * length)  # a longer rollout stands alone
     scored = -(-tokens * rollout.max_tokens // length)
     gradients, together = _gradients(recipe, student, devices)
@@ -67,8 +67,8 @@ def memory(
     rows, writing = _writing(
         recipe, student, responses, longest_prompt, None if room is None else room - sum(held.values())
     )
-    if program and rows:
-        writing["matrices laid out"] = float(laid_out_bytes(student.model, recipe.student.lora is not None))
+    if program and rows and (laid_out := laid_out_bytes(student.model, recipe.student.lora is not None)):
+        writing["matrices laid out"] = float(laid_out)
     late = recipe.scores_late()
     kept = _kept(recipe, models, scored if late else responses * rollout.max_tokens)
     visits = max(reader.visits for reader in models.readers)

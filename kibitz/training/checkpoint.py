@@ -71,32 +71,6 @@ def damage(checkpoint: Path) -> str | None:
     return None if step == step_of(checkpoint) else f"it is that of step {step} under another name"
 
 
-def save(
-    folder: Path,
-    step: int,
-    student: LanguageModel,
-    stateful: Mapping[str, dict[str, Tensor]],
-    state: dict[str, Any],
-    keep: int,
-    ranks: Ranks = ALONE,
-) -> Path:
-    """Write the checkpoint of a step, then delete all but the last `keep`. If that fails, the older ones stay whole.
-    `stateful` are the states of the optimizer and of what else has one, by the names of their files. Of several processes the
-    first writes, and of a state that is sharded each its own part."""
-    final = _place(folder, step)
-    in_parts = {name: kept for name, kept in stateful.items() if sharded_files.are_in(kept.values())}
-    whole = {name: kept for name, kept in stateful.items() if name not in in_parts}
-    ranks.first(lambda: _clean(final.parent))
-    with _in_the_making(final, ranks) as temporary:
-        ranks.first(lambda: _write_student(temporary, step, student, state))
-        ranks.first(lambda: _write_states(temporary, whole))
-        for name, kept in in_parts.items():
-            sharded_files.write(kept, temporary / "training" / name)
-        ranks.first(lambda: _write_manifest(temporary))
-    ranks.first(lambda: _drop_old(folder, keep))
-    return final
-
-
 def begin_to_save(
     folder: Path,
     step: int,
@@ -104,27 +78,32 @@ def begin_to_save(
     stateful: Mapping[str, dict[str, Tensor]],
     state: dict[str, Any],
     keep: int,
+    ranks: Ranks = ALONE,
 ) -> Callable[[], None]:
-    """Write the student and return what is left of `save`, for another thread: to write `stateful`, most of the bytes, which must
-    not change meanwhile, and to finish the folder. Of one process, and nothing in parts."""
-    final = _place(folder, step)
-    _clean(final.parent)
+    """Write the student of a step and return what is left to do: to write `stateful`, most of the bytes, which must not change
+    until then, to give the folder its name, and to delete all but the last `keep`. Of one process another thread may do it. If
+    anything fails, the older ones stay whole.
+
+    `stateful` are the states of the optimizer and of what else has one, by the names of their files. Of several processes the
+    first writes, and of a state that is sharded each its own part."""
+    final = folder / "checkpoints" / f"step-{step:06d}"
+    in_parts = {name: kept for name, kept in stateful.items() if sharded_files.are_in(kept.values())}
+    whole = {name: kept for name, kept in stateful.items() if name not in in_parts}
+    ranks.first(lambda: _clean(final.parent))
     with ExitStack() as stack:
-        temporary = stack.enter_context(_in_the_making(final))
-        _write_student(temporary, step, student, state)
+        temporary = stack.enter_context(_in_the_making(final, ranks))
+        ranks.first(lambda: _write_student(temporary, step, student, state))
         rest = stack.pop_all()
 
     def finish() -> None:
         with rest:
-            _write_states(temporary, stateful)
-            _write_manifest(temporary)
-        _drop_old(folder, keep)
+            ranks.first(lambda: _write_states(temporary, whole))
+            for name, kept in in_parts.items():
+                sharded_files.write(kept, temporary / "training" / name)
+            ranks.first(lambda: _write_manifest(temporary))
+        ranks.first(lambda: [remove(old) for old in checkpoints(folder)[:-keep]])
 
     return finish
-
-
-def _place(folder: Path, step: int) -> Path:
-    return folder / "checkpoints" / f"step-{step:06d}"
 
 
 def _write_student(folder: Path, step: int, student: LanguageModel, state: dict[str, Any]) -> None:
@@ -141,11 +120,6 @@ def _write_states(folder: Path, stateful: Mapping[str, dict[str, Tensor]]) -> No
 def _write_manifest(folder: Path) -> None:
     sums = _sums(folder, sorted(str(path.relative_to(folder)) for path in _files(folder)))
     (folder / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=1), encoding="utf-8")
-
-
-def _drop_old(folder: Path, keep: int) -> None:
-    for old in checkpoints(folder)[:-keep]:
-        remove(old)
 
 
 def _clean(folder: Path) -> None:

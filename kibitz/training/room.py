@@ -4,7 +4,7 @@ on what else the machine does.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +32,8 @@ MOST_IN_CHUNK = 2048
 SHARE_OF_GRADIENTS = 0.25
 """Whole gradients that would take more are reduced after each micro-batch."""
 ON_A_CPU = 640 * 2**20
-"""Bytes of activations of a micro-batch on a CPU, which is no faster for more. Not of what is free: that changes with what else
-the machine does."""
+"""Bytes of activations of a micro-batch on a CPU. They do not follow from what is free: that changes with what else the machine
+does, and the order of sums with it."""
 ENOUGH = 4096
 """Tokens of a micro-batch that keep a GPU busy: activations are recomputed where fewer would fit."""
 
@@ -71,10 +71,10 @@ def fitted(recipe: Recipe, models: Sequence[LanguageModel], longest: int, ranks:
     student = models[0]
     if (free := free_bytes(student.device)) is not None:
         recipe = _chosen(recipe, models, longest, min(ranks.gather(free)), ranks.size)
-    elif student.device.type == "cpu" and "tokens_per_micro_batch" not in recipe.optim.model_fields_set:
+    elif student.device.type == "cpu":
         config = student.model.config.get_text_config()
         layers, width, itemsize = config.num_hidden_layers, config.hidden_size, student.model.dtype.itemsize
-        recipe = with_choice_of_cpu(recipe, layers, width, itemsize, _kept(student, longest))
+        recipe = with_choice_of_cpu(recipe, layers, width, itemsize, lambda: _kept(student, longest))
     if recipe.optim.checkpointing:
         student.recompute_activations()
     if student.device.type == "cuda" and ranks.size == 1 and _leaves_open_compiling(recipe):
@@ -137,13 +137,13 @@ def with_choices(recipe: Recipe, sizes: Sizes, longest: int, free: float, proces
     return recipe.model_copy(update={"optim": optim.model_copy(update=chosen)})
 
 
-def with_choice_of_cpu(recipe: Recipe, num_layers: int, width: int, itemsize: int, kept: float) -> Recipe:
-    """The recipe with the tokens of a micro-batch on a CPU, if it leaves them open: no more than it has, and than keep
-    `ON_A_CPU` bytes. `kibitz check` asks the same."""
+def with_choice_of_cpu(recipe: Recipe, num_layers: int, width: int, itemsize: int, kept: Callable[[], float]) -> Recipe:
+    """The recipe with the tokens of a micro-batch on a CPU, if it leaves them open: no more than the default, and no more than
+    keep `ON_A_CPU` bytes, of which `kept` tells those of a token. `kibitz check` asks the same."""
     optim = recipe.optim
     if "tokens_per_micro_batch" in optim.model_fields_set:
         return recipe
-    per_token = recomputed_bytes(num_layers, width, itemsize, kept) if optim.checkpointing else kept
+    per_token = recomputed_bytes(num_layers, width, itemsize, kept()) if optim.checkpointing else kept()
     tokens = max(1, min(optim.tokens_per_micro_batch, int(ON_A_CPU / per_token)))
     return recipe.model_copy(update={"optim": optim.model_copy(update={"tokens_per_micro_batch": tokens})})
 

@@ -44,11 +44,13 @@ class Saver:
         self.wait()
         states, keep = {name: kept.state() for name, kept in stateful.items()}, self.config.keep
         wanted = is_gpu(student.device) if self.config.background is None else self.config.background
-        if last or not wanted or self.ranks.size > 1:
-            checkpoint.save(self.folder, step, student, states, state, keep, self.ranks)
+        behind = wanted and not last and self.ranks.size == 1
+        if behind:
+            states = {name: _held(kept, student.device) for name, kept in states.items()}
+        finish = checkpoint.begin_to_save(self.folder, step, student, states, state, keep, self.ranks)
+        if not behind:
+            finish()
             return
-        held = {name: _held(kept, student.device) for name, kept in states.items()}
-        finish = checkpoint.begin_to_save(self.folder, step, student, held, state, keep)
         self._done = threading.Event()
         threading.Thread(target=self._run, args=(finish, self._done), name="checkpoint", daemon=True).start()
 

@@ -15,11 +15,10 @@ def told(engine: Engine, teacher: Teacher | None, ledger: Ledger) -> dict[str, A
     row = engine.metrics() | ({} if teacher is None else teacher.metrics())
     busy = {phase: spans for phase in (WRITES, SCORES) if (spans := row.pop(f"{phase}_busy", None)) is not None}
     if busy:
-        here = {SCORES: _spans(ledger, "scoring"), LEARNS: _spans(ledger, "training")}
-        row["timeline"] = {phase: spans for phase, spans in here.items() if spans or phase == LEARNS} | busy
+        row["timeline"] = {SCORES: _spans(ledger, "scoring"), LEARNS: _spans(ledger, "training")} | busy
     return row
 
 
 def _spans(ledger: Ledger, phase: str) -> list[list[float]]:
-    """When this process was in a phase: scoring, where the teacher is in it."""
+    """When this process was in a phase. It scores if the teacher is in it."""
     return [[round(start, 3), round(end, 3)] for name, start, end in ledger.spans if name == phase]

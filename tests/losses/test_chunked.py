@@ -1,10 +1,15 @@
 """The chunked loss is the naive one: value, gradient of the hidden states, gradient of the head."""
 
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from support.paths import ROOT
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kibitz.losses import CrossEntropy, Divergence, PolicyGradient, chunked, over_chunks
 from kibitz.losses.divergences import jsd
@@ -111,6 +116,42 @@ def test_blocks_of_rows_change_nothing(name, rows, monkeypatch):
         found.append([loss.detach(), *values.values(), *gradients(loss, hidden_TD, head)])
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+class Shapes(TorchDispatchMode):
+    """The results of all operations that have a shape."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.names = shape, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.shape == self.shape and not func.is_view:
+            self.names.append(func._schema.name.removeprefix("aten::"))
+        return result
+
+
+def test_the_gradient_of_a_matrix_is_one_tensor_for_all_chunks():
+    """It is made once, added to by each product, and scaled where it lies; no chunk has one of its own."""
+    hidden_TD, _, tokens = example()
+    head = nn.Linear(D, V, bias=False).double()
+    with Shapes((V, D)) as made:
+        over_chunks(Divergence(), hidden_TD, head, tokens, 3)[0].backward()
+    assert made.names == ["zeros_like", "addmm_", "addmm_", "addmm_", "mul_"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of a process are Linux'")
+def test_memory_is_that_of_a_chunk_however_many_there_are():
+    """Six chunks in a process of its own, at a vocabulary of 151,936: less than four tensors of a chunk's logits, of which the
+    student's, the teacher's and their gradient are three. What blocks leave behind must not keep others out of their place."""
+    program = (
+        "from benchmarks import loss_forms\n"
+        "print(loss_forms.work('kibitz', 'reverse_kl', 151936, 8, 1320, 1, 4)['extra'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 4 * 2**25 * 4
 
 
 def test_a_head_of_two_matrices_and_a_bias():

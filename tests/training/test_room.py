@@ -71,6 +71,11 @@ def test_on_a_cpu_a_micro_batch_keeps_so_many_bytes_and_the_plan_knows(recompute
     assert room.fitted(given, [student, student], LONGEST, Ranks()).optim.tokens_per_micro_batch == 16_384
 
 
+def test_what_the_field_says_of_a_cpu_is_what_is_chosen():
+    said = config.OptimConfig.model_fields["tokens_per_micro_batch"].description
+    assert f"{room.ON_A_CPU >> 20} MiB" in said
+
+
 def test_what_a_recipe_gives_is_kept(folders, tmp_path):
     asks = asked(folders["qwen3"], tmp_path, optim={"tokens_per_micro_batch": 777, "checkpointing": False})
     shape = shape_of(ModelConfig(model=str(folders["qwen3"])), torch.bfloat16)

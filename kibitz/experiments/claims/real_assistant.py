@@ -77,8 +77,8 @@ def _reading(name: str, about: str, data: str, **changes: Any) -> Arm:
 
 def _recovery(name: str, about: str, start: str) -> Arm:
     changes = OPD | {"student": {"model": f"arm:{start}"}}
-    arm = Arm(name, about, changes, rates=RECOVERING, data="prompts", judge=BOTH, measures=(*BOTH, "chat"))
-    return arm if name == RECOVERED else replace(arm, rate_of=RECOVERED)
+    arm = Arm(name, about, changes, data="prompts", judge=BOTH, measures=(*BOTH, "chat"))
+    return replace(arm, rates=RECOVERING) if name == RECOVERED else replace(arm, rate_of=RECOVERED)
 
 
 def _policy(name: str) -> Arm:
