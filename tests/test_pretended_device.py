@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.chat_stub import Endpoint, says
 from support.models import make_model
-from support.pretended import Counts, WrongDevice, pretended
+from support.pretended import DEVICE, NAME, Counts, WrongDevice, only_pretended, pretended
 from support.runs import recipe
 from support.vllm_stub import Stub
 
@@ -21,7 +21,7 @@ from kibitz.training.setup import prepare
 from kibitz.training.trainer import NullProgress, Trainer
 
 ROLLOUT = {"prompts_per_step": 3, "samples_per_prompt": 2, "max_tokens": 5}
-QUICK = {"device": "gpu", "rollout": ROLLOUT, "eval": {"every": 0, "num_prompts": 2, "heatmaps": 1}}
+QUICK = {"device": DEVICE, "rollout": ROLLOUT, "eval": {"every": 0, "num_prompts": 2, "heatmaps": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_a_step_of_everything(tree, name):
     (row,), _, trainer = steps(tree(**CASES[name]))
     assert row["grad_norm"] > 0
     assert row["loss"] != 0 or name == "grpo"  # whose advantages add up to zero where all responses have one length
-    assert trainer.student.device.type == "gpu"
+    assert trainer.student.device.type == DEVICE
 
 
 def test_the_judge_of_gad_learns_and_then_the_student(tree):
@@ -135,7 +135,7 @@ def test_numbers_are_those_of_the_cpu(tree, home, tmp_path):
         for name in ("loss", "reverse_kl", "student_logp", "teacher_entropy", "grad_norm", "response_tokens"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
     for ours, theirs in zip(trainer.student.model.parameters(), on_cpu.student.model.parameters(), strict=True):
-        torch.testing.assert_close(ours.held, theirs)
+        torch.testing.assert_close(getattr(ours, "held", ours).cpu(), theirs)
 
 
 # ------------------------------------------------------------------ whole runs
@@ -169,14 +169,14 @@ def test_a_run_goes_on_from_its_checkpoint(tree, name):
     assert [row["step"] for row in rows] == [1, 2]
     assert rows[1]["grad_norm"] > 0
     states = [value for part in trainer.optimizer.parts for one in part.state.values() for value in one.values()]
-    assert {value.device.type for value in states if isinstance(value, torch.Tensor)} <= {"gpu"}
+    assert {value.device.type for value in states if isinstance(value, torch.Tensor)} <= {DEVICE}
 
 
 def test_the_room_of_a_count_is_beside_its_parameter():
     """A sharded optimizer reads its checkpoint into it."""
     with pretended():
-        optimizer = Optimizer(torch.nn.Linear(2, 2).to("gpu"), OptimConfig())
-        assert {optimizer.room(f"weight|{key}").device.type for key in ("step", "exp_avg")} == {"gpu"}
+        optimizer = Optimizer(torch.nn.Linear(2, 2).to(DEVICE), OptimConfig())
+        assert {optimizer.room(f"weight|{key}").device.type for key in ("step", "exp_avg")} == {DEVICE}
 
 
 def test_evaluation_heat_maps_and_checkpoints(tree):
@@ -230,7 +230,8 @@ def test_an_offloaded_teacher(tree, home, how):
     teacher = {"model": str(home / "teacher"), "offload": how}
     rows, counts, trainer = steps({**tree(teacher=teacher), "output": str(home / how)})
     assert rows[0]["loss"] == resident[0]["loss"]
-    assert sum(number for line, number in counts.copies.items() if line.startswith("models/")) > 10
+    if DEVICE == NAME:
+        assert sum(number for line, number in counts.copies.items() if line.startswith("models/")) > 10
     (model,) = trainer.setup.parts.teacher.models
     assert {p.device.type for p in model.model.model.layers.parameters()} == {"cpu"}
 
@@ -255,6 +256,7 @@ def test_several_teachers_decide_together_where_their_states_wait(tree, home, mo
 # ------------------------------------------------------------------ the device itself
 
 
+@only_pretended
 def test_devices_that_meet_are_refused_and_waits_are_counted():
     with pretended() as counts:
         there, here = torch.ones(3, device="gpu"), torch.ones(3)
@@ -267,6 +269,7 @@ def test_devices_that_meet_are_refused_and_waits_are_counted():
     assert sum(counts.waits.values()) == 3
 
 
+@only_pretended
 def test_page_locked_memory_is_known():
     with pretended():
         here = torch.empty(3, pin_memory=True)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kibitz.batching import without_padding
 from kibitz.config import RecipeError
@@ -20,6 +19,7 @@ from kibitz.losses.balance import load_balance
 from kibitz.models import lora, quantized
 from kibitz.models.flops import forward_flops, num_experts
 from kibitz.models.head import body_of, build_head, keep_float32
+from kibitz.models.layers import compile_layers, layers_of
 from kibitz.models.progress import no_progress_bars
 from kibitz.models.rotary import hold_rotations
 from kibitz.signals import Batch
@@ -53,7 +53,7 @@ class LanguageModel(nn.Module):
 
     `adapter` is the LoRA part of `model`, if that alone is trained; `placement` is None where the weights stay on
     `model.device`; `writer` writes the weights of `save` into a folder; a `packed` model reads rows without padding
-    (`kibitz.models.packing`); a `compiled` one compiles its forward pass and the backward pass, not the engine's steps.
+    (`kibitz.models.packing`); a `compiled` one compiles each layer's forward and backward pass, not the engine's steps.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class LanguageModel(nn.Module):
         keep_float32(model.get_output_embeddings())
         with self.loaded():
             self.head, self.head_stands_alone = build_head(model, self.vocab_size, name)
-        # in a tuple, so that it is no second child
-        self._compiled = (torch.compile(self._body(), dynamic=True),) if compiled else ()
+        if compiled:
+            compile_layers(model)
 
     @property
     def device(self) -> torch.device:
@@ -147,9 +147,8 @@ class LanguageModel(nn.Module):
 
     def _read(self, ids_BL: Tensor, position_BL: Tensor | None, **wanted: bool) -> Any:
         positions = {} if position_BL is None else {"position_ids": position_BL}
-        body = self._compiled[0] if self._compiled else self._body()
         with self.loaded():
-            return body(ids_BL, use_cache=False, **positions, **wanted)
+            return self._body()(ids_BL, use_cache=False, **positions, **wanted)
 
     def _states(self, output: Any) -> Tensor:
         return output.last_hidden_state if self.head_stands_alone else output.logits
@@ -214,7 +213,7 @@ class LanguageModel(nn.Module):
 
     def recompute_activations(self) -> None:
         """Activation checkpointing: keep only the input of each layer and recompute the rest in the backward pass."""
-        layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        layers: list[Any] = layers_of(self.model)
         if not layers:
             raise ValueError(
                 f"optim.checkpointing: {type(self.model).__name__} has no layers that can be recomputed: leave it out"

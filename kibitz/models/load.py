@@ -150,7 +150,6 @@ def load_student(
     if options:
         quantized.finish(model)
     adapter = lora.attach(model, config.lora, seed) if resumed_from is None else lora.load(model, resumed_from)
-    lora.allow_tf32(model.dtype)
     if resumed_from is not None:
         check_finite(model, str(resumed_from), "student")
     return LanguageModel(model if options else model.to(device), tokenizer, "student", adapter, compiled=config.compile)

@@ -7,9 +7,10 @@ read, such a folder is loaded as the base with the adapter merged into it.
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,14 @@ class Adapter:
         self.peft.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
 
 
-def allow_tf32(dtype: torch.dtype) -> None:
-    """Let a GPU multiply by A and B in TF32, in an eighth of the time, where the base, of `dtype`, is less precise anyway: they
-    alone are float32 then."""
-    if dtype != torch.float32:
-        torch.backends.cuda.matmul.allow_tf32 = True
+def allow_tf32(adapter: Adapter | None, dtypes: Iterable[torch.dtype]) -> Callable[[], None]:
+    """Let a GPU multiply by A and B, which are float32, in TF32: in an eighth of the time. torch has one setting for the whole
+    process, so that is done only where every model of a run, of `dtypes`, is less precise anyway. Return what puts it back."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    if adapter is not None and torch.float32 not in dtypes:
+        matmul.allow_tf32 = True
+    return partial(setattr, matmul, "allow_tf32", before)
 
 
 def require_peft() -> None:

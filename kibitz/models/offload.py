@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kibitz.config import FrozenConfig
 from kibitz.models import quantized
 from kibitz.models.language_model import LanguageModel, Placement
+from kibitz.models.layers import layers_of
 from kibitz.models.load import load_model, load_tokenizer, load_weights, pick_dtype
 from kibitz.models.streamed import Streamed
 from kibitz.types import is_gpu
@@ -63,7 +63,7 @@ def offloaded(
     for as long as the model is used; `layers`: each decoder layer for its own forward pass. The rest is always resident."""
     head = model.get_output_embeddings()
     resident = set() if head is None else {id(tensor) for tensor in head.parameters()}
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = layers_of(model)
     if how == "layers" and not layers:
         raise ValueError(
             f"{role}.offload: {type(model).__name__} has no layers that could be fetched one by one: write offload=body"

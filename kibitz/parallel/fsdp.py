@@ -170,7 +170,6 @@ def load_sharded(
     if config.lora is not None:
         with _zero_stride_weights(bare):
             adapter = lora.attach(bare, config.lora, seed) if resumed_from is None else lora.load(bare, resumed_from)
-        lora.allow_tf32(bare.dtype)
     writer = ShardedWriter(bare, adapter)
     student = LanguageModel(bare, tokenizer, "student", adapter, writer=writer)
     _shard(student, ranks, MixedPrecisionPolicy(reduce_dtype=torch.float32), reshard=True)

@@ -37,6 +37,9 @@ does, and the order of sums with it."""
 ENOUGH = 4096
 """Tokens of a micro-batch that keep a GPU busy: activations are recomputed where fewer would fit."""
 
+WORTH_COMPILING = 50_000_000
+"""Parameters of the largest model. A smaller one has taken its steps before a compiler is done."""
+
 
 @dataclass(frozen=True)
 class Room:
@@ -78,7 +81,8 @@ def fitted(recipe: Recipe, models: Sequence[LanguageModel], longest: int, ranks:
     if recipe.optim.checkpointing:
         student.recompute_activations()
     if student.device.type == "cuda" and ranks.size == 1 and _leaves_open_compiling(recipe):
-        for model in models:
+        worth = max(model.num_parameters for model in models) >= WORTH_COMPILING
+        for model in models if worth else ():
             compile_if_same(model)
     return recipe
 

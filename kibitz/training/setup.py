@@ -35,6 +35,7 @@ from kibitz.models.load import (
     single_tokens,
     stop_ids,
 )
+from kibitz.models.lora import allow_tf32
 from kibitz.models.packing import pack_rows
 from kibitz.models.rotary import rotations_vary
 from kibitz.parallel import fsdp
@@ -73,9 +74,12 @@ class Setup:
     evaluator: Evaluator | None
     servers: Served
     """Those that the run has started."""
+    put_back: Callable[[], None]
+    """Undoes what the run has set for the whole process."""
 
     def close(self) -> None:
         """Let go of servers and of what the teacher holds; end the servers that the run has started."""
+        self.put_back()
         self.engine.close()
         if self.parts.teacher is not None:
             self.parts.teacher.close()
@@ -178,7 +182,9 @@ def _loaded(
     stream = PromptStream(prompts, recipe.seed, recipe.data.shuffle)
     looked_at = held_out or _some_to_show(recipe, prompts, ranks)
     evaluator = _evaluator(parts, engine, looked_at, grader, bool(held_out)) if looked_at else None
-    return Setup(parts, folder, resumed_from, known, learner, engine, stream, grader, evaluator, servers)
+    dtypes = [model.model.dtype for model in _models(student, teacher, reference)]
+    put_back = allow_tf32(student.adapter, dtypes)  # behind all that can fail
+    return Setup(parts, folder, resumed_from, known, learner, engine, stream, grader, evaluator, servers, put_back)
 
 
 def _grader(recipe: Recipe, prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> Grader | None:

@@ -24,6 +24,7 @@ from kibitz.models import lora
 from kibitz.models.load import load_student, load_tokenizer
 from kibitz.signals import Scored
 from kibitz.training import checkpoint
+from kibitz.training.setup import prepare
 from kibitz.types import Prompt, Sampling
 
 # Of peft alone, where the tests use it as others do; kibitz has to load it without one.
@@ -71,14 +72,21 @@ def test_a_new_student_is_its_base(kind, tmp_path):
     assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in student.model.named_parameters())
 
 
-@pytest.mark.parametrize(("dtype", "allowed"), [("bfloat16", True), ("float32", False)])
-def test_a_gpu_may_multiply_the_halves_in_tf32_where_the_base_is_less_precise(tmp_path, dtype, allowed):
+@pytest.mark.parametrize(
+    ("student", "teacher", "allowed"),
+    [("bfloat16", "bfloat16", True), ("bfloat16", "float32", False), ("float32", "float32", False)],
+)
+def test_a_gpu_may_multiply_the_halves_in_tf32_where_all_else_is_less_precise(
+    models, tmp_path, student, teacher, allowed
+):
+    """And only while the run lasts: torch has one setting for all runs of a process."""
     matmul = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, False
-    config = StudentConfig(model=str(make_model(tmp_path / "base")), dtype=dtype, lora={"rank": 2})
-    load_student(config, CPU, load_tokenizer(ModelConfig(model=config.model), "student"))
-    found, matmul.allow_tf32 = matmul.allow_tf32, before
-    assert found is allowed
+    assert matmul.allow_tf32 is False
+    sections = recipe(*models, tmp_path, student={"lora": {"rank": 2}, "dtype": student}, teacher={"dtype": teacher})
+    setup = prepare(sections)
+    assert matmul.allow_tf32 is allowed
+    setup.close()
+    assert matmul.allow_tf32 is False
 
 
 def test_all_linear_is_every_matrix_but_the_head(tmp_path):

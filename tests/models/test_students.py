@@ -12,11 +12,14 @@ from transformers import AutoModelForCausalLM
 import kibitz
 from kibitz.batching import pack
 from kibitz.config import OptimConfig, Recipe
+from kibitz.engines.torch import TorchEngine
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import CrossEntropy
 from kibitz.models.compiled import compile_if_same
+from kibitz.models.layers import are_compiled, compile_layers
 from kibitz.optim import Optimizer
 from kibitz.training.room import _leaves_open_compiling
+from kibitz.types import Prompt, Sampling
 
 SCORED = [a_rollout([1, 5, 6], [7, 8, 9, 4]), a_rollout([1, 9], [4, 4, 5, 6, 7]), a_rollout([1, 2, 3, 4, 5, 6], [9])]
 
@@ -229,34 +232,64 @@ def test_a_body_is_compiled_where_that_changes_nothing_but_rounding(tmp_path):
     ids_BL = torch.arange(20)[None]
     before = model.hidden(ids_BL)
     assert compile_if_same(model)
-    assert model._compiled
+    assert are_compiled(model.model)
     torch.testing.assert_close(model.hidden(ids_BL), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler here")
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_layers_of_one_shape_are_compiled_once(tmp_path):
+    """Three layers take as many compiled forms as one, recomputed ones too: one with gradients and one without."""
+    forms = []
+    for layers in (1, 3):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model = language_model(make_model(tmp_path / str(layers), num_hidden_layers=layers), compile=True)
+        model.recompute_activations()
+        loss_of(model).backward()
+        forms.append(torch._dynamo.utils.counters["frames"]["ok"])
+    assert forms[0] == forms[1] > 0
+
+
+def test_an_engine_steps_through_layers_as_they_are(tmp_path, monkeypatch):
+    """What is compiled is called for whole sequences alone: by the body, and by an engine that checks itself against it."""
+    model, called = language_model(make_model(tmp_path, num_hidden_layers=2)), []
+
+    def compiled(layer, dynamic: bool):
+        return lambda *args, **options: (called.append(1), layer(*args, **options))[1]
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    compile_layers(model.model)
+    TorchEngine(model).generate([Prompt((2, 3), "", "key")], Sampling(max_tokens=4))
+    assert len(called) <= 2
+    called.clear()
+    model.hidden(torch.arange(6)[None])
+    assert len(called) == 2
 
 
 class Wrong:
     """What a compiler made that is not the model."""
 
-    def __init__(self, body, kind: str):
-        self.body, self.kind = body, kind
+    def __init__(self, layer, kind: str):
+        self.layer, self.kind = layer, kind
 
     def __call__(self, *args, **options):
         if self.kind == "fails":
             raise RuntimeError("no compiler")
-        output = self.body(*args, **options)
-        far = {"differs": 1.01, "with gradients": 1.0 + 1e-6 * torch.is_grad_enabled()}[self.kind]
-        output.last_hidden_state = output.last_hidden_state * far
-        return output
+        far = {"differs": 1.01, "with gradients": 1.0 + 2**-23 * torch.is_grad_enabled()}[self.kind]
+        return self.layer(*args, **options) * far
 
 
 @pytest.mark.parametrize(
     ("kind", "why"),
-    [("fails", "no compiler"), ("differs", "differs by"), ("with gradients", "whether there are gradients")],
+    [("fails", "no compiler"), ("differs", "is off by"), ("with gradients", "whether there are gradients")],
 )
 def test_a_body_that_would_compute_something_else_stays_as_it_is(tmp_path, monkeypatch, caplog, kind, why):
     model = language_model(make_model(tmp_path))
-    monkeypatch.setattr(torch, "compile", lambda body, dynamic: Wrong(body, kind))
+    monkeypatch.setattr(torch, "compile", lambda layer, dynamic: Wrong(layer, kind))
     assert not compile_if_same(model)
-    assert not model._compiled
+    assert not are_compiled(model.model)
     assert why in caplog.text
 
 
