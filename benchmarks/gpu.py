@@ -3,11 +3,11 @@ takes, beside what `kibitz check` says.
 
     python benchmarks/gpu.py                  # one H100 or H200, about nine minutes; writes benchmarks/gpu-CARD.json
     python benchmarks/gpu.py --tiny           # a CPU, a minute: shows that everything runs, and no more
-    python benchmarks/gpu.py --arms floor,full-1.7B
+    python benchmarks/gpu.py --arms floor,full-1.7B --tokens 256
 
 Nothing is downloaded: models have Qwen3's shapes and random weights, prompts are made-up words. Each arm has a process of
-its own and is written down as it ends; arms that stand in the file are not run again. benchmarks/README.md says how to
-read the table.
+its own and is written down as it ends, and each step of it before that; arms that are whole in the file are not run again.
+benchmarks/README.md says how to read the table.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,8 @@ class Scale:
 
 def shape(hidden: int, inner: int, layers: int, heads: int, tied: bool = True) -> dict[str, int]:
     sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
-    return {
-        **sizes,
-        "num_attention_heads": heads,
-        "num_key_value_heads": max(1, heads // 2),
-        "tie_word_embeddings": tied,
-    }
+    heads_of = {"num_attention_heads": heads, "num_key_value_heads": max(1, heads // 2)}
+    return sizes | heads_of | {"tie_word_embeddings": tied}
 
 
 QWEN3 = {
@@ -59,10 +55,10 @@ FULL = Scale(151_669, QWEN3, 64, 4, 200, 1024, 380, "cuda")
 TINY = Scale(2_000, SMALL, 4, 2, 6, 24, 150, "cpu")
 
 STUDENTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "full-0.6B": ("0.6B", "1.7B", {}),
     "full-1.7B": ("1.7B", "8B", {}),
     "lora-1.7B": ("1.7B", "8B", {"student": {"lora": {"rank": 32}}}),
     "sampled-1.7B": ("1.7B", "8B", {"method": {"type": "opd", "support": "sampled"}}),
-    "full-0.6B": ("0.6B", "1.7B", {}),
     "long-tail-0.6B": ("0.6B", "1.7B", {"rollout": {"stop": "ENDS"}}),
 }
 PEERS = {f"trl-{arm}": arm for arm in ("full-1.7B", "lora-1.7B", "full-0.6B")}
@@ -88,7 +84,7 @@ def make_model(home: Path, name: str, scale: Scale) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>", pad_token="<pad>")
     tokenizer.chat_template = TEMPLATE
     config = Qwen3Config(
-        vocab_size=scale.vocab, max_position_embeddings=4096, head_dim=128 if scale is FULL else 16,
+        vocab_size=scale.vocab, max_position_embeddings=4096, head_dim=128 if scale.shapes is QWEN3 else 16,
         bos_token_id=None, eos_token_id=0, pad_token_id=1, **scale.shapes[name],
     )  # fmt: skip
     torch.manual_seed(len(name))
@@ -145,9 +141,15 @@ def train(home: Path, arm: str, scale: Scale) -> dict[str, Any]:
     import kibitz
 
     tree = recipe(home, arm, scale)
-    row = kibitz.train(tree, overwrite=True).metrics[-1]
+    start = time.perf_counter()
+    rows = kibitz.train(tree, overwrite=True).metrics
+    took = {"run_seconds": time.perf_counter() - start, "first_step_seconds": rows[0]["seconds"]}
+    return kept_of(rows[-1]) | took | plan_of(tree, scale)
+
+
+def kept_of(row: dict[str, Any]) -> dict[str, Any]:
     kept = ("seconds", "tokens_per_second", "num_tokens", "longest_response", "peak_bytes", "grad_norm", "mismatch")
-    return {name: row[name] for name in kept if name in row} | plan_of(tree, scale)
+    return {name: row[name] for name in kept if name in row}
 
 
 def plan_of(tree: dict[str, Any], scale: Scale) -> dict[str, Any]:
@@ -185,11 +187,8 @@ def resume(home: Path, arm: str, scale: Scale) -> dict[str, Any]:
     kibitz.train(tree, overwrite=True)
     start = time.perf_counter()
     run = kibitz.train({**tree, "steps": 2}, resume=True)
-    return {
-        "steps": len(run.metrics),
-        "grad_norm": run.metrics[-1]["grad_norm"],
-        "seconds": time.perf_counter() - start,
-    }
+    seconds, row = time.perf_counter() - start, run.metrics[-1]
+    return {"steps": len(run.metrics), "grad_norm": row["grad_norm"], "seconds": seconds}
 
 
 def decode(home: Path, arm: str, scale: Scale) -> dict[str, Any]:
@@ -254,7 +253,7 @@ def table(found: dict[str, Any]) -> str:
     head = ("arm", "step s", "rollouts", "scoring", "training", "floor s", "tokens/s", "peak GiB", "planned")
     lines.append(" ".join(f"{title:>12}" for title in head))
     for arm, row in found.items():
-        if "planned_bytes" not in row:
+        if "planned_bytes" not in row:  # of another kind, or unfinished
             if arm != "floor":
                 lines.append(f"{arm:>12} {json.dumps(row)}")
             continue
@@ -270,10 +269,8 @@ def table(found: dict[str, Any]) -> str:
 
 def floor_seconds(row: dict[str, Any], top: dict[str, Any]) -> float:
     """The least that a step could take: what rollouts read by the memory's speed, all else by that of the matrix units."""
-    if not top:
-        return 0.0
     other = sum(number for name, number in row["floor_flops"].items() if name != "student_sampling")
-    return row["floor_bytes"] / (top["terabytes"] * 1e12) + other / (top["teraflops"] * 1e12)
+    return 0.0 if not top else row["floor_bytes"] / (top["terabytes"] * 1e12) + other / (top["teraflops"] * 1e12)
 
 
 def main() -> None:
@@ -282,17 +279,21 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join(ARMS), help="which, with commas between them")
     parser.add_argument("--out", type=Path, help="the JSON file; else by the name of the card")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--minutes", type=float, default=9.0, help="begin no arm after so many; the same command goes on"
-    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="begin no arm after so many; run it again to go on")
+    parser.add_argument("--tokens", type=int, help="of a response; default: 1,024")
     options = parser.parse_args()
     scale = TINY if options.tiny else FULL
+    if options.tokens is not None:
+        scale = replace(scale, max_tokens=options.tokens)
     if options.work is not None:  # the process of one arm
         result = measure(options.work, options.arms, scale)
         (options.work / f"{options.arms}.json").write_text(json.dumps(result))
         return
-    out = options.out or HERE / ("gpu-tiny.json" if options.tiny else f"gpu-{card()}.json")
+    tokens = [] if options.tokens is None else ["--tokens", str(options.tokens)]
+    name = "-".join(["gpu", "tiny" if options.tiny else card(), *tokens[1:]])
+    out = options.out or HERE / f"{name}.json"
     found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    found = {arm: row for arm, row in found.items() if "unfinished" not in row}
     begun, left = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as home:
         for arm in [name for name in options.arms.split(",") if name not in found]:
@@ -300,10 +301,18 @@ def main() -> None:
             if start - begun > 60 * options.minutes and not options.tiny:
                 left.append(arm)
                 continue
-            again = [sys.executable, __file__, "--work", home, "--arms", arm, *(["--tiny"] if options.tiny else [])]
-            done = subprocess.run(again, stderr=subprocess.PIPE, text=True)
-            if done.returncode:
-                print(f"{arm} failed:\n{done.stderr[-3000:]}", file=sys.stderr)
+            again = [
+                sys.executable,
+                __file__,
+                "--work",
+                home,
+                "--arms",
+                arm,
+                *(["--tiny"] if options.tiny else []),
+                *tokens,
+            ]
+            if (error := run_arm(again, arm, Path(home), found, out)) is not None:
+                print(f"{arm} failed:\n{error[-3000:]}", file=sys.stderr)
                 continue
             found[arm] = json.loads((Path(home) / f"{arm}.json").read_text())
             out.write_text(json.dumps(found, indent=1) + "\n")
@@ -312,6 +321,21 @@ def main() -> None:
         print(f"left for the same command once more: {', '.join(left)}")
     if missing := set(options.arms.split(",")) - found.keys() - {*left}:
         sys.exit(f"failed: {', '.join(sorted(missing))}")
+
+
+def run_arm(command: list[str], arm: str, home: Path, found: dict[str, Any], out: Path) -> str | None:
+    """Run an arm in its process; while it runs, write down each step that it has finished, so that a machine that is taken away
+    leaves more than nothing. What it said, if it failed."""
+    said, rows, steps = home / f"{arm}.err", 0, home / f"run-{arm}" / "metrics.jsonl"
+    with said.open("w") as stream, subprocess.Popen(command, stderr=stream) as process:
+        while process.poll() is None:
+            time.sleep(0.5)
+            lines = steps.read_text().rpartition("\n")[0].splitlines() if steps.exists() else []
+            if len(lines) > rows:
+                rows = len(lines)
+                unfinished = {"unfinished": [kept_of(json.loads(line)) for line in lines]}
+                out.write_text(json.dumps({**found, arm: unfinished}, indent=1) + "\n")
+    return said.read_text() if process.returncode else None
 
 
 def card() -> str:

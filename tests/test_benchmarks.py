@@ -36,6 +36,22 @@ def test_every_arm_runs_on_a_cpu_and_is_not_run_again(tmp_path):
     assert (again.returncode, again.stdout) == (0, "")
 
 
+def test_steps_of_an_arm_are_written_down_before_it_ends(tmp_path):
+    """And such an arm is run again: the file says that it is unfinished."""
+    rows = tmp_path / "run-arm" / "metrics.jsonl"
+    rows.parent.mkdir()
+    program = (
+        f"import pathlib, sys, time; rows = pathlib.Path({str(rows)!r}); out = pathlib.Path({str(tmp_path / 'out.json')!r})\n"
+        'rows.write_text(\'{"step": 1, "seconds": {"sampling": 3.0}}\\n{"step": 2, "sec\')\n'
+        "while not out.exists(): time.sleep(0.05)\n"
+        "sys.exit('out of memory')"
+    )
+    error = gpu.run_arm([sys.executable, "-c", program], "arm", tmp_path, {"floor": {}}, tmp_path / "out.json")
+    assert error == "out of memory\n"
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found == {"floor": {}, "arm": {"unfinished": [{"seconds": {"sampling": 3.0}}]}}
+
+
 def test_the_table_has_the_floor_beside_the_step():
     """5 GB at 1 TB/s and 3 TFLOP at 10 TFLOP/s; the FLOPs of rollouts are done while they read."""
     flops = {"student_sampling": 9e12, "student_training": 2e12, "teacher_scoring": 1e12}

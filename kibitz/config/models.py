@@ -21,9 +21,9 @@ class ModelConfig(Section):
     )
     compile: bool = Field(
         False,
-        description="Compile the forward and backward pass of the loss (torch.compile). The first steps take minutes, later "
-        "ones less time; numbers differ by rounding from those of a model that is not compiled. Set in no section, on CUDA: "
-        "where a check at the start finds nothing but rounding.",
+        description="Compile each layer's forward and backward pass (torch.compile). That takes half a minute, and later steps "
+        "less time; numbers differ by rounding from those of a model that is not compiled. Set in no section, on CUDA: "
+        "models of 50 million parameters and more, where a check at the start finds nothing but rounding.",
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the checkpoint. Off: it is a risk."
