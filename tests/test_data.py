@@ -15,6 +15,7 @@ import kibitz
 from kibitz import graders
 from kibitz.config import DataConfig
 from kibitz.data import PromptStream, encode_prompt, encode_response, load_grader, load_prompts, turn_end
+from kibitz.data.once import reading_once
 from kibitz.types import Prompt
 
 
@@ -484,3 +485,18 @@ def test_a_template_that_refuses_one_row_names_it(tmp_path):
     path = write(tmp_path / "p.jsonl", *({"prompt": text} for text in ("yes", "no", "yes again")))
     with pytest.raises(ValueError, match=r"p\.jsonl, line 2: .*not that"):
         load_prompts(DataConfig(prompts=path), chat_tokenizer(refusing))
+
+
+def test_a_command_reads_the_same_prompts_once(tmp_path):
+    """Its check and its run ask for the same; a file that changes between two commands is read again."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "1+2"}\n')
+    data = DataConfig(prompts=str(path))
+    with reading_once():
+        first = load_prompts(data, tokenizer())
+        path.write_text('{"prompt": "3+4"}\n')
+        first.append(first[0])
+        assert [prompt.text for prompt in load_prompts(data, tokenizer())] == ["1+2"]
+        assert [prompt.text for prompt in load_prompts(data, qwen_tokenizer())] == ["3+4"]
+        assert [prompt.text for prompt in load_prompts(data, tokenizer(), room=9)] == ["3+4"]
+    assert [prompt.text for prompt in load_prompts(data, tokenizer())] == ["3+4"]

@@ -70,14 +70,16 @@ def run_training(out: Output, recipe: "Recipe", again: list[str], *, resume: boo
     """Train with a bar; on Ctrl-C or SIGTERM say where the run is and how to go on. The exit code is that of a process
     which the signal ended, 130 or 143."""
     from kibitz import report
+    from kibitz.data.once import reading_once
     from kibitz.training import trainer
     from kibitz.training.stopping import BetweenSteps
 
     try:
-        if out.live:
-            _look_first(out, recipe)
-        with out.bar() as bar:
-            run = trainer.train(recipe, resume=resume, overwrite=overwrite, progress=bar)
+        with reading_once():
+            if out.live:
+                _look_first(out, recipe)
+            with out.bar() as bar:
+                run = trainer.train(recipe, resume=resume, overwrite=overwrite, progress=bar)
         if out.is_main:
             report.build([run.folder])
         return run

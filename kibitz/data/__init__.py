@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from kibitz import graders, worlds
 from kibitz.config import Columns, DataConfig
 from kibitz.data.columns import Conversation, conversation_of, text_of
+from kibitz.data.once import remembered
 from kibitz.data.rows import read_rows
 from kibitz.data.templates import (
     check_template,
@@ -45,6 +46,19 @@ def load_prompts(
 ) -> list[Prompt]:
     """All prompts of a `data` section, as the student will read them. `demonstrations`: rows need a response; all of them,
     unless there may be `gaps`. `room` is the number of tokens that the models have for a prompt and its response."""
+    asked = (config, seed, demonstrations, gaps, room)
+    named = (type(tokenizer), tokenizer.name_or_path, tokenizer.chat_template)
+    return remembered((asked, named), lambda: _read_prompts(config, tokenizer, *asked[1:]))
+
+
+def _read_prompts(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    demonstrations: bool,
+    gaps: bool,
+    room: int | None,
+) -> list[Prompt]:
     rows = list(read_rows(config, seed, demonstrations))
     prompts = []
     for first in range(0, len(rows), TOGETHER):
