@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from kibitz.config import RolloutConfig
 from kibitz.engines import Engine
+from kibitz.engines.overlap import Overlapped
 from kibitz.engines.spread import of_first, spread
 from kibitz.engines.torch import TorchEngine
 from kibitz.engines.vllm import VLLMEngine
@@ -45,4 +47,9 @@ def make_engine(
     """The student's engine, for all processes."""
     kind = ENGINES[config.engine]
     make = partial(kind.make, config, student, folder, probe)
-    return spread(make(), ranks) if kind.in_process else of_first(make, ranks)
+    if kind.in_process:
+        return spread(make(), ranks)
+    first: list[Any] = []
+    ranks.first(lambda: first.append(make()))
+    engine = of_first(first, ranks)
+    return Overlapped(engine, first, config, student, ranks) if config.max_staleness else engine
