@@ -61,6 +61,7 @@ class Overlapped:
             str, tuple[str, list[Rollout]]
         ] = {}  # what is written, by the prompt's key, and by which server
         self._last: dict[str, tuple[float, Sequence[Rollout]]] = {}
+        self._count: Count = uncounted
         self._missing, self._sampling = False, Sampling(max_tokens=1)
         self._busy, self._num_tokens, self._lock = Busy(), 0, threading.Lock()
         self._strange, self._failing = 0, 0.0  # times that weights were others; since when something has been missing
@@ -70,7 +71,8 @@ class Overlapped:
     ) -> list[Rollout]:
         if not getattr(self._here, "is_background", False):
             return self.engine.generate(prompts, sampling, on_ready, count)
-        self._sampling, wanted = sampling, [prompt for prompt in prompts if prompt.key not in self._kept]
+        self._sampling, self._count = sampling, count
+        wanted = [prompt for prompt in prompts if prompt.key not in self._kept]
         with self._busy.working():
             jobs = [
                 self.servers.submit_among(
@@ -79,9 +81,7 @@ class Overlapped:
                 for prompt in wanted
             ]
             written = [rollouts for rollouts in self.servers.gather(jobs) if rollouts is not None]
-        new = [rollout for rollouts in written for rollout in rollouts]
-        self._num_tokens += sum(rollout.num_tokens for rollout in new)
-        count(self.student, new)
+        self._num_tokens += sum(rollout.num_tokens for rollouts in written for rollout in rollouts)
         self._missing = len(written) < len(wanted)
         if self._missing:
             raise Unfinished
@@ -119,6 +119,8 @@ class Overlapped:
         self._kept = {key: kept for key, kept in self._kept.items() if kept[0] not in strangers}
         self._last.clear()
         self._ask(held)
+        if whole:  # what was thrown away is not counted
+            self._count(self.student, [rollout for _, rollouts in self._kept.values() for rollout in rollouts])
         return whole
 
     def _ask(self, held: Mapping[str, Held]) -> None:

@@ -123,44 +123,49 @@ def test_each_prompt_is_asked_once_and_weights_are_brought_once_for_all(by_two):
 # ------------------------------------------------------------------ at the same time
 
 
+class CountDown:
+    """Opens at the call of `count` with this number."""
+
+    def __init__(self, number: int):
+        self.number, self.called, self.lock, self.opened = number, 0, threading.Lock(), threading.Event()
+
+    def count(self) -> int:
+        """Return the number of this call."""
+        with self.lock:
+            self.called += 1
+            if self.called == self.number:
+                self.opened.set()
+            return self.called
+
+    def wait(self) -> bool:
+        return self.opened.wait(600)
+
+
 def test_the_server_writes_while_both_processes_are_at_work(two_models, tmp_path):
     """The server keeps the rollouts of the second step until the teacher has been asked about all of the first, and the teacher
     does not answer before the server has been asked for all of the second: processes that did one after the other would wait
     for ever."""
-    written, scored, waited = threading.Semaphore(0), threading.Semaphore(0), []
-    wanted, asked, lock = PROMPTS * SAMPLES, [0], threading.Lock()
-    begun, taught = threading.Event(), threading.Event()
+    begun, taught, waited = CountDown(2 * PROMPTS), CountDown(PROMPTS * SAMPLES), []
 
     class Keeping(Stub):
         def answer(self, path, body):
-            if path == "/v1/completions" and body["n"] == SAMPLES:
-                with lock:
-                    asked[0] += 1
-                    number = asked[0]
-                if number == 2 * PROMPTS:
-                    begun.set()
-                if number > PROMPTS:
-                    waited.append(taught.wait(600))
+            if path == "/v1/completions" and body["n"] == SAMPLES and begun.count() > PROMPTS:
+                waited.append(taught.wait())
             return super().answer(path, body)
 
     class Slow(Stub):
         def answer(self, path, body):
             if path == "/inference/v1/generate" and len(body["token_ids"]) > 2:
-                scored.release()
-                if scored._value >= wanted:
-                    taught.set()
-                waited.append(begun.wait(600))
+                taught.count()
+                waited.append(begun.wait())
             return super().answer(path, body)
 
-    method = {
-        "support": "top_k",
-        "top_k": 8,
-    }  # of the student: the teacher is asked when the step is scored, not before
+    method = {"support": "top_k", "top_k": 8}  # of the student: asked about when the step is scored, not before
     with Keeping(two_models[0]) as writer, Slow(two_models[1]) as teacher:
-        asks = job(two_models, writer.url, tmp_path / "run", steps=2, eval={"num_prompts": 0}, method=method)
+        asks = job(two_models, writer.url, tmp_path / "run", steps=2, eval={"num_prompts": 2}, method=method)
         asks["recipe"]["teacher"] = {"url": teacher.url, "patience": 600.0}
         torchrun(2, [asks], tmp_path)
-    assert len(waited) >= wanted + PROMPTS and all(waited)
+    assert len(waited) == 2 * PROMPTS * SAMPLES + PROMPTS and all(waited)
     first, second = rows(tmp_path / "run", "metrics")
     assert (first["staleness"], second["staleness"]) == (0, 1)
     lanes = first["timeline"]
