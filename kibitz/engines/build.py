@@ -21,7 +21,8 @@ from kibitz.types import Prompt
 class Kind:
     """`make(config, student, folder, probe)` makes it: `folder` is the run's; on the prompts of `probe` servers are
     compared with the student. `in_process`: it writes with the student's weights in this process, so that each process
-    writes its share, and a teacher can write along; the others the first process alone has."""
+    writes its share, and a teacher can write along; the others the first process alone has, unless they write one step
+    ahead."""
 
     make: Callable[[RolloutConfig, LanguageModel, Path, Sequence[Prompt]], Engine]
     in_process: bool

@@ -30,8 +30,9 @@ from kibitz.types import Prompt, Rollout, Sampling
 
 @dataclass(frozen=True)
 class _Told:
-    """What a process tells the first one. `last`: each server's last rollouts, and the time at which they came. `lost`: the
-    servers that it could not reach. `missing`: whether anything is. The rest goes into the metrics."""
+    """What a process tells the first one. `last`: each server's last rollouts, and when they came, in seconds since all were told
+    whom to ask, because the clocks of machines differ. `lost`: the servers that it could not reach. `missing`: whether
+    anything is. The rest goes into the metrics."""
 
     last: Mapping[str, tuple[float, Sequence[Rollout]]]
     lost: Collection[str]
@@ -54,14 +55,13 @@ class Overlapped:
         self.servers = Servers(config.server.model_copy(update=share), config.urls, "student")
         self.completions = Completions(student.vocab_size)
         self._here = threading.local()
-        self._held: dict[
-            str, tuple[Held, int]
-        ] = {}  # of the servers to ask: how, and how often they had been lost by then
-        self._kept: dict[
-            str, tuple[str, list[Rollout]]
-        ] = {}  # what is written, by the prompt's key, and by which server
+        # Of the servers to ask: how, and how often each had been lost by then.
+        self._held: dict[str, tuple[Held, int]] = {}
+        # What is written: by which server, by the prompt's key.
+        self._kept: dict[str, tuple[str, list[Rollout]]] = {}
         self._last: dict[str, tuple[float, Sequence[Rollout]]] = {}
         self._count: Count = uncounted
+        self._since = 0.0
         self._missing, self._sampling = False, Sampling(max_tokens=1)
         self._busy, self._num_tokens, self._lock = Busy(), 0, threading.Lock()
         self._strange, self._failing = 0, 0.0  # times that weights were others; since when something has been missing
@@ -125,6 +125,7 @@ class Overlapped:
 
     def _ask(self, held: Mapping[str, Held]) -> None:
         """Ask these servers from now on."""
+        self._since = time.monotonic()
         self._held = {one.url: (held[one.url], one.lost) for one in self.servers.servers if one.url in held}
 
     def _usable(self, server: Server) -> bool:
@@ -135,7 +136,7 @@ class Overlapped:
         rollouts = self.completions.write(server, self._held[server.url][0], prompt, sampling)
         with self._lock:
             self._kept[prompt.key] = server.url, rollouts
-            self._last[server.url] = time.time(), rollouts[-1:]
+            self._last[server.url] = time.monotonic() - self._since, rollouts[-1:]
         on_ready(rollouts)
         return rollouts
 

@@ -1,7 +1,9 @@
 """What torchrun starts in a test: one run after another, from a JSON file of `kibitz.train` arguments and of what goes wrong.
 
-A job's `kill` is the step after which the first process kills itself; `at` names a step, a file and a text, which is written
-there when that step begins; `told` is where each process writes with which error its run ended, and which threads are left."""
+A job's `signal` names a step and the signal that the first process sends itself after it; `at` names a step, a file and a text,
+which is written there when that step begins; `told` is where each process writes with which error its run ended, and which
+threads are left.
+"""
 
 import gc
 import json
@@ -57,7 +59,7 @@ class Troubled(NullProgress):
     """Brings a job's trouble about, in the process that watches."""
 
     def __init__(self, job: dict):
-        self.kill, self.at, self.begun = job.get("kill"), job.get("at"), 0
+        self.signal, self.at, self.begun = job.get("signal"), job.get("at"), 0
 
     def phase(self, name: str) -> None:
         self.begun += name == "rollouts"
@@ -65,15 +67,15 @@ class Troubled(NullProgress):
             Path(self.at[1]).write_text(self.at[2])
 
     def step(self, row: dict[str, Any]) -> None:
-        if row["step"] == self.kill:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.signal is not None and row["step"] == self.signal[0]:
+            os.kill(os.getpid(), getattr(signal, self.signal[1]))
 
 
 def failure(job: dict) -> dict[str, Any]:
     """The error of a run that fails, and the threads of kibitz that do not end."""
     try:
         train(job)
-    except Exception as error:  # noqa: BLE001  # the test looks at it
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # the test looks at it
         found = {"type": type(error).__name__, "text": str(error)}
     else:
         found = {"type": None, "text": ""}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.receiver import Receiver
 from support.runs import recipe, timeless
 from support.torchrun import started, torchrun
 from support.train_together import train
@@ -37,6 +38,7 @@ def job(models, url: str, output: Path, resume: bool = False, server: dict | Non
     """A run of prompts that two processes do not share evenly."""
     rollout = {"engine": "vllm", "urls": [url] if url else [], "max_staleness": 1, "prompts_per_step": PROMPTS}
     rollout |= {"samples_per_prompt": SAMPLES, "max_tokens": 8, "store": True, "server": server or {"patience": 600.0}}
+    rollout |= sections.pop("rollout", {})
     given = {"steps": STEPS, "save": {"every": 1, "keep": 9}, "optim": {"lr": 0.01}, "eval": {"num_prompts": 4}}
     return {"recipe": recipe(*models, output, rollout=rollout, **given | sections), "resume": resume}
 
@@ -78,6 +80,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "in_parts": {"parallel": IN_PARTS},
     "behind": {"save": {"every": 1, "keep": 9, "background": True}, "eval": {"num_prompts": 4, "every": 1}},
     "kdrl": {"method": {"type": "kdrl"}},
+    "embedded": {"rollout": {"engine": "torch", "urls": []}},
 }
 
 
@@ -86,7 +89,7 @@ def alone(two_models, tmp_path_factory) -> Path:
     """The runs of one process."""
     folder = tmp_path_factory.mktemp("alone")
     with Stub(two_models[0]) as stub:
-        for name in ("plain", "behind", "kdrl"):
+        for name in ("plain", "behind", "kdrl", "embedded"):
             train(job(two_models, stub.url, folder / name, **RUNS[name]))
     return folder
 
@@ -173,6 +176,21 @@ def test_the_server_writes_while_both_processes_are_at_work(two_models, tmp_path
     scoring, sampling = lanes["teacher_scoring"], lanes["student_sampling"]
     assert any(a < end and start < b for a, b in scoring for start, end in sampling), "both were at work"
     assert first["rollout_bytes_per_token"] > 0
+
+
+def test_a_teacher_on_a_server_begins_in_the_process_that_will_ask(two_models, tmp_path):
+    """It is asked once about each rollout, while others are written: two processes with different shares would ask twice."""
+    asked, method = {}, {"support": "sampled"}
+    for name in ("one", "two"):
+        with Stub(two_models[0]) as writer, Stub(two_models[1]) as teacher:
+            asks = job(two_models, writer.url, tmp_path / name, method=method)
+            asks["recipe"]["teacher"] = {"url": teacher.url, "patience": 600.0}
+            train(asks) if name == "one" else torchrun(2, [asks], tmp_path)
+            bodies = [body for path, _, body in teacher.asked if path == "/inference/v1/generate"]
+            asked[name] = sorted(tuple(body["token_ids"]) for body in bodies if len(body["token_ids"]) > 2)
+    assert asked["one"] == asked["two"] and len(asked["two"]) == len(set(asked["two"]))
+    assert texts(tmp_path / "two") == texts(tmp_path / "one")
+    assert len(asked["two"]) == len({(key, tuple(ids)) for _, key, ids in texts(tmp_path / "two")})
 
 
 # ------------------------------------------------------------------ what goes wrong
@@ -283,7 +301,7 @@ def test_what_other_weights_wrote_is_written_again(two_models, tmp_path):
 def test_a_killed_run_goes_on_to_the_same_bits(name, by_two, two_models, tmp_path):
     with Stub(two_models[0]) as stub:
         asks = job(two_models, stub.url, tmp_path / "run", **RUNS[name])
-        answer = started(2, [asks | {"kill": 3}], tmp_path)
+        answer = started(2, [asks | {"signal": [3, "SIGKILL"]}], tmp_path)
         assert answer.returncode != 0 and not rows(tmp_path / "run", "metrics")[3:]
         newest = checkpoint.checkpoints(tmp_path / "run")[-1]
         assert newest.name == "step-000002" and (newest / "training" / "ahead.safetensors").exists()
@@ -292,7 +310,19 @@ def test_a_killed_run_goes_on_to_the_same_bits(name, by_two, two_models, tmp_pat
     assert_same_bits(tmp_path / "run", by_two[0] / name)
 
 
-# ------------------------------------------------------------------ servers that the run starts, and adapters
+def test_a_signal_to_one_process_stops_both_behind_a_step_and_they_go_on_to_the_same_bits(by_two, two_models, tmp_path):
+    """What is written ahead by then is saved, and nothing is left at work."""
+    with Stub(two_models[0]) as stub:
+        asks = job(two_models, stub.url, tmp_path / "run", save={"every": 0})
+        torchrun(2, [asks | {"signal": [2, "SIGTERM"], "told": str(tmp_path / "told")}], tmp_path)
+        said = [json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in range(2)]
+        assert [one["type"] for one in said] == ["KeyboardInterrupt"] * 2 and not any(one["threads"] for one in said)
+        assert [path.name for path in checkpoint.checkpoints(tmp_path / "run")] == ["step-000002"]
+        torchrun(2, [asks | {"resume": True}], tmp_path)
+    assert_same_bits(tmp_path / "run", by_two[0] / "plain")
+
+
+# ------------------------------------------------------------------ ways of the weights, and servers that the run starts
 
 
 def alive(pid: int) -> bool:
@@ -318,6 +348,18 @@ def test_a_server_of_the_run_that_is_killed_while_it_writes_ahead_is_replaced(
         time.sleep(0.1)
     assert not left
     assert texts(tmp_path / "run") == texts(by_two[0] / "plain")
+
+
+def test_a_student_in_parts_is_sent_by_nccl_while_nothing_is_written(by_two, two_models, tmp_path):
+    """By the channel of `sync: nccl`, for which all processes gather each weight."""
+    with Stub(two_models[0], bend=(receiver := Receiver())) as stub:
+        receiver.stub = stub
+        server = {"patience": 600.0, "sync": "nccl"}
+        asks = job(two_models, stub.url, tmp_path / "run", server=server, parallel=IN_PARTS)
+        torchrun(2, [asks | {"stand_in": True}], tmp_path)
+        paths = [path for path, _, _ in stub.asked]
+    assert paths.count("/finish_weight_update") == STEPS + 1 and "/collective_rpc" not in paths
+    assert_same_run(tmp_path / "run", by_two[0] / "plain")
 
 
 class Adapted(Stub):
