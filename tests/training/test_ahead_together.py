@@ -15,12 +15,11 @@ from support.receiver import Receiver
 from support.runs import recipe, timeless
 from support.torchrun import started, torchrun
 from support.train_together import train
+from support.vllm_faults import Refusing, Replaced, Restarted, seed_of
 from support.vllm_program import program
 from support.vllm_stub import Stub
 
 from kibitz.config import ModelConfig
-from kibitz.engines.completions import SEEDS
-from kibitz.engines.sampling import row_seed
 from kibitz.files import JSONL
 from kibitz.models.load import load_model
 from kibitz.training import checkpoint
@@ -196,23 +195,6 @@ def test_a_teacher_on_a_server_begins_in_the_process_that_will_ask(two_models, t
 # ------------------------------------------------------------------ what goes wrong
 
 
-class Refusing(Stub):
-    """Refuses the request with this seed."""
-
-    seed = -1
-
-    def answer(self, path, body):
-        if path == "/v1/completions" and body["seed"] == self.seed:
-            return 400, {"error": {"message": "this prompt is not for me"}}
-        return super().answer(path, body)
-
-
-def seed_of(folder: Path, step: int, place: int) -> int:
-    """Of the request for a prompt of a step, counted from 0."""
-    keys = list(dict.fromkeys(row["prompt_key"] for row in rows(folder, "stored") if row["step"] == step + 1))
-    return row_seed(step, keys[place], 0) % SEEDS  # the seed of these recipes is 0
-
-
 @pytest.mark.parametrize("place", [0, -1], ids=["first", "last"])
 def test_what_one_process_is_refused_ends_both_in_the_same_sentence(place, by_two, two_models, tmp_path):
     """And after that both can do another run: neither waits in a collective of which the other knows nothing."""
@@ -229,23 +211,6 @@ def test_what_one_process_is_refused_ends_both_in_the_same_sentence(place, by_tw
     )
     assert json.loads((tmp_path / "refused" / "run.json").read_text())["status"] == "failed"
     assert len(rows(tmp_path / "after", "metrics")) == 2
-
-
-class Restarted(Stub):
-    """Dies at the request with this seed; what is asked of it then finds nobody. Whoever brings weights finds it started anew,
-    with the weights of its folder, unless it stays dead."""
-
-    seed, stays_dead, down = -1, False, False
-    times = 1
-
-    def answer(self, path, body):
-        if path == "/v1/completions" and body["seed"] == self.seed and self.times:
-            self.times -= 1
-            self.down = True
-        if self.down and (path != "/collective_rpc" or self.stays_dead):
-            return None
-        self.down = False
-        return super().answer(path, body)
 
 
 @pytest.mark.parametrize("name", ["plain", "in_parts"])
@@ -267,19 +232,6 @@ def test_a_server_that_stays_away_ends_both_in_the_same_sentence(by_two, two_mod
     said = [json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in range(2)]
     assert said[0] == said[1] and said[0]["type"] == "ServerError" and said[0]["threads"] == []
     assert f"the student at {stub.url} cannot be reached" in said[0]["text"] and "--resume" in said[0]["text"]
-
-
-class Replaced(Stub):
-    """Loads the weights of its folder at the request with this seed, and nobody notices: no request fails."""
-
-    seed = -1
-
-    def answer(self, path, body):
-        if path == "/v1/completions" and body["seed"] == self.seed:
-            self.seed = -1
-            with self._lock:
-                self.model.model.load_state_dict(self.base, strict=False)
-        return super().answer(path, body)
 
 
 def test_what_other_weights_wrote_is_written_again(two_models, tmp_path):
