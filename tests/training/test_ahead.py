@@ -3,6 +3,7 @@ has the same bits."""
 
 import json
 import threading
+import time
 from itertools import groupby
 
 import pytest
@@ -148,6 +149,35 @@ def test_a_server_that_dies_at_each_prompt_ends_the_run(two_models, tmp_path):
         with pytest.raises(ServerError, match="did not stay up until all rollouts of a step were written.*--resume"):
             stored(two_models, stub, tmp_path / "run", patience=1.0)
     assert not [one.name for one in threading.enumerate() if one.name == "kibitz-ahead"]
+
+
+def test_a_run_that_fails_while_a_server_writes_leaves_no_thread(two_models, tmp_path):
+    """The server never answers: its requests are given up."""
+    over, first = threading.Event(), threading.Semaphore(4)  # the prompts of the first step are answered
+
+    class Keeping(Stub):
+        def answer(self, path, body):
+            answer = super().answer(path, body)
+            if path == "/v1/completions" and body["n"] == 3:
+                if not first.acquire(blocking=False):
+                    over.wait(600)
+            return answer
+
+    class Failing(NullProgress):
+        def phase(self, name: str) -> None:
+            if name == "teacher":
+                raise RuntimeError("a grader is broken")
+
+    with Keeping(two_models[0]) as stub:
+        with pytest.raises(RuntimeError, match="a grader is broken"):
+            kibitz.train(tree(two_models, stub.url, tmp_path / "run"), progress=Failing())
+        until = time.monotonic() + 60
+        while (left := [one.name for one in threading.enumerate() if one.name == "kibitz-ahead"]) and (
+            time.monotonic() < until
+        ):
+            time.sleep(0.01)
+        over.set()
+    assert not left
 
 
 # ------------------------------------------------------------------ the embedded engine
