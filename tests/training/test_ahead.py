@@ -158,9 +158,8 @@ def test_a_run_that_fails_while_a_server_writes_leaves_no_thread(two_models, tmp
     class Keeping(Stub):
         def answer(self, path, body):
             answer = super().answer(path, body)
-            if path == "/v1/completions" and body["n"] == 3:
-                if not first.acquire(blocking=False):
-                    over.wait(600)
+            if path == "/v1/completions" and body["n"] == 3 and not first.acquire(blocking=False):
+                over.wait(600)
             return answer
 
     class Failing(NullProgress):
