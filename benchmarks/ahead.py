@@ -1,12 +1,12 @@
 """One step ahead against in time, with vLLM's server on one core and the trainer on another.
 
-    KIBITZ_VLLM=.venv-vllm/bin/python python benchmarks/ahead.py [--steps 12] [--cores 0,1] [--output benchmarks/ahead.json]
+    KIBITZ_VLLM=.venv-vllm/bin/python python benchmarks/ahead.py [--steps 12] [--cores 0,1] [--processes 1] [--output ahead.json]
 
 A random student of Qwen3's architecture under a teacher of the same size learns from its own text, once with `max_staleness: 0`
-and once with 1. `kibitz train` starts and ends the server itself; the program that it starts pins it to the second core, the
-trainer is pinned to the first. Printed: seconds of a step without the first two, in which both kinds wait alike, and by the run's
-own timeline the seconds in which the server wrote while the trainer learnt. Nothing else should run on either core. The runs and
-their reports, whose timeline shows the same, stay in runs/ahead/.
+and once with 1. `kibitz train`, or `torchrun` of several of it, starts and ends the server itself; the program that it starts
+pins it to the second core, and all processes of the trainer are pinned to the first. Printed: seconds of a step without the first
+two, in which both kinds wait alike, and by the run's own timeline the seconds in which the server wrote while the trainer learnt.
+Nothing else should run on either core. The runs and their reports, whose timeline shows the same, stay in runs/ahead/.
 """
 
 import argparse
@@ -99,7 +99,9 @@ def measured(kind: str, staleness: int, asks: argparse.Namespace) -> dict[str, A
     # Both stop at their own core: OMP_NUM_THREADS is that of the server as well.
     environment = os.environ | {"KIBITZ_VLLM": str(pinned(theirs, FOLDER)), "OMP_NUM_THREADS": "1",
                                 "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}  # fmt: skip
-    trained = [sys.executable, "-m", "kibitz", "train", str(path), "--overwrite", "--quiet"]
+    several = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(asks.processes), "-m"]
+    trained = [sys.executable, "-m", *(several if asks.processes > 1 else [])]
+    trained += ["kibitz", "train", str(path), "--overwrite", "--quiet"]
     subprocess.run(["taskset", "-c", str(ours), *trained], check=True, env=environment)
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     kept = rows[WARM_UP:]
@@ -120,13 +122,20 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--cores", default="0,1", help="of the trainer and of the server")
+    parser.add_argument("--processes", type=int, default=1, help="that train")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("ahead.json"))
     asks = parser.parse_args()
     if "KIBITZ_VLLM" not in os.environ:
         parser.error("name the Python that has vLLM by KIBITZ_VLLM")
     FOLDER.mkdir(parents=True, exist_ok=True)
     prepare(FOLDER)
-    found: dict[str, Any] = {"steps": asks.steps, "rollouts": asks.rollouts, "tokens": asks.tokens, **SIZES}
+    found: dict[str, Any] = {
+        "steps": asks.steps,
+        "processes": asks.processes,
+        "rollouts": asks.rollouts,
+        "tokens": asks.tokens,
+        **SIZES,
+    }
     for kind, staleness in KINDS.items():
         found[kind] = measured(kind, staleness, asks)
         asks.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -97,8 +97,8 @@ class RolloutConfig(Section):
         ge=0,
         le=1,
         description="By how many steps the weights that wrote a rollout may be older than the student that learns from it. 1: "
-        "servers write the next rollouts while this step trains (AsyncOPD, 2606.24143); the embedded engine writes the same "
-        "text before it, which saves no time and shows what staleness does. 0: on-policy.",
+        "servers write the next rollouts while this step trains, for several processes each its share (AsyncOPD, 2606.24143); "
+        "the embedded engine writes the same text before it, which saves no time and shows what staleness does. 0: on-policy.",
     )
     prompts_per_step: int = Field(64, ge=1, description="64: Thinking Machines' default.")
     samples_per_prompt: int = Field(4, ge=1, description="4: Thinking Machines' default; grpo needs at least 2.")

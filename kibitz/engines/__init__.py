@@ -1,6 +1,7 @@
 """Engines write responses. They know token ids and no text; seeds decide every token, the batch decides none."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 from kibitz.ledger import Count, uncounted
@@ -37,10 +38,25 @@ class Engine(Protocol):
         ...
 
 
-@runtime_checkable
-class Checked(Protocol):
-    """An engine that writes elsewhere, perhaps while the student's weights are about to change."""
+class Unfinished(Exception):
+    """Not all is written: servers failed in the background, and are looked after by `Overlapping.settle`."""
 
-    def believed(self) -> bool:
-        """Whether what `generate` wrote last has the log-probabilities that the student, as it is now, gives it."""
+
+@runtime_checkable
+class Overlapping(Protocol):
+    """An engine that can write elsewhere while the student learns, for several processes their shares. All of them call `begin`
+    and `settle` in the same order; in between a thread of each may write, and calls nothing that processes do together."""
+
+    def begin(self) -> None:
+        """Make sure that servers hold the student's weights, and forget what was written in the background."""
+        ...
+
+    def in_background(self) -> AbstractContextManager[None]:
+        """A context inside which `generate`, called in this thread, writes this process's share, or raises `Unfinished`. What
+        is written is kept: called again, it writes what is missing."""
+        ...
+
+    def settle(self) -> bool:
+        """Return whether what all processes have written is whole, and came from the student's weights as they are now.
+        Otherwise servers are ready for another try of `generate`."""
         ...

@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from kibitz.config import RolloutConfig
 from kibitz.engines import Engine
+from kibitz.engines.overlap import Overlapped
 from kibitz.engines.spread import of_first, spread
 from kibitz.engines.torch import TorchEngine
 from kibitz.engines.vllm import VLLMEngine
@@ -19,7 +21,8 @@ from kibitz.types import Prompt
 class Kind:
     """`make(config, student, folder, probe)` makes it: `folder` is the run's; on the prompts of `probe` servers are
     compared with the student. `in_process`: it writes with the student's weights in this process, so that each process
-    writes its share, and a teacher can write along; the others the first process alone has."""
+    writes its share, and a teacher can write along; the others the first process alone has, unless they write one step
+    ahead."""
 
     make: Callable[[RolloutConfig, LanguageModel, Path, Sequence[Prompt]], Engine]
     in_process: bool
@@ -45,4 +48,9 @@ def make_engine(
     """The student's engine, for all processes."""
     kind = ENGINES[config.engine]
     make = partial(kind.make, config, student, folder, probe)
-    return spread(make(), ranks) if kind.in_process else of_first(make, ranks)
+    if kind.in_process:
+        return spread(make(), ranks)
+    first: list[Any] = []
+    ranks.first(lambda: first.append(make()))
+    engine = of_first(first, ranks)
+    return Overlapped(engine, first, config, student, ranks) if config.max_staleness else engine

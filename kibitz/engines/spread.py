@@ -1,6 +1,6 @@
 """Wrappers of an engine: one spreads its work over several processes, one enters its cost in the ledger."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,10 @@ def spread(engine: Engine, ranks: Ranks) -> Engine:
     return engine if ranks.size == 1 else _Spread(engine, ranks)
 
 
-def of_first(make: Callable[[], Engine], ranks: Ranks) -> Engine:
-    """An engine that the first process alone has, and which writes for all: one that speaks to servers."""
-    if ranks.size == 1:
-        return make()
-    made: list[Engine] = []
-    ranks.first(lambda: made.append(make()))
-    return _OfFirst(made, ranks)
+def of_first(engines: Sequence[Engine], ranks: Ranks) -> Engine:
+    """An engine that the first process alone has, and which writes for all: one that speaks to servers. `engines` is empty in
+    the others."""
+    return engines[0] if ranks.size == 1 else _OfFirst(engines, ranks)
 
 
 @dataclass(frozen=True)

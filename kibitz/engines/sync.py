@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from kibitz.batching import pack
 from kibitz.config.servers import RolloutServerConfig
+from kibitz.engines.completions import Held
 from kibitz.engines.ipc import IPCTransfer, Preferred
 from kibitz.engines.untied import add_head
 from kibitz.logprobs import gather_tokens, log_probs
@@ -159,7 +160,7 @@ def carrier(config: RolloutServerConfig, root: Path, student: LanguageModel) -> 
 
 
 @dataclass
-class _Held:
+class _Probed:
     """The last known state of a server: the version that it holds, how often it had been lost by then, and its answers to the
     probe, with the log-probabilities that the student gave them then."""
 
@@ -185,7 +186,7 @@ class Weights:
         self.carrier = carrier(config, Path(config.folder) if config.folder else folder / "weights", student)
         self.version, self._published = 0, False
         self._base: dict[str, str] = {}
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, _Probed] = {}
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
         self._lock, self._reading = threading.Lock(), threading.Lock()
         self._seconds: dict[str, float] = defaultdict(float)
@@ -198,8 +199,14 @@ class Weights:
     def model(self, server: Server) -> str:
         return self.carrier.model(self._base[server.url])
 
-    def salt(self, server: Server) -> str:
-        return f"kibitz-{self.version}-{server.lost}"
+    def held(self, server: Server) -> Held:
+        """How a server with the newest weights is asked."""
+        return Held(self.model(server), f"kibitz-{self.version}-{server.lost}")
+
+    def holds(self, server: Server) -> bool:
+        """Whether the server has the newest weights, as far as is known here."""
+        held = self._held.get(server.url)
+        return held is not None and (held.version, held.lost) == (self.version, server.lost)
 
     def publish(self, student: LanguageModel) -> None:
         self.student = student
@@ -211,9 +218,9 @@ class Weights:
     def ensure(self, server: Server) -> None:
         """Let the server hold the newest weights: after a sync, and after it was lost, when it may have forgotten them."""
         with self._locks[server.url]:
-            held = self._held.get(server.url)
-            if held is not None and (held.version, held.lost) == (self.version, server.lost):
+            if self.holds(server):
                 return
+            held = self._held.get(server.url)
             with self._lock:
                 if not self._published:
                     self.publish(self.student)
@@ -251,7 +258,7 @@ class Weights:
         yield
         self._seconds[part] = max(self._seconds[part], time.perf_counter() - start)
 
-    def _verified(self, server: Server, lost: int, before: _Held | None) -> _Held:
+    def _verified(self, server: Server, lost: int, before: _Probed | None) -> _Probed:
         answers = self.ask(server)
         gap, ours_T = self.gap(answers)
         if not gap <= self.config.tolerance:
@@ -267,7 +274,7 @@ class Weights:
                     f"{server.name} kept its old weights: the student's log-probabilities moved by {moved:.3g} nats and the "
                     "server's not at all, though it said that it took the new ones"
                 )
-        return _Held(self.version, lost, answers, ours_T, gap)
+        return _Probed(self.version, lost, answers, ours_T, gap)
 
 
 def _same(before: Sequence[Rollout], after: Sequence[Rollout]) -> bool:

@@ -78,14 +78,21 @@ class Ranks:
         """This process's share of the rollouts. Those of one prompt stay together, because advantages compare them."""
         if self.size == 1:
             return rollouts
-        keys = list(dict.fromkeys(rollout.prompt.key for rollout in rollouts))
-        if len(keys) < self.size:
+        return [rollouts[place] for place in self.places([rollout.prompt.key for rollout in rollouts])[self.rank]]
+
+    def places(self, keys: Sequence[str]) -> list[list[int]]:
+        """The places of each process's share of a list whose entries have these keys: those of one key stay together."""
+        different = list(dict.fromkeys(keys))
+        if len(different) < self.size:
             raise ValueError(
-                f"this step has rollouts of {len(keys)} prompts for {self.size} processes, and each needs one: raise "
+                f"this step has rollouts of {len(different)} prompts for {self.size} processes, and each needs one: raise "
                 "rollout.prompts_per_step, or start fewer processes"
             )
-        mine = set(self.part(keys))
-        return [rollout for rollout in rollouts if rollout.prompt.key in mine]
+        owner = {key: rank for rank in range(self.size) for key in replace(self, rank=rank).part(different)}
+        shares: list[list[int]] = [[] for _ in range(self.size)]
+        for place, key in enumerate(keys):
+            shares[owner[key]].append(place)
+        return shares
 
     def in_shares(self, work: Callable[[list[T]], list[U]], items: Sequence[T]) -> list[U]:
         """The results of `work` on all items, in order; each process works on its share, and all gather the results."""

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -22,14 +22,24 @@ class Busy:
             with self._lock:
                 self._spans.append((start, time.time()))
 
+    def add(self, spans: Iterable[Sequence[float]]) -> None:
+        """Enter times of another process: `[start, end]` of each, as its `take` gave them."""
+        with self._lock:
+            self._spans += [(start, end) for start, end in spans]
+
     def take(self) -> list[list[float]]:
         """The times since the last call, `[start, end]` in seconds since 1970; those that touch are one."""
         with self._lock:
-            spans, self._spans = sorted(self._spans), []
-        merged: list[list[float]] = []
-        for start, end in spans:
-            if merged and start <= merged[-1][1]:
-                merged[-1][1] = max(merged[-1][1], end)
-            else:
-                merged.append([start, end])
-        return [[round(start, 3), round(end, 3)] for start, end in merged]
+            spans, self._spans = self._spans, []
+        return merged(spans)
+
+
+def merged(spans: Iterable[Sequence[float]]) -> list[list[float]]:
+    """The times in order; those that touch are one."""
+    found: list[list[float]] = []
+    for start, end in sorted(map(tuple, spans)):
+        if found and start <= found[-1][1]:
+            found[-1][1] = max(found[-1][1], end)
+        else:
+            found.append([start, end])
+    return [[round(start, 3), round(end, 3)] for start, end in found]

@@ -149,6 +149,10 @@ class Broken(ServerError):
     """The answer arrived in pieces; the next one may be whole."""
 
 
+class NoneUsable(Exception):
+    """None of the servers that may be asked is left."""
+
+
 def _why(error: BaseException) -> str:
     """Return the message of the first error in a chain, which is the system's, or the kind of the last."""
     first: BaseException = error
@@ -204,6 +208,20 @@ class Servers:
         """`work(server)` in a thread, repeated as long as it fails in a way that passes."""
         return self._workers.submit(lambda: self._persist(work, self._choose, self._ready))
 
+    def submit_among(self, usable: Callable[[Server], bool], work: Callable[[Server], Any]) -> Future:
+        """The same by servers that are `usable`, while there is one; None without any. None of them is made ready."""
+
+        def choose() -> Server:
+            return self._choose(usable)
+
+        def job() -> Any:
+            try:
+                return self._persist(work, choose)
+            except NoneUsable:
+                return None
+
+        return self._workers.submit(job)
+
     def each(self, work: Callable[[Server], Any]) -> list[Any]:
         """`work` on every server, on all at the same time; the results in order."""
         return self.gather(
@@ -252,12 +270,14 @@ class Servers:
         for server in self.servers:
             server.close()
 
-    def _choose(self) -> Server:
-        """The next one that is up; else the one that may be back soonest."""
+    def _choose(self, usable: Callable[[Server], bool] = lambda server: True) -> Server:
+        """The next one that is up; else the one that may be back soonest. NoneUsable without any."""
         with self._lock:
             order = self.servers[self._next :] + self.servers[: self._next]
             self._next = (self._next + 1) % len(self.servers)
-        now = time.monotonic()
+        order, now = [one for one in order if usable(one)], time.monotonic()
+        if not order:
+            raise NoneUsable
         return min(order, key=lambda one: (one.gone, max(one.down_until, now)))
 
     def _persist(

@@ -6,7 +6,6 @@ from typing import cast
 import torch
 
 from kibitz.config import FrozenConfig, LocalTeacherConfig, Recipe, RecipeError, StudentTeacherConfig
-from kibitz.engines.build import ENGINES
 from kibitz.models import quantized
 from kibitz.models.load import pick_device
 from kibitz.parallel import fsdp
@@ -24,8 +23,6 @@ def meet(recipe: Recipe, prompts: Sequence[Prompt]) -> tuple[Ranks, torch.device
             f"optim.name: {recipe.optim.name} is for one process, and there are {ranks.size}: write optim.name=adamw"
         )
     quantized.refuse_several(recipe.student)
-    if recipe.rollout.max_staleness and not ENGINES[recipe.rollout.engine].in_process:
-        raise RecipeError("rollout.max_staleness: 1 is on servers for one process that trains: write 0, or start one")
     if recipe.student.compile:
         raise RecipeError(
             "student.compile: sharded layers are not compiled: write student.compile=false, or start one process"

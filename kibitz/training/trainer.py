@@ -301,7 +301,7 @@ class Trainer:
             "flops": costs["flops"],
             **highest(self.ranks.gather(costs)),
         }
-        row |= timeline.told(self.setup.engine, self.setup.parts.teacher, self.ledger)
+        row |= timeline.told(self.setup.engine, self.setup.parts.teacher, self.ledger, self.ranks)
         self.folder.metrics.append(row)
         self.progress.step(row)
         self._sound(self.guards.watch_step(row))

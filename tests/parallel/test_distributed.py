@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.models import make_model
-from support.paths import ROOT
 from support.receiver import Receiver
 from support.runs import recipe
+from support.torchrun import TORCHRUN, WORKER, torchrun
 from support.train_together import train
 from support.vllm_stub import Stub
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -31,9 +31,6 @@ from kibitz.parallel.ranks import Ranks, join
 from kibitz.training import checkpoint
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are started and stopped the POSIX way")
-
-WORKER = ROOT / "tests" / "support" / "train_together.py"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 RUNS = {
     "opd": {},
@@ -96,15 +93,6 @@ def peak_job(models, folder: Path, name: str, whole_copy: bool) -> dict:
     sections |= {"optim": {"tokens_per_micro_batch": 40}}
     tree = recipe(models[0].with_name("deep"), None, folder / name, **sections)
     return {"recipe": tree, "resume": False, "peak": str(folder / name)}
-
-
-def torchrun(num: int, jobs: list[dict], folder: Path) -> None:
-    path = folder / f"jobs-{num}.json"
-    path.write_text(json.dumps(jobs))
-    line = [*TORCHRUN, "--standalone", "--nproc-per-node", str(num), str(WORKER), str(path)]
-    answer = subprocess.run(line, capture_output=True, text=True, timeout=3600)
-    assert answer.returncode == 0, answer.stderr[-4000:]
-    assert answer.stdout.count("done") == num, answer.stdout
 
 
 @pytest.fixture(scope="module")

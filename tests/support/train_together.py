@@ -1,12 +1,21 @@
-"""What torchrun starts in test_distributed.py: one run after another, from a JSON file of `kibitz.train` arguments."""
+"""What torchrun starts in a test: one run after another, from a JSON file of `kibitz.train` arguments and of what goes wrong.
+
+A job's `signal` names a step and the signal that the first process sends itself after it; `at` names a step, a file and a text,
+which is written there when that step begins; `told` is where each process writes with which error its run ended, and which
+threads are left.
+"""
 
 import gc
 import json
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -14,6 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import kibitz
 from kibitz.parallel import sharded_files
+from kibitz.training.trainer import NullProgress
 
 
 def main() -> None:
@@ -28,6 +38,8 @@ def main() -> None:
             with peak_of_tensors() as peak:
                 train(job)
             Path(f"{job['peak']}-{os.environ['RANK']}.json").write_text(json.dumps(peak[0]))
+        elif "told" in job:
+            Path(f"{job['told']}-{os.environ['RANK']}.json").write_text(json.dumps(failure(job)))
         else:
             train(job)
     print("process", os.environ["RANK"], "done", flush=True)
@@ -36,8 +48,43 @@ def main() -> None:
 def train(job: dict) -> kibitz.Run:
     """The grader depends on the text alone and gives many different rewards."""
     return kibitz.train(
-        job["recipe"], resume=job["resume"], grader=lambda prompt, text: (sum(map(ord, prompt.text + text)) % 7) / 6
+        job["recipe"],
+        resume=job["resume"],
+        grader=lambda prompt, text: (sum(map(ord, prompt.text + text)) % 7) / 6,
+        progress=Troubled(job),
     )
+
+
+class Troubled(NullProgress):
+    """Brings a job's trouble about, in the process that watches."""
+
+    def __init__(self, job: dict):
+        self.signal, self.at, self.begun = job.get("signal"), job.get("at"), 0
+
+    def phase(self, name: str) -> None:
+        self.begun += name == "rollouts"
+        if self.at is not None and (name, self.begun) == ("rollouts", self.at[0]):
+            Path(self.at[1]).write_text(self.at[2])
+
+    def step(self, row: dict[str, Any]) -> None:
+        if self.signal is not None and row["step"] == self.signal[0]:
+            os.kill(os.getpid(), getattr(signal, self.signal[1]))
+
+
+def failure(job: dict) -> dict[str, Any]:
+    """The error of a run that fails, and the threads of kibitz that do not end."""
+    try:
+        train(job)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # the test looks at it
+        found = {"type": type(error).__name__, "text": str(error)}
+    else:
+        found = {"type": None, "text": ""}
+    until = time.monotonic() + 60
+    while (left := [one.name for one in threading.enumerate() if one.name.startswith("kibitz")]) and (
+        time.monotonic() < until
+    ):
+        time.sleep(0.05)
+    return found | {"threads": left}
 
 
 @contextmanager

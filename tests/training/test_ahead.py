@@ -3,17 +3,20 @@ has the same bits."""
 
 import json
 import threading
+import time
 from itertools import groupby
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.runs import Crash, recipe, timeless
+from support.vllm_faults import Replaced, Restarted, seed_of
 from support.vllm_stub import Stub
 
 import kibitz
 from kibitz import config
 from kibitz.config import RecipeError
+from kibitz.servers import ServerError
 from kibitz.training.trainer import NullProgress
 
 
@@ -81,6 +84,102 @@ def test_the_server_writes_while_the_student_learns(two_models, tmp_path):
         lanes = row["timeline"]
         assert list(lanes) == ["teacher_scoring", "student_training", "student_sampling"]
         assert lanes["teacher_scoring"][0][1] <= lanes["student_training"][-1][0]
+
+
+# ------------------------------------------------------------------ servers that fail
+
+
+def stored(models, stub: Stub, output, *others: str, **server):
+    """A run that keeps its text, of several servers."""
+    asks = tree(models, stub.url, output)
+    rollout = {"urls": [stub.url, *others], "store": True, "server": {"patience": 600.0, **server}}
+    return kibitz.train(asks | {"rollout": asks["rollout"] | rollout})
+
+
+@pytest.fixture(scope="module")
+def told(two_models, tmp_path_factory):
+    """The run that keeps its text, without a fault."""
+    with Stub(two_models[0]) as stub:
+        return stored(two_models, stub, tmp_path_factory.mktemp("told") / "run")
+
+
+def test_a_server_that_dies_gets_the_weights_again_and_what_is_missing_is_written(told, two_models, tmp_path):
+    with Restarted(two_models[0]) as stub:
+        stub.seed = seed_of(told.folder, 2, 1)
+        run = stored(two_models, stub, tmp_path / "run")
+        pushed = [path for path, _, _ in stub.asked].count("/collective_rpc")
+    assert stub.times == 0 and pushed == 6, "at the start, after each of four steps, and once more"
+    assert written(run) == written(told)
+    assert [row["flops"] for row in run.metrics] == [row["flops"] for row in told.metrics]
+
+
+def test_of_two_servers_one_does_the_work_of_the_other(told, two_models, tmp_path):
+    with Restarted(two_models[0]) as stub, Stub(two_models[0]) as other:
+        stub.seed, stub.stays_dead = seed_of(told.folder, 2, 0), True
+        run = stored(two_models, stub, tmp_path / "run", other.url)
+    assert written(run) == written(told)
+
+
+def test_what_a_server_wrote_by_other_weights_is_written_again(told, two_models, tmp_path, caplog):
+    with Replaced(two_models[0]) as stub:
+        stub.base, stub.seed = load_file(two_models[1] / "model.safetensors"), seed_of(told.folder, 2, 0)
+        run = stored(two_models, stub, tmp_path / "run")
+    assert "does not hold the student's weights any more" in caplog.text and stub.seed == -1
+    assert written(run) == written(told)
+
+
+def test_a_server_that_always_has_other_weights_ends_the_run(two_models, tmp_path):
+    base = load_file(two_models[1] / "model.safetensors")
+    with Stub(two_models[0]) as stub:
+
+        def forget(path, answer):
+            if path == "/v1/completions" and len(answer["choices"]) == 3:
+                stub.model.model.load_state_dict(base, strict=False)
+            return answer
+
+        stub.bend = forget
+        with pytest.raises(ServerError, match=f"the student at {stub.url}.*3 times in a row"):
+            stored(two_models, stub, tmp_path / "run")
+
+
+def test_a_server_that_dies_at_each_prompt_ends_the_run(two_models, tmp_path):
+    """It comes back, takes the weights, and dies of the next prompt: nobody waits for it for ever."""
+    with Stub(two_models[0]) as stub:
+        stub.bend = lambda path, answer: None if path == "/v1/completions" and len(answer["choices"]) == 3 else answer
+        with pytest.raises(ServerError, match="did not stay up until all rollouts of a step were written.*--resume"):
+            stored(two_models, stub, tmp_path / "run", patience=1.0)
+    assert not [one.name for one in threading.enumerate() if one.name == "kibitz-ahead"]
+
+
+def test_a_run_that_fails_while_a_server_writes_leaves_no_thread(two_models, tmp_path):
+    """The server never answers: its requests are given up."""
+    over, first = threading.Event(), threading.Semaphore(4)  # the prompts of the first step are answered
+
+    class Keeping(Stub):
+        def answer(self, path, body):
+            answer = super().answer(path, body)
+            if path == "/v1/completions" and body["n"] == 3 and not first.acquire(blocking=False):
+                over.wait(600)
+            return answer
+
+    class Failing(NullProgress):
+        def phase(self, name: str) -> None:
+            if name == "teacher":
+                raise RuntimeError("a grader is broken")
+
+    with Keeping(two_models[0]) as stub:
+        with pytest.raises(RuntimeError, match="a grader is broken"):
+            kibitz.train(tree(two_models, stub.url, tmp_path / "run"), progress=Failing())
+        until = time.monotonic() + 60
+        while (left := [one.name for one in threading.enumerate() if one.name == "kibitz-ahead"]) and (
+            time.monotonic() < until
+        ):
+            time.sleep(0.01)
+        over.set()
+    assert not left
+
+
+# ------------------------------------------------------------------ the embedded engine
 
 
 @pytest.fixture(scope="module")
