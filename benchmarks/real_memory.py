@@ -49,6 +49,8 @@ def main() -> None:
         print(f"{what:<24} {size / MIB:>7,.0f} MiB")
     for phase, size in info["peak_bytes"].items():
         print(f"peak, {phase:<18} {size / MIB:>7,.0f} MiB")
+    for phase, seconds in run.metrics[-1]["seconds"].items():
+        print(f"second step, {phase:<11} {seconds:>7.1f} s")
 
 
 def _options() -> argparse.Namespace:

@@ -13,9 +13,12 @@ and seconds. Position t of a sequence scores token t+1, so a rollout with P prom
 by positions [P-1, P+T-1): `kibitz.signals.Batch.position_T` is the only place where that shift is written.
 """
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -26,6 +29,20 @@ def is_gpu(device: torch.device) -> bool:
     """Return whether a device has memory, streams and a clock of its own, of which `torch.get_device_module(device)` tells: CUDA
     (as which ROCm speaks), and backends that add themselves to torch."""
     return device.type in ("cuda", torch._C._get_privateuse1_backend_name())
+
+
+def give_back_freed() -> None:
+    """Give the system what the C library keeps of freed memory for later, where that library is glibc: large matrices that are
+    made and freed once a step would otherwise stand beside whatever the rest of the step needs."""
+    if (trim := _trim()) is not None:
+        trim(0)
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def free_bytes(device: torch.device) -> int | None:

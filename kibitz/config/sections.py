@@ -180,7 +180,7 @@ class OptimConfig(Section):
         16384,
         ge=1,
         description="Bounds activations. The loss does not depend on it. Not set: up to the default, as many as fit on a GPU, "
-        "or as keep 640 MiB of activations on a CPU.",
+        "or as keep 224 MiB of activations on a CPU.",
     )
     packing: bool | Literal["auto"] = Field(
         "auto",

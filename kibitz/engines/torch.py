@@ -18,11 +18,14 @@ from kibitz.engines import OnReady, nobody_waits
 from kibitz.engines.cache import CachedDecoder, Decoder, PlainDecoder, decoder_error, prefill, switches
 from kibitz.engines.fused import FusedDecoder
 from kibitz.engines.packed import PackedDecoder, packable
-from kibitz.engines.room import num_rows
+from kibitz.engines.room import laid_out_bytes, num_rows
 from kibitz.engines.sampling import row_seed, sample, uniforms
 from kibitz.ledger import Count, uncounted
 from kibitz.models.rotary import hold_rotations, holds_rotations
-from kibitz.types import Prompt, Rollout, Sampling
+from kibitz.types import Prompt, Rollout, Sampling, give_back_freed
+
+LARGE = 64 * 2**20
+"""Bytes of matrices laid out anew, from which on memory that was freed is given back around them."""
 
 
 class Student(Protocol):
@@ -65,11 +68,12 @@ class TorchEngine:
         with torch.no_grad(), evaluating(self.student.model):
             decoder, most = self._packed(self.decoder(longest)), min(self.max_rows, len(jobs))
             rows = num_rows(most, self.student.model, self.student.device, longest, self.student.vocab_size)
-            decoder.start(rows, longest)
-            try:
-                rollouts = _Flight(decoder, jobs, sampling, rows, self.student, on_ready).run()
-            finally:
-                decoder.stop()
+            with self._room():
+                decoder.start(rows, longest)
+                try:
+                    rollouts = _Flight(decoder, jobs, sampling, rows, self.student, on_ready).run()
+                finally:
+                    decoder.stop()
         count(self.student, rollouts)
         return rollouts
 
@@ -94,6 +98,16 @@ class TorchEngine:
                 self._decoder = choose_decoder(model, self.student.vocab_size, longest)
             self._checked, self._longest = model, longest
         return self._decoder
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """A context for what is laid out anew while it writes: what training has freed goes before, and that itself behind."""
+        large = self.student.device.type == "cpu" and laid_out_bytes(self.student.model, adapted=True) >= LARGE
+        if large:
+            give_back_freed()
+        yield
+        if large:
+            give_back_freed()
 
     def _packed(self, decoder: Decoder) -> Decoder:
         """The decoder with its matrices in the layout of a CPU's kernels, where there are such."""

@@ -31,7 +31,7 @@ MOST_IN_CHUNK = 2048
 """Tokens in a chunk beyond which a GPU is no faster."""
 SHARE_OF_GRADIENTS = 0.25
 """Whole gradients that would take more are reduced after each micro-batch."""
-ON_A_CPU = 640 * 2**20
+ON_A_CPU = 224 * 2**20
 """Bytes of activations of a micro-batch on a CPU. They do not follow from what is free: that changes with what else the machine
 does, and the order of sums with it."""
 ENOUGH = 4096

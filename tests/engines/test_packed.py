@@ -1,17 +1,22 @@
 """Matrices in a kernel's own layout give the same rollouts, and leave the model as it was."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from support.models import bare_model, random_prompts
+from support.models import bare_model, language_model, random_prompts
 from torch import nn
 from transformers import GPT2Config, Qwen2Config, Qwen3Config
 
 from kibitz.engines import packed
+from kibitz.engines import torch as torch_engine
 from kibitz.engines.cache import CachedDecoder, decoder_error
 from kibitz.engines.fused import FusedDecoder
 from kibitz.engines.packed import KINDS, PackedDecoder, choose, packable
 from kibitz.engines.torch import TorchEngine
-from kibitz.types import Sampling
+from kibitz.types import Prompt, Sampling
 
 VOCAB = 50
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
@@ -80,3 +85,41 @@ def test_a_kind_that_gives_other_numbers_is_not_chosen(monkeypatch):
 def test_only_large_float32_matrices_are_packed():
     modules = [nn.Linear(512, 512), nn.Linear(8, 8), nn.Linear(512, 512).bfloat16(), nn.LayerNorm(512)]
     assert list(packable(modules)) == modules[:1]
+
+
+# ------------------------------------------------------------------ memory that was freed
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's")
+def test_what_was_freed_goes_back_to_the_system():
+    """Blocks of a heap, each followed by a little that stays, so that freeing alone gives nothing back."""
+    program = """
+import torch
+from pathlib import Path
+from kibitz.types import give_back_freed
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+blocks = [(torch.ones(2**18), torch.ones(8)) for _ in range(200)]
+kept = [small for _, small in blocks]
+del blocks
+before = resident()
+give_back_freed()
+print((before - resident()) // 2**20)
+"""
+    heap = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **heap}, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) > 150
+
+
+@pytest.mark.parametrize(("large", "times"), [(1, 2), (2**40, 0)])
+def test_room_is_given_back_around_the_rollouts_of_a_large_model(small_models, monkeypatch, large, times):
+    given = []
+    monkeypatch.setattr(torch_engine, "LARGE", large)
+    monkeypatch.setattr(torch_engine, "give_back_freed", lambda: given.append(1))
+    model = language_model(small_models / "student")
+    torch_engine.TorchEngine(model).generate([Prompt((2, 3), "", "key")], Sampling(max_tokens=2))
+    assert len(given) == times
