@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -46,9 +47,9 @@ def load_prompts(
 ) -> list[Prompt]:
     """All prompts of a `data` section, as the student will read them. `demonstrations`: rows need a response; all of them,
     unless there may be `gaps`. `room` is the number of tokens that the models have for a prompt and its response."""
-    asked = (config, seed, demonstrations, gaps, room)
     named = (type(tokenizer), tokenizer.name_or_path, tokenizer.chat_template)
-    return remembered((asked, named), lambda: _read_prompts(config, tokenizer, *asked[1:]))
+    asked = (config, named, seed, demonstrations, gaps, room)
+    return remembered(asked, partial(_read_prompts, config, tokenizer, seed, demonstrations, gaps, room))
 
 
 def _read_prompts(

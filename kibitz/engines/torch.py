@@ -101,8 +101,10 @@ class TorchEngine:
 
     @contextmanager
     def _room(self) -> Iterator[None]:
-        """A context for what is laid out anew while it writes: what training has freed goes before, and that itself behind."""
-        large = self.student.device.type == "cpu" and laid_out_bytes(self.student.model, adapted=True) >= LARGE
+        """A context for matrices that are laid out anew while it writes, once at least: what training has freed is given back
+        before, and they themselves behind."""
+        once = laid_out_bytes(self.student.model, adapted=True)
+        large = self.student.device.type == "cpu" and once >= LARGE
         if large:
             give_back_freed()
         yield

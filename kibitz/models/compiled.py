@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from kibitz.models.language_model import LanguageModel
-from kibitz.models.layers import compile_layers, layers_of, leave_plain
+from kibitz.models.layers import compile_layers, leave_plain, recomputable
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def _given(model: LanguageModel, ids_BL: Tensor) -> dict[nn.Module, Given]:
     def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given.setdefault(layer, (args, kwargs))
 
-    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers_of(model.model)]
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in recomputable(model.model)]
     model.hidden(ids_BL)
     for hook in hooks:
         hook.remove()

@@ -19,7 +19,7 @@ from kibitz.losses.balance import load_balance
 from kibitz.models import lora, quantized
 from kibitz.models.flops import forward_flops, num_experts
 from kibitz.models.head import body_of, build_head, keep_float32
-from kibitz.models.layers import compile_layers, layers_of
+from kibitz.models.layers import compile_layers, recomputable
 from kibitz.models.progress import no_progress_bars
 from kibitz.models.rotary import hold_rotations
 from kibitz.signals import Batch
@@ -213,7 +213,7 @@ class LanguageModel(nn.Module):
 
     def recompute_activations(self) -> None:
         """Activation checkpointing: keep only the input of each layer and recompute the rest in the backward pass."""
-        layers: list[Any] = layers_of(self.model)
+        layers: list[Any] = recomputable(self.model)
         if not layers:
             raise ValueError(
                 f"optim.checkpointing: {type(self.model).__name__} has no layers that can be recomputed: leave it out"

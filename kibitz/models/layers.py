@@ -13,7 +13,7 @@ MOST_VARIANTS = 64
 """Compiled forms of one layer: with gradients and without, for one row and several, and for each model of a process."""
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
+def recomputable(model: nn.Module) -> list[nn.Module]:
     """The layers that transformers can recompute; none for an architecture that has no such layers."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
@@ -21,7 +21,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 def compile_layers(model: nn.Module) -> None:
     """Compile each layer's pass over whole sequences, not the steps of an engine, which come with a cache. Layers of one shape
     share what was compiled, so that a deep model takes no longer than one of one layer. Raise ValueError where there are none."""
-    layers = layers_of(model)
+    layers = recomputable(model)
     if not layers:
         raise ValueError(f"compile: {type(model).__name__} has no layers that can be compiled: leave it out")
     torch._dynamo.config.recompile_limit = max(MOST_VARIANTS, torch._dynamo.config.recompile_limit)
@@ -40,10 +40,5 @@ def _without_cache(plain: Callable[..., Any], compiled: Callable[..., Any]) -> C
 
 def leave_plain(model: nn.Module) -> None:
     """Take `compile_layers` back."""
-    for layer in layers_of(model):
+    for layer in recomputable(model):
         layer._compiled_call_impl = None
-
-
-def are_compiled(model: nn.Module) -> bool:
-    """Return whether `compile_layers` was called."""
-    return any(layer._compiled_call_impl is not None for layer in layers_of(model))

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from kibitz.config import FrozenConfig
 from kibitz.models import quantized
 from kibitz.models.language_model import LanguageModel, Placement
-from kibitz.models.layers import layers_of
+from kibitz.models.layers import recomputable
 from kibitz.models.load import load_model, load_tokenizer, load_weights, pick_dtype
 from kibitz.models.streamed import Streamed
 from kibitz.types import is_gpu
@@ -63,7 +63,7 @@ def offloaded(
     for as long as the model is used; `layers`: each decoder layer for its own forward pass. The rest is always resident."""
     head = model.get_output_embeddings()
     resident = set() if head is None else {id(tensor) for tensor in head.parameters()}
-    layers = layers_of(model)
+    layers = recomputable(model)
     if how == "layers" and not layers:
         raise ValueError(
             f"{role}.offload: {type(model).__name__} has no layers that could be fetched one by one: write offload=body"

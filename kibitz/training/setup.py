@@ -75,7 +75,7 @@ class Setup:
     servers: Served
     """Those that the run has started."""
     put_back: Callable[[], None]
-    """Undoes what the run has set for the whole process."""
+    """Puts back what torch may multiply float32 by, TF32 or not, which is one setting for the whole process."""
 
     def close(self) -> None:
         """Let go of servers and of what the teacher holds; end the servers that the run has started."""

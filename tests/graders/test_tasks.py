@@ -83,7 +83,7 @@ def test_an_answer_that_is_code_gets_nothing_from_outside(tmp_path):
         ({"name": "chain_sum", "allow_negation": 1}, "allow_negation = 1 is neither true nor false"),
         ({"name": "chain_sum", "max_terms": 1}, "refuses these settings: max_terms must be >= min_terms"),
         ({"name": "chain_sum", "seed": 3}, "seed is decided by the run's seed and data.limit"),
-        ({"name": "composite"}, "has no family 'composite'"),
+        ({"name": "composite"}, "has no family 'composite'; did you mean '(?!composite)"),
     ],
 )
 def test_mistakes_are_sentences(section, said):

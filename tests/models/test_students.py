@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.models import a_rollout, language_model, make_model
 from support.runs import LEAST, recipe
+from torch.utils._pytree import tree_map
 from transformers import AutoModelForCausalLM
 
 import kibitz
@@ -16,7 +17,7 @@ from kibitz.engines.torch import TorchEngine
 from kibitz.losses.chunked import over_chunks
 from kibitz.losses.criteria import CrossEntropy
 from kibitz.models.compiled import compile_if_same
-from kibitz.models.layers import are_compiled, compile_layers
+from kibitz.models.layers import compile_layers, recomputable
 from kibitz.optim import Optimizer
 from kibitz.training.room import _leaves_open_compiling
 from kibitz.types import Prompt, Sampling
@@ -224,6 +225,10 @@ def test_a_compiled_student_learns_the_same(tmp_path):
         torch.testing.assert_close(theirs.grad, ours.grad, rtol=1e-4, atol=1e-4)
 
 
+def are_compiled(model) -> bool:
+    return all(layer._compiled_call_impl is not None for layer in recomputable(model.model))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler here")
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
@@ -232,7 +237,7 @@ def test_a_body_is_compiled_where_that_changes_nothing_but_rounding(tmp_path):
     ids_BL = torch.arange(20)[None]
     before = model.hidden(ids_BL)
     assert compile_if_same(model)
-    assert are_compiled(model.model)
+    assert are_compiled(model)
     torch.testing.assert_close(model.hidden(ids_BL), before, rtol=1e-4, atol=1e-5)
 
 
@@ -268,6 +273,46 @@ def test_an_engine_steps_through_layers_as_they_are(tmp_path, monkeypatch):
     assert len(called) == 2
 
 
+class Precise:
+    """What a compiler makes of a layer in bfloat16: it rounds once, at the end."""
+
+    def __init__(self, layer):
+        self.layer = layer.__self__
+
+    def __call__(self, *args, **options):
+        def widened(value):
+            return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+        weights = {f"layer.{name}": parameter.float() for name, parameter in self.layer.named_parameters()}
+        args, options = tree_map(widened, (args, options))
+        return torch.func.functional_call(Forward(self.layer), weights, args, options).bfloat16()
+
+
+class Forward(torch.nn.Module):
+    """A layer's own pass, whatever is compiled in its place."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args, **options):
+        return self.layer.forward(*args, **options)
+
+
+def test_a_deep_model_in_bfloat16_is_compiled_although_rounding_adds_up(tmp_path, monkeypatch):
+    """Twelve layers: the hidden states of both differ by more than one rounding, and each layer by less."""
+    model = language_model(make_model(tmp_path, num_hidden_layers=12), dtype="bfloat16")
+    ids_BL = torch.arange(20)[None]
+    before = model.hidden(ids_BL).float()
+    monkeypatch.setattr(torch, "compile", lambda layer, dynamic: Precise(layer))
+    assert compile_if_same(model)
+    after = model.hidden(ids_BL).float()
+    assert (after - before).norm() > torch.finfo(torch.bfloat16).eps * before.norm()
+
+
+EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-8}
+
+
 class Wrong:
     """What a compiler made that is not the model."""
 
@@ -277,7 +322,7 @@ class Wrong:
     def __call__(self, *args, **options):
         if self.kind == "fails":
             raise RuntimeError("no compiler")
-        far = {"differs": 1.01, "with gradients": 1.0 + 2**-23 * torch.is_grad_enabled()}[self.kind]
+        far = {"differs": 1.01, "with gradients": 1.0 + EPS[args[0].dtype] * torch.is_grad_enabled()}[self.kind]
         return self.layer(*args, **options) * far
 
 
@@ -285,11 +330,12 @@ class Wrong:
     ("kind", "why"),
     [("fails", "no compiler"), ("differs", "is off by"), ("with gradients", "whether there are gradients")],
 )
-def test_a_body_that_would_compute_something_else_stays_as_it_is(tmp_path, monkeypatch, caplog, kind, why):
-    model = language_model(make_model(tmp_path))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_body_that_would_compute_something_else_stays_as_it_is(tmp_path, monkeypatch, caplog, kind, why, dtype):
+    model = language_model(make_model(tmp_path), dtype=dtype)
     monkeypatch.setattr(torch, "compile", lambda layer, dynamic: Wrong(layer, kind))
     assert not compile_if_same(model)
-    assert not are_compiled(model.model)
+    assert not are_compiled(model)
     assert why in caplog.text
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from support.paths import ROOT
 
 WORKER = ROOT / "tests" / "support" / "train_together.py"
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
@@ -25,6 +26,3 @@ def started(num: int, jobs: list[dict], folder: Path) -> subprocess.CompletedPro
     path.write_text(json.dumps(jobs))
     line = [*TORCHRUN, "--standalone", "--nproc-per-node", str(num), str(WORKER), str(path)]
     return subprocess.run(line, capture_output=True, text=True, timeout=3600, env={**os.environ, "PYTHONPATH": PATHS})
-
-
-PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -54,9 +54,10 @@ def family(name, options):
             "They need Linux 5.13 with Landlock and seccomp; write KIBITZ_UNSAFE_CODE=1 into the environment to run them without "
             "these walls where there is nothing to steal or break"
         )
-    if name not in DATASETS or name == "composite":
-        near = difflib.get_close_matches(str(name), DATASETS, n=1, cutoff=0.0)[0]
-        return f"reasoning-gym has no family {name!r}; did you mean {near!r}? It has {len(DATASETS) - 1}, such as chain_sum"
+    families = [known for known in DATASETS if known != "composite"]  # which makes problems of the others
+    if name not in families:
+        near = difflib.get_close_matches(str(name), families, n=1, cutoff=0.0)[0]
+        return f"reasoning-gym has no family {name!r}; did you mean {near!r}? It has {len(families)}, such as chain_sum"
     fields = {field.name: field for field in dataclasses.fields(DATASETS[name][1])}
     for key, value in options.items():
         if key in OURS:
