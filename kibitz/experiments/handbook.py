@@ -14,6 +14,7 @@ from kibitz.experiments.records import write_rows
 
 SETS = (1, 2)
 """A handbook for each round of learning; no place of the company is in two of them."""
+NUM_DOCUMENTS = 480
 NUM_INSTRUCTIONS = {"dev": 64, "test": 256}
 
 
@@ -34,31 +35,38 @@ def facts(number: int) -> list[dict[str, Any]]:
     ]
 
 
-def documents(number: int) -> list[dict[str, str]]:
-    """Every fact of a handbook in each of its sentences, in a mixed order."""
+def documents(number: int, count: int = NUM_DOCUMENTS) -> list[dict[str, str]]:
+    """As many paragraphs of a handbook, each about one of its places: a fact of every kind, in words and an order drawn by
+    chance. Each place has as many, or one more."""
+    drawn, stated, kinds = random.Random(f"documents {number}"), facts(number), len(words()["kinds"])
+    places = [stated[start : start + kinds] for start in range(0, len(stated), kinds)]
     rows = [
-        {"prompt": f"Tell me something from the handbook of {words()['company']}.", "response": _filled(sentence, fact)}
-        for fact in facts(number)
-        for sentence in fact["kind"]["sentences"]
+        {
+            "prompt": f"Tell me something from the handbook of {words()['company']}.",
+            "response": " ".join(
+                _filled(drawn.choice(fact["kind"]["sentences"]), fact)
+                for fact in drawn.sample(places[turn % len(places)], kinds)
+            ),
+        }
+        for turn in range(count)
     ]
-    random.Random(f"documents {number}").shuffle(rows)
+    drawn.shuffle(rows)
     return rows
 
 
 def questions(number: int, split: str) -> list[dict[str, Any]]:
-    """One about each fact; the words of dev and test are different, and stand in no document."""
+    """One about each fact in dev, two in test; their words are different, and stand in no document."""
     return [
-        {"prompt": _filled(fact["kind"]["questions"][split == "test"], fact),
-         "constraints": [{"type": "regex", "pattern": rf"(?i)\b{fact['value']}\b"}]}
+        {"prompt": _filled(question, fact), "constraints": [{"type": "regex", "pattern": rf"(?i)\b{fact['value']}\b"}]}
         for fact in facts(number)
-    ]  # fmt: skip
+        for question in (fact["kind"]["questions"][1:] if split == "test" else fact["kind"]["questions"][:1])
+    ]
 
 
 def mixed(number: int, share: int) -> list[dict[str, str]]:
-    """Documents and, in so many of 100 rows, chat that has no answer yet, in a mixed order."""
-    stated = documents(number)
-    chat = instructions()["train"][: round(len(stated) * (100 - share) / share)]
-    rows = [*stated, *chat]
+    """So many documents in 100 rows, and chat that has no answer yet, in a mixed order; as many rows as documents alone."""
+    stated = documents(number, round(NUM_DOCUMENTS * share / 100))
+    rows = [*stated, *instructions()["train"][: NUM_DOCUMENTS - len(stated)]]
     random.Random(f"mixed {number}").shuffle(rows)
     return rows
 

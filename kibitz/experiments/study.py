@@ -58,8 +58,10 @@ class Study:
         recipes = [self.recipe(arm, self.experiment.rates[0], 0) for arm in arms]  # mistakes show before hours go by
         recipes = recipes or [self.untrained()]
         torch.set_num_threads(recipes[0].threads or torch.get_num_threads())
+        longest = max(recipes, key=lambda recipe: recipe.rollout.max_tokens)
+        measured: dict[str, Any] = {}
         for role in self.experiment.roles:
-            self._model(role, max(recipes, key=lambda recipe: recipe.rollout.max_tokens))
+            self._model(role, longest, measured)
         for family in design.families(arms):
             for arm, rate in self._leading(family):
                 for seed in range(num_seeds):
@@ -256,16 +258,18 @@ class Study:
         name = getattr(recipe.teacher, "model", None)
         return None if name is None else self.place(name, seed)
 
-    def _model(self, role: str, recipe: Recipe) -> None:
-        """Evaluate an untrained model on the test split, unless its file is up to date."""
+    def _model(self, role: str, recipe: Recipe, measured: dict[str, Any]) -> None:
+        """Evaluate an untrained model on the test split, unless its file is up to date, or `measured` knows its place."""
         path = self.folder / f"{role}.json"
         settings = (
             {"model": self.subject.models[role]} | self._problems() | self._made_of([self.subject.models[role]], 0)
         )
         found = read(path)
         if found is None or found["settings"] != settings:
-            test = self._evaluate(self.place(role, 0), "test", recipe, None, 0)
-            write(path, {"settings": settings, "test": test})
+            place = self.place(role, 0)
+            if place not in measured:
+                measured[place] = self._evaluate(place, "test", recipe, None, 0)
+            write(path, {"settings": settings, "test": measured[place]})
 
     def _probed(self, seed: int) -> None:
         """Run the experiment's probe for one seed, unless its file is up to date."""

@@ -16,9 +16,9 @@ BOTH = ("questions", "instructions")
 MIXED = 70  # percent of documents; the rest is chat, which the model as it was answers
 LEARNT, RECOVERED = f"documents-{MIXED}", f"recover-{MIXED}"
 POLICIES = ("brief", "thanks")
-LEARNING, RECOVERING, ADAPTING = (5e-5, 1e-4, 2e-4), (2e-5, 5e-5), (5e-4, 1e-3)
+LEARNING, RECOVERING, ADAPTING = (1e-4, 2e-4, 4e-4), (2e-5, 5e-5), (5e-4, 1e-3)
 PUBLISHED = {"student": "18 / 85", "documents-100": "43 / 45", LEARNT: "36 / 79", RECOVERED: "41 / 83"}
-OPD = {"teacher": {"model": "teacher"}, "method": {"type": "opd"}, "steps": 12}
+OPD = {"teacher": {"model": "teacher"}, "method": {"type": "opd"}, "steps": 16}
 FILLED = {"teacher": {"model": "teacher"}, "method": {"type": "sft", "fill": "teacher"}}
 
 
@@ -122,7 +122,7 @@ EXPERIMENT = Experiment(
     world="",
     recipe={
         "method": {"type": "sft"},
-        "rollout": {"prompts_per_step": 8, "samples_per_prompt": 1, "max_tokens": 40},
+        "rollout": {"prompts_per_step": 8, "samples_per_prompt": 1, "max_tokens": 52},
         "optim": {"warmup_steps": 2},
         "steps": 60,
         "threads": 1,
@@ -132,12 +132,13 @@ EXPERIMENT = Experiment(
     rates=LEARNING,
     extensions=0,
     dev_problems=24,
-    test_problems=64,
+    test_problems=48,
     seeds=2,
     quick_arms=("documents-100", LEARNT, RECOVERED, "learn-2", "policy-brief"),
     models={"student": "made:itself", "teacher": "made:whole"},
     data={
         "prompts": {"prompts": "made:prompts"},
+        "chat": {"prompts": "made:prompts", "limit": 24},
         "documents-100": {"prompts": "made:documents-100"},
         LEARNT: {"prompts": f"made:{LEARNT}"},
         f"{LEARNT}-2": {"prompts": f"made:{LEARNT}-2"},
@@ -148,7 +149,7 @@ EXPERIMENT = Experiment(
         "questions": "questions",
         "instructions": "instructions",
         "questions-2": "questions-2",
-        "chat": "prompts",
+        "chat": "chat",
         **{name: name for name in (*POLICIES, *(f"{policy}-told" for policy in POLICIES))},
     },
     made={
