@@ -24,7 +24,9 @@ def example():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model of five layers, of which one is cut."""
-    return folder_of(tmp_path_factory.mktemp("real") / "model", "llama", num_hidden_layers=5)
+    return folder_of(
+        tmp_path_factory.mktemp("real") / "model", "llama", num_hidden_layers=5, max_position_embeddings=256
+    )
 
 
 def test_it_imports_cuts_heals_and_reports(example, folder, tmp_path, capsys):
