@@ -92,7 +92,7 @@ def _arms() -> tuple[Arm, ...]:
     lora = {"student": {"model": "student", "lora": {"rank": 16}}}
     return (
         _reading("documents-100", "documents alone", "documents-100"),
-        _reading(LEARNT, f"{MIXED}% documents, {100 - MIXED}% chat", LEARNT),
+        replace(_reading(LEARNT, f"{MIXED}% documents, {100 - MIXED}% chat", LEARNT), rate_of="documents-100"),
         replace(_reading("lora-70", f"{MIXED}% documents, by LoRA", LEARNT, **lora), rates=ADAPTING),
         _recovery(RECOVERED, f"{MIXED}% documents, then OPD from the model as it was", LEARNT),
         replace(
