@@ -40,9 +40,9 @@ class DataConfig(Section):
     )
     grader: str = Field(
         "auto",
-        description="exact, math, choice, constraints, constraints_strict, code (unit tests in a confined process), or "
-        "auto: the world's or family's own, else by what the answers are: choice for letters, math where each answer is right by "
-        "itself, exact for others.",
+        description="exact, math, choice, constraints, constraints_strict, ifeval or ifeval_strict (IFEval's own checkers, "
+        "kibitz[evals]), code (unit tests in a confined process), or auto: the world's or family's own, else by what the answers "
+        "are: choice for letters, math where each answer is right by itself, exact for others.",
     )
     limit: int | None = Field(
         None,

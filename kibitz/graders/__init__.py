@@ -4,7 +4,7 @@ A grader sees text only. One that raises, or gives what is no number, stops the 
 wrong thing. So does a row that its grader cannot read, which `check` finds before any weights load.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from kibitz.graders import sandbox
 from kibitz.graders.answers import (
@@ -20,6 +20,7 @@ from kibitz.graders.answers import (
 )
 from kibitz.graders.code import code, tests_of
 from kibitz.graders.constraints import constraints, constraints_of, constraints_strict
+from kibitz.graders.instructions import check_packages, ifeval, ifeval_strict, instructions_of
 from kibitz.graders.tasks import verify
 from kibitz.types import Prompt
 
@@ -31,6 +32,8 @@ __all__ = [
     "constraints",
     "constraints_strict",
     "exact",
+    "ifeval",
+    "ifeval_strict",
     "math",
     "pick",
     "verify",
@@ -44,6 +47,8 @@ GRADERS: dict[str, Grader] = {
     "choice": choice,
     "constraints": constraints,
     "constraints_strict": constraints_strict,
+    "ifeval": ifeval,
+    "ifeval_strict": ifeval_strict,
     "code": code,
 }
 ANSWERS = (exact, math, choice)
@@ -53,9 +58,17 @@ CHECKS: tuple[tuple[Grader, Callable[[Prompt], object]], ...] = (
     (choice, check_choice),
     (constraints, constraints_of),
     (constraints_strict, constraints_of),
+    (ifeval, instructions_of),
+    (ifeval_strict, instructions_of),
     (code, tests_of),
 )
 """Each grader of ours, and what raises ValueError for a row that it cannot read."""
+COLUMNS: Mapping[Callable[[Prompt], object], str] = {
+    constraints_of: "constraints",
+    instructions_of: "instruction_id_list",
+    tests_of: "tests",
+}
+"""What reads a row -> the column that a row without anything to grade against does not have."""
 
 SAMPLE = 500
 """Answers that `auto` looks at, spread over the rows: each can take milliseconds to parse."""
@@ -64,7 +77,7 @@ SAMPLE = 500
 def pick(name: str, prompts: Sequence[Prompt], world_grader: Grader | None = None) -> Grader | None:
     """The grader that a recipe names; None if `auto` finds nothing to grade against.
 
-    `code` is refused here, before any weights load, where programs cannot be confined."""
+    `code` is refused here, before any weights load, where programs cannot be confined, and `ifeval` without its packages."""
     if name == "auto":
         return world_grader or _by_answers(prompts)
     if name not in GRADERS:
@@ -74,6 +87,8 @@ def pick(name: str, prompts: Sequence[Prompt], world_grader: Grader | None = Non
         )
     if name == "code":
         sandbox.check()
+    elif name.startswith("ifeval"):
+        check_packages()
     return GRADERS[name]
 
 
@@ -95,8 +110,8 @@ def is_graded(grader: Grader, prompt: Prompt) -> bool:
     """Return whether the row has what a built-in grader compares with; a user's own grader takes every row."""
     if any(grader is own for own in ANSWERS):
         return prompt.answer is not None
-    column = "tests" if grader is code else "constraints"
-    return not any(grader is own for own, _ in CHECKS) or prompt.columns.get(column) is not None
+    test = next((test for own, test in CHECKS if own is grader), None)
+    return test is None or prompt.columns.get(COLUMNS[test]) is not None
 
 
 def check(grader: Grader, prompts: Sequence[Prompt], need_all: bool = False) -> None:

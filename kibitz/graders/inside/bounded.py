@@ -133,9 +133,21 @@ def verify(**question):
     return tasks.verify(**question)
 
 
+def unreadable(names, options):
+    import instructions
+
+    return instructions.unreadable(names, options)
+
+
+def followed(names, options, text):
+    import instructions
+
+    return instructions.followed(names, options, text)
+
+
 QUESTIONS = {
     **{"search": search, "constraint": constraint, "gold": gold, "mathematics": mathematics, "template": template},
-    **{"family": family, "problems": problems, "verify": verify},
+    **{"family": family, "problems": problems, "verify": verify, "unreadable": unreadable, "followed": followed},
 }
 
 
@@ -184,6 +196,10 @@ def main(kind):
             mathematics(text, text)
     elif kind == "template":
         template("", [], {})
+    elif kind == "ifeval":
+        import instructions
+
+        instructions.checkers()
     else:
         import forms  # noqa: F401
     memory = TEMPLATE_BYTES if kind == "template" else MEMORY_BYTES
