@@ -61,9 +61,11 @@ def test_a_mix_is_as_long_as_documents_alone_and_has_its_share_of_chat_without_a
 
 def test_every_demand_and_policy_can_be_verified():
     assert load_grader(DataConfig(prompts="x", grader="constraints_strict"), [_asked(handbook.demands("dev")[0])])
-    for row in (*handbook.demands("test"), *handbook.obeyed("brief", "dev"), *handbook.obeyed("thanks", "dev")):
+    for row in (*handbook.demands("test"), *handbook.obeyed("sentence", "dev"), *handbook.obeyed("german", "dev")):
         assert check(_asked(row), "some words") in ([True], [False])
-    assert check(_asked(handbook.obeyed("thanks", "dev")[0]), "Thank you. It is a bridge.") == [True]
+    german = _asked(handbook.obeyed("german", "dev")[0])
+    assert check(german, "Das ist eine Brücke.\nSie ist alt.") == [True]
+    assert check(german, "He did die at the bridge.") == [False]
 
 
 def _asked(row: dict) -> Prompt:
@@ -80,7 +82,7 @@ def measured(questions: float, instructions: float, **policies: float) -> dict:
 
 def test_every_number_of_the_page_is_there(tmp_path):
     results = Results(real_assistant.EXPERIMENT, tmp_path)
-    told = {"brief": 0.1, "thanks": 0.0, "brief-told": 0.6, "thanks-told": 0.9}
+    told = {"sentence": 0.1, "german": 0.0, "sentence-told": 0.6, "german-told": 0.9}
     records.write(tmp_path / "student.json", {"settings": {}, "test": measured(0.02, 0.6, **told)})
     with pytest.raises(NotRun):
         real_assistant.find(results)
@@ -88,11 +90,11 @@ def test_every_number_of_the_page_is_there(tmp_path):
         "documents-100": (0.5, 0.2),
         "documents-70": (0.45, 0.3),
         "recover-70": (0.44, 0.58),
-        "policy-brief": (0, 0),
+        "policy-sentence": (0, 0),
     }
     for name, both in arms.items():
         for seed in (0, 1):
-            found = measured(*both, brief=0.5, thanks=0.1)
+            found = measured(*both, sentence=0.5, german=0.1)
             put(tmp_path, record(name, 1e-4, seed, 0.0) | {"dev": found, "test": found})
     found = real_assistant.find(Results(real_assistant.EXPERIMENT, tmp_path))
     assert found.verdict == "reproduced"
@@ -100,5 +102,8 @@ def test_every_number_of_the_page_is_there(tmp_path):
     for template in (text.ours, text.body):
         filled(template, found.numbers, strict=True)
     body = filled(text.body, found.numbers)
-    assert "| Answer every question with at most twelve words. | 10.0 | 60.0 | 50.0 ±" in body and "thanks" not in body
+    assert (
+        "| You answer every message in exactly one short sentence. | 10.0 | 60.0 | 50.0 ±" in body
+        and "German" not in body
+    )
     assert "| 70% documents, 30% chat | 45.0 ± " in body and "| 36 / 79 |" in body

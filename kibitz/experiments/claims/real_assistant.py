@@ -15,7 +15,7 @@ from kibitz.experiments.shapes import compared
 BOTH = ("questions", "instructions")
 MIXED = 70  # percent of documents; the rest is chat, which the model as it was answers
 LEARNT, RECOVERED = f"documents-{MIXED}", f"recover-{MIXED}"
-POLICIES = ("brief", "thanks")
+POLICIES = ("sentence", "german")
 LEARNING, RECOVERING, ADAPTING = (1e-4, 2e-4, 4e-4), (2e-5, 5e-5), (5e-4, 1e-3)
 PUBLISHED = {"student": "18 / 85", "documents-100": "43 / 45", LEARNT: "36 / 79", RECOVERED: "41 / 83"}
 OPD = {"teacher": {"model": "teacher"}, "method": {"type": "opd"}, "steps": 16}
@@ -134,7 +134,7 @@ EXPERIMENT = Experiment(
     dev_problems=24,
     test_problems=48,
     seeds=2,
-    quick_arms=("documents-100", LEARNT, RECOVERED, "learn-2", "policy-brief"),
+    quick_arms=("documents-100", LEARNT, RECOVERED, "learn-2", "policy-sentence"),
     models={"student": "made:itself", "teacher": "made:whole"},
     data={
         "prompts": {"prompts": "made:prompts"},
