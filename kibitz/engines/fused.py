@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kibitz.types import is_gpu
+
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 MAX_PARAMETERS = 200_000_000  # measured to pay from 0.15M to 135M; repacking takes the memory of the weights once more
 SLOT_STEP = 16  # slots are attended to in multiples: kernels chosen per shape are chosen less often
@@ -107,7 +109,7 @@ class FusedDecoder:
         mask = torch.zeros_like(unseen, dtype=self.head.weight.dtype).masked_fill_(unseen, -torch.inf)[:, None, None]
         target_N = (self.head_H1[:rows] + position_N[:, None]).flatten()
         row_N = self.row_R[:rows]
-        turn = self.turn_SF[position_N][:, None]
+        turn = self.turn_SF.index_select(0, position_N)[:, None]
         x_ND = self.body.embed_tokens(token_N)
         for layer in self.layers:
             query, key, value = self._qkv(layer, x_ND, turn)
@@ -117,24 +119,26 @@ class FusedDecoder:
             score = torch.matmul(query, layer.keys[:rows, :, :, :num_slots]).add_(mask)
             mixed = torch.matmul(score.softmax(-1), layer.values[:rows, :, :num_slots])
             x_ND = self._after_attention(layer, x_ND, mixed.view(rows, -1))
-        return self.head(self._normed(x_ND))
+        return self.head.forward(self._normed(x_ND))
 
     def _normed(self, x_ND: Tensor) -> Tensor:
-        return F.rms_norm(x_ND, x_ND.shape[-1:], None, self.eps)
+        return rms_norm(x_ND, self.eps)
 
     def _qkv(self, layer: Layer, x_ND: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (both normalised where the model does, and rotated) and values, [N, heads, dim]."""
-        joint = layer.qkv(self._normed(x_ND)).view(len(x_ND), -1, self.dim)
-        qk, value = joint.split([self.num_heads + self.num_kv, self.num_kv], dim=1)
+        heads = self.num_heads + self.num_kv
+        joint = layer.qkv.forward(self._normed(x_ND)).view(len(x_ND), -1, self.dim)
+        qk, value = joint[:, :heads], joint[:, heads:]
         if layer.qk_norm is not None:
-            qk = F.rms_norm(qk, (self.dim,), None, self.qk_eps) * layer.qk_norm
-        qk = torch.view_as_real(torch.view_as_complex(qk.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+            qk = rms_norm(qk, self.qk_eps).mul_(layer.qk_norm)
+        qk = torch.view_as_complex(qk.view(-1, heads, self.dim // 2, 2)) * turn
+        qk = torch.view_as_real(qk).view(-1, heads, self.dim)
         return qk[:, : self.num_heads], qk[:, self.num_heads :], value
 
     def _after_attention(self, layer: Layer, x_ND: Tensor, mixed_ND: Tensor) -> Tensor:
-        x_ND = x_ND + layer.out(mixed_ND)
-        gate, up = layer.gate_up(self._normed(x_ND)).chunk(2, dim=-1)
-        return x_ND + layer.down(F.silu(gate) * up)
+        x_ND = layer.out.forward(mixed_ND).add_(x_ND)
+        gate, up = layer.gate_up.forward(self._normed(x_ND)).chunk(2, dim=-1)
+        return layer.down.forward(F.silu(gate).mul_(up)).add_(x_ND)
 
     def move(self, source_M: Tensor, target_M: Tensor) -> None:
         for layer in self.layers:
@@ -149,6 +153,15 @@ class FusedDecoder:
 
     def stop(self) -> None:
         del self.layers, self.head
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps)` over the last dimension. torch composes its own on a CPU of ten calls, which costs more than
+    the numbers do; this one of four."""
+    if is_gpu(x.device):
+        return F.rms_norm(x, x.shape[-1:], None, eps)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * (length.square_().mul_(1 / x.shape[-1])).add_(eps).rsqrt_()
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
