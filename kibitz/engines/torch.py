@@ -159,7 +159,9 @@ class _Flight:
         self.shift_R = [0] * num_rows  # position of the pending token minus num_steps: constant while a row lives
         self.begin_R = [0] * num_rows  # num_steps when the row began
         self.max_tokens = num_tokens = sampling.max_tokens
-        self.token_R = torch.zeros(num_rows, dtype=torch.long, device=self.device)  # written, and not yet seen by the model
+        self.token_R = torch.zeros(
+            num_rows, dtype=torch.long, device=self.device
+        )  # written, and not yet seen by the model
         self.position_R = torch.zeros_like(self.token_R)
         self.uniform_RT = torch.zeros(num_rows, num_tokens, dtype=torch.float64, device=self.device)
         self.id_RT = torch.zeros(num_rows, num_tokens, dtype=torch.long, device=self.device)
