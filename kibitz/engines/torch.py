@@ -139,7 +139,8 @@ def longest_text(prompts: Sequence[Prompt], sampling: Sampling) -> int:
 
 
 class _Flight:
-    """The rows of one `generate`: 0..num_live-1 are live, and stay together at the front."""
+    """The rows of one `generate`: 0..num_live-1 are live, and stay together at the front. A token of any row that is drawn in
+    the n-th step stands in column n modulo `max_tokens`."""
 
     def __init__(
         self,
@@ -158,14 +159,12 @@ class _Flight:
         self.job_R = [0] * num_rows
         self.shift_R = [0] * num_rows  # position of the pending token minus num_steps: constant while a row lives
         self.begin_R = [0] * num_rows  # num_steps when the row began
-        self.max_tokens = num_tokens = sampling.max_tokens
-        self.token_R = torch.zeros(
-            num_rows, dtype=torch.long, device=self.device
-        )  # written, and not yet seen by the model
+        self.max_tokens = sampling.max_tokens
+        self.token_R = self._tensor([0] * num_rows)  # pending: written, and not yet seen by the model
         self.position_R = torch.zeros_like(self.token_R)
-        self.uniform_RT = torch.zeros(num_rows, num_tokens, dtype=torch.float64, device=self.device)
-        self.id_RT = torch.zeros(num_rows, num_tokens, dtype=torch.long, device=self.device)
-        self.logp_RT = torch.zeros(num_rows, num_tokens, device=self.device)
+        self.uniform_RT = torch.zeros(num_rows, self.max_tokens, dtype=torch.float64, device=self.device)
+        self.id_RT = torch.zeros_like(self.uniform_RT, dtype=torch.long)
+        self.logp_RT = torch.zeros_like(self.uniform_RT, dtype=torch.float32)
         self.stop_ids = frozenset(sampling.stop_ids)
 
     def run(self) -> list[Rollout]:
@@ -209,11 +208,8 @@ class _Flight:
         self.position_R[:live] += 1
         self.num_steps += 1
         full = self.num_steps - self.max_tokens
-        return [
-            row
-            for row, (token, begin) in enumerate(zip(token_N.tolist(), self.begin_R, strict=False))
-            if token in self.stop_ids or begin == full
-        ]
+        pairs = enumerate(zip(token_N.tolist(), self.begin_R, strict=False))
+        return [row for row, (token, begin) in pairs if token in self.stop_ids or begin == full]
 
     def release(self, done: list[int]) -> None:
         """Hand out the rollouts of finished rows, and close the gaps with the last live rows."""
@@ -232,15 +228,17 @@ class _Flight:
 
     def _rollout(self, row: int, ids_T: list[int], logp_T: list[float]) -> Rollout:
         """The rollout of a finished row, whose first token stands in the column of the step that it began at."""
-        prompt, index = self.jobs[self.job_R[row]]
-        first, count = self.begin_R[row] % self.max_tokens, self.num_steps - self.begin_R[row]
+        (prompt, index), begin = self.jobs[self.job_R[row]], self.begin_R[row]
+        first, count = begin % self.max_tokens, self.num_steps - begin
         response, logp = ((values[first:] + values[:first])[:count] for values in (ids_T, logp_T))
         if not all(map(isfinite, logp)):
             raise ValueError(
                 f"the student's logits were not finite while it answered prompt {prompt.key!r}: its weights have "
                 "diverged or overflow their dtype; lower the learning rate, clip gradients, or use bfloat16 or float32"
             )
-        return Rollout(prompt, response, torch.tensor(logp), response[-1] in self.stop_ids, sample=index)
+        return Rollout(
+            prompt, response, torch.tensor(logp, dtype=torch.float32), response[-1] in self.stop_ids, sample=index
+        )
 
     def _move(self, sources: list[int], targets: list[int]) -> None:
         for source, target in zip(sources, targets, strict=True):
@@ -335,11 +333,12 @@ def check_sampling(sampling: Sampling) -> None:
 
 def check_prompts(prompts: Sequence[Prompt], sampling: Sampling, student: Student) -> None:
     context = getattr(student.model.config.get_text_config(), "max_position_embeddings", None)
+    vocabulary = student.model.get_input_embeddings().weight.shape[0]
     for prompt in prompts:
         length = len(prompt.ids)
         if length == 0:
             raise ValueError(f"prompt {prompt.key!r} has no token ids: give it a text, or at least the BOS token")
-        if max(prompt.ids) >= student.model.get_input_embeddings().weight.shape[0] or min(prompt.ids) < 0:
+        if max(prompt.ids) >= vocabulary or min(prompt.ids) < 0:
             raise ValueError(
                 f"prompt {prompt.key!r} has token ids that the student does not have: was it tokenized for another model?"
             )
