@@ -139,7 +139,7 @@ class FusedDecoder:
         heads = self.num_heads + self.num_kv
         joint = layer.qkv.forward(self._normed(x_ND)).view(len(x_ND), -1, self.dim)
         qk, value = joint[:, :heads], joint[:, heads:]
-        if layer.qk_norm is not None:
+        if layer.qk_norm is not None and self.least_qk is not None:
             qk = normed(qk, self.least_qk).mul_(layer.qk_norm)
         qk = torch.view_as_complex(qk.view(-1, heads, self.dim // 2, 2)) * turn
         qk = torch.view_as_real(qk).view(-1, heads, self.dim)

@@ -230,7 +230,7 @@ class _Flight:
         """The rollout of a finished row, whose first token stands in the column of the step that it began at."""
         (prompt, index), begin = self.jobs[self.job_R[row]], self.begin_R[row]
         first, count = begin % self.max_tokens, self.num_steps - begin
-        response, logp = ((values[first:] + values[:first])[:count] for values in (ids_T, logp_T))
+        response, logp = (ids_T[first:] + ids_T[:first])[:count], (logp_T[first:] + logp_T[:first])[:count]
         if not all(map(isfinite, logp)):
             raise ValueError(
                 f"the student's logits were not finite while it answered prompt {prompt.key!r}: its weights have "
