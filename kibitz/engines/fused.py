@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 MAX_PARAMETERS = 200_000_000  # measured to pay from 0.15M to 135M; repacking takes the memory of the weights once more
+SMALL = 2**16  # numbers of a matrix that is not packed (`PackedDecoder`)
 SLOT_STEP = 16  # slots are attended to in multiples: kernels chosen per shape are chosen less often
 
 
@@ -30,7 +31,7 @@ class Layer:
     out: nn.Linear
     gate_up: nn.Linear
     down: nn.Linear
-    keys: Tensor  # [rows, Hk, d, slots]: a product with queries reads it as it lies
+    keys: Tensor  # [rows, Hk, d, slots], views of one tensor of all layers, as values are
     values: Tensor  # [rows, Hk, slots, d]
 
 
@@ -54,20 +55,31 @@ class FusedDecoder:
         angle_SF = self.slot_S[:, None] * self.body.rotary_emb.inv_freq.float()
         scale = torch.full_like(angle_SF, self.body.rotary_emb.attention_scaling)
         self.turn_SF = torch.polar(scale, angle_SF)
-        self.layers = [self._pack(layer, num_rows) for layer in self.body.layers]
-        self.head = linear(self.model.get_output_embeddings().weight * self.body.norm.weight)
+        cache = angle_SF.new_zeros(2, len(self.body.layers), num_rows, self.num_kv, self.dim * self.num_slots)
+        self.keys = cache[0].unflatten(-1, (self.dim, self.num_slots))  # a product with queries reads it as it lies
+        self.values = cache[1].unflatten(-1, (self.num_slots, self.dim))
+        self.layers = [self._pack(*each) for each in zip(self.body.layers, self.keys, self.values, strict=True)]
+        head, norm = self.model.get_output_embeddings(), self.body.norm
+        self.head = linear(head.weight * norm.weight * norm.weight.numel() ** 0.5)
+        self.least = self._least(norm.weight.numel(), self.eps)
+        self.least_qk = None if self.qk_eps is None else self._least(self.dim, self.qk_eps)
 
-    def _pack(self, layer: Any, num_rows: int) -> Layer:
+    def _least(self, num: int, eps: float) -> Tensor:
+        return torch.full((1,), (num * eps) ** 0.5, device=self.model.device)
+
+    def _pack(self, layer: Any, keys: Tensor, values: Tensor) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
         query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
-        scale = self.dim**-0.5
+        scale, root = self.dim**-0.5, layer.input_layernorm.weight.numel() ** 0.5
         norm = None
         if self.qk_eps is not None:
             parts = [
                 attention.q_norm.weight.expand(self.num_heads, -1) * scale,
                 attention.k_norm.weight.expand(self.num_kv, -1),
             ]
-            norm = torch.cat([interleave(part.reshape(-1), self.dim) for part in parts]).view(-1, self.dim)
+            norm = (
+                torch.cat([interleave(part.reshape(-1), self.dim) for part in parts]).view(-1, self.dim) * self.dim**0.5
+            )
             scale = 1.0
         qkv = torch.cat([interleave(query.weight, self.dim) * scale, interleave(key.weight, self.dim), value.weight])
         bias = None
@@ -75,16 +87,16 @@ class FusedDecoder:
             bias = torch.cat([interleave(query.bias, self.dim) * scale, interleave(key.bias, self.dim), value.bias])
         gate_up_bias = None if mlp.gate_proj.bias is None else torch.cat([mlp.gate_proj.bias, mlp.up_proj.bias])
         return Layer(
-            qkv=linear(qkv * layer.input_layernorm.weight, bias),
+            qkv=linear(qkv * (layer.input_layernorm.weight * root), bias),
             qk_norm=norm,
-            out=attention.o_proj,
+            out=linear(attention.o_proj.weight, attention.o_proj.bias),
             gate_up=linear(
-                torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * layer.post_attention_layernorm.weight,
+                torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * (layer.post_attention_layernorm.weight * root),
                 gate_up_bias,
             ),
-            down=mlp.down_proj,
-            keys=qkv.new_zeros(num_rows, self.num_kv, self.dim, self.num_slots),
-            values=qkv.new_zeros(num_rows, self.num_kv, self.num_slots, self.dim),
+            down=linear(mlp.down_proj.weight, mlp.down_proj.bias),
+            keys=keys,
+            values=values,
         )
 
     def prefill(self, ids_GP: Tensor, prompt_R: Tensor, row_R: Tensor) -> None:
@@ -107,7 +119,7 @@ class FusedDecoder:
         mask = torch.zeros_like(unseen, dtype=self.head.weight.dtype).masked_fill_(unseen, -torch.inf)[:, None, None]
         target_N = (self.head_H1[:rows] + position_N[:, None]).flatten()
         row_N = self.row_R[:rows]
-        turn = self.turn_SF[position_N][:, None]
+        turn = self.turn_SF.index_select(0, position_N)[:, None]
         x_ND = self.body.embed_tokens(token_N)
         for layer in self.layers:
             query, key, value = self._qkv(layer, x_ND, turn)
@@ -117,29 +129,30 @@ class FusedDecoder:
             score = torch.matmul(query, layer.keys[:rows, :, :, :num_slots]).add_(mask)
             mixed = torch.matmul(score.softmax(-1), layer.values[:rows, :, :num_slots])
             x_ND = self._after_attention(layer, x_ND, mixed.view(rows, -1))
-        return self.head(self._normed(x_ND))
+        return self.head.forward(self._normed(x_ND))
 
     def _normed(self, x_ND: Tensor) -> Tensor:
-        return F.rms_norm(x_ND, x_ND.shape[-1:], None, self.eps)
+        return normed(x_ND, self.least)
 
     def _qkv(self, layer: Layer, x_ND: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (both normalised where the model does, and rotated) and values, [N, heads, dim]."""
-        joint = layer.qkv(self._normed(x_ND)).view(len(x_ND), -1, self.dim)
-        qk, value = joint.split([self.num_heads + self.num_kv, self.num_kv], dim=1)
-        if layer.qk_norm is not None:
-            qk = F.rms_norm(qk, (self.dim,), None, self.qk_eps) * layer.qk_norm
-        qk = torch.view_as_real(torch.view_as_complex(qk.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+        heads = self.num_heads + self.num_kv
+        joint = layer.qkv.forward(self._normed(x_ND)).view(len(x_ND), -1, self.dim)
+        qk, value = joint[:, :heads], joint[:, heads:]
+        if layer.qk_norm is not None and self.least_qk is not None:
+            qk = normed(qk, self.least_qk).mul_(layer.qk_norm)
+        qk = torch.view_as_complex(qk.view(-1, heads, self.dim // 2, 2)) * turn
+        qk = torch.view_as_real(qk).view(-1, heads, self.dim)
         return qk[:, : self.num_heads], qk[:, self.num_heads :], value
 
     def _after_attention(self, layer: Layer, x_ND: Tensor, mixed_ND: Tensor) -> Tensor:
-        x_ND = x_ND + layer.out(mixed_ND)
-        gate, up = layer.gate_up(self._normed(x_ND)).chunk(2, dim=-1)
-        return x_ND + layer.down(F.silu(gate) * up)
+        x_ND = layer.out.forward(mixed_ND).add_(x_ND)
+        gate, up = layer.gate_up.forward(self._normed(x_ND)).chunk(2, dim=-1)
+        return layer.down.forward(F.silu(gate).mul_(up)).add_(x_ND)
 
     def move(self, source_M: Tensor, target_M: Tensor) -> None:
-        for layer in self.layers:
-            layer.keys[target_M] = layer.keys[source_M]
-            layer.values[target_M] = layer.values[source_M]
+        for state in (self.keys, self.values):
+            state[:, target_M] = state[:, source_M]
 
     def linears(self) -> Iterator[nn.Linear]:
         """The matrices that a step multiplies by, between `start` and `stop`."""
@@ -148,15 +161,24 @@ class FusedDecoder:
         yield self.head
 
     def stop(self) -> None:
-        del self.layers, self.head
+        del self.layers, self.head, self.keys, self.values
+
+
+def normed(x: Tensor, least_1: Tensor) -> Tensor:
+    """RMS norm over the last dimension without its factor sqrt(D), which the matrices behind it have: the vector divided by
+    its length, or nearly so where it is as short as `least_1` = sqrt(D eps)."""
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(least_1)
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """A linear layer of a given matrix."""
+    """A linear layer of a given matrix. A small one is laid out by columns, so that a product reads it as it lies."""
     module = nn.Linear(1, 1, bias=bias is not None, device="meta")
+    weight = weight.detach()
+    if weight.numel() < SMALL:
+        weight = weight.t().contiguous().t()
     module.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
-        module.bias = nn.Parameter(bias, requires_grad=False)
+        module.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return module
 
 

@@ -7,7 +7,8 @@ fused, cached, or, loudly, one that recomputes everything for each token.
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from math import isfinite
 from typing import Any, Protocol
 
 import torch
@@ -65,8 +66,9 @@ class TorchEngine:
             return []
         jobs = [(prompt, index) for prompt in prompts for index in range(sampling.num_samples)]
         longest = longest_text(prompts, sampling)
-        with torch.no_grad(), evaluating(self.student.model):
-            decoder, most = self._packed(self.decoder(longest)), min(self.max_rows, len(jobs))
+        chosen, most = self.decoder(longest), min(self.max_rows, len(jobs))
+        with _without_gradients(chosen), evaluating(self.student.model):
+            decoder = self._packed(chosen)
             rows = num_rows(most, self.student.model, self.student.device, longest, self.student.vocab_size)
             with self._room():
                 decoder.start(rows, longest)
@@ -137,7 +139,8 @@ def longest_text(prompts: Sequence[Prompt], sampling: Sampling) -> int:
 
 
 class _Flight:
-    """The rows of one `generate`: 0..num_live-1 are live, and stay together at the front."""
+    """The rows of one `generate`: 0..num_live-1 are live, and stay together at the front. A token of any row that is drawn in
+    the n-th step stands in column n modulo `max_tokens`."""
 
     def __init__(
         self,
@@ -155,23 +158,20 @@ class _Flight:
         self.num_live = self.num_started = self.num_steps = 0
         self.job_R = [0] * num_rows
         self.shift_R = [0] * num_rows  # position of the pending token minus num_steps: constant while a row lives
-        num_tokens = sampling.max_tokens
-        self.row_R = torch.arange(num_rows, device=self.device)
-        self.token_R = torch.zeros_like(self.row_R)  # pending: written, and not yet seen by the model
-        self.position_R = torch.zeros_like(self.row_R)
-        self.count_R = torch.zeros_like(self.row_R)
-        self.uniform_RT = torch.zeros(num_rows, num_tokens, dtype=torch.float64, device=self.device)
-        self.id_RT = torch.zeros(num_rows, num_tokens, dtype=torch.long, device=self.device)
-        self.logp_RT = torch.zeros(num_rows, num_tokens, device=self.device)
+        self.begin_R = [0] * num_rows  # num_steps when the row began
+        self.max_tokens = sampling.max_tokens
+        self.token_R = self._tensor([0] * num_rows)  # pending: written, and not yet seen by the model
+        self.position_R = torch.zeros_like(self.token_R)
+        self.uniform_RT = torch.zeros(num_rows, self.max_tokens, dtype=torch.float64, device=self.device)
+        self.id_RT = torch.zeros_like(self.uniform_RT, dtype=torch.long)
+        self.logp_RT = torch.zeros_like(self.uniform_RT, dtype=torch.float32)
         self.stop_ids = frozenset(sampling.stop_ids)
-        self.stop_1K = torch.tensor(sorted(self.stop_ids), dtype=torch.long, device=self.device)[None]
 
     def run(self) -> list[Rollout]:
         while self.num_live or self.num_started < len(self.jobs):
             self.admit()
-            done_N = self.step()
-            if done_N.any():
-                self.release(done_N.nonzero()[:, 0].tolist())
+            if done := self.step():
+                self.release(done)
         return [self.rollouts[job] for job in range(len(self.jobs))]
 
     def admit(self) -> None:
@@ -186,46 +186,39 @@ class _Flight:
         for row, (prompt, _) in zip(rows, jobs, strict=True):
             self.job_R[row] = first + row - rows.start
             self.shift_R[row] = len(prompt.ids) - 1 - self.num_steps
+            self.begin_R[row] = self.num_steps
         self.token_R[new] = self._tensor([prompt.ids[-1] for prompt, _ in jobs])
         self.position_R[new] = self._tensor([len(prompt.ids) - 1 for prompt, _ in jobs])
-        self.count_R[new] = 0
         seed_N = self._tensor([row_seed(self.sampling.seed, prompt.key, index) for prompt, index in jobs])
-        self.uniform_RT[new] = uniforms(seed_N[:, None], torch.arange(self.sampling.max_tokens, device=self.device))
+        place_T = (torch.arange(self.max_tokens, device=self.device) - self.num_steps) % self.max_tokens
+        self.uniform_RT[new] = uniforms(seed_N[:, None], place_T)
         prefill(self.decoder, [prompt.ids[:-1] for prompt, _ in jobs], rows.start, self.device)
         self.num_started += num_new
         self.num_live += num_new
 
-    def step(self) -> Tensor:
+    def step(self) -> list[int]:
         """One more token for every live row; which rows are done with it."""
-        live = self.num_live
+        live, column = self.num_live, self.num_steps % self.max_tokens
         num_slots = max(self.shift_R[:live]) + self.num_steps + 1
         logits_NV = self.decoder.step(self.token_R[:live], self.position_R[:live], num_slots)[:, : self.vocab_size]
-        row_N, count_N = self.row_R[:live], self.count_R[:live]
-        token_N, logp_N = sample(logits_NV, self.uniform_RT[row_N, count_N], self.sampling)
-        self.id_RT[row_N, count_N] = token_N
-        self.logp_RT[row_N, count_N] = logp_N
+        token_N, logp_N = sample(logits_NV, self.uniform_RT[:live, column], self.sampling)
+        self.id_RT[:live, column] = token_N
+        self.logp_RT[:live, column] = logp_N
         self.token_R[:live] = token_N
         self.position_R[:live] += 1
-        count_N += 1
         self.num_steps += 1
-        done_N = count_N == self.sampling.max_tokens
-        return done_N | (token_N[:, None] == self.stop_1K).any(1) if self.stop_ids else done_N
+        full = self.num_steps - self.max_tokens
+        pairs = enumerate(zip(token_N.tolist(), self.begin_R, strict=False))
+        return [row for row, (token, begin) in pairs if token in self.stop_ids or begin == full]
 
     def release(self, done: list[int]) -> None:
         """Hand out the rollouts of finished rows, and close the gaps with the last live rows."""
         done_M = self._tensor(done)
-        counts, ids, logp_MT = self.count_R[done_M].tolist(), self.id_RT[done_M].tolist(), self.logp_RT[done_M].cpu()
-        for place, row in enumerate(done):
-            prompt, index = self.jobs[self.job_R[row]]
-            response, logp_T = ids[place][: counts[place]], logp_MT[place, : counts[place]].clone()
-            if not logp_T.isfinite().all():
-                raise ValueError(
-                    f"the student's logits were not finite while it answered prompt {prompt.key!r}: its weights have "
-                    "diverged or overflow their dtype; lower the learning rate, clip gradients, or use bfloat16 or float32"
-                )
-            finished = response[-1] in self.stop_ids
-            self.rollouts[self.job_R[row]] = Rollout(prompt, response, logp_T, finished, sample=index)
-        self.on_ready([self.rollouts[self.job_R[row]] for row in done])
+        ids_MT, logp_MT = self.id_RT[done_M].tolist(), self.logp_RT[done_M].tolist()
+        with torch.inference_mode(False), torch.no_grad():
+            for row, ids_T, logp_T in zip(done, ids_MT, logp_MT, strict=True):
+                self.rollouts[self.job_R[row]] = self._rollout(row, ids_T, logp_T)
+            self.on_ready([self.rollouts[self.job_R[row]] for row in done])
         gone, kept = set(done), self.num_live - len(done)
         targets = [row for row in done if row < kept]
         sources = [row for row in range(kept, self.num_live) if row not in gone]
@@ -233,11 +226,26 @@ class _Flight:
         if targets:
             self._move(sources, targets)
 
+    def _rollout(self, row: int, ids_T: list[int], logp_T: list[float]) -> Rollout:
+        """The rollout of a finished row, whose first token stands in the column of the step that it began at."""
+        (prompt, index), begin = self.jobs[self.job_R[row]], self.begin_R[row]
+        first, count = begin % self.max_tokens, self.num_steps - begin
+        response, logp = (ids_T[first:] + ids_T[:first])[:count], (logp_T[first:] + logp_T[:first])[:count]
+        if not all(map(isfinite, logp)):
+            raise ValueError(
+                f"the student's logits were not finite while it answered prompt {prompt.key!r}: its weights have "
+                "diverged or overflow their dtype; lower the learning rate, clip gradients, or use bfloat16 or float32"
+            )
+        return Rollout(
+            prompt, response, torch.tensor(logp, dtype=torch.float32), response[-1] in self.stop_ids, sample=index
+        )
+
     def _move(self, sources: list[int], targets: list[int]) -> None:
         for source, target in zip(sources, targets, strict=True):
-            self.job_R[target], self.shift_R[target] = self.job_R[source], self.shift_R[source]
+            for state in (self.job_R, self.shift_R, self.begin_R):
+                state[target] = state[source]
         source_M, target_M = self._tensor(sources), self._tensor(targets)
-        for state in (self.token_R, self.position_R, self.count_R, self.uniform_RT, self.id_RT, self.logp_RT):
+        for state in (self.token_R, self.position_R, self.uniform_RT, self.id_RT, self.logp_RT):
             state[target_M] = state[source_M]
         self.decoder.move(source_M, target_M)
 
@@ -270,6 +278,12 @@ def choose_decoder(model: PreTrainedModel, vocab_size: int, longest: int = 0) ->
         stacklevel=4,
     )
     return PlainDecoder(model)
+
+
+def _without_gradients(decoder: Decoder) -> AbstractContextManager[Any]:
+    """torch's fastest mode for a decoder that calls nothing of the model's but its matrices: what is made in that mode can
+    never be trained with, and a model may keep what it makes."""
+    return torch.inference_mode() if isinstance(decoder, FusedDecoder) else torch.no_grad()
 
 
 @contextmanager
@@ -319,11 +333,12 @@ def check_sampling(sampling: Sampling) -> None:
 
 def check_prompts(prompts: Sequence[Prompt], sampling: Sampling, student: Student) -> None:
     context = getattr(student.model.config.get_text_config(), "max_position_embeddings", None)
+    vocabulary = student.model.get_input_embeddings().weight.shape[0]
     for prompt in prompts:
         length = len(prompt.ids)
         if length == 0:
             raise ValueError(f"prompt {prompt.key!r} has no token ids: give it a text, or at least the BOS token")
-        if max(prompt.ids) >= student.model.get_input_embeddings().weight.shape[0] or min(prompt.ids) < 0:
+        if max(prompt.ids) >= vocabulary or min(prompt.ids) < 0:
             raise ValueError(
                 f"prompt {prompt.key!r} has token ids that the student does not have: was it tokenized for another model?"
             )

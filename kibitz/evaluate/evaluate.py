@@ -31,6 +31,9 @@ from kibitz.teachers import Teacher
 from kibitz.teachers.build import reader_of
 from kibitz.types import Prompt, Rollout, Sampling
 
+SCORED_TOGETHER = 4096
+"""Positions of one forward pass: activations of many more are memory that a CPU asks the system for each time anew."""
+
 
 @dataclass(frozen=True)
 class Evaluator:
@@ -143,7 +146,7 @@ def distance(
     student: LanguageModel,
     teacher: Teacher,
     rollouts: Sequence[Rollout],
-    max_tokens: int = 16384,
+    max_tokens: int = SCORED_TOGETHER,
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """`reverse_kl`, KL(student || teacher) in nats per token of the student's own text: exact over the vocabulary from a
@@ -170,7 +173,7 @@ def distance(
 
 
 def mean_reverse_kl(
-    student: LanguageModel, teacher: Teacher, rollouts: Sequence[Rollout], max_tokens: int = 16384
+    student: LanguageModel, teacher: Teacher, rollouts: Sequence[Rollout], max_tokens: int = SCORED_TOGETHER
 ) -> float:
     """The `reverse_kl` of `distance`."""
     return distance(student, teacher, rollouts, max_tokens)["reverse_kl"]
