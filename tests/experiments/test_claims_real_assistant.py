@@ -74,7 +74,7 @@ def _asked(row: dict) -> Prompt:
 
 def measured(questions: float, instructions: float, **policies: float) -> dict:
     shares = {"questions": questions, "instructions": instructions, **policies}
-    row = {"num_prompts": 64, "cut_off": 0.5, "reverse_kl": 0.3}
+    row = {"num_prompts": 192, "cut_off": 0.5, "reverse_kl": 0.3}
     found = {name: row | {how: {"accuracy": share} for how in ("sampled", "greedy")} for name, share in shares.items()}
     first = next(iter(found.values()))
     return first | {"measures": found | {"chat": row}}
@@ -107,3 +107,16 @@ def test_every_number_of_the_page_is_there(tmp_path):
         and "German" not in body
     )
     assert "| 70% documents, 30% chat | 45.0 ± " in body and "| 36 / 79 |" in body
+
+
+def test_a_change_of_one_seed_has_the_interval_of_its_problems(tmp_path):
+    results = Results(real_assistant.EXPERIMENT, tmp_path)
+    records.write(tmp_path / "student.json", {"settings": {}, "test": measured(0.0, 0.5)})
+    for name, share in (("documents-70", 0.25), ("recover-70", 0.5)):
+        found = measured(0.5, share)
+        put(tmp_path, record(name, 1e-4, 0, 0.0) | {"dev": found, "test": found})
+    mean, half = real_assistant.changed(results, None, "documents-70", "instructions")
+    assert mean == -0.25
+    both = 1.96 * (0.5 * 0.5 / 192 + 0.25 * 0.75 / 192) ** 0.5
+    assert half == pytest.approx(both, rel=0.05)
+    assert real_assistant.changed(results, "documents-70", "recover-70", "instructions") == (0.25, half)

@@ -6,11 +6,13 @@ from typing import Any
 
 from kibitz.experiments import handbook, real
 from kibitz.experiments.charts import Panel
-from kibitz.experiments.claims.assistant import change, levels, verdict
+from kibitz.experiments.claims.assistant import levels, verdict
 from kibitz.experiments.design import Arm, Experiment
 from kibitz.experiments.evidence import Finding
+from kibitz.experiments.records import measure, share_with_interval
 from kibitz.experiments.results import Results
 from kibitz.experiments.shapes import compared
+from kibitz.experiments.statistics import Estimate
 
 BOTH = ("questions", "instructions")
 MIXED = 70  # percent of documents; the rest is chat, which the model as it was answers
@@ -29,8 +31,8 @@ def find(results: Results) -> Finding:
     """The loss of instruction following in learning, its recovery by OPD, and the facts lost in the recovery."""
     abouts = {arm.name: arm.about for arm in results.experiment.arms}
     names = [name for name in abouts if not name.startswith("policy") and results.has(name)]
-    lost = change(results, None, LEARNT, "instructions")
-    back, facts = (change(results, LEARNT, RECOVERED, name) for name in ("instructions", "questions"))
+    lost = changed(results, None, LEARNT, "instructions")
+    back, facts = (changed(results, LEARNT, RECOVERED, name) for name in ("instructions", "questions"))
     rows = {name: levels(results, name, BOTH) for name in names}
     numbers = {
         "student": {name: results.level("student", name=name) for name in BOTH},
@@ -50,7 +52,19 @@ def find(results: Results) -> Finding:
     series = {name: {arm: by[name] for arm, by in rows.items()} for name in BOTH}
     levels_before = {f"{name} before": numbers["student"][name] for name in BOTH}
     panel: Panel = compared("learning a handbook", "accuracy", names, series, levels=levels_before)
-    return Finding(verdict(change(results, None, LEARNT, "questions"), lost, back, facts), numbers, (panel,))
+    return Finding(verdict(changed(results, None, LEARNT, "questions"), lost, back, facts), numbers, (panel,))
+
+
+def changed(results: Results, before: str | None, after: str, name: str) -> Estimate:
+    """The change of an accuracy from an arm (or the model as it was) to another. Its interval is of both, each of seeds and
+    problems, as if they had met different ones: of one seed, problems are all that tells what chance does."""
+    if before is None:
+        problems = measure(results.model("student"), name)["num_prompts"]
+        mean, half = share_with_interval([results.level("student", name=name)], problems)
+    else:
+        mean, half = results.accuracy(before, name=name)
+    now, wide = results.accuracy(after, name=name)
+    return now - mean, (half**2 + wide**2) ** 0.5
 
 
 def _of_policy(results: Results, policy: str) -> dict[str, Any]:
@@ -95,6 +109,7 @@ def _arms() -> tuple[Arm, ...]:
         replace(_reading(LEARNT, f"{MIXED}% documents, {100 - MIXED}% chat", LEARNT), rate_of="documents-100"),
         replace(_reading("lora-70", f"{MIXED}% documents, by LoRA", LEARNT, **lora), rates=ADAPTING),
         _recovery(RECOVERED, f"{MIXED}% documents, then OPD from the model as it was", LEARNT),
+        _recovery("recover-100", "documents alone, then OPD", "documents-100"),
         replace(
             _reading("learn-2", "then a second handbook", f"{LEARNT}-2", student={"model": f"arm:{RECOVERED}"}),
             rate_of=LEARNT,
@@ -108,6 +123,7 @@ def _told(name: str) -> dict[str, Any]:
     return {
         "prompts": f"made:{name}",
         "grader": "constraints_strict",
+        "limit": 48,
         "system": handbook.words()["policies"][name]["system"],
     }
 
@@ -132,7 +148,7 @@ EXPERIMENT = Experiment(
     rates=LEARNING,
     extensions=0,
     dev_problems=24,
-    test_problems=48,
+    test_problems=192,
     seeds=2,
     quick_arms=("documents-100", LEARNT, RECOVERED, "learn-2", "policy-sentence"),
     models={"student": "made:itself", "teacher": "made:whole"},
@@ -142,7 +158,8 @@ EXPERIMENT = Experiment(
         "documents-100": {"prompts": "made:documents-100"},
         LEARNT: {"prompts": f"made:{LEARNT}"},
         f"{LEARNT}-2": {"prompts": f"made:{LEARNT}-2"},
-        **{name: _graded(name) for name in ("questions", "questions-2", "instructions", *POLICIES)},
+        **{name: _graded(name) for name in ("questions", "questions-2", "instructions")},
+        **{name: _graded(name) | {"limit": 48} for name in POLICIES},
         **{f"{name}-told": _told(name) for name in POLICIES},
     },
     measures={
