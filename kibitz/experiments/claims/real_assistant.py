@@ -18,9 +18,9 @@ BOTH = ("questions", "instructions")
 MIXED = 70  # percent of documents; the rest is chat, which the model as it was answers
 LEARNT, RECOVERED = f"documents-{MIXED}", f"recover-{MIXED}"
 POLICIES = ("sentence", "german")
-LEARNING, RECOVERING, ADAPTING = (1e-4, 2e-4, 4e-4), (2e-5, 5e-5, 1e-4), (5e-4, 1e-3)
+LEARNING, RECOVERING, ADAPTING = (1e-4, 2e-4, 4e-4), (1e-4, 2e-4), (5e-4, 1e-3)
 PUBLISHED = {"student": "18 / 85", "documents-100": "43 / 45", LEARNT: "36 / 79", RECOVERED: "41 / 83"}
-OPD = {"teacher": {"model": "teacher"}, "method": {"type": "opd"}, "steps": 16}
+OPD = {"teacher": {"model": "teacher"}, "method": {"type": "opd"}, "steps": 24}
 FILLED = {"teacher": {"model": "teacher"}, "method": {"type": "sft", "fill": "teacher"}}
 
 
@@ -106,7 +106,7 @@ def _arms() -> tuple[Arm, ...]:
     lora = {"student": {"model": "student", "lora": {"rank": 16}}}
     return (
         _reading("documents-100", "documents alone", "documents-100"),
-        replace(_reading(LEARNT, f"{MIXED}% documents, {100 - MIXED}% chat", LEARNT), rate_of="documents-100"),
+        replace(_reading(LEARNT, f"{MIXED}% documents, {100 - MIXED}% chat", LEARNT), rates=LEARNING[1:]),
         replace(_reading("lora-70", f"{MIXED}% documents, by LoRA", LEARNT, **lora), rates=ADAPTING),
         _recovery(RECOVERED, f"{MIXED}% documents, then OPD from the model as it was", LEARNT),
         _recovery("recover-100", "documents alone, then OPD", "documents-100"),
