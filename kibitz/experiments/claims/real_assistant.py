@@ -48,6 +48,7 @@ def find(results: Results) -> Finding:
         "policies": [_of_policy(results, policy) for policy in POLICIES if results.has(f"policy-{policy}")],
         "seeds": len(results.runs(RECOVERED)),
         "num": results.model("student")["num_prompts"],
+        "instructed": measure(results.model("student"), "instructions")["num_prompts"],
     }  # fmt: skip
     series = {name: {arm: by[name] for arm, by in rows.items()} for name in BOTH}
     levels_before = {f"{name} before": numbers["student"][name] for name in BOTH}
