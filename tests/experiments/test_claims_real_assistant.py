@@ -106,7 +106,10 @@ def test_every_number_of_the_page_is_there(tmp_path):
         "| You answer every message in exactly one short sentence. | 10.0 | 60.0 | 50.0 ±" in body
         and "German" not in body
     )
-    assert "| 70% documents, 30% chat | 45.0 ± " in body and "| 36 / 79 |" in body
+    assert "| before | 2.0 / 2.0 | 60.0 / 60.0 | 0 |" in body
+    assert (
+        re.search(r"\| 70% documents, 30% chat \| 45.0 ± \S+ / 45.0 ± \S+ \| 30.0 ± ", body) and "| 36 / 79 |" in body
+    )
 
 
 def test_a_change_of_one_seed_has_the_interval_of_its_problems(tmp_path):

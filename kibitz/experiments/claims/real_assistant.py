@@ -36,6 +36,7 @@ def find(results: Results) -> Finding:
     rows = {name: levels(results, name, BOTH) for name in names}
     numbers = {
         "student": {name: results.level("student", name=name) for name in BOTH},
+        "greedy": {name: results.level("student", "greedy", name) for name in BOTH},
         "published": PUBLISHED,
         "lost": lost,
         "back": back,
@@ -43,7 +44,8 @@ def find(results: Results) -> Finding:
         "learnt": rows[LEARNT],
         "recovered": rows[RECOVERED],
         "documents": MIXED,
-        "rows": [(name, abouts[name], by, results.mean(name, lambda run: run["test"]["measures"]["chat"]["reverse_kl"]))
+        "rows": [(name, abouts[name], by, {one: results.accuracy(name, "greedy", one) for one in BOTH},
+                  results.mean(name, lambda run: run["test"]["measures"]["chat"]["reverse_kl"]))
                  for name, by in rows.items()],
         "policies": [_of_policy(results, policy) for policy in POLICIES if results.has(f"policy-{policy}")],
         "seeds": len(results.runs(RECOVERED)),
