@@ -18,9 +18,10 @@ BOTH = ("questions", "instructions")
 MIXED = 70  # percent of documents; the rest is chat, which the model as it was answers
 LEARNT, RECOVERED = f"documents-{MIXED}", f"recover-{MIXED}"
 POLICIES = ("sentence", "german")
-LEARNING, RECOVERING, ADAPTING = (1e-4, 2e-4, 4e-4), (1e-4, 2e-4), (5e-4, 1e-3)
+LEARNING, RECOVERING, ADAPTING = (1e-4, 2e-4, 4e-4), (5e-5, 1e-4), (5e-4, 1e-3)
 PUBLISHED = {"student": "18 / 85", "documents-100": "43 / 45", LEARNT: "36 / 79", RECOVERED: "41 / 83"}
 OPD = {"teacher": {"model": "teacher"}, "method": {"type": "opd"}, "steps": 24}
+LONG = 96  # steps of a recovery
 FILLED = {"teacher": {"model": "teacher"}, "method": {"type": "sft", "fill": "teacher"}}
 
 
@@ -93,7 +94,7 @@ def _reading(name: str, about: str, data: str, **changes: Any) -> Arm:
 
 
 def _recovery(name: str, about: str, start: str) -> Arm:
-    changes = OPD | {"student": {"model": f"arm:{start}"}}
+    changes = OPD | {"student": {"model": f"arm:{start}"}, "steps": LONG}
     arm = Arm(name, about, changes, data="prompts", judge=BOTH, measures=(*BOTH, "chat"))
     return replace(arm, rates=RECOVERING) if name == RECOVERED else replace(arm, rate_of=RECOVERED)
 
