@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kibitz.engines.packed import LEAST_NUMBERS
+
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 MAX_PARAMETERS = 200_000_000  # measured to pay from 0.15M to 135M; repacking takes the memory of the weights once more
-SMALL = 2**16  # numbers of a matrix that is not packed (`PackedDecoder`)
 SLOT_STEP = 16  # slots are attended to in multiples: kernels chosen per shape are chosen less often
 
 
@@ -174,7 +175,7 @@ def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     """A linear layer of a given matrix. A small one is laid out by columns, so that a product reads it as it lies."""
     module = nn.Linear(1, 1, bias=bias is not None, device="meta")
     weight = weight.detach()
-    if weight.numel() < SMALL:
+    if weight.numel() < LEAST_NUMBERS:
         weight = weight.t().contiguous().t()
     module.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
