@@ -122,6 +122,11 @@ class RolloutConfig(Section):
     max_rows: int = Field(
         256, ge=1, description="Rows generated side by side; bounds the KV cache. On a GPU no more than fit."
     )
+    dtype: Literal["same", "bfloat16"] = Field(
+        "same",
+        description="same: the student's. bfloat16: the embedded engine's matrix products on a CPU that is faster in it (kibitz "
+        "check measures it). A rounded student then writes, and its log-probabilities are kept.",
+    )
 
     @model_validator(mode="after")
     def _engine_and_urls(self) -> "RolloutConfig":
@@ -129,6 +134,10 @@ class RolloutConfig(Section):
             raise ValueError("urls belong to engine: vllm: write rollout.engine=vllm, or drop rollout.urls")
         if self.max_staleness and self.server.sleep is True:
             raise ValueError("max_staleness: 1 keeps servers busy while the student learns: drop rollout.server.sleep")
+        if self.engine == "vllm" and self.dtype != "same":
+            raise ValueError(
+                "rollout.dtype is the embedded engine's, and servers write in the dtype that they are started with: drop it"
+            )
         if self.engine == "vllm" and self.epsilon:
             raise ValueError("vLLM draws no tokens uniformly: write rollout.engine=torch, or drop rollout.epsilon")
         if self.engine == "vllm" and self.temperature > 2:

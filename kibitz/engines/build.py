@@ -29,7 +29,7 @@ class Kind:
 
 
 def _make_torch(config: RolloutConfig, student: LanguageModel, folder: Path, probe: Sequence[Prompt]) -> Engine:
-    return TorchEngine(student, config.max_rows)
+    return TorchEngine(student, config.max_rows, rounded=config.dtype == "bfloat16")
 
 
 def _make_vllm(config: RolloutConfig, student: LanguageModel, folder: Path, probe: Sequence[Prompt]) -> Engine:

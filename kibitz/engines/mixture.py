@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from kibitz.engines import OnReady, nobody_waits
+from kibitz.engines.asked import Student, longest_text
 from kibitz.engines.cache import Decoder
-from kibitz.engines.torch import Student, TorchEngine, evaluating, longest_text
+from kibitz.engines.torch import TorchEngine, evaluating
 from kibitz.ledger import Count, uncounted
 from kibitz.logprobs import log_probs, mixture
 from kibitz.types import Prompt, Rollout, Sampling

@@ -91,15 +91,31 @@ def _measure(weight: Tensor, rows: int) -> str | None:
     return min(worth, key=lambda name: least[name])
 
 
-class _Linear:
+class Replaced:
+    """A forward pass in place of a linear layer's own, which is `plain`, until it is given back."""
+
+    def __init__(self, module: nn.Linear):
+        self.module, self.plain, self.own = module, module.forward, vars(module).get("forward")
+        vars(module)["forward"] = self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def restore(self) -> None:
+        if self.own is None:
+            del vars(self.module)["forward"]
+        else:
+            vars(self.module)["forward"] = self.own
+
+
+class _Linear(Replaced):
     """The forward pass of a linear layer that multiplies `live` rows by its packed matrix, and all others as it did."""
 
     def __init__(self, module: nn.Linear):
-        self.module, self.plain, self.live, self.rows = module, module.forward, 0, 0
-        self.own = vars(module).get("forward")
+        super().__init__(module)
+        self.live, self.rows = 0, 0
         self.product: Product | None = None
         self.key: tuple[Any, ...] = ()
-        vars(module)["forward"] = self
 
     def pack(self, rows: int) -> None:
         weight, self.rows, self.product = self.module.weight, rows, None  # the old layout goes first
@@ -123,12 +139,6 @@ class _Linear:
             _same[(*self.key, self.live)] = torch.equal(found, plain)
             return plain
         return found
-
-    def restore(self) -> None:
-        if self.own is None:
-            del vars(self.module)["forward"]
-        else:
-            vars(self.module)["forward"] = self.own
 
 
 class PackedDecoder:

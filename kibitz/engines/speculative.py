@@ -29,10 +29,11 @@ import torch
 from torch import Tensor
 
 from kibitz.engines import OnReady, nobody_waits
+from kibitz.engines.asked import Student, check_prompts, check_sampling, longest_text
 from kibitz.engines.blocks import BlockDecoder, choose_block_decoder, rank
 from kibitz.engines.cache import Decoder, prefill, switches
 from kibitz.engines.sampling import row_seed, sample, uniforms
-from kibitz.engines.torch import Student, TorchEngine, check_prompts, check_sampling, evaluating, longest_text
+from kibitz.engines.torch import TorchEngine, evaluating
 from kibitz.ledger import Count, uncounted
 from kibitz.models.rotary import hold_rotations, holds_rotations
 from kibitz.types import Prompt, Rollout, Sampling, Writer

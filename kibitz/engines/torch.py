@@ -9,17 +9,19 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from math import isfinite
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kibitz.engines import OnReady, nobody_waits
+from kibitz.engines.asked import Student, check_prompts, check_sampling, longest_text
 from kibitz.engines.cache import CachedDecoder, Decoder, PlainDecoder, decoder_error, prefill, switches
 from kibitz.engines.fused import FusedDecoder
 from kibitz.engines.packed import PackedDecoder, packable
 from kibitz.engines.room import laid_out_bytes, num_rows
+from kibitz.engines.rounded import RoundedDecoder, require, require_kernel
 from kibitz.engines.sampling import row_seed, sample, uniforms
 from kibitz.ledger import Count, uncounted
 from kibitz.models.rotary import hold_rotations, holds_rotations
@@ -29,26 +31,20 @@ LARGE = 64 * 2**20
 """Bytes of matrices laid out anew, from which on memory that was freed is given back around them."""
 
 
-class Student(Protocol):
-    """The parts of a model that the engine needs. `vocab_size` is the tokenizer's: logits beyond it belong to padding."""
-
-    model: PreTrainedModel
-    vocab_size: int
-
-    @property
-    def device(self) -> torch.device: ...
-
-
 class TorchEngine:
     """Continuous batching over a Hugging Face causal model.
 
     The memory for keys and values is `max_rows` times the longest prompt plus `max_tokens`; on a GPU there are no more rows than
-    fit. Dropout is off while it writes. The weights are the student's own, so that nothing can be stale.
+    fit. Dropout is off while it writes. The weights are the student's own, so that nothing can be stale. `rounded`: products
+    are in bfloat16, for a float32 student on a CPU; raise ValueError for another.
     """
 
-    def __init__(self, student: Student, max_rows: int = 256):
+    def __init__(self, student: Student, max_rows: int = 256, rounded: bool = False):
         if max_rows < 1:
             raise ValueError(f"the engine needs room for at least one row, and max_rows is {max_rows}")
+        if rounded:
+            require_kernel(student.device, student.model.dtype)
+        self.rounded = rounded
         self.student = student
         self.max_rows = max_rows
         self._decoder: Decoder | None = None
@@ -98,6 +94,8 @@ class TorchEngine:
                 hold_rotations(model, longest)
             with torch.no_grad(), evaluating(model):
                 self._decoder = choose_decoder(model, self.student.vocab_size, longest)
+                if self.rounded:
+                    require(model, self._rounded(self._decoder), self.student.vocab_size, longest)
             self._checked, self._longest = model, longest
         return self._decoder
 
@@ -117,8 +115,14 @@ class TorchEngine:
         """The decoder with its matrices in the layout of a CPU's kernels, where there are such."""
         if self.student.device.type != "cpu":
             return decoder
+        return self._rounded(decoder) if self.rounded else PackedDecoder(decoder, self._linears(decoder))
+
+    def _rounded(self, decoder: Decoder) -> RoundedDecoder:
+        return RoundedDecoder(decoder, self._linears(decoder))
+
+    def _linears(self, decoder: Decoder) -> Callable[[], Iterator[nn.Linear]]:
         modules = decoder.linears if isinstance(decoder, FusedDecoder) else self.student.model.modules
-        return PackedDecoder(decoder, lambda: packable(modules()))
+        return lambda: packable(modules())
 
     def _unchecked(self, model: PreTrainedModel, longest: int) -> bool:
         if longest <= self._longest or isinstance(self._decoder, PlainDecoder):
@@ -128,11 +132,6 @@ class TorchEngine:
     def use(self, decoder: Decoder) -> None:
         """Take this decoder for the student's present model, unchecked."""
         self._decoder, self._checked, self._longest = decoder, self.student.model, float("inf")
-
-
-def longest_text(prompts: Sequence[Prompt], sampling: Sampling) -> int:
-    """The most tokens, with its prompt, that a rollout can have."""
-    return max(len(prompt.ids) for prompt in prompts) + sampling.max_tokens
 
 
 # ------------------------------------------------------------------ rows in flight
@@ -311,40 +310,3 @@ def _with_other_kernels(model: PreTrainedModel) -> list[Any]:
     return [
         one for one in configs.values() if getattr(one, "_attn_implementation", None) not in (None, "sdpa", "eager")
     ]
-
-
-# ------------------------------------------------------------------ what a user can get wrong
-
-
-def check_sampling(sampling: Sampling) -> None:
-    rules: list[tuple[str, Callable[[float], bool], str]] = [
-        ("max_tokens", lambda x: x >= 1, "at least 1"),
-        ("num_samples", lambda x: x >= 1, "at least 1"),
-        ("temperature", lambda x: 0.0 <= x < float("inf"), "0 (greedy) or greater"),
-        ("top_p", lambda x: 0.0 < x <= 1.0, "greater than 0 and at most 1 (1 switches it off)"),
-        ("top_k", lambda x: x >= 0, "0 (off) or greater"),
-        ("epsilon", lambda x: 0.0 <= x < 1.0, "at least 0 (off) and less than 1"),
-    ]
-    for name, holds, what in rules:
-        value = getattr(sampling, name)
-        if not holds(value):
-            raise ValueError(f"{name} must be {what}, and is {value}")
-
-
-def check_prompts(prompts: Sequence[Prompt], sampling: Sampling, student: Student) -> None:
-    context = getattr(student.model.config.get_text_config(), "max_position_embeddings", None)
-    vocabulary = student.model.get_input_embeddings().weight.shape[0]
-    for prompt in prompts:
-        length = len(prompt.ids)
-        if length == 0:
-            raise ValueError(f"prompt {prompt.key!r} has no token ids: give it a text, or at least the BOS token")
-        if max(prompt.ids) >= vocabulary or min(prompt.ids) < 0:
-            raise ValueError(
-                f"prompt {prompt.key!r} has token ids that the student does not have: was it tokenized for another model?"
-            )
-        if context is not None and length + sampling.max_tokens > context:
-            raise ValueError(
-                f"prompt {prompt.key!r} has {length} tokens; with {sampling.max_tokens} new ones it exceeds the "
-                f"student's context of {context}: "
-                + (f"write rollout.max_tokens={context - length} or less" if length < context else "shorten it")
-            )

@@ -16,7 +16,7 @@ from kibitz.models.load import load_model, load_tokenizer, pick_device, pick_dty
 from kibitz.preflight import budget, fitting, measured, texts
 from kibitz.preflight.finding import Finding, Light, worst
 from kibitz.preflight.shapes import shape_of
-from kibitz.preflight.speed import speed_of
+from kibitz.preflight.speed import rounding, speed_of
 from kibitz.signals import TopK
 from kibitz.teachers import ScoreRequest, Teacher
 from kibitz.teachers.local import LocalScorer
@@ -102,6 +102,8 @@ def _sizes(recipe: Recipe, options: Options, prompt_lengths: list[int]) -> Itera
     yield budget.memory_finding(step, room, what, lines or ())
     if on_gpu is not None:
         yield from texts.attention([("student", student), *(("teacher", one) for one in teachers)])
+    if planned.type == "cpu":
+        yield from rounding(recipe.rollout, [recipe.student, *_models(recipe)])
     speed = speed_of(device, None if options.teraflops is None else options.teraflops * 1e12)
     yield budget.cost_finding(
         budget.cost(

@@ -1,16 +1,21 @@
 """How fast a device multiplies and reads: what a plan of hours stands on."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from kibitz.config import ModelConfig, RolloutConfig
+from kibitz.engines.rounded import bfloat16_gain
 from kibitz.models.load import pick_dtype
+from kibitz.preflight.finding import Finding
 from kibitz.types import is_gpu
 
 FLOPS_PER_BYTE = 200.0
 """FLOP/s in 16-bit matrix products for each byte/s of memory: 156 for an A100, 206 for an H200, 295 for an H100."""
+WORTH = 1.5
+"""From so many times as fast in bfloat16 as in float32, a processor is said to be faster in it."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,27 @@ def memory_speed(device: torch.device) -> float:
     one = torch.ones(2**30 if is_gpu(device) else 2**26, dtype=torch.uint8, device=device)
     other = torch.empty_like(one)
     return 2.0 * one.nbytes / _seconds(device, lambda: other.copy_(one))
+
+
+def rounding(rollout: RolloutConfig, models: Sequence[ModelConfig]) -> Iterator[Finding]:
+    """Say what bfloat16 would save on this processor, the student first among `models`, or what it costs."""
+    try:
+        gain = bfloat16_gain()
+    except (RuntimeError, AttributeError, NotImplementedError):  # this build of torch has none for a CPU
+        return
+    student, *teachers = models
+    rounded = {"teacher.dtype": all(one.dtype == "bfloat16" for one in teachers)} if teachers else {}
+    if student.dtype == "bfloat16":
+        rounded["student.dtype"] = True
+    elif rollout.engine == "torch":
+        rounded["rollout.dtype"] = rollout.dtype == "bfloat16"
+    text = f"products in bfloat16 are {gain:.1f} times as fast as in float32 here"
+    if gain < 1 and any(rounded.values()):
+        names = " and ".join(key for key, is_rounded in rounded.items() if is_rounded)
+        yield Finding("bfloat16", "amber", f"{text}: drop {names}", {"gain": gain})
+    elif gain >= WORTH and not all(rounded.values()):
+        names = " and ".join(f"{key}=bfloat16" for key, is_rounded in rounded.items() if not is_rounded)
+        yield Finding("bfloat16", "green", f"{text}: {names} would save time, and round", {"gain": gain})
 
 
 def _seconds(device: torch.device, work: Callable[[], object]) -> float:

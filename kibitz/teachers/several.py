@@ -9,7 +9,8 @@ import torch
 
 from kibitz.config import MethodConfig, SignalKind, TeacherConfig
 from kibitz.engines import Engine, OnReady, nobody_waits
-from kibitz.engines.torch import TorchEngine, longest_text
+from kibitz.engines.asked import longest_text
+from kibitz.engines.torch import TorchEngine
 from kibitz.ledger import Count, uncounted
 from kibitz.logprobs import log_mixture
 from kibitz.models import LanguageModel

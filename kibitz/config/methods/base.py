@@ -104,6 +104,14 @@ class MethodConfig(ExtrasConfig):
     def check(self, rollout: RolloutConfig) -> None:
         """Raise ValueError, with what to write instead, for settings that exclude each other."""
 
+    def check_writes_jointly(self, rollout: RolloutConfig) -> None:
+        """Raise ValueError for settings of the student's own engine, which writes nothing where student and teacher write a
+        response together."""
+        if rollout.dtype != "same":
+            raise ValueError(
+                f"method {self.type} writes with student and teacher together, in their own dtypes: write rollout.dtype=same"
+            )
+
     def check_teacher(self, teacher: TeacherConfig) -> None:
         """Raise ValueError for a teacher that cannot give what this method requires."""
         needs, given = self.needs(), teacher.answers()

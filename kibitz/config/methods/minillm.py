@@ -42,6 +42,8 @@ class MiniLLMConfig(PolicyGradientConfig, MethodConfig):
                 "minillm weighs each token by the distribution that wrote it: "
                 "write rollout.temperature=1 without top_p, top_k and epsilon"
             )
+        if self.needs().teacher_writes:
+            self.check_writes_jointly(rollout)
         if self.mask_tokens and self.discount:
             raise ValueError(
                 "discount credits a token with later ones, those of mask_tokens too: write method.discount=0"

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from kibitz.config.methods.base import Needs
 from kibitz.config.methods.distillation import DistillationConfig, DivergenceName
+from kibitz.config.sections import RolloutConfig
 
 
 class SKDConfig(DistillationConfig):
@@ -43,6 +44,10 @@ class SKDConfig(DistillationConfig):
     teacher_top_p: float = Field(
         1.0, gt=0, le=1, description="Top-p of the teacher's replacements. The paper's runs: 0.5."
     )
+
+    def check(self, rollout: RolloutConfig) -> None:
+        super().check(rollout)
+        self.check_writes_jointly(rollout)
 
     def needs(self) -> Needs:
         return replace(super().needs(), teacher_writes=True, teacher_judges=True)
