@@ -59,6 +59,17 @@ def test_a_mix_is_as_long_as_documents_alone_and_has_its_share_of_chat_without_a
     assert rows != sorted(rows, key=lambda row: "response" in row), "mixed"
 
 
+def test_what_a_recovery_practises_is_asked_in_words_that_no_measure_has():
+    rows = [row["prompt"] for row in handbook.practised()]
+    plain = [row["prompt"] for row in handbook.instructions()["train"]]
+    assert rows[::2] == plain[::2] and all(
+        row.startswith(f"{text} ") for row, text in zip(rows[1::2], plain[1::2], strict=True)
+    )
+    asked = {row.removeprefix(f"{text} ") for row, text in zip(rows[1::2], plain[1::2], strict=True)}
+    assert asked == set(handbook.words()["practised"])
+    assert not asked & {demand["ask"] for demand in handbook.words()["demands"]}
+
+
 def test_every_demand_and_policy_can_be_verified():
     assert load_grader(DataConfig(prompts="x", grader="constraints_strict"), [_asked(handbook.demands("dev")[0])])
     for row in (*handbook.demands("test"), *handbook.obeyed("sentence", "dev"), *handbook.obeyed("german", "dev")):
