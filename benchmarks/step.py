@@ -2,6 +2,7 @@
 
     python -m benchmarks.step                        # 0.5M under 5M, 5M under 25M, and the real 135M model where it is
     python -m benchmarks.step --cases 0.5M --side-repo before=../kibitz-before
+    python -m benchmarks.step --bfloat16             # with a side whose teacher and rollouts are in bfloat16
     python -m benchmarks.step --tiny                 # a minute: shows that everything runs
 
 TRL 1.16.0 runs in a virtual environment of its own, which the command makes: torch and transformers are those that run this
@@ -45,6 +46,9 @@ CASES = {
     "135M": Case("real", "real", 16, 48, 3, lr=1e-5, threads=2),
 }
 TINY = {"0.03M under 0.03M": Case("0.03M", "0.03M", 4, 8, 3, prompt=6)}
+ROUNDED = "kibitz, bfloat16"
+IN_BFLOAT16 = {"teacher": {"dtype": "bfloat16"}, "rollout": {"dtype": "bfloat16"}}
+"""What writes and what scores; the student learns in float32."""
 NOTHING = {"wall": 0.0, "cpu": 0.0}
 LEFT_OUT = (6, 11, 16, 21)
 """The layers that the student of the real model lacks."""
@@ -118,6 +122,8 @@ def measure(table: Table, name: str, case: Case, home: Path, trl: Path | None) -
     given = {"home": str(home), "rows": case.rows, "tokens": case.tokens, "steps": case.steps, "lr": case.lr}
     kibitz = {"side": "kibitz", **given}
     sides = [Side("roof", "roof", {"shapes": list(shapes(home, case).values())}), Side(OURS, "step_sides", kibitz)]
+    if table.options.bfloat16:
+        sides.append(Side(ROUNDED, "step_sides", kibitz | {"change": IN_BFLOAT16}))
     sides += [Side(other, "step_sides", kibitz, repo=path) for other, path in table.options.sides.items()]
     if trl is not None:
         sides.append(Side("trl", "step_sides", {"side": "trl", **given}, python=trl))
@@ -179,7 +185,7 @@ def report(table: Table, name: str, home: Path, case: Case) -> str:
     kind = "CPU s" if case.threads == 1 else "wall s"
     titles = [name, f"step, {kind}", *PHASES, "share of roof", "peak MB", "time / ours", "memory / ours"]
     rows = [["the roof", *(f"{full * least[phase]:.2f}" for phase in ("step", *PHASES)), "100%", "", "", ""]]
-    for side in (OURS, *table.options.sides, "trl"):
+    for side in (OURS, ROUNDED, *table.options.sides, "trl"):
         if not (found := table.of(name, side)):
             continue
         seconds = {phase: full * middle(found, lambda row, p=phase: per_token(row, p)) for phase in ("step", *PHASES)}
@@ -218,6 +224,9 @@ def main(given: list[str] | None = None) -> Table:
     made = side_by_side.parser(__doc__ or "", rounds=5)
     made.add_argument("--cases", default="", help="which, by how their names begin, with commas between them")
     made.add_argument("--trl-venv", type=Path, default=Path.home() / ".cache" / "kibitz" / f"trl-{VERSION}")
+    made.add_argument(
+        "--bfloat16", action="store_true", help="kibitz once more, whose teacher and rollouts are in bfloat16"
+    )
     made.add_argument("--without-trl", action="store_true", help="compare checkouts of kibitz alone")
     made.add_argument("--real", type=Path, default=REAL, help=f"folder of the real model (default {REAL})")
     options = side_by_side.read(made, given)
@@ -233,7 +242,7 @@ def main(given: list[str] | None = None) -> Table:
         if prepare(name, case, home, options.real):
             measure(table, name, case, home, trl)
             print(report(table, name, home, case) + "\n", flush=True)
-            for side in (*options.sides, "trl"):
+            for side in (ROUNDED, *options.sides, "trl"):
                 found |= {f"{name}: {side}, {what}": spread for what, spread in pairs(table, name, side).items()}
     side_by_side.settle(table, found)
     return table

@@ -232,7 +232,11 @@ def test_of_several_processes_the_first_answers(rank, answers, monkeypatch, caps
 @pytest.mark.parametrize(
     ("name", "options", "sides"),
     [
-        ("step", ["--without-trl", "--side-repo", f"itself={ROOT}"], {"roof", "kibitz", "itself"}),
+        (
+            "step",
+            ["--without-trl", "--bfloat16", "--side-repo", f"itself={ROOT}"],
+            {"roof", "kibitz", "kibitz, bfloat16", "itself"},
+        ),
         ("rollout", ["--without", "generate_batch,vllm"], {"roof", "kibitz", "generate"}),
         ("loss", ["--without-trl"], {"products", "naive", "checkpointed", "liger", "kibitz"}),
         ("teacher", ["--without-server"], {"full, here", "top 8, here", "written token, here"}),
