@@ -83,10 +83,14 @@ def _asked(row: dict) -> Prompt:
     return Prompt(ids=(1,), text=row["prompt"], key="asked", columns=row)
 
 
-def measured(questions: float, instructions: float, **policies: float) -> dict:
+def measured(questions: float, instructions: float, greedy: dict | None = None, **policies: float) -> dict:
+    """The same at temperature 1 and greedily, but for what `greedy` says."""
     shares = {"questions": questions, "instructions": instructions, **policies}
     row = {"num_prompts": 192, "cut_off": 0.5, "reverse_kl": 0.3}
-    found = {name: row | {how: {"accuracy": share} for how in ("sampled", "greedy")} for name, share in shares.items()}
+    found = {
+        name: row | {"sampled": {"accuracy": share}, "greedy": {"accuracy": (greedy or {}).get(name, share)}}
+        for name, share in shares.items()
+    }
     first = next(iter(found.values()))
     return first | {"measures": found | {"chat": row}}
 
@@ -134,3 +138,32 @@ def test_a_change_of_one_seed_has_the_interval_of_its_problems(tmp_path):
     both = 1.96 * (0.5 * 0.5 / 192 + 0.25 * 0.75 / 192) ** 0.5
     assert half == pytest.approx(both, rel=0.05)
     assert real_assistant.changed(results, "documents-70", "recover-70", "instructions") == (0.25, half)
+
+
+def test_what_holds_greedily_alone_or_of_one_seed_alone_is_shown_in_part(tmp_path):
+    records.write(tmp_path / "student.json", {"settings": {}, "test": measured(0.0, 0.6)})
+
+    def found(*recovered: dict) -> str:
+        for seed, after in enumerate(recovered):
+            for name, one in (("documents-70", measured(0.5, 0.2)), ("recover-70", after)):
+                put(tmp_path, record(name, 1e-4, seed, 0.0) | {"dev": one, "test": one})
+        return real_assistant.find(Results(real_assistant.EXPERIMENT, tmp_path)).verdict
+
+    well, badly = measured(0.5, 0.55), measured(0.5, 0.2)
+    assert found(well) == "reproduced" and found(badly) == "not"
+    assert found(measured(0.5, 0.2, greedy={"instructions": 0.55})) == "partly"
+    assert found(well, well) == "reproduced"
+    assert found(well, badly) == "partly"
+
+
+def test_the_second_handbook_has_its_own_questions(tmp_path):
+    records.write(tmp_path / "student.json", {"settings": {}, "test": measured(0.0, 0.6)})
+    for name in ("documents-70", "recover-70"):
+        put(tmp_path, record(name, 1e-4, 0, 0.0) | {"dev": measured(0.5, 0.5), "test": measured(0.5, 0.5)})
+    first = measured(0.31, 0.45)
+    second = first | {"sampled": {"accuracy": 0.77}, "greedy": {"accuracy": 0.8}}
+    put(tmp_path, record("learn-2", 1e-4, 0, 0.0) | {"dev": second, "test": second})
+    numbers = real_assistant.find(Results(real_assistant.EXPERIMENT, tmp_path)).numbers
+    ((name, _, (sampled, greedy)),) = numbers["second"]
+    assert (name, sampled[0], greedy[0]) == ("learn-2", 0.77, 0.8)
+    assert numbers["rows"][-1][2]["questions"][0] == 0.31, "what is left of the first"

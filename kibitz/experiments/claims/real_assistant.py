@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 from kibitz.experiments import handbook, real
 from kibitz.experiments.charts import Panel
-from kibitz.experiments.claims.assistant import levels, verdict
+from kibitz.experiments.claims.assistant import verdict
 from kibitz.experiments.design import Arm, Experiment
 from kibitz.experiments.evidence import Finding
 from kibitz.experiments.records import measure, share_with_interval
@@ -15,10 +16,11 @@ from kibitz.experiments.shapes import compared
 from kibitz.experiments.statistics import Estimate
 
 BOTH = ("questions", "instructions")
+WAYS = {"sampled": "temperature 1", "greedy": "greedy"}
 MIXED = 70  # percent of documents; the rest is chat, which the model as it was answers
 LEARNT, RECOVERED = f"documents-{MIXED}", f"recover-{MIXED}"
 POLICIES = ("sentence", "german")
-LEARNING, RECOVERING, ADAPTING = (4e-4,), (1e-4, 2e-4), (1e-3, 2e-3)
+LEARNING, RECOVERING, ADAPTING = (4e-4,), (1e-4, 2e-4), (2e-3,)
 PUBLISHED = {"student": "18 / 85", "documents-100": "43 / 45", LEARNT: "36 / 79", RECOVERED: "41 / 83"}
 OPD = {"teacher": {"model": "teacher"}, "method": {"type": "opd"}, "steps": 24}
 LONG = 64  # steps of a recovery
@@ -29,46 +31,73 @@ FILLED = {"teacher": {"model": "teacher"}, "method": {"type": "sft", "fill": "te
 
 
 def find(results: Results) -> Finding:
-    """The loss of instruction following in learning, its recovery by OPD, and the facts lost in the recovery."""
+    """The loss of instruction following in learning, its recovery by OPD, and the facts lost in the recovery: of each seed, at
+    temperature 1 and greedy."""
     abouts = {arm.name: arm.about for arm in results.experiment.arms}
     names = [name for name in abouts if not name.startswith("policy") and results.has(name)]
-    lost = changed(results, None, LEARNT, "instructions")
-    back, facts = (changed(results, LEARNT, RECOVERED, name) for name in ("instructions", "questions"))
-    rows = {name: levels(results, name, BOTH) for name in names}
+    seeds = min(len(results.runs(LEARNT)), len(results.runs(RECOVERED)))
+    changes = [_changes(results, how, seed) for how in WAYS for seed in range(seeds)]
+    verdicts = {verdict(one["learnt"], one["lost"], one["back"], one["facts"]) for one in changes}
+    rows = {name: {one: known(results, name, one) for one in BOTH} for name in names}
     numbers = {
         "student": {name: results.level("student", name=name) for name in BOTH},
         "greedy": {name: results.level("student", "greedy", name) for name in BOTH},
         "published": PUBLISHED,
-        "lost": lost,
-        "back": back,
-        "facts": facts,
+        "changes": changes,
         "learnt": rows[LEARNT],
         "recovered": rows[RECOVERED],
         "documents": MIXED,
-        "rows": [(name, abouts[name], by, {one: results.accuracy(name, "greedy", one) for one in BOTH},
-                  results.mean(name, lambda run: run["test"]["measures"]["chat"]["reverse_kl"]))
+        "rows": [(name, abouts[name], by, {one: known(results, name, one, "greedy") for one in BOTH},
+                  (results.mean(name, lambda run: run["test"]["measures"]["chat"]["reverse_kl"])[0], 0.0))
                  for name, by in rows.items()],
+        "second": [(name, abouts[name], [known(results, name, "questions-2", how) for how in WAYS])
+                   for name in names if name.endswith("learn-2")],
         "policies": [_of_policy(results, policy) for policy in POLICIES if results.has(f"policy-{policy}")],
-        "seeds": len(results.runs(RECOVERED)),
+        "seeds": seeds,
         "num": results.model("student")["num_prompts"],
         "instructed": measure(results.model("student"), "instructions")["num_prompts"],
     }  # fmt: skip
     series = {name: {arm: by[name] for arm, by in rows.items()} for name in BOTH}
     levels_before = {f"{name} before": numbers["student"][name] for name in BOTH}
     panel: Panel = compared("learning a handbook", "accuracy", names, series, levels=levels_before)
-    return Finding(verdict(changed(results, None, LEARNT, "questions"), lost, back, facts), numbers, (panel,))
+    return Finding(verdicts.pop() if len(verdicts) == 1 else "partly", numbers, (panel,))
 
 
-def changed(results: Results, before: str | None, after: str, name: str) -> Estimate:
-    """The change of an accuracy from an arm (or the model as it was) to another. Its interval is of both, each of seeds and
-    problems, as if they had met different ones: of one seed, problems are all that tells what chance does."""
-    if before is None:
-        problems = measure(results.model("student"), name)["num_prompts"]
-        mean, half = share_with_interval([results.level("student", name=name)], problems)
-    else:
-        mean, half = results.accuracy(before, name=name)
-    now, wide = results.accuracy(after, name=name)
+def _changes(results: Results, how: str, seed: int) -> dict[str, Any]:
+    return {
+        "how": WAYS[how],
+        "seed": seed,
+        "learnt": changed(results, None, LEARNT, "questions", how, seed),
+        "lost": changed(results, None, LEARNT, "instructions", how, seed),
+        "back": changed(results, LEARNT, RECOVERED, "instructions", how, seed),
+        "facts": changed(results, LEARNT, RECOVERED, "questions", how, seed),
+    }
+
+
+def changed(
+    results: Results, before: str | None, after: str, name: str, how: str = "sampled", seed: int = 0
+) -> Estimate:
+    """The change of an accuracy from an arm (or the model as it was) to another, of one seed. Its interval is that of the
+    problems of both, as if they had met different ones."""
+
+    def of_one(arm: str | None) -> Estimate:
+        if arm is None:
+            return share_with_interval([results.level("student", how, name)], _num(results.model("student"), name))
+        run = results.runs(arm)[seed]["test"]
+        return share_with_interval([measure(run, name)[how]["accuracy"]], _num(run, name))
+
+    (mean, half), (now, wide) = of_one(before), of_one(after)
     return now - mean, (half**2 + wide**2) ** 0.5
+
+
+def known(results: Results, arm: str, name: str, how: str = "sampled") -> Estimate:
+    """An accuracy, mean over seeds, with the interval of its problems alone: an interval of two seeds says nothing."""
+    share = fmean(results.shares(arm, how, name))
+    return share_with_interval([share], _num(results.runs(arm)[0]["test"], name))
+
+
+def _num(measured: Any, name: str) -> int:
+    return measure(measured, name)["num_prompts"]
 
 
 def _of_policy(results: Results, policy: str) -> dict[str, Any]:
@@ -78,8 +107,7 @@ def _of_policy(results: Results, policy: str) -> dict[str, Any]:
         "system": handbook.words()["policies"][policy]["system"],
         "before": results.level("student", name=policy),
         "told": results.level("student", name=f"{policy}-told"),
-        "after": results.accuracy(f"policy-{policy}", name=policy),
-        "other": {other: results.accuracy(f"policy-{policy}", name=other) for other in POLICIES if other != policy},
+        "after": known(results, f"policy-{policy}", policy),
     }
 
 
