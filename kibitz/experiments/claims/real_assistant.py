@@ -9,7 +9,7 @@ from kibitz.experiments import handbook, real
 from kibitz.experiments.charts import Panel
 from kibitz.experiments.claims.assistant import verdict
 from kibitz.experiments.design import Arm, Experiment
-from kibitz.experiments.evidence import Finding
+from kibitz.experiments.evidence import Finding, Verdict
 from kibitz.experiments.records import measure, share_with_interval
 from kibitz.experiments.results import Results
 from kibitz.experiments.shapes import compared
@@ -37,7 +37,7 @@ def find(results: Results) -> Finding:
     names = [name for name in abouts if not name.startswith("policy") and results.has(name)]
     seeds = min(len(results.runs(LEARNT)), len(results.runs(RECOVERED)))
     changes = [_changes(results, how, seed) for how in WAYS for seed in range(seeds)]
-    verdicts = {verdict(one["learnt"], one["lost"], one["back"], one["facts"]) for one in changes}
+    verdicts: set[Verdict] = {verdict(one["learnt"], one["lost"], one["back"], one["facts"]) for one in changes}
     rows = {name: {one: known(results, name, one) for one in BOTH} for name in names}
     numbers = {
         "student": {name: results.level("student", name=name) for name in BOTH},
