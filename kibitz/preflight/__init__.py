@@ -103,7 +103,7 @@ def _sizes(recipe: Recipe, options: Options, prompt_lengths: list[int]) -> Itera
     if on_gpu is not None:
         yield from texts.attention([("student", student), *(("teacher", one) for one in teachers)])
     if planned.type == "cpu":
-        yield from rounding(recipe.rollout, [recipe.student, *_models(recipe)])
+        yield from rounding(recipe, shapes)
     speed = speed_of(device, None if options.teraflops is None else options.teraflops * 1e12)
     yield budget.cost_finding(
         budget.cost(

@@ -6,16 +6,19 @@ from dataclasses import dataclass
 
 import torch
 
-from kibitz.config import ModelConfig, RolloutConfig
+from kibitz.config import Recipe
 from kibitz.engines.rounded import bfloat16_gain
 from kibitz.models.load import pick_dtype
 from kibitz.preflight.finding import Finding
+from kibitz.preflight.shapes import Shape
 from kibitz.types import is_gpu
 
 FLOPS_PER_BYTE = 200.0
 """FLOP/s in 16-bit matrix products for each byte/s of memory: 156 for an A100, 206 for an H200, 295 for an H100."""
 WORTH = 1.5
 """From so many times as fast in bfloat16 as in float32, a processor is said to be faster in it."""
+LARGE = 10_000_000
+"""Parameters from which on matrix products are most of what a model's forward pass takes."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +50,20 @@ def memory_speed(device: torch.device) -> float:
     return 2.0 * one.nbytes / _seconds(device, lambda: other.copy_(one))
 
 
-def rounding(rollout: RolloutConfig, models: Sequence[ModelConfig]) -> Iterator[Finding]:
-    """Say what bfloat16 would save on this processor, the student first among `models`, or what it costs."""
+def rounding(recipe: Recipe, shapes: Sequence[Shape]) -> Iterator[Finding]:
+    """Say what bfloat16 would save on this processor, for models that are large enough, the student first among `shapes`; or
+    what it costs."""
     try:
         gain = bfloat16_gain()
     except (RuntimeError, AttributeError, NotImplementedError):  # this build of torch has none for a CPU
         return
-    student, *teachers = models
-    rounded = {"teacher.dtype": all(one.dtype == "bfloat16" for one in teachers)} if teachers else {}
-    if student.dtype == "bfloat16":
+    student, *teachers = shapes
+    large = [shape.section.dtype == "bfloat16" for shape in teachers if _counts(shape)]
+    rounded = {"teacher.dtype": all(large)} if large else {}
+    if student.section.dtype == "bfloat16":
         rounded["student.dtype"] = True
-    elif rollout.engine == "torch":
-        rounded["rollout.dtype"] = rollout.dtype == "bfloat16"
+    elif (is_rounded := recipe.rollout.dtype == "bfloat16") or (_counts(student) and _can_round(recipe)):
+        rounded["rollout.dtype"] = is_rounded
     text = f"products in bfloat16 are {gain:.1f} times as fast as in float32 here"
     if gain < 1 and any(rounded.values()):
         names = " and ".join(key for key, is_rounded in rounded.items() if is_rounded)
@@ -66,6 +71,19 @@ def rounding(rollout: RolloutConfig, models: Sequence[ModelConfig]) -> Iterator[
     elif gain >= WORTH and not all(rounded.values()):
         names = " and ".join(f"{key}=bfloat16" for key, is_rounded in rounded.items() if not is_rounded)
         yield Finding("bfloat16", "green", f"{text}: {names} would save time, and round", {"gain": gain})
+
+
+def _counts(shape: Shape) -> bool:
+    return shape.section.dtype == "bfloat16" or shape.num_parameters >= LARGE
+
+
+def _can_round(recipe: Recipe) -> bool:
+    """Return True if the embedded engine writes and the method lets it round."""
+    try:
+        recipe.method.check(recipe.rollout.model_copy(update={"dtype": "bfloat16"}))
+    except ValueError:
+        return False
+    return recipe.rollout.engine == "torch"
 
 
 def _seconds(device: torch.device, work: Callable[[], object]) -> float:

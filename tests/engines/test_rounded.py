@@ -4,6 +4,7 @@ import copy
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from support.models import bare_model, full_logp, of_written, random_prompts
 from torch import nn
 from transformers import GPT2Config, LlamaConfig, Qwen3Config
 
-from kibitz.config import ModelConfig, Recipe, RolloutConfig
+from kibitz.config import ModelConfig, Recipe
 from kibitz.engines import packed, rounded
 from kibitz.engines.torch import TorchEngine
 from kibitz.preflight import speed
@@ -126,6 +127,9 @@ def test_the_gain_is_measured_and_positive():
 # ------------------------------------------------------------------ recipes, and what `kibitz check` says
 
 
+TREE = {"student": {"model": "a"}, "teacher": {"model": "b"}, "data": {"prompts": "x"}, "output": "o"}
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -135,30 +139,39 @@ def test_the_gain_is_measured_and_positive():
     ],
 )
 def test_who_does_not_write_with_the_embedded_engine_cannot_be_rounded(changes, says):
-    tree = {"student": {"model": "a"}, "teacher": {"model": "b"}, "data": {"prompts": "x"}, "output": "o"}
     rollout = {"dtype": "bfloat16"} | changes.get("rollout", {})
     with pytest.raises(ValueError, match=re.escape(says)):
-        Recipe.model_validate(tree | changes | {"rollout": rollout})
+        Recipe.model_validate(TREE | changes | {"rollout": rollout})
 
 
-MODEL, ROUNDED = ModelConfig(model="a"), ModelConfig(model="a", dtype="bfloat16")
+def shape(dtype: str = "auto", num: int = 10**8):
+    return SimpleNamespace(section=ModelConfig(model="a", dtype=dtype), num_parameters=num)
+
+
+PLAIN, ROUNDED, SMALL = shape(), shape("bfloat16"), shape(num=10**6)
+BOTH = "here: teacher.dtype=bfloat16 and rollout.dtype=bfloat16 would save time"
 
 
 @pytest.mark.parametrize(
-    ("gain", "rollout", "models", "light", "says"),
+    ("gain", "changes", "shapes", "light", "says"),
     [
-        (4.6, "same", [MODEL, MODEL], "green", "here: teacher.dtype=bfloat16 and rollout.dtype=bfloat16 would save time"),
-        (4.6, "bfloat16", [MODEL, ROUNDED], None, None),
-        (4.6, "same", [ROUNDED, ROUNDED], None, None),
-        (1.2, "same", [MODEL, MODEL], None, None),
-        (0.1, "same", [MODEL, MODEL], None, None),
-        (0.1, "bfloat16", [MODEL, ROUNDED], "amber", "0.1 times as fast as in float32 here: drop teacher.dtype and"),
-        (0.1, "same", [ROUNDED, MODEL], "amber", "drop student.dtype"),
+        (4.6, {}, [PLAIN, PLAIN], "green", f"4.6 times as fast as in float32 {BOTH}"),
+        (4.6, {}, [SMALL, PLAIN], "green", "here: teacher.dtype=bfloat16 would"),
+        (4.6, {"method": {"type": "skd"}}, [PLAIN, PLAIN], "green", "here: teacher.dtype=bfloat16 would"),
+        (4.6, {"rollout": {"dtype": "bfloat16"}}, [PLAIN, ROUNDED], None, ""),
+        (4.6, {"rollout": {"engine": "vllm"}}, [PLAIN, ROUNDED], None, ""),
+        (4.6, {}, [ROUNDED, ROUNDED], None, ""),
+        (4.6, {}, [SMALL, SMALL], None, ""),
+        (1.2, {}, [PLAIN, PLAIN], None, ""),
+        (0.1, {}, [PLAIN, PLAIN], None, ""),
+        (0.1, {"rollout": {"dtype": "bfloat16"}}, [PLAIN, ROUNDED], "amber", "drop teacher.dtype and rollout.dtype"),
+        (0.1, {"rollout": {"dtype": "bfloat16"}}, [SMALL, SMALL], "amber", "here: drop rollout.dtype"),
+        (0.1, {}, [ROUNDED, SMALL], "amber", "0.1 times as fast as in float32 here: drop student.dtype"),
     ],
-)  # fmt: skip
-def test_kibitz_check_says_what_bfloat16_would_save_or_costs(monkeypatch, gain, rollout, models, light, says):
+)
+def test_kibitz_check_says_what_bfloat16_would_save_or_costs(monkeypatch, gain, changes, shapes, light, says):
     monkeypatch.setattr(speed, "bfloat16_gain", lambda: gain)
-    found = list(speed.rounding(RolloutConfig(dtype=rollout), models))
+    found = list(speed.rounding(Recipe.model_validate(TREE | changes), shapes))
     if light is None:
         assert not found
     else:
