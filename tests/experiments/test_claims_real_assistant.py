@@ -118,7 +118,7 @@ def test_every_number_of_the_page_is_there(tmp_path):
         filled(template, found.numbers, strict=True)
     body = filled(text.body, found.numbers)
     assert (
-        "| You answer every message in exactly one short sentence. | 10.0 | 60.0 | 50.0 ±" in body
+        "| You answer every message in exactly one short sentence. | 10.0 / 10.0 | 60.0 / 60.0 | 50.0 ±" in body
         and "German" not in body
     )
     assert "| before | 2.0 / 2.0 | 60.0 / 60.0 | 0 |" in body
@@ -164,6 +164,7 @@ def test_the_second_handbook_has_its_own_questions(tmp_path):
     second = first | {"sampled": {"accuracy": 0.77}, "greedy": {"accuracy": 0.8}}
     put(tmp_path, record("learn-2", 1e-4, 0, 0.0) | {"dev": second, "test": second})
     numbers = real_assistant.find(Results(real_assistant.EXPERIMENT, tmp_path)).numbers
+    filled(prose("real-assistant").body, numbers, strict=True)
     ((name, _, (sampled, greedy)),) = numbers["second"]
     assert (name, sampled[0], greedy[0]) == ("learn-2", 0.77, 0.8)
     assert numbers["rows"][-1][2]["questions"][0] == 0.31, "what is left of the first"

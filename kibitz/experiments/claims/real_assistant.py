@@ -103,11 +103,10 @@ def _num(measured: Any, name: str) -> int:
 def _of_policy(results: Results, policy: str) -> dict[str, Any]:
     """How often each policy is obeyed: by the model as it was, by its prompted self, and by the student that learnt from that."""
     return {
-        "name": policy,
         "system": handbook.words()["policies"][policy]["system"],
-        "before": results.level("student", name=policy),
-        "told": results.level("student", name=f"{policy}-told"),
-        "after": known(results, f"policy-{policy}", policy),
+        "before": [results.level("student", how, policy) for how in WAYS],
+        "told": [results.level("student", how, f"{policy}-told") for how in WAYS],
+        "after": [known(results, f"policy-{policy}", policy, how) for how in WAYS],
     }
 
 
@@ -123,7 +122,8 @@ def _reading(name: str, about: str, data: str, **changes: Any) -> Arm:
 
 def _recovery(name: str, about: str, start: str) -> Arm:
     changes = OPD | {"student": {"model": f"arm:{start}"}, "steps": LONG}
-    arm = Arm(name, about, changes, data="practised", judge=BOTH, measures=(*BOTH, "chat"))
+    measures = ("questions-2", *BOTH, "chat") if start.endswith("-2") else (*BOTH, "chat")
+    arm = Arm(name, about, changes, data="practised", judge=BOTH, measures=measures)
     return replace(arm, rates=RECOVERING) if name == RECOVERED else replace(arm, rate_of=RECOVERED)
 
 
