@@ -71,6 +71,15 @@ def mixed(number: int, share: int) -> list[dict[str, str]]:
     return rows
 
 
+def practised() -> list[dict[str, str]]:
+    """Chat of which every second prompt demands a form, in words that no held-out instruction has; nothing verifies it."""
+    drawn, known = random.Random("practised"), words()["practised"]
+    return [
+        {"prompt": f"{row['prompt']} {drawn.choice(known)}" if turn % 2 else row["prompt"]}
+        for turn, row in enumerate(instructions()["train"])
+    ]
+
+
 def demands(split: str) -> list[dict[str, Any]]:
     """Instructions with a demand on the form of the answer."""
     drawn, known = random.Random(f"demands {split}"), words()["demands"]

@@ -18,7 +18,7 @@ BOTH = ("questions", "instructions")
 MIXED = 70  # percent of documents; the rest is chat, which the model as it was answers
 LEARNT, RECOVERED = f"documents-{MIXED}", f"recover-{MIXED}"
 POLICIES = ("sentence", "german")
-LEARNING, RECOVERING, ADAPTING = (1e-4, 2e-4, 4e-4), (5e-5, 1e-4), (5e-4, 1e-3)
+LEARNING, RECOVERING, ADAPTING = (4e-4,), (1e-4, 2e-4), (1e-3, 2e-3)
 PUBLISHED = {"student": "18 / 85", "documents-100": "43 / 45", LEARNT: "36 / 79", RECOVERED: "41 / 83"}
 OPD = {"teacher": {"model": "teacher"}, "method": {"type": "opd"}, "steps": 24}
 LONG = 96  # steps of a recovery
@@ -95,7 +95,7 @@ def _reading(name: str, about: str, data: str, **changes: Any) -> Arm:
 
 def _recovery(name: str, about: str, start: str) -> Arm:
     changes = OPD | {"student": {"model": f"arm:{start}"}, "steps": LONG}
-    arm = Arm(name, about, changes, data="prompts", judge=BOTH, measures=(*BOTH, "chat"))
+    arm = Arm(name, about, changes, data="practised", judge=BOTH, measures=(*BOTH, "chat"))
     return replace(arm, rates=RECOVERING) if name == RECOVERED else replace(arm, rate_of=RECOVERED)
 
 
@@ -103,14 +103,14 @@ def _policy(name: str) -> Arm:
     told = {"model": "teacher", "context": {"system": handbook.words()["policies"][name]["system"]}}
     about = f"OPD from itself with a policy in the teacher's system prompt: {name}"
     measures = (name, *(other for other in POLICIES if other != name))
-    return Arm(f"policy-{name}", about, OPD | {"teacher": told}, rate_of=RECOVERED, measures=measures)
+    return Arm(f"policy-{name}", about, OPD | {"teacher": told}, rates=RECOVERING, measures=measures)
 
 
 def _arms() -> tuple[Arm, ...]:
     lora = {"student": {"model": "student", "lora": {"rank": 16}}}
     return (
         _reading("documents-100", "documents alone", "documents-100"),
-        replace(_reading(LEARNT, f"{MIXED}% documents, {100 - MIXED}% chat", LEARNT), rates=LEARNING[1:]),
+        replace(_reading(LEARNT, f"{MIXED}% documents, {100 - MIXED}% chat", LEARNT), rates=LEARNING),
         replace(_reading("lora-70", f"{MIXED}% documents, by LoRA", LEARNT, **lora), rates=ADAPTING),
         _recovery(RECOVERED, f"{MIXED}% documents, then OPD from the model as it was", LEARNT),
         _recovery("recover-100", "documents alone, then OPD", "documents-100"),
@@ -159,6 +159,7 @@ EXPERIMENT = Experiment(
     data={
         "prompts": {"prompts": "made:prompts"},
         "chat": {"prompts": "made:prompts", "limit": 24},
+        "practised": {"prompts": "made:practised"},
         "documents-100": {"prompts": "made:documents-100"},
         LEARNT: {"prompts": f"made:{LEARNT}"},
         f"{LEARNT}-2": {"prompts": f"made:{LEARNT}-2"},
@@ -177,6 +178,7 @@ EXPERIMENT = Experiment(
         "itself": real.itself,
         "whole": real.whole,
         "prompts": real.prompts,
+        "practised": handbook.train_file("practised", handbook.practised),
         "documents-100": handbook.train_file("documents-100", partial(handbook.documents, 1)),
         LEARNT: handbook.train_file(LEARNT, partial(handbook.mixed, 1, MIXED)),
         f"{LEARNT}-2": handbook.train_file(f"{LEARNT}-2", partial(handbook.mixed, 2, MIXED)),
