@@ -27,6 +27,9 @@ RECORD = "base_quantization.json"
 BYTES: dict[Format, float] = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
 """Bytes of a number in a matrix. nf4: 4 bits, for each 64 numbers a scale of 8 bits, for each 256 scales one of 32 bits."""
 
+# As it is imported, by peft too, it says on processors with AVX512-BF16 that an optional kernel is missing.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 
 def require(quantize: Format | None, model: str, role: str, trust_remote_code: bool = False) -> None:
     """Raise ValueError, before any weights load, if a model cannot be quantized here."""

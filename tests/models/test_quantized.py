@@ -1,6 +1,8 @@
 """Bases of 4 bits (QLoRA): the student learns on rounded numbers, and what is saved, merged and planned is of them."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -215,3 +217,10 @@ def test_several_processes_refuse_a_base_of_4_bits(base):
     with pytest.raises(RecipeError, match="student.quantize: .* start one process"):
         quantized.refuse_several(section)
     quantized.refuse_several(StudentConfig.model_validate({"model": str(base), "lora": {"rank": 4}}))
+
+
+def test_nobody_is_told_of_a_kernel_that_is_optional():
+    """On processors with AVX512-BF16, wherever bitsandbytes is imported: peft does so for any adapter."""
+    program = "import kibitz.models.load, peft, bitsandbytes.backends.cpu.ops as ops; ops.logger.warning('no kernels')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "kernels" not in done.stdout + done.stderr
