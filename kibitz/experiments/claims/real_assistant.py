@@ -1,5 +1,6 @@
 """A real model reads an invented company's handbook, forgets to follow instructions, and gets that back from its earlier self."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
@@ -57,10 +58,14 @@ def find(results: Results) -> Finding:
         "num": results.model("student")["num_prompts"],
         "instructed": measure(results.model("student"), "instructions")["num_prompts"],
     }  # fmt: skip
-    series = {name: {arm: by[name] for arm, by in rows.items()} for name in BOTH}
-    levels_before = {f"{name} before": numbers["student"][name] for name in BOTH}
-    panel: Panel = compared("learning a handbook", "accuracy", names, series, levels=levels_before)
-    return Finding(verdicts.pop() if len(verdicts) == 1 else "partly", numbers, (panel,))
+    panels = tuple(_panel(results, names, how) for how in WAYS)
+    return Finding(verdicts.pop() if len(verdicts) == 1 else "partly", numbers, panels)
+
+
+def _panel(results: Results, names: Sequence[str], how: str) -> Panel:
+    series = {one: {name: known(results, name, one, how) for name in names} for one in BOTH}
+    before = {f"{one} before": results.level("student", how, one) for one in BOTH}
+    return compared(WAYS[how], "accuracy", names, series, levels=before)
 
 
 def _changes(results: Results, how: str, seed: int) -> dict[str, Any]:
