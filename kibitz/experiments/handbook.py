@@ -72,7 +72,7 @@ def mixed(number: int, share: int) -> list[dict[str, str]]:
 
 
 def practised() -> list[dict[str, str]]:
-    """Chat of which every second prompt demands a form, in words that no held-out instruction has; nothing verifies it."""
+    """Chat of which every second prompt demands a form, worded otherwise than any that is held out; nothing verifies it."""
     drawn, known = random.Random("practised"), words()["practised"]
     return [
         {"prompt": f"{row['prompt']} {drawn.choice(known)}" if turn % 2 else row["prompt"]}
