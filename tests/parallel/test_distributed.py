@@ -53,6 +53,9 @@ UNEVEN = ["opd", "grpo", "entropy"]
 IN_PARTS = ["opd", "lora", "tied", "checkpointing", "entropy", "held"]
 """Those that run once more with a student that no process ever holds whole."""
 STEPS = 3
+EPS = 1e-4
+"""AdamW divides a gradient by its own size: with 1e-8, one that is nothing but rounding moves its weight by the whole
+learning rate, up here and down there (GRPO's advantages sum to zero, and so do some of its gradients)."""
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,7 @@ def jobs_in_parts(models, folder: Path, names) -> list[dict]:
 def _job(models, folder: Path, name: str, resume: bool = False, as_name: str | None = None, **sections) -> dict:
     sections = {"steps": STEPS, "rollout": {"prompts_per_step": 5, "store": True}, **sections}
     sections["eval"] = {"every": 2, "num_prompts": 5, "samples": 2, "heatmaps": 1}
+    sections["optim"] = {"eps": EPS, **sections.get("optim", {})}
     student = models[0].with_name("tied") if name == "tied" else models[0]
     return {"recipe": recipe(student, models[1], folder / (as_name or name), **sections), "resume": resume}
 
