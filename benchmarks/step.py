@@ -3,6 +3,7 @@
     python -m benchmarks.step                        # 0.5M under 5M, 5M under 25M, and the real 135M model where it is
     python -m benchmarks.step --cases 0.5M --side-repo before=../kibitz-before
     python -m benchmarks.step --bfloat16             # with a side whose teacher and rollouts are in bfloat16
+    python -m benchmarks.step --mkl                  # with a side whose products are MKL's on every processor
     python -m benchmarks.step --tiny                 # a minute: shows that everything runs
 
 TRL 1.16.0 runs in a virtual environment of its own, which the command makes: torch and transformers are those that run this
@@ -46,7 +47,7 @@ CASES = {
     "135M": Case("real", "real", 16, 48, 3, lr=1e-5, threads=2),
 }
 TINY = {"0.03M under 0.03M": Case("0.03M", "0.03M", 4, 8, 3, prompt=6)}
-ROUNDED = "kibitz, bfloat16"
+ROUNDED, BY_MKL = "kibitz, bfloat16", "kibitz, MKL"
 IN_BFLOAT16 = {"teacher": {"dtype": "bfloat16"}, "rollout": {"dtype": "bfloat16"}}
 """What writes and what scores; the student learns in float32."""
 NOTHING = {"wall": 0.0, "cpu": 0.0}
@@ -124,6 +125,8 @@ def measure(table: Table, name: str, case: Case, home: Path, trl: Path | None) -
     sides = [Side("roof", "roof", {"shapes": list(shapes(home, case).values())}), Side(OURS, "step_sides", kibitz)]
     if table.options.bfloat16:
         sides.append(Side(ROUNDED, "step_sides", kibitz | {"change": IN_BFLOAT16}))
+    if table.options.mkl:
+        sides.append(Side(BY_MKL, "step_sides", kibitz, env={"KIBITZ_CPU_MATMUL": "mkl"}))
     sides += [Side(other, "step_sides", kibitz, repo=path) for other, path in table.options.sides.items()]
     if trl is not None:
         sides.append(Side("trl", "step_sides", {"side": "trl", **given}, python=trl))
@@ -185,7 +188,7 @@ def report(table: Table, name: str, home: Path, case: Case) -> str:
     kind = "CPU s" if case.threads == 1 else "wall s"
     titles = [name, f"step, {kind}", *PHASES, "share of roof", "peak MB", "time / ours", "memory / ours"]
     rows = [["the roof", *(f"{full * least[phase]:.2f}" for phase in ("step", *PHASES)), "100%", "", "", ""]]
-    for side in (OURS, ROUNDED, *table.options.sides, "trl"):
+    for side in (OURS, ROUNDED, BY_MKL, *table.options.sides, "trl"):
         if not (found := table.of(name, side)):
             continue
         seconds = {phase: full * middle(found, lambda row, p=phase: per_token(row, p)) for phase in ("step", *PHASES)}
@@ -227,6 +230,7 @@ def main(given: list[str] | None = None) -> Table:
     made.add_argument(
         "--bfloat16", action="store_true", help="kibitz once more, whose teacher and rollouts are in bfloat16"
     )
+    made.add_argument("--mkl", action="store_true", help="kibitz once more, with MKL on every processor")
     made.add_argument("--without-trl", action="store_true", help="compare checkouts of kibitz alone")
     made.add_argument("--real", type=Path, default=REAL, help=f"folder of the real model (default {REAL})")
     options = side_by_side.read(made, given)
@@ -242,7 +246,7 @@ def main(given: list[str] | None = None) -> Table:
         if prepare(name, case, home, options.real):
             measure(table, name, case, home, trl)
             print(report(table, name, home, case) + "\n", flush=True)
-            for side in (ROUNDED, *options.sides, "trl"):
+            for side in (ROUNDED, BY_MKL, *options.sides, "trl"):
                 found |= {f"{name}: {side}, {what}": spread for what, spread in pairs(table, name, side).items()}
     side_by_side.settle(table, found)
     return table

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kibitz.engines.packed import LEAST_NUMBERS
+from kibitz.losses.products import speed_up
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 MAX_PARAMETERS = 200_000_000  # measured to pay from 0.15M to 135M; repacking takes the memory of the weights once more
@@ -180,6 +181,7 @@ def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     module.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         module.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    speed_up(module)
     return module
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kibitz.engines.cache import Decoder
+from kibitz.losses import products
 
 LEAST_NUMBERS = 2**16
 """A smaller matrix stays in the cache, where laying it out costs nothing."""
@@ -71,8 +72,8 @@ def _key(weight: Tensor, rows: int) -> tuple[int, int, int, int]:
 
 def _measure(weight: Tensor, rows: int) -> str | None:
     x_ND = torch.linspace(-1, 1, rows * weight.shape[1]).sin().view(rows, -1)
-    want = F.linear(x_ND, weight)
-    products: dict[str | None, Product] = {None: lambda x_ND: F.linear(x_ND, weight)}
+    want = products.linear(x_ND, weight)
+    candidates: dict[str | None, Product] = {None: lambda x_ND: products.linear(x_ND, weight)}
     for name, pack in KINDS.items():
         try:
             product = pack(weight, None, rows)
@@ -80,14 +81,14 @@ def _measure(weight: Tensor, rows: int) -> str | None:
         except (RuntimeError, AttributeError, NotImplementedError):  # this build of torch has none
             continue
         if torch.equal(got, want):
-            products[name] = product
-    least = dict.fromkeys(products, float("inf"))
+            candidates[name] = product
+    least = dict.fromkeys(candidates, float("inf"))
     for _ in range(5):
-        for name, product in products.items():
+        for name, product in candidates.items():
             start = time.perf_counter()
             product(x_ND)
             least[name] = min(least[name], time.perf_counter() - start)
-    worth = [name for name in products if name is None or least[name] <= SHARE * least[None]]
+    worth = [name for name in candidates if name is None or least[name] <= SHARE * least[None]]
     return min(worth, key=lambda name: least[name])
 
 

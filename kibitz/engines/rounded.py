@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kibitz.engines.cache import Decoder, decoder_error
 from kibitz.engines.packed import ROWS, Replaced
+from kibitz.losses import products
 
 MOST_ERROR = 0.25
 """Of the spread of the logits: rounding moves those of deep models by a few hundredths, a kernel that is broken by 1."""
@@ -108,7 +108,7 @@ def bfloat16_gain() -> float:
     torch has: measured in some milliseconds, once in a process."""
     x_ND, weight = torch.ones(ROWS, SIZE), torch.ones(SIZE, SIZE)
     packed, rounded = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), ROWS), x_ND.bfloat16()
-    plain = _seconds(lambda: F.linear(x_ND, weight))
+    plain = _seconds(lambda: products.linear(x_ND, weight))
     return plain / _seconds(lambda: torch.ops.mkldnn._linear_pointwise(rounded, packed, None, "none", [], ""))
 
 

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from kibitz.losses.checks import together
+from kibitz.losses.products import add_product, product
 from kibitz.signals import Dense, Spans, Tokens
 
 Criterion = Callable[[Tensor, Tokens], dict[str, Tensor]]
@@ -189,8 +190,8 @@ class _Sums(TorchFunctionMode):
         if func is F.linear and not kwargs and len(args) > 1:
             for weight, total in zip(self.parameters, self.totals, strict=True):
                 if weight is args[1] and type(weight) is torch.nn.Parameter and weight.dtype == total.dtype:
-                    product: Any = _Product.apply(args[0], weight, total)
-                    return product if len(args) < 3 or args[2] is None else product + args[2]
+                    logits: Any = _Product.apply(args[0], weight, total)
+                    return logits if len(args) < 3 or args[2] is None else logits + args[2]
         return func(*args, **(kwargs or {}))
 
     def add(self, logits_CV: Tensor, grad_CV: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
@@ -210,14 +211,14 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x_CD: Tensor, weight_VD: Tensor, total_VD: Tensor) -> Tensor:
         ctx.save_for_backward(x_CD, weight_VD)
         ctx.total_VD = total_VD
-        return x_CD @ weight_VD.t()
+        return product(x_CD, weight_VD.t())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_CV: Tensor) -> tuple[Tensor | None, None, None]:
         x_CD, weight_VD = ctx.saved_tensors
-        ctx.total_VD.addmm_(grad_CV.flatten(0, -2).t(), x_CD.flatten(0, -2))
-        return grad_CV @ weight_VD if ctx.needs_input_grad[0] else None, None, None
+        add_product(ctx.total_VD, grad_CV.flatten(0, -2).t(), x_CD.flatten(0, -2))
+        return product(grad_CV, weight_VD) if ctx.needs_input_grad[0] else None, None, None
 
 
 class _WithGradients(torch.autograd.Function):

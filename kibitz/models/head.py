@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from kibitz.losses.products import linear
 from kibitz.types import is_gpu
 
 
@@ -47,7 +48,8 @@ def keep_float32(projection: Any) -> None:
 def _logits(projection: nn.Linear, hidden: Tensor) -> Tensor:
     weight, bias = projection.weight, projection.bias
     if weight.itemsize != 2 or not is_gpu(weight.device):
-        return F.linear(hidden, weight, bias)
+        learns = weight.requires_grad and torch.is_grad_enabled()  # losses/chunked.py looks out for that product
+        return F.linear(hidden, weight, bias) if learns else linear(hidden, weight, bias)
     logits: Any = _WideProduct.apply(hidden.reshape(-1, hidden.shape[-1]), weight)
     return (logits if bias is None else logits + bias).view(*hidden.shape[:-1], -1)
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from kibitz.batching import without_padding
 from kibitz.config import RecipeError
 from kibitz.losses.balance import load_balance
+from kibitz.losses.products import speed_up
 from kibitz.models import lora, quantized
 from kibitz.models.flops import forward_flops, num_experts
 from kibitz.models.head import body_of, build_head, keep_float32
@@ -81,6 +82,8 @@ class LanguageModel(nn.Module):
             self.head, self.head_stands_alone = build_head(model, self.vocab_size, name)
         if compiled:
             compile_layers(model)
+        elif self.device.type == "cpu":
+            speed_up(model)
 
     @property
     def device(self) -> torch.device:
@@ -185,6 +188,8 @@ class LanguageModel(nn.Module):
         self._apply(lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t.to(device))
         self.model.tie_weights()
         fill(self.model)
+        if device.type == "cpu":
+            speed_up(self.model)
         with torch.no_grad():
             self.head, self.head_stands_alone = self.within(lambda: build_head(self.model, self.vocab_size, self.name))
 

@@ -13,6 +13,7 @@ import torch
 from kibitz import __version__, config
 from kibitz.config import Recipe, RecipeError
 from kibitz.files import JSONL, LOCK, Lock, commit, earlier_parts, write_atomically, writer_of, written_by
+from kibitz.losses.products import onednn_is_faster
 from kibitz.methods.stored import as_row
 from kibitz.models import LanguageModel
 from kibitz.parallel.ranks import ALONE, Ranks
@@ -66,6 +67,7 @@ class RunFolder:
             "device": str(student.device),
             "threads": torch.get_num_threads(),
             "machine": platform.machine(),
+            "cpu_matmul": "onednn" if onednn_is_faster() else "torch's own",
             "torch": torch.__version__,
             "student_params": student.num_parameters,
             "trainable_params": student.num_trainable,

@@ -20,6 +20,7 @@ from kibitz.engines.spread import Counted
 from kibitz.evaluate.evaluate import Evaluator
 from kibitz.graders import Grader
 from kibitz.ledger import Ledger
+from kibitz.losses.products import onednn_is_faster
 from kibitz.methods import Parts
 from kibitz.methods.stored import load_rollouts
 from kibitz.models import LanguageModel, lora, offload, quantized
@@ -119,6 +120,7 @@ def prepare(
     teacher_tokenizers = teachers.check_all(recipe, tokenizer, [*prompts, *held_out])
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
+    onednn_is_faster()  # whose answer, or error about the environment, belongs before the weights
     ranks, device = meet(recipe, prompts)
     folder, resumed_from = open_folder(recipe, resume, overwrite, ranks)
     known = ranks.first(lambda: fingerprint(recipe, prompts, teacher_tokenizers))
