@@ -68,18 +68,20 @@ def _forget_peak() -> None:
 
 
 def products(one: Inputs) -> None:
-    """The four matrix products that no form can leave out: both heads, and the two gradients of the student's; in chunks, so
-    that they fit anywhere."""
+    """The four matrix products that no form can leave out, by the library that kibitz takes: both heads, and the two gradients of
+    the student's; in chunks, so that they fit anywhere."""
     import torch
+
+    from kibitz.losses.products import add_product, product
 
     with torch.no_grad():
         total = torch.zeros_like(one.student)
         for start in range(0, one.tokens, CHUNK):
             part = slice(start, start + CHUNK)
-            logits = one.states[part] @ one.student.T
-            _ = one.teacher_states[part] @ one.teacher.T
-            _ = logits @ one.student
-            total.addmm_(logits.T, one.states[part])
+            logits = product(one.states[part], one.student.T)
+            _ = product(one.teacher_states[part], one.teacher.T)
+            _ = product(logits, one.student)
+            add_product(total, logits.T, one.states[part])
 
 
 def exact(one: Inputs, divergence: str) -> float:
