@@ -11,7 +11,7 @@ oneDNN's start, stay as they are.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -95,18 +95,13 @@ def worth(one: Tensor, other: Tensor) -> bool:
 
 def product(one: Tensor, other: Tensor) -> Tensor:
     """`one @ other`, `[..., K]` by `[K, N]`."""
-    if not worth(one, other):
-        return one @ other
-    with onednn():
+    with onednn() if worth(one, other) else nullcontext():
         return one @ other
 
 
 def add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
     """Add `one @ other` to `total` `[M, N]`, in place."""
-    if not worth(one, other):
-        total.addmm_(one, other)
-        return
-    with onednn():
+    with onednn() if worth(one, other) else nullcontext():
         total.addmm_(one, other)
 
 
@@ -136,11 +131,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (grad,), (x, weight_NK) = grads, ctx.saved_tensors
         to_x, to_weight = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # somebody differentiates twice
-            flat = grad.flatten(0, -2).t() @ x.flatten(0, -2) if to_weight else None
-            return grad @ weight_NK if to_x else None, flat
-        flat = product(grad.flatten(0, -2).t(), x.flatten(0, -2)) if to_weight else None
-        return product(grad, weight_NK) if to_x else None, flat
+        to_weight_NK = product(grad.flatten(0, -2).t(), x.flatten(0, -2)) if to_weight else None
+        return product(grad, weight_NK) if to_x else None, to_weight_NK
 
 
 class _Forward:
