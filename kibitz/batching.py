@@ -13,18 +13,33 @@ from torch import Tensor
 from kibitz.signals import Anchor, Batch, Deferred, Scored, Signal, Tokens, beside, cat_signals
 from kibitz.types import Rollout
 
+OVERHEAD = 512
+"""Positions that could be computed in the time that a micro-batch takes beyond its own. On a CPU none of three models of 0.2 to
+5 million parameters is more than a tenth faster with 128, 256 or 1,024; with 32, which leaves less than 5% of padding, the
+smaller ones are slower by a quarter."""
+
 
 def group(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[int]]:
     """Indices of the rollouts in each micro-batch: longest first, at most `max_tokens` positions with the padding
-    (a single longer rollout stands alone)."""
+    (a single longer rollout stands alone). Of all ways to cut that order it is the one with the fewest positions, where each
+    micro-batch counts as `OVERHEAD` more. The rollouts of one micro-batch alone make one again."""
     lengths = [len(r.prompt.ids) + r.num_tokens for r in rollouts]
-    groups: list[list[int]] = []
-    for index in sorted(range(len(rollouts)), key=lambda i: (-lengths[i], i)):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_tokens:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
+    order = sorted(range(len(rollouts)), key=lambda i: (-lengths[i], i))
+    cost, start = [0], [0]  # of the first n rollouts, and where their last micro-batch begins
+    for end in range(1, len(order) + 1):
+        cost.append(cost[-1] + lengths[order[end - 1]] + OVERHEAD)
+        start.append(end - 1)
+        for begin in range(end - 2, -1, -1):
+            positions = (end - begin) * lengths[order[begin]]
+            if positions > max_tokens:
+                break
+            if cost[begin] + positions + OVERHEAD < cost[end]:
+                cost[end], start[end] = cost[begin] + positions + OVERHEAD, begin
+    groups, end = [], len(order)
+    while end:
+        groups.append(order[start[end] : end])
+        end = start[end]
+    return groups[::-1]
 
 
 def micro_batches(scored: Sequence[Scored], max_tokens: int) -> list[list[int]]:

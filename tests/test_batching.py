@@ -1,11 +1,14 @@
 """Packing: nothing lost, nothing twice, everything at its position."""
 
+import itertools
+import math
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from kibitz.batching import group, micro_batches, pack
+from kibitz.batching import OVERHEAD, group, micro_batches, pack
 from kibitz.signals import Dense, Sampled, Scored, TopK
 from kibitz.types import Prompt, Rollout, Writer
 
@@ -29,6 +32,47 @@ def test_groups_hold_each_rollout_once_and_respect_the_bound():
             longest = max(len(rollouts[i].prompt.ids) + rollouts[i].num_tokens for i in members)
             assert len(members) == 1 or len(members) * longest <= max_tokens
     assert len(group(rollouts, 10_000)) == 1
+
+
+def of_length(length: int) -> Rollout:
+    return Rollout(Prompt((1,), "", "p"), [1] * (length - 1), torch.zeros(length - 1), finished=True)
+
+
+def every_cut(lengths: list[int]) -> Iterator[list[list[int]]]:
+    """All ways to cut a list in pieces."""
+    for chosen in itertools.product([False, True], repeat=len(lengths) - 1):
+        pieces = [[lengths[0]]]
+        for cut, length in zip(chosen, lengths[1:], strict=True):
+            if cut:
+                pieces.append([])
+            pieces[-1].append(length)
+        yield pieces
+
+
+@pytest.mark.parametrize("max_tokens", [700, 2_500, 100_000])
+def test_groups_are_cut_where_fewest_positions_are_computed_in_vain(max_tokens):
+    rng = random.Random(0)
+    for _ in range(20):
+        lengths = sorted((int(rng.expovariate(1 / 300)) + 2 for _ in range(9)), reverse=True)
+        rollouts = [of_length(length) for length in lengths]
+        groups = group(rollouts, max_tokens)
+
+        def cost(pieces: list[list[int]]) -> float:
+            if any(len(piece) > 1 and len(piece) * piece[0] > max_tokens for piece in pieces):
+                return math.inf
+            return sum(len(piece) * piece[0] + OVERHEAD for piece in pieces)
+
+        assert cost([[lengths[i] for i in members] for members in groups]) == min(map(cost, every_cut(lengths)))
+        for members in groups:
+            assert len(group([rollouts[i] for i in members], max_tokens)) == 1
+
+
+def test_a_long_response_does_not_pad_the_short_ones():
+    lengths = [2000, *[100] * 40]
+    assert group([of_length(length) for length in lengths], 16_384) == [[0], list(range(1, 41))]
+    spread = [of_length(length) for length in range(20, 276)]
+    computed = sum(len(members) * spread[members[0]].num_tokens for members in group(spread, 16_384))
+    assert computed < 1.15 * sum(r.num_tokens for r in spread)
 
 
 def test_each_position_scores_the_token_to_its_right():

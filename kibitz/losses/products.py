@@ -107,6 +107,8 @@ def add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x W^T + b`, `[..., K]` by `[N, K]`, as `torch.nn.functional.linear`."""
+    if x.numel() * weight.shape[0] < LEAST_SIZE:
+        return F.linear(x, weight, bias)
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter) and weight.dim() == 2
     if not plain or torch.is_autocast_enabled("cpu") or not worth(x, weight.t()):
         return F.linear(x, weight, bias)

@@ -1,5 +1,6 @@
 """The FLOPs of a forward pass, by a model's configuration and the sizes of its parameters."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from kibitz.models import quantized
@@ -16,17 +17,35 @@ NUM_CHOSEN = (
 """The names under which configurations keep how many experts a layer has, and how many of them a token visits."""
 
 
+@dataclass(frozen=True)
+class PassFlops:
+    """What one forward pass takes, in FLOPs (multiply-adds x 2): of the body for each position, of causal attention for each
+    pair, of the head for each position that is scored."""
+
+    per_position: float
+    per_pair: float
+    per_scored: float
+
+    def of(self, num_positions: float, num_squared: float, num_scored: float) -> float:
+        """The FLOPs of texts whose squared lengths sum to `num_squared`."""
+        return self.per_position * num_positions + self.per_pair * num_squared + self.per_scored * num_scored
+
+
 def forward_flops(model: Any, num_positions: float, num_squared: float, num_scored: float) -> float:
-    """The FLOPs (multiply-adds x 2) of one forward pass of a bare model, which may be on the meta device: body on all positions,
-    causal attention (`num_squared` = the sum of squared lengths), head on the scored positions. Of a mixture of experts
-    those that a token visits count, and of layers those that attend to all tokens before count with the square."""
+    """`flops_of`, for one pass."""
+    return flops_of(model).of(num_positions, num_squared, num_scored)
+
+
+def flops_of(model: Any) -> PassFlops:
+    """What a pass of a bare model takes, which may be on the meta device. Of a mixture of experts those that a token visits
+    count, and of layers those that attend to all tokens before count with the square."""
     config = model.config.get_text_config()
     head = model.get_output_embeddings().weight.numel()
     embedding = model.get_input_embeddings().weight
     tied = embedding is model.get_output_embeddings().weight
     body = sum(map(quantized.num_numbers, model.parameters())) - embedding.numel() - (0 if tied else head)
     body -= _num_idle(model, config)
-    return 2.0 * body * num_positions + _attention_width(config) * num_squared + 2.0 * head * num_scored
+    return PassFlops(2.0 * body, _attention_width(config), 2.0 * head)
 
 
 def _attention_width(config: Any) -> float:

@@ -18,7 +18,7 @@ from kibitz.config import RecipeError
 from kibitz.losses.balance import load_balance
 from kibitz.losses.products import speed_up
 from kibitz.models import lora, quantized
-from kibitz.models.flops import forward_flops, num_experts
+from kibitz.models.flops import PassFlops, flops_of, num_experts
 from kibitz.models.head import body_of, build_head, keep_float32
 from kibitz.models.layers import compile_layers, recomputable
 from kibitz.models.progress import no_progress_bars
@@ -284,7 +284,11 @@ class LanguageModel(nn.Module):
     def forward_flops(self, num_positions: int, num_squared: int, num_scored: int) -> float:
         """FLOPs (multiply-adds x 2) of one forward pass: body on all positions, causal attention (`num_squared` = the sum of
         squared lengths), head on the scored positions. A backward pass costs twice as many."""
-        return forward_flops(self.model, num_positions, num_squared, num_scored)
+        return self._flops.of(num_positions, num_squared, num_scored)
+
+    @cached_property
+    def _flops(self) -> PassFlops:
+        return flops_of(self.model)
 
     def check_lengths(self, prompts: Sequence[Prompt], max_tokens: int) -> None:
         """Raise ValueError if a prompt and a response of `max_tokens` exceed `max_positions`, or the model has no row for a
