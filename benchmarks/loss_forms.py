@@ -171,13 +171,17 @@ def kibitz(one: Inputs, divergence: str) -> Any:
 
     from kibitz.losses import criteria, divergences
     from kibitz.losses.chunked import over_chunks
+    from kibitz.models.head import Head, keep_float32
     from kibitz.signals import Dense, Tokens
     from kibitz.training.means import num_measured
 
     plain = {"jsd": partial(divergences.jsd, beta=0.5, plain=True)}
     fn = plain.get(divergence) or getattr(divergences, divergence)
-    heads = [torch.nn.Linear(one.hidden, one.vocab, bias=False, device="meta") for _ in range(2)]
-    heads[0].weight, heads[1].weight = one.student, torch.nn.Parameter(one.teacher, requires_grad=False)
+    layers = [torch.nn.Linear(one.hidden, one.vocab, bias=False, device="meta") for _ in range(2)]
+    layers[0].weight, layers[1].weight = one.student, torch.nn.Parameter(one.teacher, requires_grad=False)
+    for layer in layers:
+        keep_float32(layer)
+    heads = [Head(layer, one.vocab) for layer in layers]
     tokens = Tokens(
         token_T=torch.randint(one.vocab, (one.tokens,)), logp_T=torch.zeros(one.tokens), weight_T=torch.ones(one.tokens),
         signal=Dense(one.teacher_states, heads[1]), every=max(1, -(-one.tokens // num_measured(one.vocab))),

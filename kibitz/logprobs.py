@@ -4,7 +4,7 @@ Tensors end in the support, `[..., V]` or `[..., S]`, unless a docstring says ot
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -53,6 +53,31 @@ class _KL(torch.autograd.Function):
         grad_C1 = grad_C.unsqueeze(-1)
         to_left = None if difference_CS is None else (left_prob_CS * difference_CS).mul_(grad_C1)
         return to_left, None if right_prob_CS is None else (right_prob_CS - left_prob_CS).mul_(grad_C1)
+
+
+def reverse_kl_of_logits(logits_CV: Tensor, teacher_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(S || T) `[C]` where S = softmax(logits), as `kl` computes it, and log S `[C, V]`, detached. The gradient with respect to
+    the logits is S (log S - log T - KL), by hand: through `log_probs` it would take three more passes over the vocabulary."""
+    return cast(tuple[Tensor, Tensor], _ReverseKL.apply(logits_CV, teacher_CV))
+
+
+class _ReverseKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_CV: Tensor, teacher_CV: Tensor) -> tuple[Tensor, Tensor]:
+        student_CV = log_probs(logits_CV)
+        prob_CV, difference_CV = student_CV.exp(), student_CV - teacher_CV
+        term_CV = prob_CV * difference_CV
+        mean_C1 = term_CV.sum(-1, keepdim=True)
+        ctx.save_for_backward(prob_CV, difference_CV, mean_C1)
+        ctx.mark_non_differentiable(student_CV)
+        ctx.set_materialize_grads(False)  # of log S: zeros as large
+        return term_CV.sub_(prob_CV).add_(teacher_CV.exp()).sum(-1), student_CV
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_C: Tensor, _: None) -> tuple[Tensor, None]:
+        prob_CV, difference_CV, mean_C1 = ctx.saved_tensors
+        return (difference_CV - mean_C1).mul_(prob_CV).mul_(grad_C.unsqueeze(-1)), None
 
 
 def mixture(first_CS: Tensor, second_CS: Tensor, weight: float | Tensor) -> Tensor:

@@ -28,7 +28,7 @@ Each token must be scored by itself, or with the other tokens of its span: no ch
 computed across other tokens would depend on the size of the chunks.
 """
 
-BLOCK_NUMBERS = 2**20
+BLOCK_NUMBERS = 2**18
 """Numbers of a block's logits on a CPU: the dozen tensors of a loss stay in its caches."""
 
 
@@ -49,7 +49,7 @@ def over_chunks(
 
     Memory, whatever T is, if no span is longer than a chunk: on a GPU about ten float32 tensors [chunk_size, V] for an exact
     divergence with its metrics and its gradient, fewer for cross-entropy; so 6 GB at 1,024 tokens of a vocabulary of 152,000. On
-    a CPU three of them, and of the others a block.
+    a CPU two of them, and of the others a block.
     """
     parameters = [p for p in head.parameters() if p.requires_grad]
     with_grad = torch.is_grad_enabled() and (hidden_TD.requires_grad or bool(parameters))
@@ -62,11 +62,12 @@ def over_chunks(
             with torch.set_grad_enabled(with_grad), sums:
                 logits_CV = head(hidden_CD)
                 logits_CV = logits_CV.to(_at_least_float32(logits_CV))
-            values, grad_CV = _by_blocks(criterion, logits_CV.detach(), tokens[chunk], with_grad)
+            own = _shares_nothing(logits_CV, hidden_CD)
+            values, grad_CV = _by_blocks(criterion, logits_CV.detach(), tokens[chunk], with_grad, own)
             chunks.append(values)
             if grad_CV is not None:
                 wanted = [] if hidden_grad_TD is None else [hidden_CD]
-                grads = sums.add(logits_CV, grad_CV, wanted)
+                grads = sums.add(*_uncut(logits_CV, grad_CV), wanted)
                 if hidden_grad_TD is not None:
                     hidden_grad_TD[chunk] = grads[0]
             del logits_CV, grad_CV  # before the next chunk's logits are made
@@ -95,22 +96,41 @@ def _chunks(tokens: Tokens, size: int) -> list[slice]:
     return chunks
 
 
+def _shares_nothing(logits_CV: Tensor, hidden_CD: Tensor) -> bool:
+    """Whether the logits lie in a memory of their own: a head may hand on what it was given."""
+    return logits_CV.untyped_storage().data_ptr() != hidden_CD.untyped_storage().data_ptr()
+
+
+def _uncut(logits_CV: Tensor, grad_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits and their gradient. Where a head has cut off the columns of a padded vocabulary, and the gradient lies in the
+    place of the logits, they are those of all columns: a slice would pad its gradient in one more tensor as large."""
+    whole = logits_CV._base
+    if whole is None or whole.data_ptr() != grad_CV.data_ptr() or whole.stride() != logits_CV.stride():
+        return logits_CV, grad_CV
+    if whole.shape[:-1] != logits_CV.shape[:-1]:
+        return logits_CV, grad_CV
+    grad = whole.detach()
+    grad[..., logits_CV.shape[-1] :] = 0.0
+    return whole, grad
+
+
 def _by_blocks(
-    criterion: Criterion, logits_CV: Tensor, tokens: Tokens, with_grad: bool
+    criterion: Criterion, logits_CV: Tensor, tokens: Tokens, with_grad: bool, in_place: bool
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """The criterion's values of a chunk, and the gradient of its weighted loss with respect to the logits. A CPU computes
-    them for a few rows at a time, whose tensors stay in its cache; a teacher's logits are made for the whole chunk before."""
+    them for a few rows at a time, whose tensors stay in its cache; a teacher's logits are made for the whole chunk before.
+    `in_place`: the gradient of a block is written where its logits were."""
     blocks = _blocks(tokens, logits_CV)
     if len(blocks) == 1:
         return _of_block(criterion, logits_CV, tokens, with_grad)
     tokens, found = _with_logits(tokens), _Values(len(logits_CV))
-    grad_CV = torch.empty_like(logits_CV) if with_grad else None
+    grad_CV = logits_CV if in_place else torch.empty_like(logits_CV)
     for block in blocks:
         values, grad_BV = _of_block(criterion, logits_CV[block], tokens[block], with_grad)
         found.add(values)
-        if grad_CV is not None and grad_BV is not None:
+        if grad_BV is not None:
             grad_CV[block] = grad_BV
-    return found.whole(), grad_CV
+    return found.whole(), grad_CV if with_grad else None
 
 
 def _of_block(

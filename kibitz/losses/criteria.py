@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kibitz.logprobs import gather_tokens, log_probs
+from kibitz.logprobs import gather_tokens, log_probs, reverse_kl_of_logits
 from kibitz.losses import policy_gradient
 from kibitz.losses.checks import refuse_if
 from kibitz.losses.divergences import entropy, reverse_kl
@@ -70,6 +70,10 @@ class Divergence:
             raise ValueError(f"The loss temperature is {self.temperature}; it must be above 0.")
 
     def __call__(self, logits_CV: Tensor, tokens: Tokens) -> dict[str, Tensor]:
+        if self._is_reverse_kl() and isinstance(tokens.signal, Dense):
+            teacher_CV = log_probs(teacher_logits(tokens.signal, logits_CV))
+            loss_C, student_CV = reverse_kl_of_logits(logits_CV, teacher_CV)
+            return {"loss": loss_C} | _dense_metrics(student_CV, teacher_CV, tokens, loss_C.detach())
         student_CV = log_probs(logits_CV, self.temperature)
         masses: dict[str, Tensor] = {}
         match tokens.signal:
@@ -82,7 +86,7 @@ class Divergence:
                     buckets = top_k_buckets(student_CV, teacher_CV, tokens.token_T, self.support, self.top_k)
                     loss_C, masses = self.fn(buckets.student_CS, buckets.teacher_CS), _masses(buckets)
                 plain_CV = self._at_one(student_CV, logits_CV), self._at_one(teacher_CV, teacher_logits_CV)
-                metrics = _dense_metrics(*plain_CV, tokens, loss_C.detach() if self._is_reverse_kl() else None)
+                metrics = _dense_metrics(*plain_CV, tokens)
             case TopK() as signal:
                 self._refuse(signal)
                 buckets = signal_buckets(student_CV, signal)

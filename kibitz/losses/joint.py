@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kibitz.logprobs import gather_tokens, log_probs
+from kibitz.logprobs import gather_tokens, log_probs, reverse_kl_of_logits
 from kibitz.losses import policy_gradient
 from kibitz.losses.chunked import Criterion
-from kibitz.losses.divergences import reverse_kl
 from kibitz.losses.supports import teacher_logits
 from kibitz.signals import Deferred, Dense, Sampled, Signal, Tokens
 
@@ -49,4 +48,4 @@ def sampled_reverse_kl(logits_CV: Tensor, tokens: Tokens) -> dict[str, Tensor]:
 def exact_reverse_kl(logits_CV: Tensor, signal: Signal | Deferred) -> Tensor:
     """KL(S || T) over the vocabulary, at temperature 1."""
     assert isinstance(signal, Dense)
-    return reverse_kl(log_probs(logits_CV), log_probs(teacher_logits(signal, logits_CV)))
+    return reverse_kl_of_logits(logits_CV, log_probs(teacher_logits(signal, logits_CV)))[0]

@@ -30,7 +30,9 @@ class Head(nn.Module):
         weight = getattr(self.projection, "weight", None)
         if weight is not None:
             hidden_CD = hidden_CD.to(weight.device, non_blocking=True)  # a teacher's may have been kept in host memory
-        logits_CV = self.projection(hidden_CD)[..., : self.vocab_size]
+        logits_CV = self.projection(hidden_CD)
+        if logits_CV.shape[-1] > self.vocab_size:  # a slice would pad its gradient
+            logits_CV = logits_CV[..., : self.vocab_size]
         if self.scale != 1.0:
             logits_CV = logits_CV * self.scale
         if self.softcap is not None:

@@ -33,7 +33,7 @@ from kibitz.types import is_gpu
 GIB = 2**30
 UTILISATION = 0.35
 """Share of the matrix speed, and of the memory's, that a step reaches; large models reach more. A plan, not a promise."""
-WHOLE_TENSORS = 3
+WHOLE_TENSORS = 2
 """Float32 tensors [chunk, V] of a loss on a CPU, whose others are as large as a block; see `kibitz.losses.chunked`."""
 LOADED = ("student weights", "teacher weights", "teacher made of the student", "reference weights")
 """What is on a device when a run looks how much of it is free."""
@@ -120,7 +120,7 @@ def _writing(
 
 def _learning(recipe: Recipe, student: Shape, tokens: int, scored: int, length: int, on_cpu: bool) -> dict[str, float]:
     """Return the bytes of a micro-batch of texts of this length, of which `scored` tokens have a loss. A CPU takes most of a
-    loss block by block; a chunk is then its logits, the teacher's and their gradient."""
+    loss block by block; a chunk is then its logits, in whose place the gradient is written, and the teacher's."""
     optim = recipe.optim
     chunk = min(optim.chunk_tokens or max(16, CHUNK_NUMBERS // student.rows), scored)
     per_token = student.kept_per_token(length)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kibitz.losses import CrossEntropy, Divergence, PolicyGradient, chunked, over_chunks
 from kibitz.losses.divergences import jsd
+from kibitz.models.head import Head
 from kibitz.signals import Dense, Tokens
 
 T, D, V = 7, 5, 11
@@ -118,16 +119,68 @@ def test_blocks_of_rows_change_nothing(name, rows, monkeypatch):
         assert torch.equal(one, other)
 
 
-class Shapes(TorchDispatchMode):
-    """The results of all operations that have a shape."""
+class Scaled(Head):
+    """A head whose logits are no part of what its matrix makes."""
 
-    def __init__(self, shape):
+    def __init__(self, projection, vocab_size):
+        super().__init__(projection, vocab_size, scale=0.5, softcap=2.0)
+
+
+class HandedOn(nn.Module):
+    """A head that cannot be called alone: the hidden states are the logits."""
+
+    def forward(self, hidden):
+        return hidden[..., : V - 2]
+
+
+@pytest.mark.parametrize("make", [Head, Scaled, None], ids=["cut", "scaled", "handed on"])
+def test_gradients_in_the_place_of_logits_are_those_of_a_plain_loss(make, monkeypatch):
+    """Heads of a padded vocabulary, and one whose logits belong to somebody else, which stay as they were."""
+    monkeypatch.setattr(chunked, "BLOCK_NUMBERS", 2 * V)
+    hidden_TD, _, tokens = example()
+    torch.manual_seed(4)
+    if make is None:
+        head, hidden_TD = HandedOn(), torch.randn(T, V, dtype=torch.float64, requires_grad=True)
+    else:
+        head = make(nn.Linear(D, V).double(), V - 2)
+    tokens.signal = Dense(tokens.signal.hidden_TD, Head(tokens.signal.head, V - 2))
+    tokens.token_T = tokens.token_T.clamp(max=V - 3)
+    before, expected = hidden_TD.detach().clone(), None
+    for loss in (
+        naive(Divergence(), hidden_TD, head, tokens)[0],
+        over_chunks(Divergence(), hidden_TD, head, tokens, 5)[0],
+    ):
+        found = [loss.detach(), *gradients(loss, hidden_TD, head)]
+        expected = expected or found
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+    assert torch.equal(hidden_TD.detach(), before)
+
+
+@pytest.mark.parametrize("vocab_size", [V, V - 2])
+def test_a_chunk_has_two_tensors_of_logits(vocab_size, monkeypatch):
+    """The student's, in whose place the gradient is written, and the teacher's; cutting off padded columns makes none."""
+    monkeypatch.setattr(chunked, "BLOCK_NUMBERS", 2 * V)
+    hidden_TD, _, tokens = example()
+    tokens.signal = Dense(tokens.signal.hidden_TD, Head(tokens.signal.head, vocab_size))
+    tokens.token_T = tokens.token_T.clamp(max=V - 3)
+    with Sizes(T * V) as made:
+        over_chunks(Divergence(), hidden_TD, Head(nn.Linear(D, V, bias=False).double(), vocab_size), tokens, T)[
+            0
+        ].backward()
+    assert made.names == ["mm", "addmm"]
+
+
+class Sizes(TorchDispatchMode):
+    """The results of all operations that have as many numbers."""
+
+    def __init__(self, num):
         super().__init__()
-        self.shape, self.names = shape, []
+        self.num, self.names = num, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.shape == self.shape and not func.is_view:
+        if isinstance(result, torch.Tensor) and result.numel() == self.num and not func.is_view:
             self.names.append(func._schema.name.removeprefix("aten::"))
         return result
 
@@ -136,7 +189,7 @@ def test_the_gradient_of_a_matrix_is_one_tensor_for_all_chunks():
     """It is made once, added to by each product, and scaled where it lies; no chunk has one of its own."""
     hidden_TD, _, tokens = example()
     head = nn.Linear(D, V, bias=False).double()
-    with Shapes((V, D)) as made:
+    with Sizes(V * D) as made:
         over_chunks(Divergence(), hidden_TD, head, tokens, 3)[0].backward()
     assert made.names == ["zeros_like", "addmm_", "addmm_", "addmm_", "mul_"]
 
