@@ -133,11 +133,15 @@ def with_generate_batch(folder: str, end: int) -> tuple[Writes, Any]:
 
 
 def with_vllm(folder: str, end: int) -> tuple[Writes, Any]:
-    """vLLM in this process, so that its processor seconds are known; token ids in and out."""
+    """vLLM in this process, so that its processor seconds are known; token ids in and out, and no more responses at once than the
+    load has rows."""
     from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
     room = {"max_model_len": 1024, "max_num_seqs": 256, "enforce_eager": True, "enable_prefix_caching": False}
     model = LLM(folder, dtype="float32", skip_tokenizer_init=True, disable_log_stats=True, **room)
+    scheduler = model.llm_engine.engine_core.engine_core.scheduler
+    if not hasattr(scheduler, "max_num_active_reqs"):
+        raise RuntimeError("this vLLM has another scheduler, and nothing would hold it to a number of rows")
 
     def ask(ids: list[list[int]], tokens: int, **more: Any) -> Any:
         params = SamplingParams(temperature=1.0, max_tokens=tokens, stop_token_ids=[end], detokenize=False, **more)
@@ -152,7 +156,11 @@ def with_vllm(folder: str, end: int) -> tuple[Writes, Any]:
             worst = max(worst, *gaps)
         return worst
 
-    return lambda ids, load: [list(a.outputs[0].token_ids) for a in ask(ids, load["tokens"])], error
+    def write(ids: list[list[int]], load: dict[str, Any]) -> Written:
+        scheduler.max_num_active_reqs = load["rows"]
+        return [list(answer.outputs[0].token_ids) for answer in ask(ids, load["tokens"])]
+
+    return write, error
 
 
 def _until(row: list[int], end: int) -> list[int]:
