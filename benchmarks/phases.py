@@ -14,7 +14,8 @@ from benchmarks.counting import META, Counting, Fused, Scale, Work, kernels_of_a
 from kibitz.engines.cache import CachedDecoder
 from kibitz.engines.room import cache_bytes
 from kibitz.engines.sampling import sample
-from kibitz.losses import chunked, divergences, supports
+from kibitz.logprobs import log_probs
+from kibitz.losses import chunked, criteria, divergences, supports
 from kibitz.losses.criteria import Divergence
 from kibitz.losses.divergences import reverse_kl
 from kibitz.models import head as heads
@@ -108,13 +109,25 @@ def loss(
         columns = torch.zeros(size, dtype=torch.long), torch.ones(size), torch.zeros(size)
     tokens = Tokens(*columns, signal, every=every)
     unchecked = patch.object(supports, "refuse_if", lambda *_: None)
-    formula = patch.object(divergences, "kl", _kl) if by_autograd else nullcontext()
-    with nullcontext() if rounded else on_a_gpu(), unchecked, formula, Counting() as counting:
+    with nullcontext() if rounded else on_a_gpu(), unchecked, _formula(by_autograd), Counting() as counting:
         value, _ = chunked.over_chunks(criterion, hidden, own, tokens, chunk)
         value.backward()
     flops = 2.0 * scale.rollouts * scale.response * scale.vocab
     flops *= 3 * scale.student["hidden_size"] + scale.teacher["hidden_size"]
     return counting.work.times(scale.micro_batches) + Work(flops=flops), Work(flops=flops)
+
+
+@contextmanager
+def _formula(by_autograd: bool) -> Iterator[None]:
+    """A context inside which autograd finds the gradients of the KL, if it is to."""
+
+    def of_logits(logits_CV: Tensor, teacher_CV: Tensor) -> tuple[Tensor, Tensor]:
+        student_CV = log_probs(logits_CV)
+        return _kl(student_CV, teacher_CV), student_CV.detach()
+
+    plain = patch.object(divergences, "kl", _kl), patch.object(criteria, "reverse_kl_of_logits", of_logits)
+    with plain[0] if by_autograd else nullcontext(), plain[1] if by_autograd else nullcontext():
+        yield
 
 
 def _kl(left_CS: Tensor, right_CS: Tensor) -> Tensor:

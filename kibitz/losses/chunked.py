@@ -62,15 +62,17 @@ def over_chunks(
             with torch.set_grad_enabled(with_grad), sums:
                 logits_CV = head(hidden_CD)
                 logits_CV = logits_CV.to(_at_least_float32(logits_CV))
-            own = _shares_nothing(logits_CV, hidden_CD)
-            values, grad_CV = _by_blocks(criterion, logits_CV.detach(), tokens[chunk], with_grad, own)
+            place_CV, own = logits_CV.detach(), _shares_nothing(logits_CV, hidden_CD)
+            values, grad_CV = _by_blocks(criterion, place_CV, tokens[chunk], with_grad, own)
             chunks.append(values)
             if grad_CV is not None:
                 wanted = [] if hidden_grad_TD is None else [hidden_CD]
-                grads = sums.add(*_uncut(logits_CV, grad_CV), wanted)
+                made, grad = _uncut(logits_CV) if grad_CV is place_CV else (logits_CV, grad_CV)
+                grads = sums.add(made, grad, wanted)
                 if hidden_grad_TD is not None:
                     hidden_grad_TD[chunk] = grads[0]
-            del logits_CV, grad_CV  # before the next chunk's logits are made
+                del made, grad
+            del logits_CV, place_CV, grad_CV  # before the next chunk's logits are made
     values_T = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
     loss = (tokens.weight_T.to(values_T["loss"].dtype) * values_T["loss"]).sum()
     if not with_grad:
@@ -101,14 +103,12 @@ def _shares_nothing(logits_CV: Tensor, hidden_CD: Tensor) -> bool:
     return logits_CV.untyped_storage().data_ptr() != hidden_CD.untyped_storage().data_ptr()
 
 
-def _uncut(logits_CV: Tensor, grad_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits and their gradient. Where a head has cut off the columns of a padded vocabulary, and the gradient lies in the
-    place of the logits, they are those of all columns: a slice would pad its gradient in one more tensor as large."""
+def _uncut(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits, and their gradient, which lies in their place. Where a head has cut off the columns of a padded vocabulary they
+    are those of all columns: a slice would pad its gradient in one more tensor as large."""
     whole = logits_CV._base
-    if whole is None or whole.data_ptr() != grad_CV.data_ptr() or whole.stride() != logits_CV.stride():
-        return logits_CV, grad_CV
-    if whole.shape[:-1] != logits_CV.shape[:-1]:
-        return logits_CV, grad_CV
+    if whole is None or whole.stride() != logits_CV.stride() or whole.shape[:-1] != logits_CV.shape[:-1]:
+        return logits_CV, logits_CV.detach()
     grad = whole.detach()
     grad[..., logits_CV.shape[-1] :] = 0.0
     return whole, grad

@@ -16,7 +16,7 @@ def checkers():
     import langdetect
     from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
 
-    langdetect.DetectorFactory.seed = 0
+    langdetect.DetectorFactory.set_seed(langdetect.DetectorFactory, 0)  # pyright: ignore[reportArgumentType]
     langdetect.detect(SAMPLE)
     return INSTRUCTION_DICT
 
