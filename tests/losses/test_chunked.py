@@ -164,10 +164,9 @@ def test_a_chunk_has_two_tensors_of_logits(vocab_size, monkeypatch):
     hidden_TD, _, tokens = example()
     tokens.signal = Dense(tokens.signal.hidden_TD, Head(tokens.signal.head, vocab_size))
     tokens.token_T = tokens.token_T.clamp(max=V - 3)
+    head = Head(nn.Linear(D, V, bias=False).double(), vocab_size)
     with Sizes(T * V) as made:
-        over_chunks(Divergence(), hidden_TD, Head(nn.Linear(D, V, bias=False).double(), vocab_size), tokens, T)[
-            0
-        ].backward()
+        over_chunks(Divergence(), hidden_TD, head, tokens, T)[0].backward()
     assert made.names == ["mm", "addmm"]
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kibitz.config import DIVERGENCE_TITLES, DivergenceName, GKDConfig
-from kibitz.logprobs import log_probs
+from kibitz.logprobs import log_probs, reverse_kl_of_logits
 from kibitz.losses.divergences import (
     DIVERGENCES,
     adaptive_kl,
@@ -229,3 +229,21 @@ def test_the_options_of_a_recipe_reach_the_function(name):
     assert torch.equal(asked(student_CS, teacher_CS), want)
     plain = named(GKDConfig.model_validate({"divergence": name}))(student_CS, teacher_CS)
     assert torch.equal(plain, want) != (name in own)
+
+
+def test_reverse_kl_of_logits_is_reverse_kl_and_its_gradient_autograds():
+    """The value to the bit, and log S; the gradient as autograd finds it in float64; of equal distributions exactly zero."""
+    generator = torch.Generator().manual_seed(0)
+    logits_CV, other_CV = (3 * torch.randn(5, 40, generator=generator, dtype=torch.float64) for _ in range(2))
+    logits_CV, teacher_CV = logits_CV.requires_grad_(), log_probs(other_CV)
+    weight_C = torch.rand(5, generator=generator, dtype=torch.float64)
+    value_C, student_CV = reverse_kl_of_logits(logits_CV, teacher_CV)
+    assert torch.equal(value_C, reverse_kl(log_probs(logits_CV), teacher_CV)) and not student_CV.requires_grad
+    assert torch.equal(student_CV, log_probs(logits_CV))
+    plain_CV = log_probs(logits_CV)
+    plain_C = (plain_CV.exp() * (plain_CV - teacher_CV)).sum(-1)
+    (found,), (expected,) = (torch.autograd.grad(one, logits_CV, weight_C) for one in (value_C, plain_C))
+    assert expected.norm() > 0.1
+    torch.testing.assert_close(found, expected)
+    same_C, _ = reverse_kl_of_logits(logits_CV, log_probs(logits_CV.detach()))
+    assert not same_C.any() and not torch.autograd.grad(same_C.sum(), logits_CV)[0].any()
